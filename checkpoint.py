@@ -1,0 +1,163 @@
+"""Checkpoints: what training changes, written so that a file is either the old one or the new one.
+
+    state = TrainState(model, optimizer, scaler, interval=torch.zeros(3, device=device))
+    save('work/x/latest.pth', state.state_dict(), args=vars(args))
+    state.load_state_dict(load('work/x/latest.pth'))
+
+A checkpoint holds tensors and plain values alone, so that reading one can't run code:
+`torch.load(path, weights_only=True)['model']` is the model's state dict.
+"""
+
+import contextlib
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+class CheckpointError(Exception):
+    """A checkpoint that is missing, broken or of another model, said in one line."""
+
+
+@dataclass
+class TrainState:
+    """All that training changes, and so all that a checkpoint holds.
+
+    `epoch` counts from 1; `step` is how many steps of that epoch are done. Since the last row of
+    train.csv, `interval` sums on the device the loss, the errors and the steps until the loss was
+    not finite, and `interval_steps` and `interval_images` count the rest; `epoch_sums` has loss,
+    errors and images of the current epoch's rows.
+    """
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    interval: torch.Tensor  # float32 [3]
+    interval_steps: int = 0
+    interval_images: int = 0
+    epoch_sums: tuple = (0.0, 0.0, 0)
+    epoch: int = 1
+    step: int = 0
+    last_error: float = math.nan  # percent, of the last epoch's evaluation
+    best_error: float = math.inf
+    best_epoch: int = 0
+
+    # Without an annotation, so not a field: the plain values among them.
+    _plain = ('interval_steps', 'interval_images', 'epoch_sums', 'epoch', 'step', 'last_error',
+              'best_error', 'best_epoch')
+
+    def begin_epoch(self, epoch):
+        self.epoch, self.step, self.epoch_sums = epoch, 0, (0.0, 0.0, 0)
+        self.interval.zero_()
+        self.interval_steps = self.interval_images = 0
+
+    def state_dict(self):
+        return {
+            'model': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(),
+            'scaler': self.scaler.state_dict(), 'interval': self.interval,
+            **{name: getattr(self, name) for name in self._plain},
+            'rng': {'cpu': torch.get_rng_state(),
+                    'cuda': torch.cuda.get_rng_state() if self.interval.is_cuda else None},
+        }
+
+    def load_state_dict(self, saved, source='the checkpoint'):
+        """Go on from a checkpoint, random state included.
+
+        Raises:
+            CheckpointError: it is of another model, or lacks something; names the first difference.
+        """
+        load_weights(self.model, saved.get('model'), source)
+        try:
+            self.optimizer.load_state_dict(saved['optimizer'])
+            self.scaler.load_state_dict(saved['scaler'])
+            self.interval.copy_(saved['interval'])
+            for name in self._plain:
+                setattr(self, name, saved[name])
+            torch.set_rng_state(saved['rng']['cpu'])
+            if self.interval.is_cuda and saved['rng']['cuda'] is not None:
+                torch.cuda.set_rng_state(saved['rng']['cuda'])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f'{source} cannot be resumed from: '
+                                  f'{type(error).__name__}: {_one_line(error)}') from error
+
+
+def save(path, state, **extra):
+    """Write `state` and what else is given; complete and on the disk before it takes its name."""
+    with replacing(path) as file:
+        torch.save({**state, **extra}, file)
+
+
+def load(path):
+    """The dictionary that a checkpoint holds, its tensors on the CPU.
+
+    Raises:
+        CheckpointError: no such file, or not a checkpoint, or one that would run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f'{path} is not there: --resume and --pretrained take the path of a '
+                              f'checkpoint, such as work/cifar10.base/latest.pth')
+    try:
+        saved = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # whatever a file that is no checkpoint makes the reader stumble on
+        raise CheckpointError(f'{path} is not a checkpoint, or a broken one '
+                              f'({type(error).__name__})') from error
+    if not isinstance(saved, dict):
+        raise CheckpointError(f'{path} is not a checkpoint: it holds a {type(saved).__name__}')
+    return saved
+
+
+def load_weights(model, weights, source):
+    """Load a state dict into `model`.
+
+    Raises:
+        CheckpointError: the two don't fit; names the first difference.
+    """
+    if not isinstance(weights, dict) or not all(torch.is_tensor(w) for w in weights.values()):
+        raise CheckpointError(f'{source} holds no weights of a model')
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f'{source} is of another architecture: '
+                              f'{_first_difference(str(error))}') from error
+
+
+def _first_difference(message):
+    """The first of the complaints in the message of nn.Module.load_state_dict."""
+    size = re.search(r'size mismatch for (\S+): .* shape torch.Size\((.*?)\) from checkpoint, .* '
+                     r'torch.Size\((.*?)\)', message)
+    missing = re.search(r'Missing key\(s\) in state_dict: "(.*?)"', message)
+    unexpected = re.search(r'Unexpected key\(s\) in state_dict: "(.*?)"', message)
+    if missing:
+        return f'it has no {missing[1]}'
+    if unexpected:
+        return f'it has {unexpected[1]}, and this model has not'
+    if size:
+        return f'{size[1]} is {size[2]} there and {size[3]} here'
+    return _one_line(message)
+
+
+def _one_line(text):
+    return ' '.join(str(text).split())
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A binary file that takes the place of `path` once it is whole; an error changes nothing."""
+    path = Path(path)
+    temporary = path.with_name(f'.{path.name}.tmp')  # a killed run leaves at most this one behind
+    try:
+        with open(temporary, 'wb') as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    os.fsync(directory)  # the rename itself
+    os.close(directory)

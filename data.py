@@ -1,0 +1,428 @@
+"""The data sets, and loaders that yield `(images, labels)` on the device, normalised.
+
+    dataset = data.describe('cifar10', 'work/data')
+    train_loader, test_loader = data.make_loaders(dataset, batch_size=64, device=device)
+    train_loader.set_epoch(1)
+    for images, labels in train_loader: ...        # float32 [B, 3, H, W] and int64 [B]
+
+Small images are held on the device as uint8 and cropped and mirrored there, a batch at a time.
+Larger ones are read by worker processes. Either way all that is random in an epoch follows from
+the seed, the epoch and the image alone, so any batch of any epoch can be had again.
+"""
+
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import datasets, transforms
+from torchvision.transforms import functional as TF
+from tqdm import tqdm
+
+SMALL = 64  # pixels: images up to this size are held in memory, larger ones are read by workers
+PAD = 4     # pixels: the paper's crop for CIFAR is of the image with this border of zeros
+
+HINT = 'to train without any data: --dataset shapes'
+
+# Channel means and standard deviations on the scale 0..255, as in the official code; SVHN is only
+# divided by 255 (paper, section 4.1). None: measured on the training images.
+STATISTICS = {
+    'cifar10': ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
+    'cifar100': ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),
+    'svhn': ((0.0, 0.0, 0.0), (255.0, 255.0, 255.0)),
+    'imagenet': ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+    'folder': None,
+    'shapes': None,
+}
+NAMES = tuple(STATISTICS)
+
+SHAPES = ('disk', 'ring', 'square', 'frame', 'triangle up', 'triangle down', 'plus', 'cross',
+          'horizontal bars', 'vertical bars')
+
+
+class DataError(Exception):
+    """Data that are missing, broken or not laid out as they should be, said in one line."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the model has to know of a data set; nothing but folder names is read for it."""
+
+    name: str
+    root: Path
+    num_classes: int
+    image_size: int  # pixels, the side of the square that the model sees
+
+    @property
+    def in_memory(self):
+        return self.image_size <= SMALL
+
+
+def describe(name, root='work/data', image_size=None):
+    """The number of classes and the image size of a data set, without loading it.
+
+    Args:
+        name: one of `NAMES`.
+        root: for cifar10, cifar100 and svhn the folder that holds, or is to hold, the downloaded
+            files; for imagenet and folder the one with `train/` and `val/` (or `test/`), and in
+            each of them a folder of images a class.
+        image_size: for folder and imagenet. By default 224 or, for a folder of images of at most
+            `SMALL` pixels, their own size.
+
+    Raises:
+        DataError: no such folders, or an image size where there is no choice.
+    """
+    root = Path(root)
+    if name in ('imagenet', 'folder'):
+        train = _list_images(root, 'train')
+        if image_size is None:
+            size = _decode(train.samples[0][0]).size if name == 'folder' else (224, 224)
+            image_size = min(size) if max(size) <= SMALL else 224
+        return Description(name, root, len(train.classes), image_size)
+    if image_size not in (None, 32):
+        raise DataError(f'--image-size is for folder and imagenet: {name} has images of 32 pixels')
+    return Description(name, root, 100 if name == 'cifar100' else 10, 32)
+
+
+def make_loaders(dataset, batch_size, *, device, augment=True, seed=1, workers=0, ten_crop=False):
+    """A loader of the training images, shuffled, and one of the test images, in their order.
+
+    Each has `len()`, the number of batches in an epoch, the last of which may be smaller, and
+    `set_epoch(epoch, start=0)`, which goes to batch `start` of an epoch. With `ten_crop` the test
+    images come as [B, 10, 3, H, W].
+
+    Raises:
+        DataError: data missing or broken, downloads impossible, or a batch larger than the data.
+    """
+    if ten_crop and dataset.in_memory:
+        raise DataError(f'--ten-crop is for images larger than {SMALL} pixels, and '
+                        f'{dataset.name} has images of {dataset.image_size}')
+    statistics = STATISTICS[dataset.name]
+    if dataset.in_memory:
+        train, test = _read_split(dataset, 'train'), _read_split(dataset, 'test')
+        mean, std = statistics or _measure(train[0])
+        common = dict(batch_size=batch_size, mean=mean, std=std, device=device)
+        loaders = (MemoryLoader(*train, shuffle=True, augment=augment, seed=seed, **common),
+                   MemoryLoader(*test, **common))
+    else:
+        mean, std = statistics or STATISTICS['imagenet']
+        test_view = _test_transform(dataset.image_size, ten_crop)
+        train_view = _train_transform(dataset.image_size) if augment else \
+            _test_transform(dataset.image_size)
+        train, test = _list_images(dataset.root, 'train'), _list_images(dataset.root, 'test')
+        common = dict(batch_size=batch_size, mean=mean, std=std, device=device, workers=workers)
+        loaders = (WorkerLoader(train.samples, train_view, shuffle=True, seed=seed, **common),
+                   WorkerLoader(test.samples, test_view, **common))
+    if batch_size > loaders[0].num_images:
+        raise DataError(f'--batch-size {batch_size} is larger than the data set: {dataset.name} '
+                        f'has {loaders[0].num_images} training images')
+    return loaders
+
+
+class MemoryLoader:
+    """Batches of images [N, 3, H, W] that lie on the device as uint8.
+
+    With `augment`, each image is cropped from its zero-padded self and mirrored half of the time
+    (paper, section 4.1). The zeros are added after the normalisation, as in the official code.
+    """
+
+    def __init__(self, images, labels, batch_size, *, mean, std, device, shuffle=False,
+                 augment=False, seed=1):
+        self.images, self.labels = images.to(device), labels.to(device)
+        self.mean, self.std = _channels(mean, device), _channels(std, device)
+        self.num_images, self.batch_size = len(images), batch_size
+        self.shuffle, self.augment, self.seed = shuffle, augment, seed
+        self.set_epoch(1)
+
+    def set_epoch(self, epoch, start=0):
+        n, device = self.num_images, self.images.device
+        generator = _generator(self.seed, epoch)
+        # Drawn for the whole epoch at once and on the CPU: the same on every device, and for an
+        # image the same whatever the batch size.
+        order = torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
+        offsets = torch.randint(2 * PAD + 1, (n, 2), generator=generator)
+        mirrored = torch.randint(2, (n,), generator=generator, dtype=torch.bool)
+        self.order, self.offsets = order.to(device), offsets.to(device)
+        self.mirrored, self.start = mirrored.to(device), start
+
+    def __len__(self):
+        return -(-self.num_images // self.batch_size)
+
+    def __iter__(self):
+        for i in range(self.start, len(self)):
+            batch = slice(i * self.batch_size, (i + 1) * self.batch_size)
+            chosen = self.order[batch]
+            images = (self.images[chosen].float() - self.mean) / self.std
+            if self.augment:
+                images = crop_and_mirror(images, self.offsets[chosen], self.mirrored[chosen])
+            yield images, self.labels[chosen]
+
+
+def crop_and_mirror(images, offsets, mirrored, pad=PAD):
+    """Crop each image at its own offset from its zero-padded self, then mirror some.
+
+    Shapes: images [B, C, H, W]; offsets int64 [B, 2], down and right, in 0..2*pad; mirrored bool
+    [B]. Returns [B, C, H, W].
+    """
+    b, c, h, w = images.shape
+    arange = lambda n: torch.arange(n, device=images.device)
+    columns = torch.where(mirrored[:, None], w - 1 - arange(w), arange(w))
+    rows = offsets[:, :1] + arange(h)          # [B, H]
+    columns = offsets[:, 1:] + columns         # [B, W]
+    padded = F.pad(images, (pad, pad, pad, pad))
+    return padded[arange(b)[:, None, None, None], arange(c)[:, None, None],
+                  rows[:, None, :, None], columns[:, None, None, :]]
+
+
+class WorkerLoader:
+    """Batches of image files that worker processes decode and transform, to uint8.
+
+    They are normalised on the device: a quarter of the bytes to send there.
+    """
+
+    def __init__(self, samples, transform, batch_size, *, mean, std, device, workers=0,
+                 shuffle=False, seed=1):
+        self.mean, self.std, self.device = _channels(mean, device), _channels(std, device), device
+        self.num_images = len(samples)
+        self.sampler = _BatchSampler(len(samples), batch_size, shuffle, seed)
+        self.loader = DataLoader(
+            _ImageFiles(samples, transform), batch_sampler=self.sampler, num_workers=workers,
+            pin_memory=device.type == 'cuda', persistent_workers=workers > 0,
+            worker_init_fn=_leave_signals_to_main)
+
+    def set_epoch(self, epoch, start=0):
+        self.sampler.set_epoch(epoch, start)
+
+    def __len__(self):
+        return self.sampler.num_batches
+
+    def __iter__(self):
+        try:
+            for images, labels in self.loader:
+                images = images.to(self.device, non_blocking=True)
+                labels = labels.to(self.device, non_blocking=True)
+                yield (images.float() - self.mean) / self.std, labels
+        except DataError as error:  # out of a worker it comes wrapped in that worker's traceback
+            raise DataError(str(error).strip().rpartition('DataError: ')[2]) from None
+
+
+class _BatchSampler:
+    """Yields batches of (index, seed): a seed for each image, for its random transforms."""
+
+    def __init__(self, num_images, batch_size, shuffle, seed):
+        self.num_images, self.batch_size = num_images, batch_size
+        self.shuffle, self.seed = shuffle, seed
+        self.num_batches = -(-num_images // batch_size)
+        self.set_epoch(1)
+
+    def set_epoch(self, epoch, start=0):
+        generator = _generator(self.seed, epoch)
+        n = self.num_images
+        self.order = torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
+        self.seeds = torch.randint(2**31, (n,), generator=generator)
+        self.start = start
+
+    def __len__(self):
+        return self.num_batches - self.start
+
+    def __iter__(self):
+        for i in range(self.start, self.num_batches):
+            chosen = self.order[i * self.batch_size:(i + 1) * self.batch_size]
+            yield list(zip(chosen.tolist(), self.seeds[chosen].tolist()))
+
+
+class _ImageFiles(torch.utils.data.Dataset):
+    """Files as (uint8 tensor, label), by (index, seed)."""
+
+    def __init__(self, samples, transform):
+        self.samples, self.transform = samples, transform
+
+    def __getitem__(self, index_and_seed):
+        index, seed = index_and_seed
+        path, label = self.samples[index]
+        image = _decode(path)
+        with torch.random.fork_rng(devices=[]):  # torchvision's transforms draw from torch's own
+            torch.default_generator.manual_seed(seed)
+            return self.transform(image), label
+
+
+def _train_transform(size):
+    """As fb.resnet.torch, which the official ImageNet models were trained with."""
+    return transforms.Compose([transforms.RandomResizedCrop(size),
+                               transforms.RandomHorizontalFlip(),
+                               transforms.ColorJitter(0.4, 0.4, 0.4),
+                               transforms.PILToTensor()])
+
+
+def _test_transform(size, ten_crop=False):
+    resize = transforms.Resize(round(size * 256 / 224))
+    if not ten_crop:
+        return transforms.Compose([resize, transforms.CenterCrop(size), transforms.PILToTensor()])
+    return transforms.Compose([resize, transforms.PILToTensor(), transforms.TenCrop(size),
+                               torch.stack])
+
+
+def _leave_signals_to_main(_):
+    # Ctrl-C and many schedulers signal the whole process group: the main process must live to
+    # finish its step, and it needs the workers for that. They end when it does.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _generator(seed, epoch):
+    # The Mersenne twister looks at 32 bits of the seed; an odd factor keeps all seeds apart.
+    return torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**32)
+
+
+def _channels(values, device):
+    return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
+
+
+def _measure(images):
+    """Mean and standard deviation of each channel, of uint8 [N, C, H, W], in float64."""
+    levels = torch.arange(256, dtype=torch.float64)
+    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256)
+                          for channel in images.transpose(0, 1)]).double()
+    counts /= counts.sum(1, keepdim=True)
+    mean = counts @ levels
+    variance = counts @ levels**2 - mean**2
+    return mean.tolist(), variance.clamp(min=1).sqrt().tolist()  # an empty channel stays finite
+
+
+def _read_split(dataset, split):
+    """uint8 images [N, 3, H, W] and int64 labels [N] of 'train' or 'test'."""
+    if dataset.name == 'shapes':
+        return draw_shapes(split)
+    if dataset.name in ('imagenet', 'folder'):
+        return _read_folder(dataset, split)
+    return _read_torchvision(dataset, split)
+
+
+def _read_torchvision(dataset, split):
+    """cifar10, cifar100, svhn: through torchvision, which also downloads them."""
+    root, train = dataset.root, split == 'train'
+    try:
+        if dataset.name == 'svhn':  # the paper trains on both sets, 604,388 images
+            parts = [datasets.SVHN(root, part, download=True)
+                     for part in (('train', 'extra') if train else ('test',))]
+            images = np.concatenate([part.data for part in parts])
+            labels = np.concatenate([part.labels for part in parts])
+        else:
+            kind = datasets.CIFAR100 if dataset.name == 'cifar100' else datasets.CIFAR10
+            part = kind(root, train, download=True)
+            images, labels = part.data.transpose(0, 3, 1, 2), np.array(part.targets)
+    except Exception as error:  # no network, no disk, a broken archive: torchvision raises anything
+        raise DataError(_how_to_get(dataset, error)) from error
+    return torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels).long()
+
+
+def _how_to_get(dataset, error):
+    files = {'cifar10': ['cifar-10-python.tar.gz'], 'cifar100': ['cifar-100-python.tar.gz'],
+             'svhn': ['train_32x32.mat', 'extra_32x32.mat', 'test_32x32.mat']}[dataset.name]
+    broken = [name for name in files if (dataset.root / name).exists()]
+    state = f'{", ".join(broken)} in {dataset.root} cannot be used and' if broken else 'it'
+    reason = ' '.join(str(error).split()) or type(error).__name__
+    return (f'{dataset.name}: {state} could not be downloaded ({reason}): put {", ".join(files)} '
+            f'into {dataset.root}, or name the folder that has it by --data; {HINT}')
+
+
+def _list_images(root, split):
+    """torchvision's ImageFolder of 'train' or 'test' (`val/` or, without one, `test/`)."""
+    folder = root / split
+    if split == 'test' and (root / 'val').is_dir():
+        folder = root / 'val'
+    if not folder.is_dir():
+        raise DataError(f'{folder} is not there: --data must name a folder with train/ and val/ '
+                        f'(or test/), and in each a folder of images a class; {HINT}')
+    try:
+        listing = datasets.ImageFolder(folder)
+    except OSError as error:  # no class folders, or one without images
+        raise DataError(f'{folder}: {error}') from error
+    if split == 'test':
+        odd = set(listing.classes) ^ set(_list_images(root, 'train').classes)
+        if odd:
+            raise DataError(f'{folder}: the classes are not those of train/: {sorted(odd)[0]} '
+                            f'is in only one of them')
+    return listing
+
+
+def _read_folder(dataset, split):
+    listing = _list_images(dataset.root, split)
+    paths, labels = zip(*listing.samples)
+    images = torch.empty(len(paths), 3, dataset.image_size, dataset.image_size, dtype=torch.uint8)
+    with ThreadPoolExecutor() as pool:
+        views = pool.map(lambda path: _square(_decode(path), dataset.image_size), paths)
+        bar = tqdm(views, f'reading {split}', len(paths), leave=False,
+                   disable=not sys.stderr.isatty())
+        for i, view in enumerate(bar):
+            images[i] = view
+    return images, torch.tensor(labels)
+
+
+def _decode(path):
+    """A file as an RGB picture, wholly read."""
+    try:
+        with Image.open(path) as image:
+            return image.convert('RGB')
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = ' '.join(str(error).split())
+        raise DataError(f'{path}: cannot be read as an image ({reason})') from error
+
+
+def _square(image, size):
+    """A picture as uint8 [3, size, size]: the shorter side scaled to size, the middle cropped."""
+    if image.size != (size, size):
+        image = TF.center_crop(TF.resize(image, size), size)
+    return TF.pil_to_tensor(image)
+
+
+def draw_shapes(split):
+    """The built-in data set: one of ten shapes in each image, drawn from a fixed seed.
+
+    Place, size, colours and contrast are random and the shape may be lighter or darker than what
+    is behind it, so that no pixel tells anything by itself: a linear classifier fails on them.
+    Returns uint8 images [N, 3, 32, 32] and int64 labels [N]; 'train' has 6,000, 'test' 1,000.
+    """
+    count, seed = {'train': (6000, 1), 'test': (1000, 2)}[split]
+    rng = np.random.RandomState(seed)  # the one generator of NumPy whose stream is frozen
+    labels = np.arange(count) % len(SHAPES)
+    radius = rng.uniform(4, 12, (count, 1, 1))
+    # Distances of each pixel from the centre, in units of the radius: right and down.
+    centre = 15.5 + rng.uniform(-1, 1, (2, count, 1, 1)) * (15 - radius)
+    x = (np.arange(32)[None, None, :] - centre[0]) / radius
+    y = (np.arange(32)[None, :, None] - centre[1]) / radius
+    depth = np.empty((count, 32, 32))
+    for i, shape in enumerate(SHAPES):
+        depth[labels == i] = _shape_depth(shape, x[labels == i], y[labels == i])
+    mask = np.clip(depth * radius + 0.5, 0, 1)[:, None]      # edges smoothed over a pixel
+    dark, light = (rng.uniform(low, high, (count, 3, 1, 1)) for low, high in ((0, 110), (145, 255)))
+    swap = rng.uniform(size=(count, 1, 1, 1)) < 0.5
+    front, back = np.where(swap, dark, light), np.where(swap, light, dark)
+    noise = rng.normal(0, 40, (count, 3, 32, 32))
+    images = np.clip(back + (front - back) * mask + noise, 0, 255).astype(np.uint8)
+    return torch.from_numpy(images), torch.from_numpy(labels)
+
+
+def _shape_depth(shape, x, y):
+    """How far inside the shape a point lies, negative outside; the shape has radius 1."""
+    ax, ay = np.abs(x), np.abs(y)
+    disk, square = 1 - np.hypot(x, y), 0.85 - np.maximum(ax, ay)
+    triangle_up = np.minimum(0.7 - y, (y + 1) / 2 - ax) * 0.9
+    triangle_down = np.minimum(0.7 + y, (1 - y) / 2 - ax) * 0.9
+    arm = lambda u, v: np.minimum(0.28 - u, 1 - v)
+    bars = lambda u, v: np.minimum(0.25 - np.abs(u - 0.6), 0.9 - v)
+    diagonal, other = np.abs(x + y) / 2**0.5, np.abs(x - y) / 2**0.5
+    return {
+        'disk': disk, 'ring': np.minimum(disk, 0.4 - disk),
+        'square': square, 'frame': np.minimum(square, 0.35 - square),
+        'triangle up': triangle_up, 'triangle down': triangle_down,
+        'plus': np.maximum(arm(ax, ay), arm(ay, ax)),
+        'cross': np.maximum(arm(diagonal, other), arm(other, diagonal)),
+        'horizontal bars': bars(ay, ax), 'vertical bars': bars(ax, ay),
+    }[shape]

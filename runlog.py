@@ -1,0 +1,224 @@
+"""What a run leaves behind and says: its directory, CSV files, TensorBoard, figures, console.
+
+    with claim('work/x') as directory:
+        log = RunLog(directory, steps_per_epoch=782, epochs=300)
+        log.train_row(epoch=0.064, loss=2.1, error=78.2, lr=0.1, images_per_second=5100)
+        log.test_row(epoch=1, loss=1.4, error=50.2, error5=6.4)
+        log.close()
+"""
+
+import contextlib
+import csv
+import fcntl
+import os
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from tqdm import tqdm
+
+TRAIN_COLUMNS = ('epoch', 'loss', 'error', 'lr', 'images_per_second')
+TEST_COLUMNS = ('epoch', 'loss', 'error', 'error5')
+FIGURES = ('loss', 'error', 'loss-error')  # that plot.py draws
+RUN_FILES = ('args.json', 'train.csv', 'test.csv', 'latest.pth', 'best.pth')
+
+
+class RunDirectoryError(Exception):
+    """A directory that this run must not write to, said in one line."""
+
+
+@contextlib.contextmanager
+def claim(directory, *, may_hold_run=False):
+    """Make a run's directory and keep other runs out of it; a dead process keeps out nobody.
+
+    Args:
+        may_hold_run: a run's files may be there already, because it goes on or is overwritten.
+
+    Raises:
+        RunDirectoryError: in use, holding a run, or not to be made.
+    """
+    directory = Path(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = os.open(directory, os.O_RDONLY)
+    except OSError as error:
+        raise RunDirectoryError(f'cannot make {directory}: {error.strerror}; name another one by '
+                                f'--save or --name') from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise RunDirectoryError(f'{directory} is in use by another run: wait for it, or name '
+                                f'another directory by --save or --name') from error
+    except OSError:
+        pass  # a file system without locks
+    try:
+        held = [name for name in RUN_FILES if (directory / name).exists()]
+        if held and not may_hold_run:
+            raise RunDirectoryError(f'{directory} holds a run ({", ".join(held)}): go on by '
+                                    f'--resume, replace it by --overwrite, or name another '
+                                    f'directory by --save or --name')
+        yield directory
+    finally:
+        os.close(lock)
+        with contextlib.suppress(OSError):  # only if nothing was written: no litter after an error
+            directory.rmdir()
+
+
+def clear(directory):
+    """Take out the files of an earlier run; figures are left until they are drawn again."""
+    for path in (*(directory / name for name in RUN_FILES),
+                 *directory.glob('tensorboard/events.out.tfevents.*')):
+        path.unlink(missing_ok=True)
+
+
+class RunLog:
+    """Writes the rows of a run to CSV and TensorBoard and tells its progress on the console.
+
+    Args:
+        directory: the run's.
+        steps_per_epoch, epochs: for the progress bar and the time left.
+        start: (epoch, step) that the run goes on from; rows after it are taken out of the CSV
+            files, because they will come again.
+        tensorboard: also write event files, into `tensorboard/`.
+        figures: redraw the figures in the background after each epoch.
+    """
+
+    def __init__(self, directory, *, steps_per_epoch, epochs, start=(1, 0), tensorboard=False,
+                 figures=True):
+        self.directory, self.steps_per_epoch, self.epochs = directory, steps_per_epoch, epochs
+        self.epoch, self.step = start
+        self.steps_here, self.started = 0, time.monotonic()
+        done = self.epoch - 1 + self.step / steps_per_epoch
+        self.train_csv = _open_csv(directory / 'train.csv', TRAIN_COLUMNS,
+                                   keep=lambda epoch: epoch < done + 1e-5)
+        self.test_csv = _open_csv(directory / 'test.csv', TEST_COLUMNS,
+                                  keep=lambda epoch: epoch < self.epoch)
+        self.figures = FigureDrawer(directory) if figures else None
+        self.tensorboard = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # here, for it is slow to import
+
+            self.tensorboard = SummaryWriter(directory / 'tensorboard', purge_step=self.epoch)
+        self.bar, self.on_terminal = None, sys.stderr.isatty()
+
+    def start_epoch(self, epoch, step=0):
+        self.epoch, self.step = epoch, step
+        self.bar = tqdm(desc=f'epoch {epoch}/{self.epochs}', total=self.steps_per_epoch,
+                        initial=step, leave=False, disable=not self.on_terminal)
+
+    def advance(self):
+        """One more step is done."""
+        self.step += 1
+        self.steps_here += 1
+        self.bar.update()
+
+    def train_row(self, epoch, loss, error, lr, images_per_second):
+        """A row of train.csv; `epoch` fractional, `error` in percent."""
+        _write(self.train_csv, f'{epoch:.5f}', f'{loss:.6g}', f'{error:.6g}', f'{lr:.6g}',
+               f'{images_per_second:.1f}')
+        left = timedelta(seconds=round(self._seconds_left()))
+        self.bar.set_postfix_str(f'loss {loss:.4f}, error {error:.2f}%, {left} left')
+        if not self.on_terminal:
+            print(f'epoch {self.epoch}/{self.epochs}  step {self.step}/{self.steps_per_epoch}  '
+                  f'loss {loss:.4f}  error {error:.2f}%  lr {lr:g}  '
+                  f'{images_per_second:.0f} images/s  {left} left', flush=True)
+
+    def _seconds_left(self):
+        steps_left = (self.epochs - self.epoch + 1) * self.steps_per_epoch - self.step
+        return (time.monotonic() - self.started) / max(1, self.steps_here) * steps_left
+
+    def test_row(self, epoch, loss, error, error5):
+        """A row of test.csv; `epoch` whole, errors in percent."""
+        _write(self.test_csv, epoch, f'{loss:.6g}', f'{error:.6g}', f'{error5:.6g}')
+
+    def end_epoch(self, train, test, best):
+        """Sum up an epoch: train (loss, error), test (loss, error, error5), best (error, epoch)."""
+        self.bar.close()
+        print(f'epoch {self.epoch}/{self.epochs}  '
+              f'train loss {train[0]:.4f}, error {train[1]:.2f}%  '
+              f'test loss {test[0]:.4f}, error {test[1]:.2f}%, top-5 {test[2]:.2f}%  '
+              f'best {best[0]:.2f}% (epoch {best[1]})', flush=True)
+        if self.tensorboard:
+            for tag, value in (('train_loss', train[0]), ('train_acc', 100 - train[1]),
+                               ('val_loss', test[0]), ('val_acc', 100 - test[1])):
+                self.tensorboard.add_scalar(tag, value, self.epoch)
+        if self.figures:
+            self.figures.redraw()
+
+    def finish_figures(self):
+        """Wait for the last drawing, and say where it is."""
+        if self.figures:
+            self.figures.finish()
+            print('figures:', *(self.directory / f'{name}.png' for name in FIGURES))
+
+    def close(self):
+        if self.bar:
+            self.bar.close()
+        if self.tensorboard:
+            self.tensorboard.close()
+        self.train_csv.close()
+        self.test_csv.close()
+
+
+def _write(file, *values):
+    csv.writer(file, lineterminator='\n').writerow(values)
+    file.flush()  # a row that is written stays written when the process is killed
+
+
+def _open_csv(path, columns, keep):
+    """Open for appending, with a header and of the rows there already those to keep."""
+    rows = []
+    if path.exists():
+        with open(path, newline='', errors='replace') as file:
+            rows = [row for row in csv.reader(file)
+                    if _is_row(row, columns) and keep(float(row[0]))]
+    temporary = path.with_name(f'.{path.name}.tmp')
+    with open(temporary, 'w', newline='') as file:
+        csv.writer(file, lineterminator='\n').writerows([columns, *rows])
+    os.replace(temporary, path)  # the file is never without the rows to keep
+    return open(path, 'a', newline='')
+
+
+def _is_row(row, columns):
+    """Not the header, and not what a killed process left of a row."""
+    try:
+        return len([float(value) for value in row]) == len(columns)
+    except ValueError:
+        return False
+
+
+class FigureDrawer:
+    """Runs plot.py in the background; a plot that fails is one warning."""
+
+    def __init__(self, directory):
+        script = Path(__file__).with_name('plot.py')
+        self.command = [sys.executable, str(script), str(directory)]
+        self.process, self.warned = None, False
+
+    def redraw(self):
+        """Draw, unless the last drawing is not done yet: then the next call will."""
+        if self.process is None or self.process.poll() is not None:
+            self._collect()
+            # A session of its own: Ctrl-C is for the training.
+            self.process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL,
+                                            stderr=subprocess.PIPE, text=True,
+                                            start_new_session=True)
+
+    def finish(self):
+        """Draw what there is now, and wait for it."""
+        self._collect()
+        self.redraw()
+        self._collect()
+
+    def _collect(self):
+        if self.process is None:
+            return
+        _, complaint = self.process.communicate()
+        if self.process.returncode and not self.warned:
+            self.warned = True
+            last = (complaint.strip().splitlines() or ['no reason given'])[-1]
+            print(f'train.py: warning: the figures were not drawn: {last}', file=sys.stderr)
+        self.process = None

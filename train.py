@@ -1,0 +1,620 @@
+"""Train a DenseNet on CIFAR-10, CIFAR-100, SVHN, ImageNet, a folder of images, or drawn shapes.
+
+    python train.py                                          # the paper's DenseNet-BC-100-12, C10+
+    python train.py --depth 40 --no-bottleneck --compression 1 --name densenet-40-12
+    python train.py --name densenet-40-12 --resume           # go on where it stopped
+    python train.py --dataset imagenet --data /imagenet --arch densenet121 --workers 16
+    python train.py --evaluate --resume work/densenet-40-12/best.pth
+
+A run writes args.json, train.csv, test.csv, latest.pth, best.pth and its figures into its
+directory, work/<name>. The defaults are the paper's: https://arxiv.org/abs/1608.06993, section 4.2.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import math
+import platform
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+
+import checkpoint
+import data
+import densenet
+import runlog
+from checkpoint import CheckpointError, TrainState
+from data import DataError
+from runlog import RunDirectoryError, RunLog
+
+TORCHVISION_WEIGHTS = ('densenet121', 'densenet161', 'densenet169', 'densenet201')
+ARCHITECTURES = TORCHVISION_WEIGHTS + ('densenet264', 'densenet232_k48', 'densenet264_k48')
+AUTOCAST_TYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
+
+# Flags of the model: a run is resumed with the same.
+MODEL_FLAGS = ('arch', 'depth', 'growth_rate', 'compression', 'bottleneck', 'block_config',
+               'init_features', 'bn_size')
+# Flags of one call of this script; with --resume, all others are by default the checkpoint's.
+CALL_FLAGS = ('save', 'name', 'resume', 'overwrite', 'start_epoch', 'pretrained',
+              'reset_classifier', 'evaluate', 'ten_crop', 'device')
+
+
+class UsageError(Exception):
+    """Flags that don't go together or with this machine, said in one line."""
+
+
+class TrainingError(Exception):
+    """Training that cannot go on, said in one line."""
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop."""
+
+
+# ---------------------------------------------------------------------------------------------
+# Flags
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line, without the page of usage before it
+        self.exit(2, f'{self.prog}: error: {message}\n')
+
+
+def number(kind, interval):
+    """An argparse type: int or float, in an interval such as '[0, 1)'."""
+    low, high = map(float, interval[1:-1].split(','))
+    name = {int: 'whole number', float: 'number'}[kind]
+
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if low < value < high or value == {'[': low, '(': None}[interval[0]] \
+                    or value == {']': high, ')': None}[interval[-1]]:
+                return value
+        raise argparse.ArgumentTypeError(f'{text!r} is not a {name} in {interval}')
+    return parse
+
+
+def make_parser():
+    parser = Parser(description=__doc__.split('\n\n')[0], allow_abbrev=False, epilog=(
+        'Defaults are the paper\'s for CIFAR; --dataset svhn and imagenet have their own. With '
+        '--resume or --evaluate, flags that are not given are those of the checkpoint.'))
+    positive, rate = number(int, '[1, inf)'), number(float, '[0, 1)')
+
+    group = parser.add_argument_group('data')
+    group.add_argument('--dataset', choices=data.NAMES, default='cifar10')
+    group.add_argument('--data', metavar='DIR', default='work/data',
+                       help='where the data are or go (default: %(default)s)')
+    group.add_argument('--image-size', type=positive, metavar='PIXELS',
+                       help='folder, imagenet (default: 224, or that of small images)')
+    group.add_argument('--augment', action=argparse.BooleanOptionalAction, default=True,
+                       help='crop and mirror (default: yes, svhn: no)')
+    group.add_argument('--workers', '--nThreads', type=number(int, '[0, inf)'), default=4,
+                       help='processes that read images over 64 pixels (default: %(default)s)')
+
+    group = parser.add_argument_group('model')
+    group.add_argument('--arch', choices=ARCHITECTURES, metavar='NAME',
+                       help=f'one of {", ".join(ARCHITECTURES)}')
+    group.add_argument('--depth', '--layers', type=positive,
+                       help='L: 6n+4, or 3n+4 without bottleneck (default: 100; imagenet: 121)')
+    group.add_argument('--growth-rate', '--growth', '--growthRate', type=positive,
+                       help='k (default: 12, or that of the --arch)')
+    group.add_argument('--compression', '--reduce', '--reduction', default=0.5,
+                       type=number(float, '(0, 1]'),
+                       help='share of channels that a transition keeps (default: %(default)s)')
+    group.add_argument('--no-bottleneck', dest='bottleneck', action='store_false',
+                       help='no 1x1 convolution before each 3x3 one')
+    group.add_argument('--block-config', type=positive, nargs='+', metavar='LAYERS',
+                       help='layers of each block, instead of --depth')
+    group.add_argument('--init-features', type=positive,
+                       help='width of the first convolution (default: 2k with bottleneck and '
+                            'compression, else 16; ImageNet\'s: 2k)')
+    group.add_argument('--bn-size', type=positive, default=4,
+                       help='width of the bottleneck, times k (default: %(default)s)')
+    group.add_argument('--drop-rate', '--droprate', '--dropRate', type=rate, default=0.0,
+                       help='dropout (default: 0; svhn, and cifar without augmentation: 0.2)')
+    group.add_argument('--memory-efficient', action='store_true',
+                       help='recompute instead of storing: less memory, more time')
+
+    group = parser.add_argument_group('recipe')
+    group.add_argument('--epochs', '--nEpochs', type=positive, default=300,
+                       help='(default: %(default)s; svhn: 40, imagenet: 90)')
+    group.add_argument('--batch-size', '-b', '--batchSz', '--batchSize', type=positive, default=64,
+                       help='(default: %(default)s; imagenet: 256)')
+    group.add_argument('--grad-accum', type=positive, default=1, metavar='N',
+                       help='run each batch in N parts, for less memory (default: %(default)s)')
+    group.add_argument('--optimizer', '--opt', choices=('sgd', 'adam', 'adamw', 'rmsprop'),
+                       default='sgd', help='sgd has Nesterov momentum (default: %(default)s)')
+    group.add_argument('--lr', '--learning-rate', '--LR', type=number(float, '(0, inf)'),
+                       help='at the start (default: sgd 0.1, adam and adamw 0.001, rmsprop 0.01)')
+    group.add_argument('--lr-schedule', '--lrShape', choices=('multistep', 'cosine'),
+                       default='multistep',
+                       help='multistep: a tenth from 50%% and again from 75%% of the epochs on '
+                            '(imagenet: after each third); cosine: to 0, step by step '
+                            '(default: %(default)s)')
+    group.add_argument('--momentum', type=rate, default=0.9,
+                       help='of sgd and rmsprop (default: %(default)s)')
+    group.add_argument('--weight-decay', '--wd', '--weightDecay', type=number(float, '[0, inf)'),
+                       default=1e-4, help='on every parameter (default: %(default)s)')
+    group.add_argument('--label-smoothing', type=rate, default=0.0, help='(default: %(default)s)')
+    group.add_argument('--seed', '--manualSeed', type=number(int, '[0, 4294967295]'), default=1,
+                       help='(default: %(default)s)')
+
+    group = parser.add_argument_group('machine')
+    group.add_argument('--device', choices=('auto', 'cpu', 'cuda', 'mps'), default='auto',
+                       help='(default: cuda if there is one, else cpu)')
+    group.add_argument('--no-cuda', dest='device', action='store_const', const='cpu',
+                       help='the same as --device cpu')
+    group.add_argument('--precision', choices=('auto', 'fp32', 'tf32', 'bf16', 'fp16'),
+                       default='auto', help='of the arithmetic; weights, statistics and losses are '
+                       'fp32 (default: bf16 on cuda, tf32 where it has none; fp32 elsewhere)')
+    group.add_argument('--compile', action='store_true', help='torch.compile: minutes to start')
+
+    group = parser.add_argument_group('run')
+    group.add_argument('--name', help='the run directory is work/NAME (default: <dataset>.base)')
+    group.add_argument('--save', metavar='DIR', help='the run directory, wherever you like')
+    again = group.add_mutually_exclusive_group()
+    again.add_argument('--resume', nargs='?', const='', metavar='CHECKPOINT',
+                       help='go on from a checkpoint (default: latest.pth of the run directory)')
+    again.add_argument('--overwrite', action='store_true', help='replace the run that is there')
+    group.add_argument('--start-epoch', type=positive, metavar='EPOCH',
+                       help='start at the beginning of this epoch, counted from 1')
+    group.add_argument('--pretrained', '--retrain', nargs='?', const='', metavar='FILE',
+                       help='start from the weights in a file (default: torchvision\'s for --arch)')
+    group.add_argument('--reset-classifier', '--resetClassifier', action='store_true',
+                       help='of --pretrained take all but the classifier')
+    group.add_argument('--evaluate', '--testOnly', action='store_true',
+                       help='only test what --resume or --pretrained names')
+    group.add_argument('--ten-crop', '--tenCrop', action='store_true',
+                       help='test on ten crops of each image over 64 pixels')
+    group.add_argument('--print-freq', '-p', type=positive, default=50, metavar='STEPS',
+                       help='steps to a row of train.csv (default: %(default)s)')
+    group.add_argument('--tensorboard', action='store_true', help='write event files as well')
+    group.add_argument('--no-plot', dest='plot', action='store_false',
+                       help='draw no figures after each epoch')
+    return parser
+
+
+def parse_args(argv=None):
+    """The flags; what is not given comes from the resumed checkpoint, else from the data set."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    saved = None
+    if args.resume is not None:
+        path = resume_path(args)
+        saved = checkpoint.load(path).get('args')
+        if not isinstance(saved, dict):
+            raise CheckpointError(f'{path} holds no run to resume; for weights alone --pretrained')
+        parser.set_defaults(**{flag: saved[flag] for flag in vars(args)
+                               if flag in saved and flag not in CALL_FLAGS})
+    else:
+        parser.set_defaults(**recipe(args))
+    args = parser.parse_args(argv)
+    if saved is not None:
+        args.resume = path
+        for flag in MODEL_FLAGS:
+            if getattr(args, flag) != saved.get(flag):
+                raise CheckpointError(f'{path} is of another architecture: its {flag} is '
+                                      f'{saved.get(flag)}, not {getattr(args, flag)}')
+    check_flags(args)
+    return args
+
+
+def recipe(args):
+    """Defaults that depend on other flags: the paper's (section 4.2), those of the optimizers."""
+    lr = {'sgd': 0.1, 'adam': 1e-3, 'adamw': 1e-3, 'rmsprop': 1e-2}[args.optimizer]
+    if args.dataset == 'svhn':
+        return dict(lr=lr, epochs=40, drop_rate=0.2, augment=False)
+    if args.dataset == 'imagenet':
+        return dict(lr=lr, epochs=90, batch_size=256)
+    if args.dataset in ('cifar10', 'cifar100') and not args.augment:
+        return dict(lr=lr, drop_rate=0.2)
+    return dict(lr=lr)
+
+
+def check_flags(args):
+    if args.evaluate and args.resume is None and args.pretrained is None:
+        raise UsageError('--evaluate needs a model: --resume CHECKPOINT or --pretrained FILE')
+    if args.resume is not None and args.pretrained is not None:
+        raise UsageError('--resume and --pretrained exclude each other: both bring weights')
+    if args.reset_classifier and args.pretrained is None:
+        raise UsageError('--reset-classifier is for the weights of --pretrained')
+    if args.pretrained == '' and args.arch not in TORCHVISION_WEIGHTS:
+        raise UsageError(f'--pretrained without a file needs --arch: torchvision has weights of '
+                         f'{", ".join(TORCHVISION_WEIGHTS)}')
+    if sum(flag is not None for flag in (args.arch, args.depth, args.block_config)) > 1:
+        raise UsageError('--arch, --depth and --block-config exclude each other: give one')
+    if args.grad_accum > args.batch_size:
+        raise UsageError(f'--grad-accum {args.grad_accum} is more parts than a batch of '
+                         f'{args.batch_size} has images')
+    if args.start_epoch and args.start_epoch > args.epochs:
+        raise UsageError(f'--start-epoch {args.start_epoch} is after the last of {args.epochs}')
+
+
+def run_directory(args):
+    """--save, or work/<name>, or where the resumed checkpoint lies, or work/<dataset>.base."""
+    if args.save:
+        return Path(args.save)
+    if args.name:
+        return Path('work', args.name)
+    if args.resume:
+        return Path(args.resume).parent
+    return Path('work', f'{args.dataset}.base')
+
+
+def resume_path(args):
+    """The checkpoint that --resume means: a file, or latest.pth of a run directory."""
+    path = Path(args.resume or run_directory(args))
+    return str(path / 'latest.pth' if path.is_dir() or not args.resume else path)
+
+
+# ---------------------------------------------------------------------------------------------
+# Device, model, optimizer
+
+
+def choose_device(name):
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'cpu'
+    available = {'cpu': True, 'cuda': torch.cuda.is_available(),
+                 'mps': torch.backends.mps.is_available()}[name]
+    if not available:
+        raise UsageError(f'--device {name}: torch {torch.__version__} finds none here; '
+                         f'--device auto takes what there is')
+    return torch.device(name)
+
+
+def choose_precision(name, device):
+    """fp32, tf32, bf16 or fp16; sets what the libraries of the device may do."""
+    if name == 'auto':
+        has_bf16 = device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
+        name = 'bf16' if has_bf16 else 'tf32' if device.type == 'cuda' else 'fp32'
+    if name == 'tf32' and device.type != 'cuda':
+        raise UsageError(f'--precision tf32 is for cuda, and this is {device.type}: try fp32')
+    torch.backends.cuda.matmul.allow_tf32 = name != 'fp32'
+    torch.backends.cudnn.allow_tf32 = name != 'fp32'  # torch's own default is True, whatever we say
+    torch.backends.cudnn.benchmark = True             # the shapes stay the same from step to step
+    return name
+
+
+def choose_model(args, image_size):
+    """The flags, with depth or architecture and growth rate filled in by the size of the images."""
+    chosen = dict(vars(args))
+    if args.arch is None and args.block_config is None:
+        if image_size <= data.SMALL:
+            chosen['depth'] = args.depth or 100
+        else:  # as the official code, which takes the depth for the name
+            chosen.update(depth=None, arch=f'densenet{args.depth or 121}')
+            if chosen['arch'] not in ARCHITECTURES:
+                raise UsageError(f'--depth {args.depth}: for images of {image_size} pixels there '
+                                 f'are --arch {", ".join(ARCHITECTURES)} and --block-config')
+    if args.growth_rate is None and chosen['arch'] is None:
+        chosen['growth_rate'] = 12
+    return argparse.Namespace(**chosen)
+
+
+def build_model(args, dataset):
+    """The network, on the CPU: it starts from the same weights wherever it runs."""
+    settings = dict(
+        num_classes=dataset.num_classes, small_inputs=dataset.image_size <= data.SMALL,
+        drop_rate=args.drop_rate, bn_size=args.bn_size, compression=args.compression,
+        bottleneck=args.bottleneck, memory_efficient=args.memory_efficient)
+    if args.growth_rate is not None:
+        settings['growth_rate'] = args.growth_rate
+    if args.init_features is not None:
+        settings['num_init_features'] = args.init_features
+    try:
+        if args.arch is not None:
+            model = getattr(densenet, args.arch)(**settings)
+        elif args.block_config is not None:
+            settings.setdefault('num_init_features', 2 * args.growth_rate)
+            model = densenet.DenseNet(block_config=args.block_config, **settings)
+        else:
+            model = densenet.densenet_cifar(args.depth, **settings)
+    except (ValueError, RuntimeError) as error:  # RuntimeError: no memory for so many weights
+        raise UsageError(f'no such model: {error}') from error
+    if dataset.image_size < model.min_size:
+        raise UsageError(f'this model needs images of at least {model.min_size} pixels, and those '
+                         f'of {dataset.name} have {dataset.image_size}')
+    return model
+
+
+def load_pretrained(model, args):
+    """Weights from a file, ours or another's, or torchvision's download (--pretrained)."""
+    if args.pretrained:
+        saved = checkpoint.load(args.pretrained)
+        weights = next((saved[key] for key in ('model', 'state_dict') if key in saved), saved)
+    else:
+        try:
+            weights = torchvision.models.get_model_weights(args.arch).DEFAULT.get_state_dict()
+        except OSError as error:
+            raise UsageError(f'--pretrained: torchvision could not download its weights of '
+                             f'{args.arch} ({error}); give a file: --pretrained FILE') from error
+    if args.reset_classifier:
+        weights = {key: weight for key, weight in weights.items() if 'classifier.' not in key}
+        weights.update({f'classifier.{key}': weight
+                        for key, weight in model.classifier.state_dict().items()})
+    checkpoint.load_weights(model, weights, args.pretrained or 'torchvision\'s file')
+
+
+def make_optimizer(args, model):
+    parameters = list(model.parameters())
+    fused = parameters[0].is_cuda  # one kernel for all; the CPU has no use for it
+    common = dict(lr=args.lr, weight_decay=args.weight_decay)
+    if args.optimizer == 'sgd':
+        return torch.optim.SGD(parameters, momentum=args.momentum, nesterov=args.momentum > 0,
+                               fused=fused, **common)
+    if args.optimizer == 'rmsprop':
+        return torch.optim.RMSprop(parameters, momentum=args.momentum, **common)
+    kind = torch.optim.Adam if args.optimizer == 'adam' else torch.optim.AdamW
+    return kind(parameters, fused=fused, **common)
+
+
+def learning_rate(args, epoch, done=0.0):
+    """The learning rate in `epoch`, counted from 1, of which the share `done` is done.
+
+    Of 300 epochs, 150 is the first at a tenth and 225 the first at a hundredth (official code); of
+    ImageNet's 90 they are 31 and 61. The first epoch has the full rate, however few there are.
+    """
+    if args.lr_schedule == 'cosine':
+        return args.lr * (1 + math.cos(math.pi * (epoch - 1 + done) / args.epochs)) / 2
+    if args.dataset == 'imagenet':
+        drops = sum(epoch > args.epochs * part for part in (1 / 3, 2 / 3))
+    else:
+        drops = sum(epoch >= max(2, args.epochs * part) for part in (1 / 2, 3 / 4))
+    return args.lr / 10**drops
+
+
+# ---------------------------------------------------------------------------------------------
+# The loop
+
+
+def train_step(state, images, labels, *, autocast, grad_accum=1, label_smoothing=0.0):
+    """One step on a batch, float32 [B, C, H, W] and int64 [B]; waits for nothing on the device."""
+    state.optimizer.zero_grad()
+    for part, part_labels in zip(images.chunk(grad_accum), labels.chunk(grad_accum)):
+        with autocast:
+            logits = state.model(part)
+        loss = F.cross_entropy(logits.float(), part_labels, reduction='sum',
+                               label_smoothing=label_smoothing)
+        state.scaler.scale(loss / len(images)).backward()
+        state.interval[0] += loss.detach()
+        state.interval[1] += (logits.detach().argmax(1) != part_labels).sum()
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.interval[2] += state.interval[0].isfinite()
+    state.interval_steps += 1
+    state.interval_images += len(images)
+    state.step += 1
+
+
+def train_epoch(args, state, loader, log, autocast, stop):
+    """The rest of the epoch that `state` is in."""
+    state.model.train()
+    loader.set_epoch(state.epoch, start=state.step)
+    log.start_epoch(state.epoch, state.step)
+    started, images_before = time.perf_counter(), state.interval_images
+    for images, labels in loader:
+        lr = learning_rate(args, state.epoch, state.step / len(loader))
+        for group in state.optimizer.param_groups:
+            group['lr'] = lr
+        train_step(state, images, labels, autocast=autocast, grad_accum=args.grad_accum,
+                   label_smoothing=args.label_smoothing)
+        log.advance()
+        if state.step % args.print_freq == 0 or state.step == len(loader):
+            loss, error, images_here = close_interval(state)
+            now = time.perf_counter()
+            log.train_row(state.epoch - 1 + state.step / len(loader), loss, error, lr,
+                          (images_here - images_before) / (now - started))
+            started, images_before = now, 0
+        stop.check()
+
+
+def check_finite(state):
+    """The sums since the last row of train.csv, if all of their losses were finite."""
+    loss, errors, finite_steps = state.interval.tolist()  # waits for the device
+    if not math.isfinite(loss):
+        step = state.step - state.interval_steps + int(finite_steps) + 1
+        raise TrainingError(f'the loss is not finite at epoch {state.epoch}, step {step}: try a '
+                            f'lower --lr; the last good checkpoint is untouched')
+    return loss, errors
+
+
+def close_interval(state):
+    """Mean loss, error in percent and number of images since the last row; begins the next."""
+    loss, errors = check_finite(state)
+    images = state.interval_images
+    sums = zip(state.epoch_sums, (loss, errors, images))
+    state.epoch_sums = tuple(total + here for total, here in sums)
+    state.interval.zero_()
+    state.interval_steps = state.interval_images = 0
+    return loss / images, 100 * errors / images, images
+
+
+@torch.no_grad()
+def evaluate(model, loader, autocast, check_stop=lambda: None):
+    """Mean loss, top-1 and top-5 error in percent; of ten crops the logits are averaged."""
+    model.eval()
+    sums = None
+    for images, labels in loader:
+        with autocast:
+            logits = model(images.flatten(0, -4)).float()
+        logits = logits.view(len(labels), -1, logits.shape[1]).mean(1)
+        ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        batch = torch.stack([F.cross_entropy(logits, labels, reduction='sum'),
+                             (~ranked[:, 0]).sum(), (~ranked.any(1)).sum()])
+        sums = batch if sums is None else sums + batch
+        check_stop()
+    loss, errors, errors5 = (sums / loader.num_images).tolist()
+    return loss, 100 * errors, 100 * errors5
+
+
+class StopSignals:
+    """Notes SIGINT and SIGTERM, for the loop to stop after its step; the second one kills."""
+
+    received = None
+
+    def __enter__(self):
+        self.handlers = {signum: signal.signal(signum, self.note)
+                         for signum in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
+
+    def note(self, signum, _):
+        self.received = signum
+        signal.signal(signum, signal.SIG_DFL)
+
+    def check(self):
+        if self.received:
+            raise Interrupted
+
+
+def fit(args, state, train_loader, test_loader, log, autocast):
+    """Train and test from where `state` is to the last epoch; save and exit if a signal comes."""
+    latest, best = log.directory / 'latest.pth', log.directory / 'best.pth'
+    with StopSignals() as stop:
+        try:
+            while state.epoch <= args.epochs:
+                train_epoch(args, state, train_loader, log, autocast, stop)
+                test = evaluate(state.model, test_loader, autocast, stop.check)
+                end_epoch(args, state, test, log)
+                if state.best_epoch == state.epoch - 1:
+                    checkpoint.save(best, state.state_dict(), args=vars(args))
+                checkpoint.save(latest, state.state_dict(), args=vars(args))
+        except Interrupted:
+            check_finite(state)
+            checkpoint.save(latest, state.state_dict(), args=vars(args))
+            print(f'{signal.Signals(stop.received).name}: saved in epoch {state.epoch} after step '
+                  f'{state.step}; --resume goes on from {latest}', flush=True)
+            sys.exit(128 + stop.received)
+
+
+def end_epoch(args, state, test, log):
+    """Note the test results and go to the beginning of the next epoch."""
+    loss, error, error5 = test
+    if not math.isfinite(loss):
+        raise TrainingError(f'the test loss is not finite after epoch {state.epoch}: try a lower '
+                            f'--lr; the last good checkpoint is untouched')
+    log.test_row(state.epoch, loss, error, error5)
+    state.last_error = error
+    if error < state.best_error:
+        state.best_error, state.best_epoch = error, state.epoch
+    train_loss, train_errors, images = state.epoch_sums
+    log.end_epoch((train_loss / images, 100 * train_errors / images), test,
+                  (state.best_error, state.best_epoch))
+    state.begin_epoch(state.epoch + 1)
+
+
+def describe_run(args, device, precision):
+    """What args.json holds: the flags, and what they ran on."""
+    try:
+        commit = subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=40'],
+                                cwd=Path(__file__).parent, capture_output=True,
+                                text=True).stdout.strip() or None
+    except OSError:  # no git here
+        commit = None
+    return {
+        'args': vars(args), 'precision': precision, 'git_commit': commit,
+        'device': torch.cuda.get_device_name() if device.type == 'cuda' else device.type,
+        'versions': {'python': platform.python_version(), 'torch': torch.__version__,
+                     'torchvision': torchvision.__version__, 'cuda': torch.version.cuda},
+    }
+
+
+def model_name(args):
+    if args.arch is not None:
+        return args.arch
+    letters = 'B' * args.bottleneck + 'C' * (args.compression < 1)
+    layers = args.depth or '-'.join(map(str, args.block_config))
+    return f'DenseNet{"-" * bool(letters)}{letters} L={layers} k={args.growth_rate}'
+
+
+def resume(args, state, saved):
+    """Bring `state` to where the checkpoint was."""
+    state.load_state_dict(saved, args.resume)
+    if state.step and saved['args']['batch_size'] != args.batch_size:
+        raise CheckpointError(f'{args.resume} was written in the middle of an epoch in batches of '
+                              f'{saved["args"]["batch_size"]}: --batch-size can\'t change there')
+    print(f'resuming {args.resume} in epoch {state.epoch} after step {state.step}', flush=True)
+
+
+def train(args, dataset, model, loaders, directory, *, device, precision, autocast, saved):
+    """A whole run, in a directory that is ours."""
+    train_loader, test_loader = loaders
+    state = TrainState(model, make_optimizer(args, model),
+                       torch.amp.GradScaler(device.type, enabled=precision == 'fp16'),
+                       interval=torch.zeros(3, device=device))
+    if saved:
+        resume(args, state, saved)
+    if args.start_epoch:
+        state.begin_epoch(args.start_epoch)
+    if args.compile:
+        model.compile()
+    if args.overwrite:
+        runlog.clear(directory)
+    record = describe_run(args, device, precision)
+    with checkpoint.replacing(directory / 'args.json') as file:
+        file.write(json.dumps(record, indent=2).encode())
+    print(f'{model_name(args)}: {sum(p.numel() for p in model.parameters()):,} parameters; '
+          f'{dataset.name}: {train_loader.num_images:,} training and {test_loader.num_images:,} '
+          f'test images, {dataset.num_classes} classes; {record["device"]}, {precision}',
+          flush=True)
+    log = RunLog(directory, steps_per_epoch=len(train_loader), epochs=args.epochs,
+                 start=(state.epoch, state.step), tensorboard=args.tensorboard, figures=args.plot)
+    with contextlib.closing(log):
+        fit(args, state, train_loader, test_loader, log, autocast)
+        log.finish_figures()
+    print(f'final error {state.last_error:.2f}% (epoch {state.epoch - 1}), best '
+          f'{state.best_error:.2f}% (epoch {state.best_epoch}); everything is in {directory}')
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = choose_device(args.device)
+    precision = choose_precision(args.precision, device)
+    autocast = torch.autocast(device.type, AUTOCAST_TYPES.get(precision),
+                              enabled=precision in AUTOCAST_TYPES)
+    dataset = data.describe(args.dataset, args.data, args.image_size)
+    args = choose_model(args, dataset.image_size)
+    torch.manual_seed(args.seed)
+    model = build_model(args, dataset)
+    if args.pretrained is not None:
+        load_pretrained(model, args)
+    # Convolutions are faster with the channels innermost, also on the CPU, if a little; the
+    # feature maps take the layout of the weights.
+    model.to(device, memory_format=torch.channels_last)
+
+    saved = checkpoint.load(args.resume) if args.resume else None
+    load_data = functools.partial(
+        data.make_loaders, dataset, args.batch_size, device=device, augment=args.augment,
+        seed=args.seed, workers=args.workers, ten_crop=args.ten_crop)
+    if args.evaluate:
+        if saved:
+            checkpoint.load_weights(model, saved.get('model'), args.resume)
+        loss, error, error5 = evaluate(model, load_data()[1], autocast)
+        print(f'test loss {loss:.4f}, error {error:.2f}%, top-5 error {error5:.2f}%')
+        return
+    directory = run_directory(args)
+    goes_on = saved is not None and Path(args.resume).parent.resolve() == directory.resolve()
+    with runlog.claim(directory, may_hold_run=goes_on or args.overwrite):
+        train(args, dataset, model, load_data(), directory, device=device, precision=precision,
+              autocast=autocast, saved=saved)
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except (UsageError, TrainingError, CheckpointError, DataError, RunDirectoryError) as error:
+        print(f'train.py: error: {error}', file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:  # before there is anything to save
+        sys.exit(128 + signal.SIGINT)
