@@ -10,8 +10,10 @@ Larger ones are read by worker processes. Either way all that is random in an ep
 the seed, the epoch and the image alone, so any batch of any epoch can be had again.
 """
 
+import os
 import signal
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,7 +196,8 @@ class WorkerLoader:
         self.loader = DataLoader(
             _ImageFiles(samples, transform), batch_sampler=self.sampler, num_workers=workers,
             pin_memory=device.type == 'cuda', persistent_workers=workers > 0,
-            worker_init_fn=_leave_signals_to_main)
+            worker_init_fn=_leave_signals_to_main,
+            generator=torch.Generator())  # or it would draw from the one that dropout draws from
 
     def set_epoch(self, epoch, start=0):
         self.sampler.set_epoch(epoch, start)
@@ -269,10 +272,18 @@ def _test_transform(size, ten_crop=False):
 
 
 def _leave_signals_to_main(_):
-    # Ctrl-C and many schedulers signal the whole process group: the main process must live to
-    # finish its step, and it needs the workers for that. They end when it does.
+    # Ctrl-C, and many schedulers' SIGTERM, reach the workers too. They must live on for the main
+    # process to finish its step: they ignore the one, and obey the other from their parent alone.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, 'sigwaitinfo'):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_parent_says, daemon=True).start()
+
+
+def _end_when_parent_says():
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _generator(seed, epoch):
@@ -404,7 +415,7 @@ def draw_shapes(split):
     dark, light = (rng.uniform(low, high, (count, 3, 1, 1)) for low, high in ((0, 110), (145, 255)))
     swap = rng.uniform(size=(count, 1, 1, 1)) < 0.5
     front, back = np.where(swap, dark, light), np.where(swap, light, dark)
-    noise = rng.normal(0, 40, (count, 3, 32, 32))
+    noise = rng.normal(0, 30, (count, 3, 32, 32))
     images = np.clip(back + (front - back) * mask + noise, 0, 255).astype(np.uint8)
     return torch.from_numpy(images), torch.from_numpy(labels)
 

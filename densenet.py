@@ -208,18 +208,24 @@ class DenseLayer(nn.Module):
         return self.conv1(F.relu(self.norm1(torch.cat(features, 1))))
 
     def _checkpoint_contexts(self):
-        return contextlib.nullcontext(), _frozen_statistics(self.norm1)
+        return contextlib.nullcontext(), _FrozenStatistics(self.norm1)
 
 
-@contextlib.contextmanager
-def _frozen_statistics(norm):
-    """Normalise by batch statistics without counting the batch again in the running ones."""
-    momentum, counter = norm.momentum, norm.num_batches_tracked
-    norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        norm.momentum, norm.num_batches_tracked = momentum, counter
+class _FrozenStatistics:
+    """A context in which a norm takes batch statistics but doesn't count them in the running ones.
+
+    It can be entered again, since a graph that is retained is recomputed by each backward.
+    """
+
+    def __init__(self, norm):
+        self.norm = norm
+
+    def __enter__(self):
+        self.kept = self.norm.momentum, self.norm.num_batches_tracked
+        self.norm.momentum, self.norm.num_batches_tracked = 0.0, None
+
+    def __exit__(self, *_):
+        self.norm.momentum, self.norm.num_batches_tracked = self.kept
 
 
 class Transition(nn.Module):

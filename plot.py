@@ -123,7 +123,8 @@ def run_names(directories):
                      if sum(other[-depth:] == path[-depth:] for other in paths) == 1)
         name = '/'.join(path[-depth:])
         # A legend line has room for 22 letters; one that begins with _ would be left out of it.
-        name = f'{name[:10]}…{name[-11:]}' if len(name) > 22 else name
+        if len(name) > 22 and len(paths) > 1:
+            name = f'{name[:10]}…{name[-11:]}'
         names.append(f' {name}' if name.startswith('_') else name)
     return names
 

@@ -83,9 +83,8 @@ def number(kind, interval):
 
 
 def make_parser():
-    parser = Parser(description=__doc__.split('\n\n')[0], allow_abbrev=False, epilog=(
-        'Defaults are the paper\'s for CIFAR; --dataset svhn and imagenet have their own. With '
-        '--resume or --evaluate, flags that are not given are those of the checkpoint.'))
+    parser = Parser(prog='train.py', description=__doc__.split('\n\n')[0], allow_abbrev=False,
+                    epilog='With --resume, the flags that are not given are the checkpoint\'s.')
     positive, rate = number(int, '[1, inf)'), number(float, '[0, 1)')
 
     group = parser.add_argument_group('data')
@@ -340,7 +339,12 @@ def load_pretrained(model, args):
         weights = {key: weight for key, weight in weights.items() if 'classifier.' not in key}
         weights.update({f'classifier.{key}': weight
                         for key, weight in model.classifier.state_dict().items()})
-    checkpoint.load_weights(model, weights, args.pretrained or 'torchvision\'s file')
+    try:
+        checkpoint.load_weights(model, weights, args.pretrained or 'torchvision\'s file')
+    except CheckpointError as error:
+        if 'classifier.' in str(error):
+            raise CheckpointError(f'{error}: --reset-classifier starts that one anew') from error
+        raise
 
 
 def make_optimizer(args, model):
@@ -610,11 +614,16 @@ def main(argv=None):
               autocast=autocast, saved=saved)
 
 
-if __name__ == '__main__':
+def cli(argv=None):
+    """`main`, with what a user can put right said in one line, and exit code 2."""
     try:
-        main()
+        main(argv)
     except (UsageError, TrainingError, CheckpointError, DataError, RunDirectoryError) as error:
         print(f'train.py: error: {error}', file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:  # before there is anything to save
+    except KeyboardInterrupt:  # before there was anything to save
         sys.exit(128 + signal.SIGINT)
+
+
+if __name__ == '__main__':
+    cli()

@@ -1,0 +1,335 @@
+"""The loaders against torchvision's transforms, plain loops, and files made in each format."""
+
+import hashlib
+import io
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+import scipy.io
+import torch
+import torch.nn.functional as F
+import torchvision
+from conftest import SHARED, write_images
+from PIL import Image
+from torchvision import transforms
+
+import data
+from data import DataError, MemoryLoader
+
+CPU = torch.device('cpu')
+
+
+def numbered(n=50, size=8):
+    """Images of which each pixel is the image's number, labelled with it."""
+    numbers = torch.arange(n)
+    return numbers.to(torch.uint8)[:, None, None, None].expand(n, 3, size, size), numbers
+
+
+def memory_loader(batch_size, **kwargs):
+    return MemoryLoader(*numbered(), batch_size, mean=(0, 0, 0), std=(1, 1, 1), device=CPU,
+                        **kwargs)
+
+
+# ---- images held in memory -------------------------------------------------------------------
+
+def test_crop_and_mirror_equal_a_loop_over_images():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(40, 3, 10, 7, generator=generator)
+    offsets = torch.randint(9, (40, 2), generator=generator)
+    mirrored = torch.randint(2, (40,), generator=generator).bool()
+    for image, (down, right), mirror, ours in zip(
+            images, offsets.tolist(), mirrored, data.crop_and_mirror(images, offsets, mirrored)):
+        padded = F.pad(image, (4, 4, 4, 4))
+        truth = transforms.functional.crop(padded, down, right, 10, 7)
+        assert torch.equal(ours, transforms.functional.hflip(truth) if mirror else truth)
+
+
+def test_augmentation_draws_every_offset_and_side_equally_often():
+    image = torch.arange(1, 65, dtype=torch.uint8).view(1, 1, 8, 8).expand(20_000, 3, 8, 8)
+    loader = MemoryLoader(image, torch.zeros(20_000), 20_000, mean=(0,) * 3, std=(1,) * 3,
+                          device=CPU, shuffle=True, augment=True)
+    (images, _), = loader
+    views, counts = images[:, 0].flatten(1).unique(dim=0, return_counts=True)
+    assert len(views) == 9 * 9 * 2
+    # 20,000 draws of 162: about 123 each, standard deviation 11.
+    assert counts.min() > 123 - 5 * 11 and counts.max() < 123 + 5 * 11
+
+
+def test_an_epoch_has_every_image_once_in_an_order_of_its_own():
+    loader, orders = memory_loader(16, shuffle=True), []
+    for epoch in (1, 2, 1):
+        loader.set_epoch(epoch)
+        batches = list(loader)
+        assert [len(labels) for _, labels in batches] == [16, 16, 16, 2] and len(loader) == 4
+        for images, labels in batches:
+            assert torch.equal(images[:, 0, 0, 0].long(), labels)
+        orders.append(torch.cat([labels for _, labels in batches]).tolist())
+    assert sorted(orders[0]) == list(range(50))
+    assert orders[0] == orders[2] != orders[1]
+    other_seed = memory_loader(16, shuffle=True, seed=2)
+    assert torch.cat([labels for _, labels in other_seed]).tolist() != orders[0]
+
+
+def test_an_epoch_can_be_entered_in_its_middle():
+    whole, rest = (memory_loader(16, shuffle=True, augment=True) for _ in range(2))
+    whole.set_epoch(7)
+    rest.set_epoch(7, start=2)
+    for (images, labels), (later, later_labels) in zip(list(whole)[2:], rest, strict=True):
+        assert torch.equal(images, later) and torch.equal(labels, later_labels)
+
+
+def test_augmentation_does_not_depend_on_the_batch_size():
+    def epoch(batch_size):
+        batches = list(memory_loader(batch_size, shuffle=True, augment=True))
+        return torch.cat([images for images, _ in batches])
+
+    assert torch.equal(epoch(16), epoch(7))
+
+
+def test_normalises_as_torchvision_does():
+    mean, std = data.STATISTICS['cifar10']
+    images = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8)
+    (ours, _), = MemoryLoader(images, torch.zeros(5), 5, mean=mean, std=std, device=CPU)
+    normalize = transforms.Compose([transforms.ConvertImageDtype(torch.float32),
+                                    transforms.Normalize([m / 255 for m in mean],
+                                                         [s / 255 for s in std])])
+    torch.testing.assert_close(ours, normalize(images), rtol=1e-5, atol=1e-5)
+
+
+def test_measured_statistics_are_numpys():
+    images = torch.randint(256, (9, 3, 5, 7), dtype=torch.uint8)
+    mean, std = data._measure(images)
+    truth = images.numpy().astype(np.float64)
+    np.testing.assert_allclose(mean, truth.mean((0, 2, 3)), rtol=1e-12)
+    np.testing.assert_allclose(std, truth.std((0, 2, 3)), rtol=1e-12)
+    assert data._measure(torch.full((2, 3, 4, 4), 7, dtype=torch.uint8))[1] == [1, 1, 1]
+
+
+# ---- shapes ----------------------------------------------------------------------------------
+
+def test_shapes_are_the_same_every_time_and_balanced():
+    images, labels = data.draw_shapes('test')
+    again, _ = data.draw_shapes('test')
+    train, _ = data.draw_shapes('train')
+    assert torch.equal(images, again)
+    assert images.shape == (1000, 3, 32, 32) and images.dtype == torch.uint8
+    assert labels.bincount().tolist() == [100] * 10
+    assert not (train[:1000] == images).flatten(1).all(1).any()
+
+
+def test_no_linear_classifier_tells_the_shapes_apart():
+    (images, labels), (test_images, test_labels) = map(data.draw_shapes, ('train', 'test'))
+    x, test_x = (i.flatten(1).float() / 127.5 - 1 for i in (images, test_images))
+    gram, moments = x.T @ x, x.T @ F.one_hot(labels).float()
+    for penalty in (1, 10, 100, 1_000, 10_000, 100_000):  # least squares, the best of a wide range
+        weights = torch.linalg.solve(gram + penalty * torch.eye(len(gram)), moments)
+        assert ((test_x @ weights).argmax(1) != test_labels).float().mean() > 0.5
+
+
+# ---- folders of images -----------------------------------------------------------------------
+
+def load(root, batch_size=4, image_size=None, name='folder', **kwargs):
+    dataset = data.describe(name, root, image_size)
+    return dataset, *data.make_loaders(dataset, batch_size, device=CPU, **kwargs)
+
+
+def test_small_folders_are_held_in_memory_as_they_are(tmp_path):
+    write_images(tmp_path, {'train/cat': 3, 'train/dog': 2, 'val/cat': 1, 'val/dog': 2})
+    dataset, train, test = load(tmp_path, augment=False)
+    assert (dataset.num_classes, dataset.image_size, dataset.in_memory) == (2, 32, True)
+    assert len(list(train)) == 2 and train.num_images == 5
+    (images, labels), = test
+    assert labels.tolist() == [0, 1, 1]
+    pixels = images * test.std + test.mean
+    truth = np.asarray(Image.open(tmp_path / 'val/dog/1.png')).transpose(2, 0, 1)
+    np.testing.assert_allclose(pixels[2], truth, atol=1e-3)
+
+
+def test_a_test_folder_stands_in_for_val_and_grey_becomes_rgb(tmp_path):
+    write_images(tmp_path, {'train/a': 2, 'train/b': 2, 'test/a': 1, 'test/b': 1}, (20, 12), 'L')
+    dataset, _, test = load(tmp_path)
+    (images, _), = test
+    assert dataset.image_size == 12 and images.shape == (2, 3, 12, 12)
+    pixels = images * test.std + test.mean
+    truth = np.asarray(Image.open(tmp_path / 'test/a/0.png'))[:, 4:16]  # the middle
+    np.testing.assert_allclose(pixels[0, 0], truth, atol=1e-3)
+    np.testing.assert_allclose(pixels[0, 2], truth, atol=1e-3)
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    root = tmp_path_factory.mktemp('photos')
+    return write_images(root, {'train/a': 5, 'train/b': 4, 'val/a': 2, 'val/b': 1}, (90, 70),
+                        ending='jpg')
+
+
+def test_large_images_come_the_same_from_any_number_of_workers(photos):
+    epochs = []
+    for workers in (0, 2):
+        dataset, train, _ = load(photos, workers=workers, name='imagenet', image_size=66)
+        state = torch.get_rng_state()
+        train.set_epoch(3)
+        epochs.append(list(train))
+        assert torch.equal(torch.get_rng_state(), state)  # dropout's numbers are left alone
+        assert not dataset.in_memory and len(train) == 3
+    train.set_epoch(3, start=1)
+    for (images, labels), (other, other_labels) in zip(*epochs, strict=True):
+        assert images.shape[1:] == (3, 66, 66)
+        assert torch.equal(images, other) and torch.equal(labels, other_labels)
+    for (images, labels), (later, later_labels) in zip(epochs[0][1:], train, strict=True):
+        assert torch.equal(images, later) and torch.equal(labels, later_labels)
+    train.set_epoch(4)
+    assert not torch.equal(next(iter(train))[0], epochs[0][0][0])
+
+
+def test_large_test_images_are_torchvisions_centre_and_ten_crops(photos):
+    image = Image.open(photos / 'val/a/0.jpg')
+    normalize = transforms.Normalize([m / 255 for m in data.STATISTICS['imagenet'][0]],
+                                     [s / 255 for s in data.STATISTICS['imagenet'][1]])
+    centre = transforms.Compose([transforms.Resize(80), transforms.CenterCrop(70),
+                                 transforms.ToTensor(), normalize])(image)
+    crops = [normalize(transforms.functional.to_tensor(crop))
+             for crop in transforms.TenCrop(70)(transforms.Resize(80)(image))]
+    _, _, test = load(photos, image_size=70)
+    torch.testing.assert_close(next(iter(test))[0][0], centre, rtol=1e-5, atol=1e-5)
+    _, _, test = load(photos, image_size=70, ten_crop=True)
+    assert next(iter(test))[0].shape == (3, 10, 3, 70, 70)
+    torch.testing.assert_close(next(iter(test))[0][0], torch.stack(crops), rtol=1e-5, atol=1e-5)
+
+
+def test_photographs_of_imagenet():
+    archive = SHARED / 'imagenet-sample.tar'
+    if not archive.exists():
+        pytest.skip(f'needs {archive.name}, a photograph of each of 111 classes')
+    with tarfile.open(archive) as tar:
+        members = [m for m in tar.getmembers() if m.isfile() and '/val/' in m.name][::8]
+        files = [tar.extractfile(m).read() for m in members]
+    dataset = data._ImageFiles([(io.BytesIO(f), 0) for f in files], data._train_transform(224))
+    for i in range(len(files)):
+        image, _ = dataset[i, i]
+        assert image.shape == (3, 224, 224) and image.dtype == torch.uint8
+        assert image.float().std() > 5  # there is a picture
+
+
+# ---- the formats that are downloaded ---------------------------------------------------------
+
+def md5(path):
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize('name', ['cifar10', 'cifar100'])
+def test_reads_the_format_of_cifar(tmp_path, monkeypatch, name):
+    kind = torchvision.datasets.CIFAR10 if name == 'cifar10' else torchvision.datasets.CIFAR100
+    key, classes = ('labels', 10) if name == 'cifar10' else ('fine_labels', 100)
+    rng = np.random.RandomState(0)
+    folder = tmp_path / kind.base_folder
+    folder.mkdir()
+    truth = {}
+    for listing in ('train_list', 'test_list'):
+        files = []
+        for file, _ in getattr(kind, listing):
+            pixels = rng.randint(0, 256, (12, 3072)).astype(np.uint8)
+            labels = rng.randint(0, classes, 12).tolist()
+            (folder / file).write_bytes(pickle.dumps({'data': pixels, key: labels}))
+            files.append([file, md5(folder / file)])
+            truth.setdefault(listing, []).append((pixels, labels))
+        monkeypatch.setattr(kind, listing, files)
+    (folder / kind.meta['filename']).write_bytes(
+        pickle.dumps({kind.meta['key']: [str(i) for i in range(classes)]}))
+    monkeypatch.setattr(kind, 'meta', {**kind.meta, 'md5': md5(folder / kind.meta['filename'])})
+
+    dataset, train, test = load(tmp_path, name=name, augment=False)
+    assert (dataset.num_classes, dataset.image_size) == (classes, 32)
+    for loader, listing in ((train, 'train_list'), (test, 'test_list')):
+        pixels = np.concatenate([p for p, _ in truth[listing]])
+        labels = np.concatenate([y for _, y in truth[listing]])
+        np.testing.assert_array_equal(loader.images, pixels.reshape(-1, 3, 32, 32))
+        np.testing.assert_array_equal(loader.labels, labels)
+
+
+def test_reads_the_format_of_svhn_and_only_divides_by_255(tmp_path, monkeypatch):
+    rng = np.random.RandomState(0)
+    table, truth = {}, {}
+    for split, (url, file, _) in torchvision.datasets.SVHN.split_list.items():
+        pixels = rng.randint(0, 256, (32, 32, 3, 10)).astype(np.uint8)
+        scipy.io.savemat(tmp_path / file, {'X': pixels, 'y': np.arange(1, 11)[:, None]})
+        table[split] = [url, file, md5(tmp_path / file)]
+        truth[split] = pixels.transpose(3, 2, 0, 1)
+    monkeypatch.setattr(torchvision.datasets.SVHN, 'split_list', table)
+    _, train, test = load(tmp_path, name='svhn', augment=False)
+    np.testing.assert_array_equal(train.images, np.concatenate([truth['train'], truth['extra']]))
+    assert train.labels.tolist() == 2 * [*range(1, 10), 0]  # the files say 10 for the digit 0
+    images = torch.cat([images for images, _ in test])
+    np.testing.assert_allclose(images, truth['test'] / 255, rtol=1e-6)
+
+
+# ---- what can be wrong -----------------------------------------------------------------------
+
+def no_network(*_, **__):
+    raise OSError('no network')
+
+
+@pytest.mark.parametrize('name, file', [
+    ('cifar10', 'cifar-10-python.tar.gz'), ('cifar100', 'cifar-100-python.tar.gz'),
+    ('svhn', 'train_32x32.mat')])
+@pytest.mark.parametrize('broken', [False, True])
+def test_missing_or_broken_archives_are_named(tmp_path, monkeypatch, name, file, broken):
+    monkeypatch.setattr('urllib.request.urlopen', no_network)
+    if broken:
+        (tmp_path / file).write_bytes(b'half of an archive')
+    with pytest.raises(DataError) as caught:
+        load(tmp_path, name=name)
+    message = str(caught.value)
+    assert file in message and str(tmp_path) in message and '--dataset shapes' in message
+    assert ('cannot be used' in message) == broken and '\n' not in message
+
+
+def test_folders_that_are_not_as_they_should_be(tmp_path):
+    with pytest.raises(DataError, match='train is not there.*--dataset shapes'):
+        data.describe('folder', tmp_path)
+    write_images(tmp_path, {'train/a': 2, 'train/b': 2})
+    with pytest.raises(DataError, match='test is not there'):
+        load(tmp_path)
+    write_images(tmp_path, {'val/a': 1, 'val/c': 1})
+    with pytest.raises(DataError, match='val.*: b is in only one'):
+        load(tmp_path)
+    (tmp_path / 'train' / 'empty').mkdir()
+    with pytest.raises(DataError, match='train.*empty'):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize('image_size', [None, 70])
+@pytest.mark.parametrize('workers', [0, 2])
+def test_an_image_that_cannot_be_decoded_is_named(tmp_path, image_size, workers):
+    write_images(tmp_path, {'train/a': 2, 'train/b': 2, 'val/a': 1, 'val/b': 1})
+    whole = (tmp_path / 'train/b/1.png').read_bytes()
+    (tmp_path / 'train/b/1.png').write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(DataError, match=r'train/b/1.png: cannot be read') as caught:
+        list(load(tmp_path, image_size=image_size, workers=workers)[1])
+    assert '\n' not in str(caught.value)
+
+
+def test_a_batch_larger_than_the_data(tmp_path):
+    write_images(tmp_path, {'train/a': 2, 'val/a': 1})
+    with pytest.raises(DataError, match='--batch-size 3 .* 2 training images'):
+        load(tmp_path, batch_size=3)
+
+
+def test_options_that_a_data_set_has_not(photos):
+    with pytest.raises(DataError, match='--image-size is for'):
+        data.describe('cifar10', 'nowhere', 48)
+    with pytest.raises(DataError, match='--ten-crop is for'):
+        load(photos, image_size=32, ten_crop=True)
+
+
+@pytest.mark.cuda
+def test_batches_on_cuda_are_those_on_the_cpu(photos):
+    for size in (32, 66):
+        dataset = data.describe('folder', photos, size)
+        cpu, _ = data.make_loaders(dataset, 4, device=CPU)
+        gpu, _ = data.make_loaders(dataset, 4, device=torch.device('cuda'), workers=2)
+        for (images, labels), (other, other_labels) in zip(cpu, gpu, strict=True):
+            torch.testing.assert_close(other.cpu(), images, rtol=1e-6, atol=1e-6)
+            assert torch.equal(other_labels.cpu(), labels) and other.is_cuda

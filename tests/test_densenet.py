@@ -1,0 +1,393 @@
+"""The model against the paper, torchvision's densenet.py, and what PyTorch does with modules."""
+
+import ast
+import copy
+import io
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+
+import densenet
+from densenet import DenseNet, densenet_cifar
+
+CIFAR_PARAMETERS = [  # (depth, growth rate, BC, parameters): the paper's table 2, Wide-DenseNet
+    (40, 12, False, 1_019_722), (100, 12, False, 6_979_642), (100, 24, False, 27_249_082),
+    (100, 12, True, 769_162), (250, 24, True, 15_324_406), (190, 40, True, 25_624_430),
+    (40, 36, True, 1_542_682), (40, 48, True, 2_733_130), (40, 60, True, 4_261_690),
+]
+IMAGENET_PARAMETERS = {
+    'densenet121': 7_978_856, 'densenet169': 14_149_480, 'densenet201': 20_013_928,
+    'densenet161': 28_681_000, 'densenet264': 33_337_704, 'densenet232_k48': 55_570_984,
+    'densenet264_k48': 72_686_632,
+}
+IN_TORCHVISION = ['densenet121', 'densenet169', 'densenet201', 'densenet161']
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def small_net(**kwargs):
+    torch.manual_seed(0)
+    settings = dict(growth_rate=4, block_config=(2, 3), num_init_features=8, num_classes=5,
+                    small_inputs=True)
+    return DenseNet(**{**settings, **kwargs})
+
+
+def images(n=4, size=12, dtype=torch.float32, channels=3):
+    return torch.randn(n, channels, size, size, dtype=dtype,
+                       generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize('depth, growth_rate, bc, parameters', CIFAR_PARAMETERS)
+def test_parameter_counts_of_the_cifar_family(depth, growth_rate, bc, parameters):
+    with torch.device('meta'):
+        model = densenet_cifar(depth, growth_rate, bottleneck=bc, compression=0.5 if bc else 1.0)
+    assert count(model) == parameters
+    weighted = [m for m in model.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
+    assert len(weighted) == depth
+
+
+@pytest.mark.parametrize('name', IMAGENET_PARAMETERS)
+def test_parameter_counts_of_the_imagenet_family(name):
+    with torch.device('meta'):
+        assert count(getattr(densenet, name)()) == IMAGENET_PARAMETERS[name]
+
+
+def pre_2018(state_dict):
+    """The spelling of torchvision's first weights, which lacked the batch counters too."""
+    return {re.sub(r'(denselayer\d+\.(?:norm|conv))([12])\.', r'\1.\2.', key): value
+            for key, value in state_dict.items() if not key.endswith('num_batches_tracked')}
+
+
+@pytest.mark.parametrize('name', IN_TORCHVISION)
+def test_same_logits_as_torchvision_with_the_same_weights(name):
+    torch.manual_seed(0)
+    theirs = getattr(torchvision.models, name)(num_classes=10)
+    for module in theirs.modules():  # so that every weight and buffer of the norms matters
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for value in (module.weight, module.bias, module.running_mean, module.running_var):
+                torch.nn.init.uniform_(value, 0.5, 1.5)
+    ours = getattr(densenet, name)(num_classes=10)
+    back = getattr(torchvision.models, name)(num_classes=10)
+    old = getattr(densenet, name)(num_classes=10)
+    ours.load_state_dict(theirs.state_dict())
+    back.load_state_dict(ours.state_dict())
+    old.load_state_dict(pre_2018(theirs.state_dict()))
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+        x = images(2, 64, dtype)
+        with torch.no_grad():
+            truth = theirs.to(dtype).eval()(x)
+            for model in (ours, back, old):
+                torch.testing.assert_close(model.to(dtype).eval()(x), truth, rtol=tolerance,
+                                           atol=tolerance * truth.abs().max().item())
+
+
+def sgd_steps(model, steps=2):
+    """Loss gradients of the first step, and running statistics after all of them, in float64."""
+    model.double().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    gradients = None
+    for step in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images(4, 64, torch.float64) + step), torch.arange(4)).backward()
+        gradients = gradients or {k: p.grad.clone() for k, p in model.named_parameters()}
+        optimizer.step()
+    return gradients, dict(model.named_buffers())
+
+
+@pytest.mark.parametrize('name', IN_TORCHVISION)
+def test_trains_as_torchvision_does(name):
+    theirs, ours = getattr(torchvision.models, name)(), getattr(densenet, name)()
+    ours.load_state_dict(theirs.state_dict())
+    (their_grads, their_buffers), (our_grads, our_buffers) = sgd_steps(theirs), sgd_steps(ours)
+    torch.testing.assert_close(our_grads, their_grads, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(our_buffers, their_buffers, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize('prefix', ['module.', '_orig_mod.', 'module._orig_mod.'])
+def test_loads_weights_saved_under_ddp_or_compile(prefix):
+    model, other = small_net(), small_net()
+    torch.nn.init.ones_(other.classifier.weight)
+    saved = {prefix + key: value for key, value in model.state_dict().items()}
+    other.load_state_dict(saved)
+    assert all(key.startswith(prefix) for key in saved)  # the caller's own is left as it was
+    torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_loads_as_a_part_of_another_model():
+    outer = torch.nn.ModuleDict({'backbone': small_net()})
+    old = pre_2018(outer.state_dict())
+    assert set(old) != set(outer.state_dict())
+    outer.load_state_dict(old)
+    with pytest.raises(RuntimeError, match='Unexpected key.*backbone.nonsense'):
+        outer.load_state_dict({**old, 'backbone.nonsense': torch.zeros(1)})
+
+
+# ---- memory_efficient ------------------------------------------------------------------------
+
+def train_twice(model, dtype=torch.float64):
+    """Outputs, gradients and buffers of two training passes, from the same random state."""
+    model.to(dtype).train()
+    torch.manual_seed(3)
+    x = images(4, 12, dtype).requires_grad_()
+    outputs = [model(x), model(2 * x)]
+    sum(output.square().sum() for output in outputs).backward()
+    return outputs, [x.grad] + [p.grad for p in model.parameters()], dict(model.named_buffers())
+
+
+@pytest.mark.parametrize('bottleneck', [True, False])
+@pytest.mark.parametrize('drop_rate', [0.0, 0.2])
+@pytest.mark.parametrize('momentum', [0.1, None])
+def test_memory_efficient_equals_plain(bottleneck, drop_rate, momentum):
+    plain = small_net(bottleneck=bottleneck, drop_rate=drop_rate)
+    efficient = small_net(bottleneck=bottleneck, drop_rate=drop_rate, memory_efficient=True)
+    for module in [*plain.modules(), *efficient.modules()]:
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = momentum
+    results = train_twice(efficient)
+    torch.testing.assert_close(results, train_twice(plain), rtol=1e-12, atol=1e-12)
+    counters = [b for name, b in results[2].items() if name.endswith('num_batches_tracked')]
+    assert counters and all(counter == 2 for counter in counters)  # a batch each, recomputed or not
+    norm = efficient.features.denseblock1.denselayer1.norm1
+    assert norm.momentum == momentum
+
+
+def bytes_saved(model):
+    """What autograd holds for backward: each storage once, the weights not counted."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    held = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model.train()(images(2, 16))
+        total = sum(held.values())
+    output.sum().backward()
+    return total
+
+
+def test_memory_efficient_recomputes_and_holds_less():
+    runs = {}
+    for efficient in (False, True):
+        model = densenet_cifar(40, 12, memory_efficient=efficient)
+        calls = []
+        model.features.denseblock1.denselayer6.norm1.register_forward_hook(
+            lambda *_, calls=calls: calls.append(1))
+        runs[efficient] = bytes_saved(model), len(calls)
+    assert runs[False][1] == 1 and runs[True][1] == 2
+    assert runs[True][0] < 0.6 * runs[False][0]
+
+
+# ---- as the paper has it ---------------------------------------------------------------------
+
+def test_initialisation_is_that_of_the_official_code():
+    model = densenet_cifar(40, 24)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            k = module.kernel_size[0]
+            std = math.sqrt(2 / (k * k * module.out_channels))
+            n = module.weight.numel()
+            # A sample's standard deviation is within 5 / sqrt(2n) of the true one, its mean
+            # within 5 / sqrt(n), but for a chance of less than one in a million.
+            assert abs(module.weight.std() / std - 1) < 5 / math.sqrt(2 * n), name
+            assert abs(module.weight.mean()) < 5 * std / math.sqrt(n), name
+        elif isinstance(module, torch.nn.BatchNorm2d):
+            assert (module.weight == 1).all() and (module.bias == 0).all()
+    assert (model.classifier.bias == 0).all()
+
+
+@pytest.mark.parametrize('kwargs', [{}, {'bottleneck': False}, {'memory_efficient': True}])
+def test_dropout_follows_every_convolution_but_the_first(kwargs, monkeypatch):
+    model = small_net(drop_rate=0.25, **kwargs).train()
+    convolved, dropped = [], []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda m, i, out, name=name: convolved.append((name, out)))
+    dropout = F.dropout
+    monkeypatch.setattr(F, 'dropout', lambda x, p, training: (dropped.append((x, p, training)),
+                                                              dropout(x, p, training))[1])
+    model(images())
+    followed = [name for name, out in convolved if any(out is x for x, _, _ in dropped)]
+    assert followed == [name for name, _ in convolved if name != 'features.conv0']
+    assert {(p, training) for _, p, training in dropped} == {(0.25, True)}
+
+
+@pytest.mark.parametrize('bottleneck, compression, width', [
+    (True, 0.5, 48), (True, 1.0, 16), (False, 0.5, 16), (False, 1.0, 16)])
+def test_stem_width(bottleneck, compression, width):
+    model = densenet_cifar(22, 24, bottleneck=bottleneck, compression=compression)
+    assert model.features.conv0.out_channels == width
+
+
+def test_features_are_what_the_classifier_pools():
+    model, x = small_net().eval(), images()
+    feature_map = model.features(x)
+    assert feature_map.shape == (4, model.classifier.in_features, 6, 6)
+    logits = F.linear(feature_map.clamp(min=0).mean((2, 3)), *model.classifier.parameters())
+    torch.testing.assert_close(model(x), logits)
+
+
+# ---- arguments and inputs --------------------------------------------------------------------
+
+@pytest.mark.parametrize('depth, bottleneck, nearest', [
+    (99, True, '94 and 100'), (41, True, '40 and 46'), (5, True, 'nearest 10'),
+    (41, False, '40 and 43'), (0, False, 'nearest 7'), (-3, True, 'nearest 10')])
+def test_impossible_depths_name_the_nearest(depth, bottleneck, nearest):
+    with pytest.raises(ValueError, match=nearest):
+        densenet_cifar(depth, bottleneck=bottleneck)
+
+
+@pytest.mark.parametrize('kwargs', [
+    {'growth_rate': 0}, {'growth_rate': 1.5}, {'block_config': ()}, {'block_config': (2, 0)},
+    {'num_init_features': -1}, {'bn_size': 0}, {'drop_rate': 1.0}, {'drop_rate': -0.1},
+    {'drop_rate': math.nan}, {'num_classes': 0}, {'compression': 0.0}, {'compression': 1.5},
+    {'compression': 0.01}, {'in_channels': 0}])
+def test_arguments_out_of_range(kwargs):
+    with pytest.raises(ValueError, match=next(iter(kwargs))):
+        small_net(**kwargs)
+
+
+@pytest.mark.parametrize('make', [
+    lambda: small_net(), lambda: small_net(small_inputs=False), densenet.densenet121,
+    lambda: small_net(block_config=(1, 1, 1, 1, 1), small_inputs=False)])
+def test_smallest_images(make):
+    model = make().eval()
+    assert model(images(1, model.min_size)).shape[0] == 1
+    with pytest.raises(ValueError, match=f'at least {model.min_size}'):
+        model(images(1, model.min_size - 1))
+    if len(model.features) == 12:  # torchvision's own limit, found by its pooling
+        theirs = torchvision.models.densenet121().eval()
+        theirs(images(1, model.min_size))
+        with pytest.raises(RuntimeError, match='too small'):
+            theirs(images(1, model.min_size - 1))
+
+
+@pytest.mark.parametrize('shape', [(3, 32, 32), (1, 1, 32, 32), (1, 32, 32, 3)])
+def test_images_of_another_shape(shape):
+    with pytest.raises(ValueError, match=r'expected images \[N, 3, H, W\]'):
+        small_net()(torch.zeros(shape))
+
+
+@pytest.mark.parametrize('channels, classes, size', [(1, 2, (9, 14)), (5, 17, (8, 8))])
+def test_any_channels_classes_and_sizes(channels, classes, size):
+    model = small_net(in_channels=channels, num_classes=classes)
+    assert model(torch.randn(3, channels, *size)).shape == (3, classes)
+
+
+# ---- what PyTorch does with modules ----------------------------------------------------------
+
+def test_needs_nothing_but_torch():
+    tree = ast.parse(Path(densenet.__file__).read_text())
+    imported = {name.split('.')[0] for node in ast.walk(tree)
+                if isinstance(node, (ast.Import, ast.ImportFrom))
+                for name in ([node.module] if isinstance(node, ast.ImportFrom)
+                             else [alias.name for alias in node.names])}
+    assert imported - {'torch'} == {'contextlib', 're', 'collections'}
+
+
+@pytest.mark.parametrize('efficient', [False, True])
+def test_compiled_gives_the_same_gradients_and_statistics(efficient):
+    torch._dynamo.reset()
+    model = small_net(memory_efficient=efficient).train()
+    compiled = copy.deepcopy(model)
+    compiled.compile(backend='aot_eager', fullgraph=True)  # Inductor would take minutes
+    for net in (model, compiled):
+        net(images()).square().sum().backward()
+    torch.testing.assert_close([p.grad for p in compiled.parameters()],
+                               [p.grad for p in model.parameters()], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(compiled.state_dict(), model.state_dict())
+
+
+def test_exports_with_a_free_batch_size():
+    model, x = small_net().eval(), images(3)
+    exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim('n')},))
+    torch.testing.assert_close(exported.module()(images(7)), model(images(7)))
+
+
+def test_traces_without_freezing_the_size():
+    model = small_net().eval()
+    traced = torch.jit.trace(model, images(2, 12))
+    torch.testing.assert_close(traced(images(3, 20)), model(images(3, 20)))
+
+
+def test_autocast_runs_in_bf16_and_stays_close():
+    model, x = small_net().eval(), images()
+    with torch.autocast('cpu', torch.bfloat16):
+        logits = model(x)
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.float(), model(x), rtol=0.05, atol=0.05)
+
+
+def test_channels_last_changes_the_layout_alone():
+    model, x = small_net().eval(), images()
+    truth = model(x)
+    model.to(memory_format=torch.channels_last)
+    feature_map = model.features(x)
+    assert feature_map.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(model(x), truth)
+
+
+def test_copies_and_pickles():
+    model, x = small_net(memory_efficient=True).eval(), images()
+    twin = copy.deepcopy(model)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    loaded = small_net()
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    for other in (twin, loaded.eval()):
+        torch.testing.assert_close(other(x), model(x), rtol=0, atol=0)
+
+
+def test_per_sample_gradients_by_torch_func():
+    model, x, y = small_net().double().eval(), images(3, dtype=torch.float64), torch.arange(3)
+    weights = dict(model.named_parameters())
+
+    def loss(weights, image, label):
+        logits = torch.func.functional_call(model, weights, (image[None],))
+        return F.cross_entropy(logits, label[None])
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(weights, x, y)
+    F.cross_entropy(model(x), y).backward()
+    torch.testing.assert_close({k: g.mean(0) for k, g in each.items()},
+                               {k: p.grad for k, p in model.named_parameters()})
+
+
+def test_gradients_agree_with_finite_differences():
+    model = small_net(memory_efficient=True).double().train()
+    assert torch.autograd.gradcheck(model, images(2, 4, torch.float64).requires_grad_(),
+                                    atol=1e-6)
+
+
+@pytest.mark.parametrize('efficient', [False, True])
+def test_hooks_on_inner_modules_see_gradients(efficient):  # Grad-CAM and its like
+    model, seen = small_net(memory_efficient=efficient).train(), []
+    for name, module in model.named_modules():
+        if isinstance(module, (torch.nn.BatchNorm2d, torch.nn.Conv2d)):
+            module.register_full_backward_hook(lambda m, i, o, name=name: seen.append(name))
+    model(images()).sum().backward()
+    assert {name for name in seen} >= {'features.norm5', 'features.denseblock2.denselayer3.conv2'}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('efficient', [False, True])
+def test_cuda_agrees_with_the_cpu(efficient):
+    cpu = small_net(memory_efficient=efficient, drop_rate=0.0)
+    gpu = copy.deepcopy(cpu).cuda().to(memory_format=torch.channels_last)
+    cpu_results, x = train_twice(cpu), images(4, 12, torch.float64).cuda().requires_grad_()
+    gpu.double().train()
+    outputs = [gpu(x), gpu(2 * x)]
+    sum(output.square().sum() for output in outputs).backward()
+    gradients = [x.grad] + [p.grad for p in gpu.parameters()]
+    results = outputs, gradients, dict(gpu.named_buffers())
+    torch.testing.assert_close(results, cpu_results, rtol=1e-9, atol=1e-9, check_device=False)

@@ -1,0 +1,536 @@
+"""Whole runs: the recipe's numbers, interrupted and resumed against uninterrupted, wrong input."""
+
+import copy
+import csv
+import fcntl
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from conftest import ROOT, write_images
+
+import checkpoint
+import data
+import densenet
+import train
+from train import TrainState, evaluate, learning_rate, parse_args, train_step
+
+NO_AUTOCAST = torch.autocast('cpu', enabled=False)
+SMALL = ['--depth', '10', '--growth-rate', '4', '--batch-size', '4', '--print-freq', '3',
+         '--device', 'cpu', '--no-plot']
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """36 images to train on and 8 to test: 9 steps an epoch in batches of 4."""
+    root = tmp_path_factory.mktemp('folder')
+    return write_images(root, {f'{split}/{label}': n for split, n in (('train', 9), ('val', 2))
+                               for label in 'abcd'}, (8, 8))
+
+
+@pytest.fixture
+def small(folder):
+    return ['--dataset', 'folder', '--data', str(folder), *SMALL]
+
+
+def read_csv(path):
+    with open(path, newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def fails(capsys, *argv):
+    """The one line that a wrong command ends with."""
+    with pytest.raises(SystemExit) as exit_:
+        train.cli(list(map(str, argv)))
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith('train.py: error: ') and error.count('\n') == 1, error
+    return error
+
+
+# ---- flags -----------------------------------------------------------------------------------
+
+def test_the_classic_repositories_commands():
+    args = parse_args('--layers 40 --growth 12 --no-bottleneck --reduce 1.0 '
+                      '--name DenseNet-40-12'.split())
+    args = train.choose_model(args, 32)
+    model = train.build_model(args, data.describe('cifar10'))
+    assert sum(p.numel() for p in model.parameters()) == 1_019_722
+    assert train.run_directory(args).as_posix() == 'work/DenseNet-40-12'
+
+    args = parse_args('--batchSz 64 --nEpochs 300 --opt adam --save somewhere'.split())
+    optimizer = train.make_optimizer(args, model)
+    assert type(optimizer) is torch.optim.Adam and optimizer.defaults['lr'] == 1e-3
+    assert (args.batch_size, args.epochs, args.save) == (64, 300, 'somewhere')
+    assert parse_args(['--no-cuda', '--seed', '3']).device == 'cpu'
+
+    # The official one: th main.lua -netType densenet -dataset imagenet ..., with two dashes.
+    args = parse_args('--dataset imagenet --data x --batchSize 256 --nEpochs 90 --depth 121 '
+                      '--growthRate 32 --nThreads 16'.split())
+    args = train.choose_model(args, 224)
+    imagenet = data.Description('imagenet', 'x', 1000, 224)
+    assert sum(p.numel() for p in train.build_model(args, imagenet).parameters()) == 7_978_856
+
+
+def test_the_recipes_of_the_paper():
+    recipe = parse_args([])
+    assert (recipe.epochs, recipe.batch_size, recipe.lr, recipe.momentum, recipe.weight_decay,
+            recipe.drop_rate, recipe.augment) == (300, 64, 0.1, 0.9, 1e-4, 0.0, True)
+    assert train.choose_model(recipe, 32).depth == 100
+    optimizer = train.make_optimizer(recipe, torch.nn.Linear(2, 2))
+    assert optimizer.defaults['nesterov'] and optimizer.defaults['dampening'] == 0
+    assert sum(len(group['params']) for group in optimizer.param_groups) == 2
+
+    svhn = parse_args(['--dataset', 'svhn'])
+    assert (svhn.epochs, svhn.drop_rate, svhn.augment) == (40, 0.2, False)
+    assert parse_args(['--no-augment']).drop_rate == 0.2
+    imagenet = parse_args(['--dataset', 'imagenet'])
+    assert (imagenet.epochs, imagenet.batch_size) == (90, 256)
+    given = parse_args('--dataset svhn --epochs 7 --drop-rate 0 --augment'.split())
+    assert (given.epochs, given.drop_rate, given.augment) == (7, 0.0, True)
+
+
+def test_learning_rate_of_the_recipes():
+    args = parse_args([])
+    rates = [learning_rate(args, epoch) for epoch in range(1, 301)]
+    assert rates == [0.1] * 149 + [0.01] * 75 + [0.001] * 76
+    svhn = parse_args(['--dataset', 'svhn'])
+    assert [learning_rate(svhn, e) for e in (19, 20, 29, 30, 40)] == [0.1, 0.01, 0.01, 1e-3, 1e-3]
+    imagenet = parse_args(['--dataset', 'imagenet'])
+    assert [learning_rate(imagenet, e) for e in (30, 31, 60, 61)] == [0.1, 0.01, 0.01, 0.001]
+    assert learning_rate(parse_args(['--epochs', '1']), 1) == 0.1
+
+    args = parse_args(['--lr-schedule', 'cosine', '--epochs', '10'])
+    weight = torch.nn.Parameter(torch.zeros(()))
+    torchs = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD([weight], lr=0.1), 40)
+    for step in range(40):  # ten epochs of four steps
+        ours = learning_rate(args, 1 + step // 4, step % 4 / 4)
+        assert math.isclose(ours, torchs.get_last_lr()[0], rel_tol=1e-9)
+        torchs.optimizer.step()
+        torchs.step()
+
+
+# ---- the step and the evaluation -------------------------------------------------------------
+
+def make_state(seed=0, lr=0.1, **kwargs):
+    torch.manual_seed(seed)
+    model = densenet.densenet_cifar(10, 4, **kwargs)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, nesterov=True)
+    return TrainState(model, optimizer, torch.amp.GradScaler('cpu', enabled=False),
+                      interval=torch.zeros(3))
+
+
+def batch(n=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(n, 3, 8, 8, generator=generator),
+            torch.randint(10, (n,), generator=generator))
+
+
+def test_a_step_is_the_step_written_out():
+    state, (images, labels) = make_state(), batch()
+    other = copy.deepcopy(state)
+    for _ in range(3):
+        train_step(state, images, labels, autocast=NO_AUTOCAST, label_smoothing=0.1)
+    loss_sum = errors = 0
+    for _ in range(3):
+        other.optimizer.zero_grad()
+        logits = other.model(images)
+        target = 0.9 * F.one_hot(labels, 10) + 0.1 / 10
+        loss = -(target * logits.log_softmax(1)).sum(1).mean()
+        loss.backward()
+        other.optimizer.step()
+        loss_sum += 8 * loss.item()
+        errors += (logits.argmax(1) != labels).sum().item()
+    torch.testing.assert_close(state.model.state_dict(), other.model.state_dict())
+    assert state.interval[1] == errors and state.interval_images == 24 and state.step == 3
+    assert math.isclose(state.interval[0].item(), loss_sum, rel_tol=1e-5)
+
+
+@pytest.mark.parametrize('parts', [3, 8])
+def test_gradient_accumulation_is_the_gradient_of_the_batch(parts):
+    whole, accumulated = make_state(), make_state()
+    for state, n in ((whole, 1), (accumulated, parts)):
+        state.model.eval()  # so that the parts share their statistics
+        train_step(state, *batch(8), autocast=NO_AUTOCAST, grad_accum=n)
+    torch.testing.assert_close([p.grad for p in accumulated.model.parameters()],
+                               [p.grad for p in whole.model.parameters()], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(accumulated.interval, whole.interval)
+
+
+class Batches(list):
+    num_images = property(lambda self: sum(len(labels) for _, labels in self))
+
+
+@pytest.mark.parametrize('crops', [1, 10])
+@pytest.mark.parametrize('classes', [10, 3])
+def test_evaluation_counts_as_a_loop_over_images(crops, classes):
+    model = make_state(num_classes=classes).model
+    generator = torch.Generator().manual_seed(0)
+    batches = Batches()
+    for n in (7, 4):
+        shape = (n, 10, 3, 8, 8) if crops == 10 else (n, 3, 8, 8)
+        batches.append((torch.randn(shape, generator=generator),
+                        torch.randint(classes, (n,), generator=generator)))
+    loss, error, error5 = evaluate(model, batches, NO_AUTOCAST)
+    truth = []
+    for images, labels in batches:
+        for image, label in zip(images, labels):
+            with torch.no_grad():
+                logits = model(image.view(-1, 3, 8, 8)).mean(0).double().numpy()
+            rank = (logits > logits[label]).sum()
+            truth.append((np.log(np.exp(logits).sum()) - logits[label], rank > 0, rank > 4))
+    expected = np.mean(truth, 0) * (1, 100, 100)
+    np.testing.assert_allclose((loss, error, error5), expected, rtol=1e-5)
+
+
+def test_the_first_step_without_a_finite_loss_is_named():
+    state, (images, labels) = make_state(), batch()
+    state.epoch, state.step = 4, 70
+    for i in range(6):
+        scale = math.inf if i == 3 else 1.0
+        train_step(state, images * scale, labels, autocast=NO_AUTOCAST)
+    with pytest.raises(train.TrainingError, match='epoch 4, step 74'):
+        train.check_finite(state)
+
+
+@pytest.mark.parametrize('precision', ['bf16', 'fp16'])
+def test_precisions_that_autocast(small, tmp_path, precision):
+    train.main([*small, '--epochs', '1', '--precision', precision, '--save', str(tmp_path / 'x')])
+    saved = checkpoint.load(tmp_path / 'x/latest.pth')
+    assert {p.dtype for p in saved['model'].values()} == {torch.float32, torch.int64}
+    assert ('scale' in saved['scaler']) == (precision == 'fp16')
+    assert json.loads((tmp_path / 'x/args.json').read_text())['precision'] == precision
+
+
+# ---- whole runs ------------------------------------------------------------------------------
+
+def test_learns_64_photographs_by_heart(photographs, tmp_path):
+    train.main(['--dataset', 'folder', '--data', str(photographs), '--no-augment', '--depth', '16',
+                '--epochs', '100', '--batch-size', '16', '--save', str(tmp_path), '--no-plot',
+                '--device', 'cpu'])
+    assert float(read_csv(tmp_path / 'train.csv')[-1]['error']) == 0
+    assert float(read_csv(tmp_path / 'test.csv')[-1]['error']) == 0
+
+
+def test_a_small_net_learns_the_shapes_and_says_where_everything_is(tmp_path, capsys):
+    run = tmp_path / 'demo'
+    train.main(['--dataset', 'shapes', '--depth', '16', '--growth-rate', '8', '--epochs', '5',
+                '--save', str(run), '--tensorboard', '--device', 'cpu'])
+    rows = read_csv(run / 'test.csv')
+    assert [row['epoch'] for row in rows] == ['1', '2', '3', '4', '5']
+    assert float(rows[-1]['error']) < 10
+    train_rows = read_csv(run / 'train.csv')
+    assert [row['epoch'] for row in train_rows[:3]] == ['0.53191', '1.00000', '1.53191']
+    assert set(os.listdir(run)) == {'args.json', 'train.csv', 'test.csv', 'latest.pth', 'best.pth',
+                                    'loss.png', 'error.png', 'loss-error.png', 'tensorboard'}
+    output = capsys.readouterr().out.splitlines()
+    best = min(rows, key=lambda row: float(row['error']))
+    assert output[-1] == (f'final error {float(rows[-1]["error"]):.2f}% (epoch 5), best '
+                          f'{float(best["error"]):.2f}% (epoch {best["epoch"]}); everything is in '
+                          f'{run}')
+    assert output[-2].split()[1:] == [str(run / f'{name}.png')
+                                      for name in ('loss', 'error', 'loss-error')]
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(run / 'tensorboard')).Reload()
+    assert set(events.Tags()['scalars']) == {'train_loss', 'train_acc', 'val_loss', 'val_acc'}
+    accuracy = [event.value for event in events.Scalars('val_acc')]
+    np.testing.assert_allclose(accuracy, [100 - float(row['error']) for row in rows], rtol=1e-4)
+
+    train.main(['--evaluate', '--resume', str(run / 'latest.pth'), '--device', 'cpu'])
+    printed = capsys.readouterr().out
+    assert f'error {float(rows[-1]["error"]):.2f}%, top-5 error' in printed
+
+
+# A run that sends itself a signal at a known moment: after 'when' calls of a function of train.py.
+INTERRUPTED = '''
+import os, sys
+sys.path.insert(0, {root!r})
+import train
+calls, function = 0, train.{function}
+def counted(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == {when}:
+        os.kill(os.getpid(), {signum})
+    return function(*args, **kwargs)
+train.{function} = counted
+train.cli({argv!r})
+'''
+
+
+def run_interrupted(argv, function, when, signum):
+    script = INTERRUPTED.format(root=str(ROOT), function=function, when=when, signum=int(signum),
+                                argv=argv)
+    return subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
+
+
+def assert_same_run(one, other):
+    """The same weights, optimizer, counters and random state to the bit; the same CSV rows."""
+    first, second = (checkpoint.load(run / 'latest.pth') for run in (one, other))
+    for saved in (first, second):
+        del saved['args']
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    assert (one / 'test.csv').read_text() == (other / 'test.csv').read_text()
+    rows = [[{**row, 'images_per_second': None} for row in read_csv(run / 'train.csv')]
+            for run in (one, other)]
+    assert rows[0] == rows[1] and len(rows[0]) == 3 * 4
+
+
+@pytest.fixture(scope='module')
+def recipe(folder):
+    """All that is random and all that is carried from step to step is in it."""
+    return ['--dataset', 'folder', '--data', str(folder), *SMALL, '--epochs', '4', '--lr', '0.05',
+            '--drop-rate', '0.2', '--grad-accum', '2', '--lr-schedule', 'cosine']
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(recipe, tmp_path_factory):
+    run = tmp_path_factory.mktemp('uninterrupted')
+    train.main([*recipe, '--save', str(run)])
+    return run
+
+
+@pytest.mark.parametrize('function, when, signum, code, epoch, step', [
+    ('train_step', 14, signal.SIGTERM, 143, 2, 5),   # within a print interval
+    ('train_step', 18, signal.SIGINT, 130, 2, 9),    # the last step of an epoch
+    ('evaluate', 3, signal.SIGTERM, 143, 3, 9),
+    ('train_step', 23, signal.SIGKILL, -9, 3, 0),    # back to what was saved after epoch 2
+    ('end_epoch', 2, signal.SIGKILL, -9, 2, 0),
+])
+def test_interrupted_and_resumed_equals_uninterrupted(
+        recipe, uninterrupted, tmp_path, function, when, signum, code, epoch, step):
+    run = tmp_path / 'run'
+    ended = run_interrupted([*recipe, '--save', str(run)], function, when, signum)
+    assert ended.returncode == code, ended.stderr
+    assert 'Traceback' not in ended.stderr
+    saved = checkpoint.load(run / 'latest.pth')
+    assert (saved['epoch'], saved['step']) == (epoch, step)
+    train.main(['--save', str(run), '--resume', '--device', 'cpu'])  # the other flags are kept
+    assert_same_run(run, uninterrupted)
+
+
+def test_a_signal_to_the_whole_group_lets_the_workers_finish(tmp_path):
+    write_images(tmp_path, {f'{split}/{c}': n for split, n in (('train', 40), ('val', 2))
+                            for c in 'ab'}, (70, 70))
+    command = [sys.executable, str(ROOT / 'train.py'), '--dataset', 'folder', '--data',
+               str(tmp_path), '--image-size', '66', '--block-config', '1', '1', '--growth-rate',
+               '4', '--batch-size', '2', '--workers', '2', '--epochs', '50', '--print-freq', '1',
+               '--save', str(tmp_path / 'run'), '--no-plot', '--device', 'cpu']
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True,
+                               stdout=subprocess.DEVNULL)
+    rows = tmp_path / 'run' / 'train.csv'
+    deadline = time.monotonic() + 60
+    while not (rows.exists() and len(rows.read_text().splitlines()) > 5):
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 143 and errors == ''
+    saved = checkpoint.load(tmp_path / 'run' / 'latest.pth')
+    assert 40 * (saved['epoch'] - 1) + saved['step'] >= 5
+
+
+def test_resuming_a_finished_run_only_says_so_and_more_epochs_go_on(small, tmp_path, capsys):
+    run = ['--save', str(tmp_path / 'run')]
+    train.main([*small, *run, '--epochs', '2'])
+    before = (tmp_path / 'run/train.csv').read_text()
+    last = capsys.readouterr().out.splitlines()[-1]
+    train.main([*run, '--resume'])
+    assert capsys.readouterr().out.splitlines()[-1] == last
+    assert (tmp_path / 'run/train.csv').read_text() == before
+    train.main([*run, '--resume', '--epochs', '3'])
+    assert [row['epoch'] for row in read_csv(tmp_path / 'run/test.csv')] == ['1', '2', '3']
+
+
+def test_resuming_elsewhere_leaves_the_old_run_alone(small, tmp_path):
+    train.main([*small, '--epochs', '2', '--save', str(tmp_path / 'old')])
+    before = {path.name: path.read_bytes() for path in (tmp_path / 'old').iterdir()}
+    train.main(['--resume', str(tmp_path / 'old'), '--save', str(tmp_path / 'new'), '--epochs',
+                '4', '--start-epoch', '3', '--lr', '0.01'])
+    assert {path.name: path.read_bytes() for path in (tmp_path / 'old').iterdir()} == before
+    assert [row['epoch'] for row in read_csv(tmp_path / 'new/test.csv')] == ['3', '4']
+
+
+def test_pretrained_weights_and_a_new_classifier(folder, small, tmp_path, capsys):
+    write_images(tmp_path / 'two', {f'{split}/{c}': 4 for split in ('train', 'val') for c in 'ab'},
+                 (8, 8))
+    train.main([*small, '--epochs', '1', '--save', str(tmp_path / 'old')])
+    two = ['--dataset', 'folder', '--data', tmp_path / 'two', *SMALL, '--epochs', 1, '--pretrained',
+           tmp_path / 'old/best.pth', '--save', tmp_path / 'new']
+    assert '--reset-classifier' in fails(capsys, *two)
+    assert not (tmp_path / 'new').exists()
+    train.main([*map(str, two), '--reset-classifier', '--lr', '1e-12'])
+    old, new = (checkpoint.load(tmp_path / run)['model'] for run in ('old/best.pth',
+                                                                     'new/latest.pth'))
+    assert new['classifier.weight'].shape == (2, old['classifier.weight'].shape[1])
+    torch.testing.assert_close(new['features.conv0.weight'], old['features.conv0.weight'])
+    capsys.readouterr()
+    train.main([*small, '--evaluate', '--pretrained', str(tmp_path / 'old/best.pth')])
+    error = read_csv(tmp_path / 'old/test.csv')[0]['error']
+    assert f'error {float(error):.2f}%' in capsys.readouterr().out
+
+
+def test_torchvisions_weights_through_its_own_cache(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', raise_no_network)
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    large = ['--dataset', 'folder', '--data', folder, '--image-size', 65, '--arch', 'densenet121',
+             '--pretrained', '--evaluate', '--reset-classifier', '--batch-size', 4, '--workers', 0]
+    assert 'could not download' in fails(capsys, *large)
+    file = torchvision.models.DenseNet121_Weights.DEFAULT.url.rpartition('/')[2]
+    (tmp_path / 'hub/checkpoints').mkdir(parents=True, exist_ok=True)
+    torch.save(torchvision.models.densenet121().state_dict(), tmp_path / 'hub/checkpoints' / file)
+    train.main(list(map(str, large)))
+    assert 'top-5 error 0.00%' in capsys.readouterr().out  # of four classes
+
+
+def raise_no_network(*_, **__):
+    raise OSError('no network')
+
+
+def test_overwriting_begins_anew(small, tmp_path):
+    run = ['--save', str(tmp_path / 'run')]
+    train.main([*small, *run, '--epochs', '2'])
+    train.main([*small, *run, '--epochs', '1', '--overwrite'])
+    assert len(read_csv(tmp_path / 'run/test.csv')) == 1
+    assert checkpoint.load(tmp_path / 'run/latest.pth')['epoch'] == 2
+
+
+# ---- wrong input -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize('argv, message', [
+    (['--dataset', 'mnist'], r"invalid choice: 'mnist' \(choose from .*shapes"),
+    (['--arch', 'resnet50'], 'resnet50.*densenet121'),
+    (['--nonsense', '3'], 'unrecognized arguments: --nonsense'),
+    (['--depth', '99'], 'nearest 94 and 100'),
+    (['--depth', '41', '--no-bottleneck'], 'nearest 40 and 43'),
+    (['--depth', '40', '--arch', 'densenet121'], 'exclude each other'),
+    (['--growth-rate', '0'], r'0.* is not a whole number in \[1, inf\)'),
+    (['--growth-rate', '1.5'], 'not a whole number'),
+    (['--batch-size', '0'], 'not a whole number'),
+    (['--batch-size', '6001', '--dataset', 'shapes'], '--batch-size 6001 is larger .* 6000'),
+    (['--epochs', '-3'], 'not a whole number'),
+    (['--workers', '-1'], 'not a whole number'),
+    (['--drop-rate', '1'], r'not a number in \[0, 1\)'),
+    (['--drop-rate', 'nan'], r'not a number in \[0, 1\)'),
+    (['--compression', '0'], r'not a number in \(0, 1\]'),
+    (['--lr', 'inf'], 'not a number'),
+    (['--seed', str(2**32)], 'not a whole number'),
+    (['--grad-accum', '65'], 'more parts than a batch of 64'),
+    (['--start-epoch', '301'], 'after the last of 300'),
+    (['--image-size', '48'], '--image-size is for folder and imagenet'),
+    (['--dataset', 'shapes', '--ten-crop'], '--ten-crop is for'),
+    (['--evaluate'], 'needs a model'),
+    (['--reset-classifier'], 'for the weights of --pretrained'),
+    (['--pretrained'], 'needs --arch'),
+    (['--resume', '--overwrite'], 'not allowed with'),
+    (['--resume', 'nowhere.pth'], 'nowhere.pth is not there'),
+    (['--dataset', 'shapes', '--block-config', '1', '1', '1', '1', '1', '1', '1'], 'at least 64'),
+    (['--dataset', 'shapes', '--growth-rate', '2000000000'], 'no such model'),
+    (['--precision', 'tf32', '--device', 'cpu'], 'tf32 is for cuda'),
+])
+def test_wrong_flags(argv, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert re.search(message, fails(capsys, *argv))
+    assert not any((tmp_path / 'work').glob('*'))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='needs a machine without CUDA')
+def test_cuda_where_there_is_none(capsys):
+    assert '--device cuda' in fails(capsys, '--device', 'cuda')
+
+
+def test_data_that_are_not_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('urllib.request.urlopen', raise_no_network)
+    error = fails(capsys, '--dataset', 'cifar10')
+    assert 'cifar-10-python.tar.gz' in error and '--dataset shapes' in error
+    assert 'train is not there' in fails(capsys, '--dataset', 'imagenet', '--data', 'nowhere')
+
+
+def test_a_run_that_is_there_is_left_alone(small, tmp_path, capsys):
+    run = tmp_path / 'run'
+    train.main([*small, '--save', str(run), '--epochs', '1'])
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    assert 'holds a run' in fails(capsys, *small, '--save', run)
+    other = [*small, '--save', run, '--resume']
+    assert re.search('depth is 10, not 16', fails(capsys, *other, '--depth', 16))
+    assert re.search('growth_rate is 4, not 8', fails(capsys, *other, '--growth-rate', 8))
+    assert 'classifier.weight is [4' in fails(capsys, *other, '--dataset', 'shapes')
+    lock = os.open(run, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    assert 'in use' in fails(capsys, *other)
+    assert 'in use' in fails(capsys, *small, '--save', run, '--overwrite')
+    os.close(lock)
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_files_that_are_no_run(small, tmp_path, capsys):
+    (tmp_path / 'text.pth').write_text('not a checkpoint')
+    assert 'is not a checkpoint' in fails(capsys, *small, '--resume', tmp_path / 'text.pth')
+    torch.save(densenet.densenet_cifar(10, 4).state_dict(), tmp_path / 'weights.pth')
+    assert '--pretrained' in fails(capsys, *small, '--resume', tmp_path / 'weights.pth')
+    (tmp_path / 'file').write_text('')
+    assert 'cannot make' in fails(capsys, *small, '--save', tmp_path / 'file')
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(small, tmp_path, capsys):
+    run = tmp_path / 'run'
+    train.main([*small, '--save', str(run), '--epochs', '1'])
+    before = (run / 'latest.pth').read_bytes()
+    error = fails(capsys, '--save', run, '--resume', '--epochs', 3, '--lr', 1e30)
+    assert re.search(r'the loss is not finite at epoch 2, step [23]:', error)
+    assert (run / 'latest.pth').read_bytes() == before
+    assert [row['epoch'] for row in read_csv(run / 'test.csv')] == ['1']
+
+
+def test_a_plot_that_fails_is_one_warning(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train.runlog, '__file__', str(tmp_path / 'runlog.py'))
+    (tmp_path / 'plot.py').write_text('raise ValueError("no ink")')
+    argv = [flag for flag in small if flag != '--no-plot']
+    train.main([*argv, '--save', str(tmp_path / 'run'), '--epochs', '3'])
+    warnings = capsys.readouterr().err.splitlines()
+    assert warnings == ['train.py: warning: the figures were not drawn: ValueError: no ink']
+
+
+def test_a_torn_row_is_mended_on_resuming(small, tmp_path):
+    run = tmp_path / 'run'
+    train.main([*small, '--save', str(run), '--epochs', '2'])
+    whole = (run / 'train.csv').read_text()
+    with open(run / 'train.csv', 'a') as file:
+        file.write('2.3333,1.9')
+    train.main(['--save', str(run), '--resume'])
+    assert (run / 'train.csv').read_text() == whole
+    shutil.rmtree(run)
+
+
+# ---- CUDA ------------------------------------------------------------------------------------
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('precision', ['fp32', 'tf32', 'bf16', 'fp16'])
+def test_cuda_learns_the_shapes(tmp_path, precision):
+    train.main(['--dataset', 'shapes', '--depth', '16', '--growth-rate', '8', '--epochs', '5',
+                '--precision', precision, '--save', str(tmp_path / 'run'), '--no-plot'])
+    assert float(read_csv(tmp_path / 'run/test.csv')[-1]['error']) < 10
+
+
+@pytest.mark.cuda
+def test_interrupted_on_cuda_goes_on_in_the_same_place(recipe, tmp_path):
+    argv = [flag for flag in recipe if flag not in ('--device', 'cpu')]
+    run = tmp_path / 'run'
+    ended = run_interrupted([*argv, '--save', str(run)], 'train_step', 14, signal.SIGTERM)
+    assert ended.returncode == 143, ended.stderr
+    train.main(['--save', str(run), '--resume'])
+    assert [row['epoch'] for row in read_csv(run / 'test.csv')] == ['1', '2', '3', '4']
+    assert len(read_csv(run / 'train.csv')) == 3 * 4
