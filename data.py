@@ -82,11 +82,11 @@ def describe(name, root='work/data', image_size=None):
     """
     root = Path(root)
     if name in ('imagenet', 'folder'):
-        train = _list_images(root, 'train')
-        if image_size is None:
-            size = _decode(train.samples[0][0]).size if name == 'folder' else (224, 224)
-            image_size = min(size) if max(size) <= SMALL else 224
-        return Description(name, root, len(train.classes), image_size)
+        num_classes = len(_class_names(_split_folder(root, 'train')))
+        if image_size is None and name == 'folder':
+            size = _decode(_list_images(root, 'train').samples[0][0]).size
+            image_size = min(size) if max(size) <= SMALL else None
+        return Description(name, root, num_classes, image_size or 224)
     if image_size not in (None, 32):
         raise DataError(f'--image-size is for folder and imagenet: {name} has images of 32 pixels')
     return Description(name, root, 100 if name == 'cifar100' else 10, 32)
@@ -343,24 +343,35 @@ def _how_to_get(dataset, error):
             f'into {dataset.root}, or name the folder that has it by --data; {HINT}')
 
 
-def _list_images(root, split):
-    """torchvision's ImageFolder of 'train' or 'test' (`val/` or, without one, `test/`)."""
+def _split_folder(root, split):
+    """`train/` or, for 'test', `val/` or without one `test/`."""
     folder = root / split
     if split == 'test' and (root / 'val').is_dir():
         folder = root / 'val'
     if not folder.is_dir():
         raise DataError(f'{folder} is not there: --data must name a folder with train/ and val/ '
                         f'(or test/), and in each a folder of images a class; {HINT}')
+    return folder
+
+
+def _class_names(folder):
     try:
-        listing = datasets.ImageFolder(folder)
-    except OSError as error:  # no class folders, or one without images
+        return datasets.folder.find_classes(folder)[0]
+    except OSError as error:
         raise DataError(f'{folder}: {error}') from error
-    if split == 'test':
-        odd = set(listing.classes) ^ set(_list_images(root, 'train').classes)
-        if odd:
-            raise DataError(f'{folder}: the classes are not those of train/: {sorted(odd)[0]} '
-                            f'is in only one of them')
-    return listing
+
+
+def _list_images(root, split):
+    """torchvision's ImageFolder of 'train' or 'test'."""
+    folder = _split_folder(root, split)
+    odd = set(_class_names(folder)) ^ set(_class_names(_split_folder(root, 'train')))
+    if odd:
+        raise DataError(f'{folder}: the classes are not those of train/: {min(odd)} is in only one '
+                        f'of them')
+    try:
+        return datasets.ImageFolder(folder)
+    except OSError as error:  # a class folder without images
+        raise DataError(f'{folder}: {error}') from error
 
 
 def _read_folder(dataset, split):

@@ -75,8 +75,8 @@ def number(kind, interval):
     def parse(text):
         with contextlib.suppress(ValueError):
             value = kind(text)
-            if low < value < high or value == {'[': low, '(': None}[interval[0]] \
-                    or value == {']': high, ')': None}[interval[-1]]:
+            if low < value < high or value == low and interval[0] == '[' \
+                    or value == high and interval[-1] == ']':
                 return value
         raise argparse.ArgumentTypeError(f'{text!r} is not a {name} in {interval}')
     return parse
@@ -448,7 +448,7 @@ def evaluate(model, loader, autocast, check_stop=lambda: None):
     sums = None
     for images, labels in loader:
         with autocast:
-            logits = model(images.flatten(0, -4)).float()
+            logits = model(images.flatten(0, -4)).float()  # crops, [B, 10, C, H, W], are flattened
         logits = logits.view(len(labels), -1, logits.shape[1]).mean(1)
         ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         batch = torch.stack([F.cross_entropy(logits, labels, reduction='sum'),
