@@ -8,7 +8,7 @@ BIN := .venv/bin
 .PHONY: demo test
 
 demo: .venv/.installed
-	$(BIN)/python train.py --dataset shapes --depth 16 --growth-rate 8 --epochs 6 --name demo --overwrite
+	$(BIN)/python train.py --dataset shapes --depth 16 --growth-rate 8 --epochs 6 --print-freq 10 --name demo --overwrite
 
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest

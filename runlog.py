@@ -107,7 +107,7 @@ class RunLog:
     def start_epoch(self, epoch, step=0):
         self.epoch, self.step = epoch, step
         self.bar = tqdm(desc=f'epoch {epoch}/{self.epochs}', total=self.steps_per_epoch,
-                        initial=step, leave=False, disable=not self.on_terminal)
+                        initial=step, unit='step', leave=False, disable=not self.on_terminal)
 
     def advance(self):
         """One more step is done."""
@@ -120,7 +120,8 @@ class RunLog:
         _write(self.train_csv, f'{epoch:.5f}', f'{loss:.6g}', f'{error:.6g}', f'{lr:.6g}',
                f'{images_per_second:.1f}')
         left = timedelta(seconds=round(self._seconds_left()))
-        self.bar.set_postfix_str(f'loss {loss:.4f}, error {error:.2f}%, {left} left')
+        self.bar.set_postfix_str(f'loss {loss:.4f}, error {error:.2f}%, '
+                                 f'{images_per_second:.0f} images/s, {left} left')
         if not self.on_terminal:
             print(f'epoch {self.epoch}/{self.epochs}  step {self.step}/{self.steps_per_epoch}  '
                   f'loss {loss:.4f}  error {error:.2f}%  lr {lr:g}  '
