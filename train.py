@@ -15,6 +15,7 @@ import contextlib
 import functools
 import json
 import math
+import os
 import platform
 import signal
 import subprocess
@@ -95,7 +96,8 @@ def make_parser():
                        help='folder, imagenet (default: 224, or that of small images)')
     group.add_argument('--augment', action=argparse.BooleanOptionalAction, default=True,
                        help='crop and mirror (default: yes, svhn: no)')
-    group.add_argument('--workers', '--nThreads', type=number(int, '[0, inf)'), default=4,
+    group.add_argument('--workers', '--nThreads', type=number(int, '[0, inf)'),
+                       default=min(8, os.cpu_count() or 1),
                        help='processes that read images over 64 pixels (default: %(default)s)')
 
     group = parser.add_argument_group('model')
@@ -485,6 +487,8 @@ class StopSignals:
 def fit(args, state, train_loader, test_loader, log, autocast):
     """Train and test from where `state` is to the last epoch; save and exit if a signal comes."""
     latest, best = log.directory / 'latest.pth', log.directory / 'best.pth'
+    if not latest.exists():  # a run that is killed in its first epoch can be resumed, too
+        checkpoint.save(latest, state.state_dict(), args=vars(args))
     with StopSignals() as stop:
         try:
             while state.epoch <= args.epochs:

@@ -308,6 +308,7 @@ def uninterrupted(recipe, tmp_path_factory):
     ('evaluate', 3, signal.SIGTERM, 143, 3, 9),
     ('train_step', 23, signal.SIGKILL, -9, 3, 0),    # back to what was saved after epoch 2
     ('end_epoch', 2, signal.SIGKILL, -9, 2, 0),
+    ('train_step', 4, signal.SIGKILL, -9, 1, 0),     # before the first epoch was done
 ])
 def test_interrupted_and_resumed_equals_uninterrupted(
         recipe, uninterrupted, tmp_path, function, when, signum, code, epoch, step):
