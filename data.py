@@ -100,7 +100,7 @@ def make_loaders(dataset, batch_size, *, device, augment=True, seed=1, workers=0
     images come as [B, 10, 3, H, W].
 
     Raises:
-        DataError: data missing or broken, downloads impossible, or a batch larger than the data.
+        DataError: data missing or broken, a download impossible, or ten crops of small images.
     """
     if ten_crop and dataset.in_memory:
         raise DataError(f'--ten-crop is for images larger than {SMALL} pixels, and '
@@ -110,21 +110,15 @@ def make_loaders(dataset, batch_size, *, device, augment=True, seed=1, workers=0
         train, test = _read_split(dataset, 'train'), _read_split(dataset, 'test')
         mean, std = statistics or _measure(train[0])
         common = dict(batch_size=batch_size, mean=mean, std=std, device=device)
-        loaders = (MemoryLoader(*train, shuffle=True, augment=augment, seed=seed, **common),
-                   MemoryLoader(*test, **common))
-    else:
-        mean, std = statistics or STATISTICS['imagenet']
-        test_view = _test_transform(dataset.image_size, ten_crop)
-        train_view = _train_transform(dataset.image_size) if augment else \
-            _test_transform(dataset.image_size)
-        train, test = _list_images(dataset.root, 'train'), _list_images(dataset.root, 'test')
-        common = dict(batch_size=batch_size, mean=mean, std=std, device=device, workers=workers)
-        loaders = (WorkerLoader(train.samples, train_view, shuffle=True, seed=seed, **common),
-                   WorkerLoader(test.samples, test_view, **common))
-    if batch_size > loaders[0].num_images:
-        raise DataError(f'--batch-size {batch_size} is larger than the data set: {dataset.name} '
-                        f'has {loaders[0].num_images} training images')
-    return loaders
+        return (MemoryLoader(*train, shuffle=True, augment=augment, seed=seed, **common),
+                MemoryLoader(*test, **common))
+    mean, std = statistics or STATISTICS['imagenet']
+    size = dataset.image_size
+    train_view = _train_transform(size) if augment else _test_transform(size)
+    train, test = _list_images(dataset.root, 'train'), _list_images(dataset.root, 'test')
+    common = dict(batch_size=batch_size, mean=mean, std=std, device=device, workers=workers)
+    return (WorkerLoader(train.samples, train_view, shuffle=True, seed=seed, **common),
+            WorkerLoader(test.samples, _test_transform(size, ten_crop), **common))
 
 
 class MemoryLoader:
@@ -336,11 +330,11 @@ def _read_torchvision(dataset, split):
 def _how_to_get(dataset, error):
     files = {'cifar10': ['cifar-10-python.tar.gz'], 'cifar100': ['cifar-100-python.tar.gz'],
              'svhn': ['train_32x32.mat', 'extra_32x32.mat', 'test_32x32.mat']}[dataset.name]
-    broken = [name for name in files if (dataset.root / name).exists()]
-    state = f'{", ".join(broken)} in {dataset.root} cannot be used and' if broken else 'it'
+    missing = [name for name in files if not (dataset.root / name).exists()]
+    state = 'missing from' if missing else 'broken in'
     reason = ' '.join(str(error).split()) or type(error).__name__
-    return (f'{dataset.name}: {state} could not be downloaded ({reason}): put {", ".join(files)} '
-            f'into {dataset.root}, or name the folder that has it by --data; {HINT}')
+    return (f'{", ".join(missing or files)} {state} {dataset.root} and not to be downloaded '
+            f'({reason}): put it there, or name the folder that has it by --data; {HINT}')
 
 
 def _split_folder(root, split):

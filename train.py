@@ -558,6 +558,9 @@ def resume(args, state, saved):
 def train(args, dataset, model, loaders, directory, *, device, precision, autocast, saved):
     """A whole run, in a directory that is ours."""
     train_loader, test_loader = loaders
+    if args.batch_size > train_loader.num_images:
+        raise UsageError(f'--batch-size {args.batch_size} is larger than the data set: '
+                         f'{dataset.name} has {train_loader.num_images} training images')
     state = TrainState(model, make_optimizer(args, model),
                        torch.amp.GradScaler(device.type, enabled=precision == 'fp16'),
                        interval=torch.zeros(3, device=device))

@@ -271,19 +271,20 @@ def no_network(*_, **__):
     raise OSError('no network')
 
 
-@pytest.mark.parametrize('name, file', [
-    ('cifar10', 'cifar-10-python.tar.gz'), ('cifar100', 'cifar-100-python.tar.gz'),
-    ('svhn', 'train_32x32.mat')])
+@pytest.mark.parametrize('name, files', [
+    ('cifar10', ['cifar-10-python.tar.gz']), ('cifar100', ['cifar-100-python.tar.gz']),
+    ('svhn', ['train_32x32.mat', 'extra_32x32.mat', 'test_32x32.mat'])])
 @pytest.mark.parametrize('broken', [False, True])
-def test_missing_or_broken_archives_are_named(tmp_path, monkeypatch, name, file, broken):
+def test_missing_or_broken_archives_are_named(tmp_path, monkeypatch, name, files, broken):
     monkeypatch.setattr('urllib.request.urlopen', no_network)
-    if broken:
+    for file in files * broken:
         (tmp_path / file).write_bytes(b'half of an archive')
     with pytest.raises(DataError) as caught:
         load(tmp_path, name=name)
     message = str(caught.value)
-    assert file in message and str(tmp_path) in message and '--dataset shapes' in message
-    assert ('cannot be used' in message) == broken and '\n' not in message
+    assert ', '.join(files) in message and '--dataset shapes' in message
+    assert f'{"broken in" if broken else "missing from"} {tmp_path}' in message
+    assert '\n' not in message
 
 
 def test_folders_that_are_not_as_they_should_be(tmp_path):
@@ -309,12 +310,6 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path, image_size, workers)
     with pytest.raises(DataError, match=r'train/b/1.png: cannot be read') as caught:
         list(load(tmp_path, image_size=image_size, workers=workers)[1])
     assert '\n' not in str(caught.value)
-
-
-def test_a_batch_larger_than_the_data(tmp_path):
-    write_images(tmp_path, {'train/a': 2, 'val/a': 1})
-    with pytest.raises(DataError, match='--batch-size 3 .* 2 training images'):
-        load(tmp_path, batch_size=3)
 
 
 def test_options_that_a_data_set_has_not(photos):
