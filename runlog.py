@@ -201,12 +201,15 @@ class FigureDrawer:
 
     def redraw(self):
         """Draw, unless the last drawing is not done yet: then the next call will."""
-        if self.process is None or self.process.poll() is not None:
-            self._collect()
-            # A session of its own: Ctrl-C is for the training.
+        if self.process is not None and self.process.poll() is None:
+            return
+        self._collect()
+        try:  # in a session of its own: Ctrl-C is for the training
             self.process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL,
                                             stderr=subprocess.PIPE, text=True,
                                             start_new_session=True)
+        except OSError as error:
+            self._warn(str(error))
 
     def finish(self):
         """Draw what there is now, and wait for it."""
@@ -217,9 +220,17 @@ class FigureDrawer:
     def _collect(self):
         if self.process is None:
             return
-        _, complaint = self.process.communicate()
-        if self.process.returncode and not self.warned:
-            self.warned = True
+        try:
+            _, complaint = self.process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            _, complaint = self.process.communicate()
+        if self.process.returncode:
+            self._warn(complaint)
+        self.process = None
+
+    def _warn(self, complaint):
+        if not self.warned:
             last = (complaint.strip().splitlines() or ['no reason given'])[-1]
             print(f'train.py: warning: the figures were not drawn: {last}', file=sys.stderr)
-        self.process = None
+        self.warned = True
