@@ -83,16 +83,24 @@ def number(kind, interval):
     return parse
 
 
+POSITIVE, SHARE = number(int, '[1, inf)'), number(float, '[0, 1)')
+
+
 def make_parser():
     parser = Parser(prog='train.py', description=__doc__.split('\n\n')[0], allow_abbrev=False,
                     epilog='With --resume, the flags that are not given are the checkpoint\'s.')
-    positive, rate = number(int, '[1, inf)'), number(float, '[0, 1)')
+    add_data_and_model_flags(parser)
+    add_recipe_flags(parser)
+    add_run_flags(parser)
+    return parser
 
+
+def add_data_and_model_flags(parser):
     group = parser.add_argument_group('data')
     group.add_argument('--dataset', choices=data.NAMES, default='cifar10')
     group.add_argument('--data', metavar='DIR', default='work/data',
                        help='where the data are or go (default: %(default)s)')
-    group.add_argument('--image-size', type=positive, metavar='PIXELS',
+    group.add_argument('--image-size', type=POSITIVE, metavar='PIXELS',
                        help='folder, imagenet (default: 224, or that of small images)')
     group.add_argument('--augment', action=argparse.BooleanOptionalAction, default=True,
                        help='crop and mirror (default: yes, svhn: no)')
@@ -103,33 +111,35 @@ def make_parser():
     group = parser.add_argument_group('model')
     group.add_argument('--arch', choices=ARCHITECTURES, metavar='NAME',
                        help=f'one of {", ".join(ARCHITECTURES)}')
-    group.add_argument('--depth', '--layers', type=positive,
+    group.add_argument('--depth', '--layers', type=POSITIVE,
                        help='L: 6n+4, or 3n+4 without bottleneck (default: 100; imagenet: 121)')
-    group.add_argument('--growth-rate', '--growth', '--growthRate', type=positive,
+    group.add_argument('--growth-rate', '--growth', '--growthRate', type=POSITIVE,
                        help='k (default: 12, or that of the --arch)')
     group.add_argument('--compression', '--reduce', '--reduction', default=0.5,
                        type=number(float, '(0, 1]'),
                        help='share of channels that a transition keeps (default: %(default)s)')
     group.add_argument('--no-bottleneck', dest='bottleneck', action='store_false',
                        help='no 1x1 convolution before each 3x3 one')
-    group.add_argument('--block-config', type=positive, nargs='+', metavar='LAYERS',
+    group.add_argument('--block-config', type=POSITIVE, nargs='+', metavar='LAYERS',
                        help='layers of each block, instead of --depth')
-    group.add_argument('--init-features', type=positive,
+    group.add_argument('--init-features', type=POSITIVE,
                        help='width of the first convolution (default: 2k with bottleneck and '
                             'compression, else 16; ImageNet\'s: 2k)')
-    group.add_argument('--bn-size', type=positive, default=4,
+    group.add_argument('--bn-size', type=POSITIVE, default=4,
                        help='width of the bottleneck, times k (default: %(default)s)')
-    group.add_argument('--drop-rate', '--droprate', '--dropRate', type=rate, default=0.0,
+    group.add_argument('--drop-rate', '--droprate', '--dropRate', type=SHARE, default=0.0,
                        help='dropout (default: 0; svhn, and cifar without augmentation: 0.2)')
     group.add_argument('--memory-efficient', action='store_true',
                        help='recompute instead of storing: less memory, more time')
 
+
+def add_recipe_flags(parser):
     group = parser.add_argument_group('recipe')
-    group.add_argument('--epochs', '--nEpochs', type=positive, default=300,
+    group.add_argument('--epochs', '--nEpochs', type=POSITIVE, default=300,
                        help='(default: %(default)s; svhn: 40, imagenet: 90)')
-    group.add_argument('--batch-size', '-b', '--batchSz', '--batchSize', type=positive, default=64,
+    group.add_argument('--batch-size', '-b', '--batchSz', '--batchSize', type=POSITIVE, default=64,
                        help='(default: %(default)s; imagenet: 256)')
-    group.add_argument('--grad-accum', type=positive, default=1, metavar='N',
+    group.add_argument('--grad-accum', type=POSITIVE, default=1, metavar='N',
                        help='run each batch in N parts, for less memory (default: %(default)s)')
     group.add_argument('--optimizer', '--opt', choices=('sgd', 'adam', 'adamw', 'rmsprop'),
                        default='sgd', help='sgd has Nesterov momentum (default: %(default)s)')
@@ -140,14 +150,16 @@ def make_parser():
                        help='multistep: a tenth from 50%% and again from 75%% of the epochs on '
                             '(imagenet: after each third); cosine: to 0, step by step '
                             '(default: %(default)s)')
-    group.add_argument('--momentum', type=rate, default=0.9,
+    group.add_argument('--momentum', type=SHARE, default=0.9,
                        help='of sgd and rmsprop (default: %(default)s)')
     group.add_argument('--weight-decay', '--wd', '--weightDecay', type=number(float, '[0, inf)'),
                        default=1e-4, help='on every parameter (default: %(default)s)')
-    group.add_argument('--label-smoothing', type=rate, default=0.0, help='(default: %(default)s)')
+    group.add_argument('--label-smoothing', type=SHARE, default=0.0, help='(default: %(default)s)')
     group.add_argument('--seed', '--manualSeed', type=number(int, '[0, 4294967295]'), default=1,
                        help='(default: %(default)s)')
 
+
+def add_run_flags(parser):
     group = parser.add_argument_group('machine')
     group.add_argument('--device', choices=('auto', 'cpu', 'cuda', 'mps'), default='auto',
                        help='(default: cuda if there is one, else cpu)')
@@ -165,7 +177,7 @@ def make_parser():
     again.add_argument('--resume', nargs='?', const='', metavar='CHECKPOINT',
                        help='go on from a checkpoint (default: latest.pth of the run directory)')
     again.add_argument('--overwrite', action='store_true', help='replace the run that is there')
-    group.add_argument('--start-epoch', type=positive, metavar='EPOCH',
+    group.add_argument('--start-epoch', type=POSITIVE, metavar='EPOCH',
                        help='start at the beginning of this epoch, counted from 1')
     group.add_argument('--pretrained', '--retrain', nargs='?', const='', metavar='FILE',
                        help='start from the weights in a file (default: torchvision\'s for --arch)')
@@ -175,12 +187,11 @@ def make_parser():
                        help='only test what --resume or --pretrained names')
     group.add_argument('--ten-crop', '--tenCrop', action='store_true',
                        help='test on ten crops of each image over 64 pixels')
-    group.add_argument('--print-freq', '-p', type=positive, default=50, metavar='STEPS',
+    group.add_argument('--print-freq', '-p', type=POSITIVE, default=50, metavar='STEPS',
                        help='steps to a row of train.csv (default: %(default)s)')
     group.add_argument('--tensorboard', action='store_true', help='write event files as well')
     group.add_argument('--no-plot', dest='plot', action='store_false',
                        help='draw no figures after each epoch')
-    return parser
 
 
 def parse_args(argv=None):
