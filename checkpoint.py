@@ -26,21 +26,19 @@ class CheckpointError(Exception):
 class TrainState:
     """All that training changes, and so all that a checkpoint holds.
 
-    `epoch` counts from 1; `step` is how many steps of that epoch are done. Since the last row of
-    train.csv, `interval` sums on the device the loss, the errors and the steps until the loss was
-    not finite, and `interval_steps` and `interval_images` count the rest; `epoch_sums` has loss,
-    errors and images of the current epoch's rows.
+    An interval is what comes after the last row of train.csv. Its sums are on the device, so that
+    no step has to wait for them.
     """
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    interval: torch.Tensor  # float32 [3]
+    interval: torch.Tensor  # float32 [3]: loss, errors, steps before the first loss not finite
     interval_steps: int = 0
     interval_images: int = 0
-    epoch_sums: tuple = (0.0, 0.0, 0)
-    epoch: int = 1
-    step: int = 0
+    epoch_sums: tuple = (0.0, 0.0, 0)  # loss, errors, images of the intervals of this epoch
+    epoch: int = 1                     # counted from 1
+    step: int = 0                      # steps of this epoch that are done
     last_error: float = math.nan  # percent, of the last epoch's evaluation
     best_error: float = math.inf
     best_epoch: int = 0
@@ -71,7 +69,12 @@ class TrainState:
         """
         load_weights(self.model, saved.get('model'), source)
         try:
+            # The momenta are the checkpoint's; learning rate, decay and the like are this run's.
+            options = [{key: value for key, value in group.items() if key != 'params'}
+                       for group in self.optimizer.param_groups]
             self.optimizer.load_state_dict(saved['optimizer'])
+            for group, option in zip(self.optimizer.param_groups, options):
+                group.update(option)
             self.scaler.load_state_dict(saved['scaler'])
             self.interval.copy_(saved['interval'])
             for name in self._plain:
@@ -96,12 +99,13 @@ def load(path):
     Raises:
         CheckpointError: no such file, or not a checkpoint, or one that would run code.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f'{path} is not there: --resume and --pretrained take the path of a '
-                              f'checkpoint, such as work/cifar10.base/latest.pth')
     try:
         saved = torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f'{path} is not there: --resume and --pretrained take the path of a '
+                              f'checkpoint, such as work/cifar10.base/latest.pth') from error
+    except OSError as error:
+        raise CheckpointError(f'{path} cannot be read: {error.strerror}') from error
     except Exception as error:  # whatever a file that is no checkpoint makes the reader stumble on
         raise CheckpointError(f'{path} is not a checkpoint, or a broken one '
                               f'({type(error).__name__})') from error

@@ -339,13 +339,12 @@ def _how_to_get(dataset, error):
 
 def _split_folder(root, split):
     """`train/` or, for 'test', `val/` or without one `test/`."""
-    folder = root / split
-    if split == 'test' and (root / 'val').is_dir():
-        folder = root / 'val'
-    if not folder.is_dir():
-        raise DataError(f'{folder} is not there: --data must name a folder with train/ and val/ '
-                        f'(or test/), and in each a folder of images a class; {HINT}')
-    return folder
+    names = ('train',) if split == 'train' else ('val', 'test')
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    raise DataError(f'no {" or ".join(names)} in {root}: --data must name a folder with train/ and '
+                    f'val/ (or test/), and in each a folder of images a class; {HINT}')
 
 
 def _class_names(folder):
@@ -385,6 +384,10 @@ def _decode(path):
     """A file as an RGB picture, wholly read."""
     try:
         with Image.open(path) as image:
+            if image.mode.startswith('I'):  # 16 bits of grey, which PIL would clip at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            elif 'transparency' in image.info:
+                image = image.convert('RGBA')
             return image.convert('RGB')
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = ' '.join(str(error).split())

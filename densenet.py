@@ -17,6 +17,7 @@ Memory-Efficient Implementation of DenseNets, 2017, https://arxiv.org/abs/1707.0
 import contextlib
 import re
 from collections import OrderedDict
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -126,7 +127,7 @@ class DenseNet(nn.Module):
 
 def _check_positive(**values):
     for name, value in values.items():
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, Integral) or value < 1:
             raise ValueError(f'{name} must be a positive whole number, not {value!r}')
 
 
@@ -221,8 +222,10 @@ class _FrozenStatistics:
         self.norm = norm
 
     def __enter__(self):
-        self.kept = self.norm.momentum, self.norm.num_batches_tracked
-        self.norm.momentum, self.norm.num_batches_tracked = 0.0, None
+        counter = self.norm.num_batches_tracked
+        self.kept = self.norm.momentum, counter
+        self.norm.momentum = 0.0
+        self.norm.num_batches_tracked = None if counter is None else counter.clone()
 
     def __exit__(self, *_):
         self.norm.momentum, self.norm.num_batches_tracked = self.kept
@@ -301,8 +304,10 @@ def densenet_cifar(depth=100, growth_rate=12, *, bottleneck=True, compression=0.
         ValueError: a depth that three equal blocks cannot have; names the nearest ones that can.
     """
     step = 6 if bottleneck else 3
-    if not isinstance(depth, int) or depth < step + 4 or (depth - 4) % step:
-        below = 4 + step * max(1, (int(depth) - 4) // step)
+    if not isinstance(depth, Integral):
+        raise ValueError(f'depth must be a whole number, not {depth!r}')
+    if depth < step + 4 or (depth - 4) % step:
+        below = 4 + step * max(1, (depth - 4) // step)
         nearest = f'{below} and {below + step}' if depth > below else f'{below}'
         raise ValueError(f'depth must be {step}n+4 {"with" if bottleneck else "without"} '
                          f'bottleneck, not {depth}: nearest {nearest}')

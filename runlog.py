@@ -40,16 +40,23 @@ def claim(directory, *, may_hold_run=False):
         RunDirectoryError: in use, holding a run, or not to be made.
     """
     directory = Path(directory)
+    was_there, locks = directory.exists(), []
+
+    def unlock():
+        while locks:
+            os.close(locks.pop())
+
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = os.open(directory, os.O_RDONLY)
+        locks.append(os.open(directory, os.O_RDONLY))
     except OSError as error:
         raise RunDirectoryError(f'cannot make {directory}: {error.strerror}; name another one by '
                                 f'--save or --name') from error
+    os.register_at_fork(after_in_child=unlock)  # workers that outlive a killed run must not hold it
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(locks[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        os.close(lock)
+        unlock()
         raise RunDirectoryError(f'{directory} is in use by another run: wait for it, or name '
                                 f'another directory by --save or --name') from error
     except OSError:
@@ -62,9 +69,10 @@ def claim(directory, *, may_hold_run=False):
                                     f'directory by --save or --name')
         yield directory
     finally:
-        os.close(lock)
-        with contextlib.suppress(OSError):  # only if nothing was written: no litter after an error
-            directory.rmdir()
+        unlock()
+        if not was_there:
+            with contextlib.suppress(OSError):  # not empty: otherwise, no litter after an error
+                directory.rmdir()
 
 
 def clear(directory):
@@ -80,8 +88,8 @@ class RunLog:
     Args:
         directory: the run's.
         steps_per_epoch, epochs: for the progress bar and the time left.
-        start: (epoch, step) that the run goes on from; rows after it are taken out of the CSV
-            files, because they will come again.
+        start: (epoch, step) that the run goes on from; the CSV files lose the rows after it, once
+            there are new ones to take their place.
         tensorboard: also write event files, into `tensorboard/`.
         figures: redraw the figures in the background after each epoch.
     """
@@ -92,22 +100,24 @@ class RunLog:
         self.epoch, self.step = start
         self.steps_here, self.started = 0, time.monotonic()
         done = self.epoch - 1 + self.step / steps_per_epoch
-        self.train_csv = _open_csv(directory / 'train.csv', TRAIN_COLUMNS,
-                                   keep=lambda epoch: epoch < done + 1e-5)
-        self.test_csv = _open_csv(directory / 'test.csv', TEST_COLUMNS,
-                                  keep=lambda epoch: epoch < self.epoch)
+        begin = self.epoch
+        self.train_csv = CsvFile(directory / 'train.csv', TRAIN_COLUMNS,
+                                 keep=lambda epoch: epoch < done + 1e-5)
+        self.test_csv = CsvFile(directory / 'test.csv', TEST_COLUMNS,
+                                keep=lambda epoch: epoch < begin)
         self.figures = FigureDrawer(directory) if figures else None
         self.tensorboard = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # here, for it is slow to import
 
             self.tensorboard = SummaryWriter(directory / 'tensorboard', purge_step=self.epoch)
-        self.bar, self.on_terminal = None, sys.stderr.isatty()
+        self.bar = None
 
     def start_epoch(self, epoch, step=0):
         self.epoch, self.step = epoch, step
         self.bar = tqdm(desc=f'epoch {epoch}/{self.epochs}', total=self.steps_per_epoch,
-                        initial=step, unit='step', leave=False, disable=not self.on_terminal)
+                        initial=step, leave=False, disable=not sys.stderr.isatty(),
+                        bar_format='{desc} {percentage:3.0f}% {bar} {n_fmt}/{total_fmt}{postfix}')
 
     def advance(self):
         """One more step is done."""
@@ -117,12 +127,12 @@ class RunLog:
 
     def train_row(self, epoch, loss, error, lr, images_per_second):
         """A row of train.csv; `epoch` fractional, `error` in percent."""
-        _write(self.train_csv, f'{epoch:.5f}', f'{loss:.6g}', f'{error:.6g}', f'{lr:.6g}',
-               f'{images_per_second:.1f}')
+        self.train_csv.write(f'{epoch:.5f}', f'{loss:.6g}', f'{error:.6g}', f'{lr:.6g}',
+                             f'{images_per_second:.1f}')
         left = timedelta(seconds=round(self._seconds_left()))
         self.bar.set_postfix_str(f'loss {loss:.4f}, error {error:.2f}%, '
                                  f'{images_per_second:.0f} images/s, {left} left')
-        if not self.on_terminal:
+        if not sys.stdout.isatty():
             print(f'epoch {self.epoch}/{self.epochs}  step {self.step}/{self.steps_per_epoch}  '
                   f'loss {loss:.4f}  error {error:.2f}%  lr {lr:g}  '
                   f'{images_per_second:.0f} images/s  {left} left', flush=True)
@@ -133,7 +143,7 @@ class RunLog:
 
     def test_row(self, epoch, loss, error, error5):
         """A row of test.csv; `epoch` whole, errors in percent."""
-        _write(self.test_csv, epoch, f'{loss:.6g}', f'{error:.6g}', f'{error5:.6g}')
+        self.test_csv.write(epoch, f'{loss:.6g}', f'{error:.6g}', f'{error5:.6g}')
 
     def end_epoch(self, train, test, best):
         """Sum up an epoch: train (loss, error), test (loss, error, error5), best (error, epoch)."""
@@ -151,8 +161,7 @@ class RunLog:
 
     def finish_figures(self):
         """Wait for the last drawing, and say where it is."""
-        if self.figures:
-            self.figures.finish()
+        if self.figures and self.figures.finish():
             print('figures:', *(self.directory / f'{name}.png' for name in FIGURES))
 
     def close(self):
@@ -164,23 +173,37 @@ class RunLog:
         self.test_csv.close()
 
 
-def _write(file, *values):
-    csv.writer(file, lineterminator='\n').writerow(values)
-    file.flush()  # a row that is written stays written when the process is killed
+class CsvFile:
+    """Appends rows; of those of an earlier process it keeps what `keep` says, by their epoch.
 
+    The others are taken out with the first new row and not before: a run that fails to go on
+    leaves the files as they were.
+    """
 
-def _open_csv(path, columns, keep):
-    """Open for appending, with a header and of the rows there already those to keep."""
-    rows = []
-    if path.exists():
-        with open(path, newline='', errors='replace') as file:
-            rows = [row for row in csv.reader(file)
-                    if _is_row(row, columns) and keep(float(row[0]))]
-    temporary = path.with_name(f'.{path.name}.tmp')
-    with open(temporary, 'w', newline='') as file:
-        csv.writer(file, lineterminator='\n').writerows([columns, *rows])
-    os.replace(temporary, path)  # the file is never without the rows to keep
-    return open(path, 'a', newline='')
+    def __init__(self, path, columns, keep):
+        self.path, self.columns, self.keep, self.file = path, columns, keep, None
+
+    def write(self, *values):
+        if self.file is None:
+            self._open()
+        csv.writer(self.file, lineterminator='\n').writerow(values)
+        self.file.flush()  # a row that is written stays written when the process is killed
+
+    def _open(self):
+        rows = []
+        if self.path.exists():
+            with open(self.path, newline='', errors='replace') as file:
+                rows = [row for row in csv.reader(file)
+                        if _is_row(row, self.columns) and self.keep(float(row[0]))]
+        temporary = self.path.with_name(f'.{self.path.name}.tmp')
+        with open(temporary, 'w', newline='') as file:
+            csv.writer(file, lineterminator='\n').writerows([self.columns, *rows])
+        os.replace(temporary, self.path)  # the file is never without the rows to keep
+        self.file = open(self.path, 'a', newline='')
+
+    def close(self):
+        if self.file is not None:
+            self.file.close()
 
 
 def _is_row(row, columns):
@@ -212,22 +235,24 @@ class FigureDrawer:
             self._warn(str(error))
 
     def finish(self):
-        """Draw what there is now, and wait for it."""
+        """Draw what there is now, wait for it, and say whether it is drawn."""
         self._collect()
         self.redraw()
-        self._collect()
+        return self._collect()
 
     def _collect(self):
         if self.process is None:
-            return
+            return False
         try:
             _, complaint = self.process.communicate(timeout=60)
         except subprocess.TimeoutExpired:
             self.process.kill()
             _, complaint = self.process.communicate()
-        if self.process.returncode:
+        drawn = self.process.returncode == 0
+        if not drawn:
             self._warn(complaint)
         self.process = None
+        return drawn
 
     def _warn(self, complaint):
         if not self.warned:

@@ -39,12 +39,14 @@ TORCHVISION_WEIGHTS = ('densenet121', 'densenet161', 'densenet169', 'densenet201
 ARCHITECTURES = TORCHVISION_WEIGHTS + ('densenet264', 'densenet232_k48', 'densenet264_k48')
 AUTOCAST_TYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 
-# Flags of the model: a run is resumed with the same.
-MODEL_FLAGS = ('arch', 'depth', 'growth_rate', 'compression', 'bottleneck', 'block_config',
-               'init_features', 'bn_size')
+# Three ways to say how many layers there are, of which a command may use one.
+LAYER_FLAGS = ('arch', 'depth', 'block_config')
+# What a run is resumed with unchanged.
+FIXED_FLAGS = (*LAYER_FLAGS, 'growth_rate', 'compression', 'bottleneck', 'init_features',
+               'bn_size', 'optimizer')
 # Flags of one call of this script; with --resume, all others are by default the checkpoint's.
 CALL_FLAGS = ('save', 'name', 'resume', 'overwrite', 'start_epoch', 'pretrained',
-              'reset_classifier', 'evaluate', 'ten_crop', 'device')
+              'reset_classifier', 'evaluate', 'device')
 
 
 class UsageError(Exception):
@@ -76,8 +78,9 @@ def number(kind, interval):
     def parse(text):
         with contextlib.suppress(ValueError):
             value = kind(text)
-            if low < value < high or value == low and interval[0] == '[' \
-                    or value == high and interval[-1] == ']':
+            at_an_end = (value == low and interval[0] == '[') or \
+                (value == high and interval[-1] == ']')
+            if low < value < high or at_an_end:
                 return value
         raise argparse.ArgumentTypeError(f'{text!r} is not a {name} in {interval}')
     return parse
@@ -88,7 +91,8 @@ POSITIVE, SHARE = number(int, '[1, inf)'), number(float, '[0, 1)')
 
 def make_parser():
     parser = Parser(prog='train.py', description=__doc__.split('\n\n')[0], allow_abbrev=False,
-                    epilog='With --resume, the flags that are not given are the checkpoint\'s.')
+                    epilog='With --resume, flags that are not given are the checkpoint\'s, all '
+                           'but --device.')
     add_data_and_model_flags(parser)
     add_recipe_flags(parser)
     add_run_flags(parser)
@@ -198,23 +202,21 @@ def parse_args(argv=None):
     """The flags; what is not given comes from the resumed checkpoint, else from the data set."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    saved = None
     if args.resume is not None:
         path = resume_path(args)
         saved = checkpoint.load(path).get('args')
         if not isinstance(saved, dict):
             raise CheckpointError(f'{path} holds no run to resume; for weights alone --pretrained')
+        own = set(CALL_FLAGS)
+        if any(getattr(args, flag) is not None for flag in LAYER_FLAGS):
+            own.update(LAYER_FLAGS)
         parser.set_defaults(**{flag: saved[flag] for flag in vars(args)
-                               if flag in saved and flag not in CALL_FLAGS})
+                               if flag in saved and flag not in own})
     else:
         parser.set_defaults(**recipe(args))
     args = parser.parse_args(argv)
-    if saved is not None:
+    if args.resume is not None:
         args.resume = path
-        for flag in MODEL_FLAGS:
-            if getattr(args, flag) != saved.get(flag):
-                raise CheckpointError(f'{path} is of another architecture: its {flag} is '
-                                      f'{saved.get(flag)}, not {getattr(args, flag)}')
     check_flags(args)
     return args
 
@@ -241,7 +243,7 @@ def check_flags(args):
     if args.pretrained == '' and args.arch not in TORCHVISION_WEIGHTS:
         raise UsageError(f'--pretrained without a file needs --arch: torchvision has weights of '
                          f'{", ".join(TORCHVISION_WEIGHTS)}')
-    if sum(flag is not None for flag in (args.arch, args.depth, args.block_config)) > 1:
+    if sum(getattr(args, flag) is not None for flag in LAYER_FLAGS) > 1:
         raise UsageError('--arch, --depth and --block-config exclude each other: give one')
     if args.grad_accum > args.batch_size:
         raise UsageError(f'--grad-accum {args.grad_accum} is more parts than a batch of '
@@ -297,7 +299,7 @@ def choose_precision(name, device):
 
 def choose_model(args, image_size):
     """The flags, with depth or architecture and growth rate filled in by the size of the images."""
-    chosen = dict(vars(args))
+    chosen = {**vars(args), 'image_size': image_size}
     if args.arch is None and args.block_config is None:
         if image_size <= data.SMALL:
             chosen['depth'] = args.depth or 100
@@ -307,14 +309,15 @@ def choose_model(args, image_size):
                 raise UsageError(f'--depth {args.depth}: for images of {image_size} pixels there '
                                  f'are --arch {", ".join(ARCHITECTURES)} and --block-config')
     if args.growth_rate is None and chosen['arch'] is None:
-        chosen['growth_rate'] = 12
+        chosen['growth_rate'] = 12 if image_size <= data.SMALL else 32
     return argparse.Namespace(**chosen)
 
 
 def build_model(args, dataset):
     """The network, on the CPU: it starts from the same weights wherever it runs."""
+    small = dataset.image_size <= data.SMALL
     settings = dict(
-        num_classes=dataset.num_classes, small_inputs=dataset.image_size <= data.SMALL,
+        num_classes=dataset.num_classes, small_inputs=small,
         drop_rate=args.drop_rate, bn_size=args.bn_size, compression=args.compression,
         bottleneck=args.bottleneck, memory_efficient=args.memory_efficient)
     if args.growth_rate is not None:
@@ -325,7 +328,8 @@ def build_model(args, dataset):
         if args.arch is not None:
             model = getattr(densenet, args.arch)(**settings)
         elif args.block_config is not None:
-            settings.setdefault('num_init_features', 2 * args.growth_rate)
+            plain = small and not (args.bottleneck and args.compression < 1)
+            settings.setdefault('num_init_features', 16 if plain else 2 * args.growth_rate)
             model = densenet.DenseNet(block_config=args.block_config, **settings)
         else:
             model = densenet.densenet_cifar(args.depth, **settings)
@@ -345,8 +349,8 @@ def load_pretrained(model, args):
     else:
         try:
             weights = torchvision.models.get_model_weights(args.arch).DEFAULT.get_state_dict()
-        except OSError as error:
-            raise UsageError(f'--pretrained: torchvision could not download its weights of '
+        except Exception as error:  # no network, or a broken file in its cache
+            raise UsageError(f'--pretrained: torchvision could not download or read its weights of '
                              f'{args.arch} ({error}); give a file: --pretrained FILE') from error
     if args.reset_classifier:
         weights = {key: weight for key, weight in weights.items() if 'classifier.' not in key}
@@ -382,7 +386,7 @@ def learning_rate(args, epoch, done=0.0):
     if args.lr_schedule == 'cosine':
         return args.lr * (1 + math.cos(math.pi * (epoch - 1 + done) / args.epochs)) / 2
     if args.dataset == 'imagenet':
-        drops = sum(epoch > args.epochs * part for part in (1 / 3, 2 / 3))
+        drops = sum(epoch > max(1, args.epochs * part) for part in (1 / 3, 2 / 3))
     else:
         drops = sum(epoch >= max(2, args.epochs * part) for part in (1 / 2, 3 / 4))
     return args.lr / 10**drops
@@ -498,39 +502,54 @@ class StopSignals:
 def fit(args, state, train_loader, test_loader, log, autocast):
     """Train and test from where `state` is to the last epoch; save and exit if a signal comes."""
     latest, best = log.directory / 'latest.pth', log.directory / 'best.pth'
+
+    def save(path):
+        checkpoint.save(path, state.state_dict(), args=vars(args),
+                        num_images=train_loader.num_images)
+
     if not latest.exists():  # a run that is killed in its first epoch can be resumed, too
-        checkpoint.save(latest, state.state_dict(), args=vars(args))
+        save(latest)
     with StopSignals() as stop:
         try:
             while state.epoch <= args.epochs:
                 train_epoch(args, state, train_loader, log, autocast, stop)
                 test = evaluate(state.model, test_loader, autocast, stop.check)
-                end_epoch(args, state, test, log)
-                if state.best_epoch == state.epoch - 1:
-                    checkpoint.save(best, state.state_dict(), args=vars(args))
-                checkpoint.save(latest, state.state_dict(), args=vars(args))
-        except Interrupted:
+                improved = end_epoch(state, test, log)
+                if improved:
+                    save(best)
+                save(latest)
+        except (Interrupted, DataError) as stopped:  # either comes between two steps
             check_finite(state)
-            checkpoint.save(latest, state.state_dict(), args=vars(args))
+            save(latest)
+            if isinstance(stopped, DataError):
+                raise
             print(f'{signal.Signals(stop.received).name}: saved in epoch {state.epoch} after step '
                   f'{state.step}; --resume goes on from {latest}', flush=True)
             sys.exit(128 + stop.received)
+        except ValueError as error:
+            if 'value per channel' not in str(error):
+                raise
+            raise UsageError('a batch, or with --grad-accum a part of one, has a single image, and '
+                             'its last feature map is one pixel, which has no variance: change '
+                             '--batch-size or --grad-accum') from error
 
 
-def end_epoch(args, state, test, log):
-    """Note the test results and go to the beginning of the next epoch."""
+def end_epoch(state, test, log):
+    """Note the test results and go to the next epoch; is this one the best?"""
     loss, error, error5 = test
     if not math.isfinite(loss):
         raise TrainingError(f'the test loss is not finite after epoch {state.epoch}: try a lower '
                             f'--lr; the last good checkpoint is untouched')
     log.test_row(state.epoch, loss, error, error5)
     state.last_error = error
-    if error < state.best_error:
+    improved = error < state.best_error
+    if improved:
         state.best_error, state.best_epoch = error, state.epoch
     train_loss, train_errors, images = state.epoch_sums
     log.end_epoch((train_loss / images, 100 * train_errors / images), test,
                   (state.best_error, state.best_epoch))
     state.begin_epoch(state.epoch + 1)
+    return improved
 
 
 def describe_run(args, device, precision):
@@ -553,16 +572,27 @@ def model_name(args):
     if args.arch is not None:
         return args.arch
     letters = 'B' * args.bottleneck + 'C' * (args.compression < 1)
-    layers = args.depth or '-'.join(map(str, args.block_config))
-    return f'DenseNet{"-" * bool(letters)}{letters} L={layers} k={args.growth_rate}'
+    layers = f'L={args.depth}' if args.depth else f'blocks {"-".join(map(str, args.block_config))}'
+    return f'DenseNet{"-" * bool(letters)}{letters} {layers} k={args.growth_rate}'
 
 
-def resume(args, state, saved):
-    """Bring `state` to where the checkpoint was."""
+def check_fixed_flags(args, saved_args):
+    for flag in FIXED_FLAGS:
+        if getattr(args, flag) != saved_args.get(flag):
+            raise CheckpointError(f'{args.resume} is of another architecture or optimizer: its '
+                                  f'{flag} is {saved_args.get(flag)}, not {getattr(args, flag)}')
+
+
+def resume(args, state, saved, num_images):
+    """Bring `state` to where the checkpoint was, or to the beginning of --start-epoch."""
     state.load_state_dict(saved, args.resume)
-    if state.step and saved['args']['batch_size'] != args.batch_size:
-        raise CheckpointError(f'{args.resume} was written in the middle of an epoch in batches of '
-                              f'{saved["args"]["batch_size"]}: --batch-size can\'t change there')
+    if args.start_epoch:
+        state.begin_epoch(args.start_epoch)
+    before, now = (saved['args']['batch_size'], saved['num_images']), (args.batch_size, num_images)
+    if state.step and before != now:
+        raise CheckpointError(f'{args.resume} was written within an epoch of {before[1]} images in '
+                              f'batches of {before[0]}, and cannot go on in one of {now[1]} in '
+                              f'batches of {now[0]}; --start-epoch {state.epoch} begins it anew')
     print(f'resuming {args.resume} in epoch {state.epoch} after step {state.step}', flush=True)
 
 
@@ -576,9 +606,11 @@ def train(args, dataset, model, loaders, directory, *, device, precision, autoca
                        torch.amp.GradScaler(device.type, enabled=precision == 'fp16'),
                        interval=torch.zeros(3, device=device))
     if saved:
-        resume(args, state, saved)
-    if args.start_epoch:
+        resume(args, state, saved, train_loader.num_images)
+    elif args.start_epoch:
         state.begin_epoch(args.start_epoch)
+    if not (directory / 'best.pth').exists() or args.overwrite:
+        state.best_error, state.best_epoch = math.inf, 0
     if args.compile:
         model.compile()
     if args.overwrite:
@@ -588,7 +620,8 @@ def train(args, dataset, model, loaders, directory, *, device, precision, autoca
         file.write(json.dumps(record, indent=2).encode())
     print(f'{model_name(args)}: {sum(p.numel() for p in model.parameters()):,} parameters; '
           f'{dataset.name}: {train_loader.num_images:,} training and {test_loader.num_images:,} '
-          f'test images, {dataset.num_classes} classes; {record["device"]}, {precision}',
+          f'test images of {dataset.image_size} pixels, {dataset.num_classes} classes; '
+          f'{record["device"]}, {precision}',
           flush=True)
     log = RunLog(directory, steps_per_epoch=len(train_loader), epochs=args.epochs,
                  start=(state.epoch, state.step), tensorboard=args.tensorboard, figures=args.plot)
@@ -616,6 +649,8 @@ def main(argv=None):
     model.to(device, memory_format=torch.channels_last)
 
     saved = checkpoint.load(args.resume) if args.resume else None
+    if saved:
+        check_fixed_flags(args, saved['args'])
     load_data = functools.partial(
         data.make_loaders, dataset, args.batch_size, device=device, augment=args.augment,
         seed=args.seed, workers=args.workers, ten_crop=args.ten_crop)
@@ -638,6 +673,10 @@ def cli(argv=None):
         main(argv)
     except (UsageError, TrainingError, CheckpointError, DataError, RunDirectoryError) as error:
         print(f'train.py: error: {error}', file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a disk that is full, a directory that must not be written to
+        name = f'{error.filename}: ' if error.filename else ''
+        print(f'train.py: error: {name}{error.strerror or error}', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:  # before there was anything to save
         sys.exit(128 + signal.SIGINT)

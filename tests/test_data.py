@@ -199,6 +199,24 @@ def test_large_test_images_are_torchvisions_centre_and_ten_crops(photos):
     torch.testing.assert_close(next(iter(test))[0][0], torch.stack(crops), rtol=1e-5, atol=1e-5)
 
 
+def test_large_training_images_are_mirrored_and_their_colours_vary(tmp_path):
+    ramp = np.tile(np.linspace(60, 200, 90).astype(np.uint8)[None, :, None], (70, 1, 3))
+    Image.fromarray(ramp).save(tmp_path / 'ramp.png')
+    dataset = data._ImageFiles([(tmp_path / 'ramp.png', 0)], data._train_transform(66))
+    views = torch.stack([dataset[0, seed][0] for seed in range(64)]).float()
+    falling = (views[..., 0] > views[..., -1]).flatten(1).float().mean(1)
+    assert 16 < falling.round().sum() < 48  # half of them, but for a chance of one in 10,000
+    assert views.mean((1, 2, 3)).std() > 15
+    assert torch.equal(dataset[0, 5][0], dataset[0, 5][0])
+
+
+def test_sixteen_bits_of_grey_keep_their_levels(tmp_path):
+    levels = np.array([[0, 50, 100, 200]] * 4, dtype=np.uint16) * 256
+    Image.fromarray(levels).save(tmp_path / 'grey.png')
+    image = np.asarray(data._decode(tmp_path / 'grey.png'))
+    assert image.shape == (4, 4, 3) and image[0, :, 1].tolist() == [0, 50, 100, 200]
+
+
 def test_photographs_of_imagenet():
     archive = SHARED / 'imagenet-sample.tar'
     if not archive.exists():
@@ -288,10 +306,10 @@ def test_missing_or_broken_archives_are_named(tmp_path, monkeypatch, name, files
 
 
 def test_folders_that_are_not_as_they_should_be(tmp_path):
-    with pytest.raises(DataError, match='train is not there.*--dataset shapes'):
+    with pytest.raises(DataError, match='no train in .*--dataset shapes'):
         data.describe('folder', tmp_path)
     write_images(tmp_path, {'train/a': 2, 'train/b': 2})
-    with pytest.raises(DataError, match='test is not there'):
+    with pytest.raises(DataError, match='no val or test in '):
         load(tmp_path)
     write_images(tmp_path, {'val/a': 1, 'val/c': 1})
     with pytest.raises(DataError, match='val.*: b is in only one'):

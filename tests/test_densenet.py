@@ -247,6 +247,12 @@ def test_impossible_depths_name_the_nearest(depth, bottleneck, nearest):
         densenet_cifar(depth, bottleneck=bottleneck)
 
 
+@pytest.mark.parametrize('depth', ['40', 40.0, None])
+def test_depths_that_are_no_numbers(depth):
+    with pytest.raises(ValueError, match='depth must be a whole number'):
+        densenet_cifar(depth)
+
+
 @pytest.mark.parametrize('kwargs', [
     {'growth_rate': 0}, {'growth_rate': 1.5}, {'block_config': ()}, {'block_config': (2, 0)},
     {'num_init_features': -1}, {'bn_size': 0}, {'drop_rate': 1.0}, {'drop_rate': -0.1},
@@ -292,7 +298,7 @@ def test_needs_nothing_but_torch():
                 if isinstance(node, (ast.Import, ast.ImportFrom))
                 for name in ([node.module] if isinstance(node, ast.ImportFrom)
                              else [alias.name for alias in node.names])}
-    assert imported - {'torch'} == {'contextlib', 're', 'collections'}
+    assert imported - {'torch'} == {'contextlib', 're', 'collections', 'numbers'}
 
 
 @pytest.mark.parametrize('efficient', [False, True])

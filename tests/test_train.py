@@ -83,6 +83,18 @@ def test_the_classic_repositories_commands():
     assert sum(p.numel() for p in train.build_model(args, imagenet).parameters()) == 7_978_856
 
 
+@pytest.mark.parametrize('flags, size, classes, parameters', [
+    ('--block-config 12 12 12 --no-bottleneck --compression 1', 32, 10, 1_019_722),
+    ('--block-config 16 16 16', 32, 10, 769_162),
+    ('--block-config 6 12 24 16', 224, 1000, 7_978_856),
+    ('--arch densenet161', 224, 1000, 28_681_000),
+])
+def test_block_configurations_are_the_named_models(flags, size, classes, parameters):
+    args = train.choose_model(parse_args(flags.split()), size)
+    model = train.build_model(args, data.Description('folder', 'x', classes, size))
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
 def test_the_recipes_of_the_paper():
     recipe = parse_args([])
     assert (recipe.epochs, recipe.batch_size, recipe.lr, recipe.momentum, recipe.weight_decay,
@@ -90,6 +102,7 @@ def test_the_recipes_of_the_paper():
     assert train.choose_model(recipe, 32).depth == 100
     optimizer = train.make_optimizer(recipe, torch.nn.Linear(2, 2))
     assert optimizer.defaults['nesterov'] and optimizer.defaults['dampening'] == 0
+    assert (optimizer.defaults['weight_decay'], optimizer.defaults['momentum']) == (1e-4, 0.9)
     assert sum(len(group['params']) for group in optimizer.param_groups) == 2
 
     svhn = parse_args(['--dataset', 'svhn'])
@@ -109,7 +122,9 @@ def test_learning_rate_of_the_recipes():
     assert [learning_rate(svhn, e) for e in (19, 20, 29, 30, 40)] == [0.1, 0.01, 0.01, 1e-3, 1e-3]
     imagenet = parse_args(['--dataset', 'imagenet'])
     assert [learning_rate(imagenet, e) for e in (30, 31, 60, 61)] == [0.1, 0.01, 0.01, 0.001]
-    assert learning_rate(parse_args(['--epochs', '1']), 1) == 0.1
+    for dataset in ('cifar10', 'imagenet'):
+        short = parse_args(['--dataset', dataset, '--epochs', '1'])
+        assert learning_rate(short, 1) == 0.1
 
     args = parse_args(['--lr-schedule', 'cosine', '--epochs', '10'])
     weight = torch.nn.Parameter(torch.zeros(()))
@@ -343,6 +358,24 @@ def test_a_signal_to_the_whole_group_lets_the_workers_finish(tmp_path):
     assert 40 * (saved['epoch'] - 1) + saved['step'] >= 5
 
 
+def test_a_worker_that_outlives_its_run_does_not_hold_the_directory(tmp_path):
+    script = f'''
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import runlog
+with runlog.claim({str(tmp_path)!r}):
+    if os.fork() == 0:
+        time.sleep(30)
+    os.kill(os.getpid(), 9)
+'''
+    # Its output goes nowhere: the child would keep a pipe open.
+    ended = subprocess.run([sys.executable, '-c', script], stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL)
+    assert ended.returncode == -signal.SIGKILL
+    with train.runlog.claim(tmp_path):
+        pass
+
+
 def test_resuming_a_finished_run_only_says_so_and_more_epochs_go_on(small, tmp_path, capsys):
     run = ['--save', str(tmp_path / 'run')]
     train.main([*small, *run, '--epochs', '2'])
@@ -399,6 +432,51 @@ def test_torchvisions_weights_through_its_own_cache(folder, tmp_path, monkeypatc
 
 def raise_no_network(*_, **__):
     raise OSError('no network')
+
+
+def test_best_is_the_best_and_no_worse_model_takes_its_place(recipe, uninterrupted, tmp_path):
+    errors = [float(row['error']) for row in read_csv(uninterrupted / 'test.csv')]
+    best = checkpoint.load(uninterrupted / 'best.pth')
+    assert best['epoch'] - 1 == best['best_epoch'] == 1 + int(np.argmin(errors))
+    assert math.isclose(best['best_error'], min(errors), rel_tol=1e-5)
+    run = tmp_path / 'run'
+    shutil.copytree(uninterrupted, run)
+    # Too small a learning rate to learn anything in, and all that was learnt is dropped.
+    train.main(['--save', str(run), '--resume', '--start-epoch', str(best['best_epoch']),
+                '--drop-rate', '0.99', '--lr', '1'])
+    after = checkpoint.load(run / 'best.pth')
+    assert after['best_error'] <= best['best_error']
+    assert after['best_error'] == after['last_error']
+
+
+def test_flags_win_over_the_resumed_checkpoint(small, tmp_path):
+    run = ['--save', str(tmp_path / 'run')]
+    train.main([*small, *run, '--epochs', '1'])
+    train.main([*run, '--resume', '--epochs', '2', '--weight-decay', '0.5', '--momentum', '0.1'])
+    saved = checkpoint.load(tmp_path / 'run/latest.pth')
+    group, = saved['optimizer']['param_groups']
+    assert (group['weight_decay'], group['momentum']) == (0.5, 0.1)
+    assert (saved['args']['weight_decay'], saved['args']['batch_size']) == (0.5, 4)
+
+
+def test_a_depth_that_names_a_model_can_be_resumed_by_the_same_command(tmp_path):
+    write_images(tmp_path, {'train/a': 4, 'val/a': 1}, (65, 65))
+    argv = ['--dataset', 'folder', '--data', str(tmp_path), '--depth', '121', '--batch-size', '2',
+            '--growth-rate', '4', '--workers', '0', '--device', 'cpu', '--no-plot', '--save',
+            str(tmp_path / 'run')]
+    train.main([*argv, '--epochs', '1'])
+    train.main([*argv, '--epochs', '2', '--resume'])
+    assert [row['epoch'] for row in read_csv(tmp_path / 'run/test.csv')] == ['1', '2']
+
+
+def test_the_seed_decides_the_weights_and_the_order(small, tmp_path):
+    weights = {}
+    for name, seed in (('a', '1'), ('b', '1'), ('c', '2')):
+        train.main([*small, '--epochs', '1', '--seed', seed, '--save', str(tmp_path / name)])
+        weights[name] = checkpoint.load(tmp_path / name / 'latest.pth')['model']
+    torch.testing.assert_close(weights['a'], weights['b'], rtol=0, atol=0)
+    start = weights['a']['features.conv0.weight'] - weights['c']['features.conv0.weight']
+    assert start.abs().max() > 0.1  # further apart than nine steps can bring them
 
 
 def test_overwriting_begins_anew(small, tmp_path):
@@ -458,7 +536,7 @@ def test_data_that_are_not_there(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr('urllib.request.urlopen', raise_no_network)
     error = fails(capsys, '--dataset', 'cifar10')
     assert 'cifar-10-python.tar.gz' in error and '--dataset shapes' in error
-    assert 'train is not there' in fails(capsys, '--dataset', 'imagenet', '--data', 'nowhere')
+    assert 'no train in nowhere' in fails(capsys, '--dataset', 'imagenet', '--data', 'nowhere')
 
 
 def test_a_run_that_is_there_is_left_alone(small, tmp_path, capsys):
@@ -469,7 +547,9 @@ def test_a_run_that_is_there_is_left_alone(small, tmp_path, capsys):
     other = [*small, '--save', run, '--resume']
     assert re.search('depth is 10, not 16', fails(capsys, *other, '--depth', 16))
     assert re.search('growth_rate is 4, not 8', fails(capsys, *other, '--growth-rate', 8))
-    assert 'classifier.weight is [4' in fails(capsys, *other, '--dataset', 'shapes')
+    write_images(tmp_path / 'two', {'train/a': 4, 'train/b': 4, 'val/a': 1, 'val/b': 1}, (8, 8))
+    assert 'classifier.weight is [4' in fails(capsys, *other, '--data', tmp_path / 'two')
+    assert re.search('optimizer is sgd, not adam', fails(capsys, *other, '--optimizer', 'adam'))
     lock = os.open(run, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     assert 'in use' in fails(capsys, *other)
@@ -497,12 +577,72 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(small, tmp_pat
     assert [row['epoch'] for row in read_csv(run / 'test.csv')] == ['1']
 
 
+def test_a_signal_does_not_save_a_loss_that_is_not_finite(small, tmp_path):
+    run = tmp_path / 'run'
+    train.main([*small, '--save', str(run), '--epochs', '1'])
+    before = (run / 'latest.pth').read_bytes()
+    argv = ['--save', str(run), '--resume', '--epochs', '3', '--lr', '1e30', '--print-freq', '9']
+    ended = run_interrupted(argv, 'train_step', 5, signal.SIGTERM)
+    assert ended.returncode == 2 and 'not finite at epoch 2' in ended.stderr
+    assert (run / 'latest.pth').read_bytes() == before
+    assert len(read_csv(run / 'train.csv')) == 3  # nor are rows lost that nothing replaces
+
+
+def test_a_broken_test_image_does_not_cost_the_epoch(tmp_path, capsys):
+    write_images(tmp_path, {'train/a': 4, 'train/b': 4, 'val/a': 1, 'val/b': 1}, (65, 65))
+    broken = tmp_path / 'val/b/0.png'
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:500])
+    argv = ['--dataset', 'folder', '--data', tmp_path, '--block-config', 1, 1, '--growth-rate', 4,
+            '--batch-size', 4, '--epochs', 1, '--device', 'cpu', '--save', tmp_path / 'run',
+            '--no-plot']
+    assert 'val/b/0.png: cannot be read' in fails(capsys, *argv)
+    saved = checkpoint.load(tmp_path / 'run/latest.pth')
+    assert (saved['epoch'], saved['step']) == (1, 2)
+    broken.write_bytes(whole)
+    train.main(['--save', str(tmp_path / 'run'), '--resume'])
+    assert len(read_csv(tmp_path / 'run/test.csv')) == 1
+
+
+def test_an_epoch_is_not_continued_on_other_data(recipe, folder, tmp_path, capsys):
+    other = tmp_path / 'folder'
+    shutil.copytree(folder, other)
+    argv = [str(other) if flag == str(folder) else flag for flag in recipe]
+    run = tmp_path / 'run'
+    assert run_interrupted([*argv, '--save', str(run)], 'train_step', 14, signal.SIGTERM) \
+        .returncode == 143
+    assert 'in batches of 4, and cannot' in fails(capsys, '--save', run, '--resume', '-b', 2)
+    (other / 'train/a/0.png').unlink()
+    error = fails(capsys, '--save', run, '--resume')
+    assert 'an epoch of 36 images' in error and '--start-epoch 2' in error
+    train.main(['--save', str(run), '--resume', '--start-epoch', '2'])
+    assert [row['epoch'] for row in read_csv(run / 'test.csv')] == ['1', '2', '3', '4']
+
+
+def test_a_single_value_per_channel(tmp_path, capsys):
+    write_images(tmp_path, {'train/a': 3, 'val/a': 1}, (8, 8))
+    error = fails(capsys, '--dataset', 'folder', '--data', tmp_path, '--block-config', 1, 1, 1, 1,
+                  '--batch-size', 2, '--device', 'cpu', '--save', tmp_path / 'run', '--no-plot')
+    assert '--batch-size or --grad-accum' in error
+
+
+def test_a_disk_that_cannot_be_written_to(small, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, 'No space left on device', 'latest.pth')
+
+    monkeypatch.setattr(torch, 'save', full)
+    error = fails(capsys, *small, '--save', tmp_path / 'run', '--epochs', 1)
+    assert error == 'train.py: error: latest.pth: No space left on device'
+
+
 def test_a_plot_that_fails_is_one_warning(small, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train.runlog, '__file__', str(tmp_path / 'runlog.py'))
     (tmp_path / 'plot.py').write_text('raise ValueError("no ink")')
     argv = [flag for flag in small if flag != '--no-plot']
     train.main([*argv, '--save', str(tmp_path / 'run'), '--epochs', '3'])
-    warnings = capsys.readouterr().err.splitlines()
+    output, warnings = capsys.readouterr()
+    assert 'figures:' not in output
+    warnings = warnings.splitlines()
     assert warnings == ['train.py: warning: the figures were not drawn: ValueError: no ink']
 
 
@@ -512,9 +652,9 @@ def test_a_torn_row_is_mended_on_resuming(small, tmp_path):
     whole = (run / 'train.csv').read_text()
     with open(run / 'train.csv', 'a') as file:
         file.write('2.3333,1.9')
-    train.main(['--save', str(run), '--resume'])
-    assert (run / 'train.csv').read_text() == whole
-    shutil.rmtree(run)
+    train.main(['--save', str(run), '--resume', '--epochs', '3'])
+    assert (run / 'train.csv').read_text().startswith(whole)
+    assert len(read_csv(run / 'train.csv')) == 3 * 3
 
 
 # ---- CUDA ------------------------------------------------------------------------------------
