@@ -151,15 +151,19 @@ def read_runs(directories):
 def running_mean(epochs, values):
     """Mean over the epoch that ends at each row: of the rows so far in (epoch - 1, epoch].
 
-    The window is a span of epochs, so rows may lie unevenly; before epoch 1 it is what there is.
+    Rows may lie unevenly, as the last of an epoch does: each counts by the span since the row
+    before it (all count alike if some share an epoch). Before epoch 1 the mean is of what there is.
     """
+    spans = np.diff(epochs)
+    weights = np.append(spans[:1], spans) if len(spans) and spans.min() > 0 else 0 * epochs + 1
     # 1e-6: in binary 1.1 - 1 lies a little above 0.1, and elsewhere a little below.
     first = np.searchsorted(epochs, epochs - 1 + 1e-6, side='right')
-    end = np.arange(1, len(epochs) + 1)
     # Each window is summed by itself, since after one loss of 1e30 a difference of cumulative
     # sums would be noise. reduceat's every other sum, from end to the next first, is of no use.
-    bounds = np.column_stack([first, end]).ravel()
-    return np.add.reduceat(np.append(values, 0.0), bounds)[::2] / (end - first)
+    bounds = np.column_stack([first, np.arange(1, len(epochs) + 1)]).ravel()
+    total, weight = (np.add.reduceat(np.append(terms, 0.0), bounds)[::2]
+                     for terms in (values * weights, weights))
+    return total / weight
 
 
 def lr_drops(epochs, lr):
