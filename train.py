@@ -609,7 +609,7 @@ def train(args, dataset, model, loaders, directory, *, device, precision, autoca
         resume(args, state, saved, train_loader.num_images)
     elif args.start_epoch:
         state.begin_epoch(args.start_epoch)
-    if not (directory / 'best.pth').exists() or args.overwrite:
+    if state.epoch <= args.epochs and not (directory / 'best.pth').exists():  # of another directory
         state.best_error, state.best_epoch = math.inf, 0
     if args.compile:
         model.compile()
