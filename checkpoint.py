@@ -49,6 +49,9 @@ class TrainState:
 
     def begin_epoch(self, epoch):
         self.epoch, self.step, self.epoch_sums = epoch, 0, (0.0, 0.0, 0)
+        self.begin_interval()
+
+    def begin_interval(self):
         self.interval.zero_()
         self.interval_steps = self.interval_images = 0
 

@@ -290,14 +290,22 @@ def _imagenet_model(growth_rate, block_config, kwargs):
     return DenseNet(**settings)
 
 
+def stem_width(growth_rate, bottleneck, compression):
+    """Channels of the first convolution for CIFAR and SVHN (paper, section 3).
+
+    2 * growth_rate with bottleneck and compression (BC), else 16: only so do the paper's parameter
+    counts come out.
+    """
+    return 2 * growth_rate if bottleneck and compression < 1 else 16
+
+
 def densenet_cifar(depth=100, growth_rate=12, *, bottleneck=True, compression=0.5, num_classes=10,
                    drop_rate=0.0, num_init_features=None, small_inputs=True, **kwargs):
     """The paper's networks for CIFAR and SVHN: three equal dense blocks (section 3).
 
     Args:
         depth: L in the paper, counted in layers with weights: 6n+4 with bottleneck, else 3n+4.
-        num_init_features: by default 2 * growth_rate with bottleneck and compression (BC), else
-            16: only so do the paper's parameter counts come out.
+        num_init_features: by default `stem_width`.
         other arguments: as for `DenseNet`.
 
     Raises:
@@ -312,7 +320,7 @@ def densenet_cifar(depth=100, growth_rate=12, *, bottleneck=True, compression=0.
         raise ValueError(f'depth must be {step}n+4 {"with" if bottleneck else "without"} '
                          f'bottleneck, not {depth}: nearest {nearest}')
     if num_init_features is None:
-        num_init_features = 2 * growth_rate if bottleneck and compression < 1 else 16
+        num_init_features = stem_width(growth_rate, bottleneck, compression)
     return DenseNet(growth_rate, 3 * ((depth - 4) // step,), num_init_features,
                     drop_rate=drop_rate, num_classes=num_classes, compression=compression,
                     bottleneck=bottleneck, small_inputs=small_inputs, **kwargs)

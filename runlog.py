@@ -97,20 +97,19 @@ class RunLog:
     def __init__(self, directory, *, steps_per_epoch, epochs, start=(1, 0), tensorboard=False,
                  figures=True):
         self.directory, self.steps_per_epoch, self.epochs = directory, steps_per_epoch, epochs
-        self.epoch, self.step = start
         self.steps_here, self.started = 0, time.monotonic()
-        done = self.epoch - 1 + self.step / steps_per_epoch
-        begin = self.epoch
+        epoch, step = start
+        done = epoch - 1 + step / steps_per_epoch
         self.train_csv = CsvFile(directory / 'train.csv', TRAIN_COLUMNS,
-                                 keep=lambda epoch: epoch < done + 1e-5)
+                                 keep=lambda row: row < done + 1e-5)
         self.test_csv = CsvFile(directory / 'test.csv', TEST_COLUMNS,
-                                keep=lambda epoch: epoch < begin)
+                                keep=lambda row: row < epoch)
         self.figures = FigureDrawer(directory) if figures else None
         self.tensorboard = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # here, for it is slow to import
 
-            self.tensorboard = SummaryWriter(directory / 'tensorboard', purge_step=self.epoch)
+            self.tensorboard = SummaryWriter(directory / 'tensorboard', purge_step=epoch)
         self.bar = None
 
     def start_epoch(self, epoch, step=0):
@@ -174,7 +173,7 @@ class RunLog:
 
 
 class CsvFile:
-    """Appends rows; of those of an earlier process it keeps what `keep` says, by their epoch.
+    """Appends rows; of those of an earlier process it keeps what `keep` says of their epoch.
 
     The others are taken out with the first new row and not before: a run that fails to go on
     leaves the files as they were.

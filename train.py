@@ -328,8 +328,9 @@ def build_model(args, dataset):
         if args.arch is not None:
             model = getattr(densenet, args.arch)(**settings)
         elif args.block_config is not None:
-            plain = small and not (args.bottleneck and args.compression < 1)
-            settings.setdefault('num_init_features', 16 if plain else 2 * args.growth_rate)
+            k = args.growth_rate
+            width = densenet.stem_width(k, args.bottleneck, args.compression) if small else 2 * k
+            settings.setdefault('num_init_features', width)
             model = densenet.DenseNet(block_config=args.block_config, **settings)
         else:
             model = densenet.densenet_cifar(args.depth, **settings)
@@ -453,8 +454,7 @@ def close_interval(state):
     images = state.interval_images
     sums = zip(state.epoch_sums, (loss, errors, images))
     state.epoch_sums = tuple(total + here for total, here in sums)
-    state.interval.zero_()
-    state.interval_steps = state.interval_images = 0
+    state.begin_interval()
     return loss / images, 100 * errors / images, images
 
 
@@ -621,8 +621,7 @@ def train(args, dataset, model, loaders, directory, *, device, precision, autoca
     print(f'{model_name(args)}: {sum(p.numel() for p in model.parameters()):,} parameters; '
           f'{dataset.name}: {train_loader.num_images:,} training and {test_loader.num_images:,} '
           f'test images of {dataset.image_size} pixels, {dataset.num_classes} classes; '
-          f'{record["device"]}, {precision}',
-          flush=True)
+          f'{record["device"]}, {precision}', flush=True)
     log = RunLog(directory, steps_per_epoch=len(train_loader), epochs=args.epochs,
                  start=(state.epoch, state.step), tensorboard=args.tensorboard, figures=args.plot)
     with contextlib.closing(log):
