@@ -22,6 +22,7 @@ from numbers import Integral
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 __all__ = ['DenseNet', 'densenet121', 'densenet161', 'densenet169', 'densenet201', 'densenet264',
@@ -154,7 +155,28 @@ class DenseBlock(nn.ModuleDict):
     """Layers of which each reads the concatenation of the input and all earlier layers' outputs.
 
     [N, C, H, W] -> [N, C + num_layers * growth_rate, H, W]
+
+    In training there are three ways to compute it, which end with the same outputs, gradients and
+    running statistics. `path` says which one the last forward took:
+
+        'plain'         layer by layer; what it keeps for backward grows with the square of depth
+        'linear'        as one function, `_LinearMemoryBlock`, which keeps what its name says, and
+                        with memory_efficient=True little more than the feature maps
+        'checkpointed'  memory_efficient=True where 'linear' is impossible: the plain way, with
+                        each layer's first convolution computed again in backward
+
+    Whatever the one function would overlook (hooks, a replaced norm, torch.func, and so on) goes
+    the other ways, and `obstacle` says what it was.
+
+    Attributes:
+        memory_efficient: as for `DenseNet`.
+        linear_memory: whether training is to take the 'linear' way; None, the default, stands for
+            always with memory_efficient=True, else where it was measured to be no slower: on CPUs.
+        path: 'plain', 'linear' or 'checkpointed'; None before a forward, and under torch.compile.
+        obstacle: what kept the last forward from the 'linear' way that it was to take, or None.
     """
+
+    linear_memory = None
 
     def __init__(self, num_layers, in_channels, growth_rate, bn_size, drop_rate, bottleneck,
                  memory_efficient):
@@ -162,12 +184,82 @@ class DenseBlock(nn.ModuleDict):
             f'denselayer{i + 1}': DenseLayer(in_channels + i * growth_rate, growth_rate, bn_size,
                                              drop_rate, bottleneck, memory_efficient)
             for i in range(num_layers)})
+        self.memory_efficient = memory_efficient
+        self.path = self.obstacle = None
 
     def forward(self, x):
+        self.path = self.obstacle = None
+        if torch.compiler.is_compiling():  # the compiler decides itself what to keep
+            return self._forward_plain(x)
+        if self._is_to_be_linear(x):
+            self.obstacle = self._find_obstacle(x)
+            if self.obstacle is None:
+                self.path = 'linear'
+                return self._forward_linear(x)
+        checkpointed = self.memory_efficient and self.training and torch.is_grad_enabled()
+        self.path = 'checkpointed' if checkpointed else 'plain'
+        return self._forward_plain(x)
+
+    def _is_to_be_linear(self, x):
+        if self.linear_memory is None:
+            return self.training and (self.memory_efficient or x.device.type == 'cpu')
+        return self.training and self.linear_memory
+
+    def _forward_plain(self, x):
         features = [x]
         for layer in self.values():
             features.append(layer(features))
         return torch.cat(features, 1)
+
+    def _forward_linear(self, x):
+        layers, parameters = list(self.values()), self._parameters_in_order()
+        with torch.no_grad():
+            torch._foreach_add_([norm.num_batches_tracked for layer in layers
+                                 for norm in layer.norms()], 1)
+        # Grad mode is asked for here: within a Function it is always off.
+        keep_bottlenecks = torch.is_grad_enabled() and not self.memory_efficient
+        features, mean, var = _LinearMemoryBlock.apply(layers, keep_bottlenecks, x, *parameters)
+        count = x.numel() // x.shape[1]
+        _update_running_statistics([layer.norm1 for layer in layers], mean,
+                                   var * (count / (count - 1)))
+        return features
+
+    def _parameters_in_order(self):
+        """Layer after layer, weight and bias of norm1, weight of conv1, and of norm2, conv2."""
+        return [parameter for layer in self.values()
+                for norm, conv in zip(layer.norms(), layer.convs())
+                for parameter in (norm.weight, norm.bias, conv.weight)]
+
+    def _find_obstacle(self, x):
+        """Why `_LinearMemoryBlock` can't stand in for the layers here, or None if it can."""
+        # Three questions that torch answers only in private. One that has renamed the answer gets
+        # to the function, which then raises an error (but for the hooks).
+        if getattr(torch._C, '_are_functorch_transforms_active', bool)():
+            return 'torch.func'
+        if getattr(forward_ad, '_current_level', -1) >= 0:
+            return 'forward-mode differentiation'
+        if torch.jit.is_tracing():
+            return 'torch.jit.trace'
+        if any(getattr(nn.modules.module, f'_global_{kind}_hooks', None)
+               for kind in ('forward', 'forward_pre', 'backward', 'backward_pre')):
+            return 'global module hooks'
+        if x.dim() != 4 or x.numel() <= x.shape[1]:
+            return 'a single value per channel, or none'  # nn.BatchNorm2d complains about it
+        channels = x.shape[1]
+        for name, layer in self.items():
+            if type(layer) is not DenseLayer:
+                return f'{name} is a {type(layer).__name__}'
+            obstacle = layer.find_obstacle(channels)
+            if obstacle:
+                return f'{name}: {obstacle}'
+            channels += layer.convs()[-1].out_channels
+        if len({(layer.drop_rate, layer.bottleneck, layer.norm1.eps, layer.norm1.momentum)
+                for layer in self.values()}) > 1:
+            return 'layers that differ in drop_rate, bottleneck, eps or momentum'
+        dtypes = {parameter.dtype for parameter in self._parameters_in_order()}
+        if dtypes not in ({torch.float32}, {torch.float64}) or x.dtype != _conv_dtype(x, *dtypes):
+            return f'input of {x.dtype}, weights of {", ".join(map(str, dtypes))}'
+        return None
 
 
 class DenseLayer(nn.Module):
@@ -209,7 +301,38 @@ class DenseLayer(nn.Module):
         return self.conv1(F.relu(self.norm1(torch.cat(features, 1))))
 
     def _checkpoint_contexts(self):
-        return contextlib.nullcontext(), _FrozenStatistics(self.norm1)
+        counts = hasattr(self.norm1, 'num_batches_tracked')  # not if it was replaced by a GroupNorm
+        recompute = _FrozenStatistics(self.norm1) if counts else contextlib.nullcontext()
+        return contextlib.nullcontext(), recompute
+
+    def norms(self):
+        return [self.norm1, self.norm2] if self.bottleneck else [self.norm1]
+
+    def convs(self):
+        return [self.conv1, self.conv2] if self.bottleneck else [self.conv1]
+
+    def find_obstacle(self, in_channels):
+        """What `_LinearMemoryBlock` would overlook in this layer, such as 'norm1 has hooks'."""
+        for kind, *modules in ((DenseLayer, self), (nn.BatchNorm2d, *self.norms()),
+                               (nn.Conv2d, *self.convs())):
+            for i, module in enumerate(modules, start=1):
+                name = {DenseLayer: 'it', nn.BatchNorm2d: f'norm{i}', nn.Conv2d: f'conv{i}'}[kind]
+                if type(module) is not kind or 'forward' in vars(module):
+                    return f'{name} is not a plain {kind.__name__}'
+                if (module._forward_hooks or module._forward_pre_hooks
+                        or module._backward_hooks or module._backward_pre_hooks):
+                    return f'{name} has hooks'
+        for i, norm in enumerate(self.norms(), start=1):
+            if not (norm.training and norm.affine and norm.track_running_stats):
+                return f'norm{i} is in eval mode, or has no weights or running statistics'
+        if self.norm1.num_features != in_channels:
+            return f'norm1 is for {self.norm1.num_features} channels, not {in_channels}'
+        for i, conv in enumerate(self.convs(), start=1):
+            same = conv.kernel_size[0] // 2
+            if (conv.padding != (same, same) or not conv.stride == conv.dilation == (1, 1)
+                    or conv.groups > 1 or conv.padding_mode != 'zeros' or conv.bias is not None):
+                return f'conv{i} has a bias, or another geometry'
+        return None
 
 
 class _FrozenStatistics:
@@ -244,9 +367,259 @@ class Transition(nn.Module):
         self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
 
     def forward(self, x):
-        x = self.conv(F.relu(self.norm(x)))
-        x = F.dropout(x, self.drop_rate, self.training)
-        return F.avg_pool2d(x, 2)
+        x = F.relu(self.norm(x))
+        if not (self.drop_rate and self.training):
+            return self.conv(F.avg_pool2d(x, 2))  # the two commute; pooled, it is a quarter as much
+        return F.avg_pool2d(F.dropout(self.conv(x), self.drop_rate, self.training), 2)
+
+
+class _LinearMemoryBlock(torch.autograd.Function):
+    """A dense block in training as one function, whose memory is linear in the number of layers.
+
+    All feature maps are in one buffer, where each layer writes its own channels: nothing is ever
+    concatenated. The mean m and variance of a channel over the batch are the same for every layer
+    that reads it, so they are taken once, and norm1 of layer l is (x - m) * s + bias with
+    s = weight * r and r = 1 / sqrt(variance + eps). For backward there stay the buffer, those
+    vectors, the outputs of the 1x1 convolutions (or not: `keep_bottlenecks`) and the masks of
+    dropout. The rest is cheap to compute again.
+
+    In backward, let g be the gradient at the output of norm1 of layer l, and M = N * H * W. Batch
+    normalisation gives
+
+        d_bias = sum(g),  d_weight = r * sum(g * (x - m)),
+        dx = s * g - s * (d_bias + (x - m) * r * d_weight) / M
+
+    and the gradient of a channel is the sum over the layers that read it. All but s * g is linear
+    in x - m, so the coefficients are summed, and applied in one pass when all layers are done:
+
+        dx = G - (A + (x - m) * B) / M  with
+        G = sum of s * g,  A = sum of s * d_bias,  B = sum of s * r * d_weight  over l.
+
+    Args:
+        layers: the DenseLayers, for their settings; norm2's running statistics are updated.
+        keep_bottlenecks: keep the outputs of the 1x1 convolutions for backward.
+        x: [N, C, H, W].
+        parameters: layer after layer, weight and bias of norm1, weight of conv1 and, with
+            bottleneck, those of norm2 and conv2.
+
+    Returns:
+        The feature maps [N, C + num_layers * growth_rate, H, W], and mean and biased variance of
+        their channels over the batch, for the running statistics of norm1.
+    """
+
+    @staticmethod
+    def forward(ctx, layers, keep_bottlenecks, x, *parameters):
+        of_layers = _split(parameters, len(layers))
+        channels = x.shape[1] + sum(weights[-1].shape[0] for weights in of_layers)
+        features = _empty_like(x, channels)
+        mean, var, invstd = x.new_empty(3, channels, dtype=parameters[0].dtype)
+
+        def append(start, new):
+            part = slice(start, start + new.shape[1])
+            features[:, part] = new
+            mean[part], var[part] = _channel_statistics(features[:, part])
+            invstd[part] = (var[part] + layers[0].norm1.eps).rsqrt()
+
+        kept = []
+        with _no_autocast(x):
+            append(0, x)
+            for layer, (weight1, bias1, kernel1, *second_half) in zip(layers, of_layers):
+                c = len(weight1)
+                y = _norm_relu(features[:, :c], mean[:c], weight1 * invstd[:c], bias1)
+                y, mask1 = _dropout(_conv(y, kernel1), layer.drop_rate)
+                z = mean2 = invstd2 = mask2 = None
+                if second_half:
+                    weight2, bias2, kernel2 = second_half
+                    norm2, z = layer.norm2, y
+                    y, mean2, invstd2 = torch.native_batch_norm(
+                        z, weight2, bias2, norm2.running_mean, norm2.running_var, True,
+                        _momentum(norm2), norm2.eps)
+                    y, mask2 = _dropout(_conv(y.relu_(), kernel2), layer.drop_rate)
+                kept += mask1, z if keep_bottlenecks else None, mean2, invstd2, mask2
+                append(c, y)
+        ctx.layers, ctx.in_channels = layers, x.shape[1]
+        ctx.save_for_backward(features, mean, invstd, *parameters, *kept)
+        ctx.mark_non_differentiable(mean, var)
+        return features, mean, var
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        if torch.is_grad_enabled():  # create_graph=True: these gradients are to be differentiated
+            return None, None, *_differentiable_gradients(ctx, grad)
+        layers, in_channels = ctx.layers, ctx.in_channels
+        features, mean, invstd, of_layers, kept = _unpack(ctx)
+        needed = _split(ctx.needs_input_grad[3:], len(layers))
+        count = features.numel() // features.shape[1]
+        G = _empty_like(features, features.shape[1]).copy_(grad)
+        A, B = torch.zeros_like(mean), torch.zeros_like(mean)
+
+        def finished(part):
+            """The gradient of channels that all their readers have been gone through for."""
+            share = features[:, part] - _per_channel(mean[part])
+            share.mul_(_per_channel(B[part] / count)).add_(_per_channel(A[part] / count))
+            return (G[:, part] - share).to(features.dtype)
+
+        gradients = []
+        with _no_autocast(features):
+            for i, layer in reversed(list(enumerate(layers))):
+                weight1, bias1, kernel1, *second_half = of_layers[i]
+                mask1, z, *statistics2, mask2 = kept[i]
+                c = len(weight1)
+                x, r, s = features[:, :c], invstd[:c], weight1 * invstd[:c]
+                y = _norm_relu(x, mean[:c], s, bias1)
+                g = finished(slice(c, c + of_layers[i][-1].shape[0]))
+                if second_half:
+                    if z is None:
+                        z = _drop(_conv(y, kernel1), mask1, layer.drop_rate)
+                    g, *gradients2 = _second_half_backward(
+                        _drop(g, mask2, layer.drop_rate), z, *statistics2, *second_half,
+                        layer.norm2.eps, needed[i][5])
+                    gradients = gradients2 + gradients
+                    del z
+                g, d_kernel1 = _conv_backward(_drop(g, mask1, layer.drop_rate), y, kernel1,
+                                              needed[i][2])
+                _relu_backward_(g, y)
+                d_bias1 = g.sum((0, 2, 3), dtype=r.dtype)
+                centred = torch.sub(x, _per_channel(mean[:c]), out=y)
+                d_weight1 = centred.mul_(g).sum((0, 2, 3), dtype=r.dtype) * r
+                G[:, :c].addcmul_(g, _per_channel(s))
+                A[:c].addcmul_(s, d_bias1)
+                B[:c].addcmul_(s * r, d_weight1)
+                gradients = [d_weight1, d_bias1, d_kernel1] + gradients
+        dx = finished(slice(in_channels)) if ctx.needs_input_grad[2] else None
+        return None, None, dx, *gradients
+
+
+def _second_half_backward(grad, z, mean, invstd, weight, bias, kernel, eps, kernel_needed):
+    """Gradients of conv2(relu(norm2(z))): of z, and of norm2's weight and bias and the kernel."""
+    y = _norm_relu(z, mean, weight * invstd, bias)
+    grad, d_kernel = _conv_backward(grad, y, kernel, kernel_needed)
+    dz, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
+        _relu_backward_(grad, y), z, weight, None, None, mean, invstd, True, eps, [True] * 3)
+    return dz, d_weight, d_bias, d_kernel
+
+
+def _differentiable_gradients(ctx, grad):
+    """Those of x and the parameters, by autograd through the plain computation, with their graph.
+
+    x is read from the buffer, whose first channels it is: the identity leads from there to it.
+    The parameters are viewed, so that autograd stops here, and doesn't go on to them through x.
+    """
+    features, _, _, of_layers, kept = _unpack(ctx)
+    x = features[:, :ctx.in_channels]
+    of_layers = [[weight.view_as(weight) for weight in weights] for weights in of_layers]
+    maps = [x]
+    with _no_autocast(features):
+        for layer, weights, (mask1, _, _, _, mask2) in zip(ctx.layers, of_layers, kept):
+            y = torch.cat(maps, 1)
+            for norm, mask, (weight, bias, kernel) in zip(
+                    layer.norms(), (mask1, mask2), _split(weights, len(weights) // 3)):
+                y = F.relu(F.batch_norm(y, None, None, weight, bias, training=True, eps=norm.eps))
+                y = _drop(_conv(y, kernel), mask, layer.drop_rate)
+            maps.append(y)
+        inputs = [x, *(weight for weights in of_layers for weight in weights)]
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
+        found = torch.autograd.grad(torch.cat(maps, 1), [inputs[i] for i in wanted], grad,
+                                    create_graph=True)
+    gradients = dict(zip(wanted, found))
+    return [gradients.get(i) for i in range(len(inputs))]
+
+
+def _unpack(ctx):
+    """What forward saved; parameters and kept values a list for each layer."""
+    features, mean, invstd, *rest = ctx.saved_tensors
+    num_kept = 5 * len(ctx.layers)
+    return (features, mean, invstd, _split(rest[:-num_kept], len(ctx.layers)),
+            _split(rest[-num_kept:], len(ctx.layers)))
+
+
+def _split(values, parts):
+    size = len(values) // parts
+    return [values[i * size:(i + 1) * size] for i in range(parts)]
+
+
+def _per_channel(vector):
+    return vector[:, None, None]
+
+
+def _empty_like(x, channels):
+    """Memory for [N, channels, H, W], laid out as x is, which may be a slice of channels."""
+    channels_last = x.stride(1) == 1 and x.shape[2:].numel() > 1
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty((x.shape[0], channels, *x.shape[2:]), dtype=x.dtype, device=x.device,
+                       memory_format=layout)
+
+
+def _channel_statistics(x):
+    """Mean and biased variance of each channel, in two passes and at least float32."""
+    mean = x.mean((0, 2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
+    return mean, (x - _per_channel(mean)).square_().mean((0, 2, 3))
+
+
+def _norm_relu(x, mean, scale, bias):
+    """relu((x - mean) * scale + bias), dense, in x's precision and layout."""
+    mean, scale, bias = map(_per_channel, (mean, scale, bias))
+    out = _empty_like(x, x.shape[1])
+    if x.dtype == scale.dtype:
+        # x * scale + (bias - mean * scale) would lose digits where the mean is far from 0.
+        return torch.sub(x, mean, out=out).mul_(scale).add_(bias).relu_()
+    # bf16 and fp16 lose more by rounding after each operation: this is one, in float32.
+    return torch.addcmul(bias - mean * scale, x, scale, out=out).relu_()
+
+
+def _relu_backward_(grad, output):
+    return torch.ops.aten.threshold_backward.grad_input(grad, output, 0, grad_input=grad)
+
+
+def _conv(x, kernel):
+    return F.conv2d(x, kernel.to(x.dtype), padding=kernel.shape[-1] // 2)
+
+
+def _conv_backward(grad, x, kernel, kernel_needed):
+    """Gradients of `_conv`, of x and of the kernel."""
+    dx, d_kernel, _ = torch.ops.aten.convolution_backward(
+        grad, x, kernel.to(x.dtype), None, [1, 1], [kernel.shape[-1] // 2] * 2, [1, 1], False,
+        [0, 0], 1, [True, kernel_needed, False])
+    return dx, d_kernel.to(kernel.dtype) if kernel_needed else None
+
+
+def _dropout(x, rate):
+    """What F.dropout makes of x in training, from the same random numbers, and the mask."""
+    return torch.native_dropout(x, rate, True) if rate else (x, None)
+
+
+def _drop(x, mask, rate):
+    return x if mask is None else torch.ops.aten.native_dropout_backward(x, mask, 1 / (1 - rate))
+
+
+def _momentum(norm):
+    """The weight of this batch in the running statistics; None stands for their plain average."""
+    return 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+
+
+@torch.no_grad()
+def _update_running_statistics(norms, mean, var):
+    """As nn.BatchNorm2d does; each norm reads the first channels, and all have one momentum."""
+    momentum = _momentum(norms[0])
+    for running, batch in (([norm.running_mean for norm in norms], mean),
+                           ([norm.running_var for norm in norms], var)):
+        torch._foreach_lerp_(running, [batch[:len(value)] for value in running], momentum)
+
+
+def _conv_dtype(x, weight_dtype):
+    """The precision in which a convolution of x is computed."""
+    device = x.device.type
+    if (weight_dtype == torch.float32 and torch.amp.is_autocast_available(device)
+            and torch.is_autocast_enabled(device)):
+        return torch.get_autocast_dtype(device)
+    return weight_dtype
+
+
+def _no_autocast(x):
+    device = x.device.type
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 
 def densenet121(**kwargs):

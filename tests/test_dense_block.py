@@ -1,0 +1,426 @@
+"""The linear-memory dense block against the plain one, in float64, and the ways around it."""
+
+import copy
+import io
+import itertools
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from densenet import DenseBlock, DenseNet, Transition, densenet_cifar
+
+LAYOUTS = {'nchw': torch.contiguous_format, 'channels_last': torch.channels_last}
+
+
+def make_block(*, bottleneck=True, drop_rate=0.0, momentum=0.1, efficient=False, linear=True):
+    """Four layers whose norms have weights of both signs, and a zero."""
+    torch.manual_seed(0)
+    block = DenseBlock(4, 6, 4, 2, drop_rate, bottleneck, efficient).double().train()
+    block.linear_memory = linear
+    for module in block.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = momentum
+            nn.init.uniform_(module.weight, -1, 1)
+            nn.init.normal_(module.bias)
+            nn.init.zeros_(module.weight[:1])
+    return block
+
+
+def block_input(layout='nchw'):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(3, 6, 5, 7, dtype=torch.float64, generator=generator) + 3
+    return x.to(memory_format=LAYOUTS[layout])
+
+
+def steps(block, x, count=2):
+    """Outputs, input and parameter gradients of some SGD steps, and the state after them."""
+    torch.manual_seed(2)
+    optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
+    seen = []
+    for step in range(count):
+        x_here = (x * (step + 1)).requires_grad_()
+        optimizer.zero_grad()
+        output = block(x_here)
+        weights = torch.linspace(-1, 1, output.shape[1], dtype=x.dtype)[:, None, None]
+        (output.square() + weights * output).mean().backward()
+        seen.append([output.detach(), x_here.grad, *(p.grad for p in block.parameters())])
+        optimizer.step()
+    return seen, block.state_dict()
+
+
+@pytest.mark.parametrize('efficient', [False, True])
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('bottleneck, drop_rate, momentum', [
+    (True, 0.0, 0.1), (True, 0.2, None), (False, 0.0, None), (False, 0.2, 0.1)])
+def test_linear_equals_plain(bottleneck, drop_rate, momentum, layout, efficient):
+    settings = dict(bottleneck=bottleneck, drop_rate=drop_rate, momentum=momentum)
+    plain = make_block(linear=False, **settings)
+    linear = make_block(linear=True, efficient=efficient, **settings)
+    truth, results = steps(plain, block_input(layout)), steps(linear, block_input(layout))
+    assert (plain.path, linear.path, linear.obstacle) == ('plain', 'linear', None)
+    torch.testing.assert_close(results, truth, rtol=1e-9, atol=1e-11)
+    output = results[0][0][0]
+    assert output.is_contiguous(memory_format=LAYOUTS[layout])
+    assert results[1]['denselayer4.norm1.num_batches_tracked'] == 2
+
+
+@pytest.mark.parametrize('efficient', [False, True])
+@pytest.mark.parametrize('bottleneck', [True, False])
+def test_gradients_of_first_and_second_order_by_finite_differences(bottleneck, efficient):
+    block = make_block(bottleneck=bottleneck, efficient=efficient, drop_rate=0.2)
+    names, parameters = zip(*block.named_parameters())
+
+    def function(x, *values):
+        torch.manual_seed(3)  # the same dropout each time
+        output = torch.func.functional_call(block, dict(zip(names, values)), x)
+        assert block.path == 'linear'
+        return output
+
+    x = block_input()[:2, :, :2, :2].clone().requires_grad_()
+    inputs = (x, *(parameter.detach().requires_grad_() for parameter in parameters))
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True, atol=1e-4)
+
+
+@pytest.mark.parametrize('efficient', [False, True])
+def test_gradient_penalty_equals_plain(efficient):
+    def penalty_gradients(block):
+        x = block_input().requires_grad_()
+        torch.manual_seed(4)
+        gradient, = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), [x, *block.parameters()],
+                                   allow_unused=True)
+
+    torch.testing.assert_close(penalty_gradients(make_block(drop_rate=0.2, efficient=efficient)),
+                               penalty_gradients(make_block(drop_rate=0.2, linear=False)),
+                               rtol=1e-9, atol=1e-9)
+
+
+def blocks_of(model):
+    return [module for module in model.modules() if isinstance(module, DenseBlock)]
+
+
+def net(way, depth=22, **kwargs):
+    """A small network on its 'plain', 'linear', 'efficient' or 'checkpointed' way."""
+    torch.manual_seed(0)
+    model = densenet_cifar(depth, 12, memory_efficient=way in ('efficient', 'checkpointed'),
+                           **kwargs)
+    for block in blocks_of(model):
+        block.linear_memory = way in ('linear', 'efficient')
+    return model.train()
+
+
+def batch(n=4, size=16, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(5)
+    return (torch.randn(n, 3, size, size, dtype=dtype, generator=generator),
+            torch.arange(n) % 10)
+
+
+@pytest.mark.parametrize('way', ['linear', 'efficient', 'checkpointed'])
+def test_ten_sgd_steps_end_with_the_same_weights(way):
+    finals = []
+    for model in (net('plain', 40), net(way, 40)):
+        model.double()
+        images, labels = batch(dtype=torch.float64)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True,
+                                    weight_decay=1e-4)
+        for step in range(10):
+            optimizer.zero_grad()
+            F.cross_entropy(model(images.roll(step, 3)), labels).backward()
+            optimizer.step()
+        finals.append(model.state_dict())
+    assert {block.path for block in blocks_of(model)} == {way if way != 'efficient' else 'linear'}
+    torch.testing.assert_close(finals[1], finals[0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize('way', ['linear', 'efficient'])
+@pytest.mark.parametrize('device, dtype', [
+    ('cpu', torch.bfloat16),
+    pytest.param('cuda', torch.bfloat16, marks=pytest.mark.cuda),
+    pytest.param('cuda', torch.float16, marks=pytest.mark.cuda)])
+def test_low_precision_gradients_are_as_close_to_float64_as_the_plain_ones(way, device, dtype):
+    def gradients(model, images, autocast):
+        model.to(device, memory_format=torch.channels_last)
+        with torch.autocast(device, dtype, enabled=autocast):
+            logits = model(images.to(device))
+        F.cross_entropy(logits, labels.to(device)).backward()
+        return torch.cat([p.grad.flatten().double().cpu() for p in model.parameters()])
+
+    images, labels = batch(16)
+    truth = gradients(net('plain').double(), images.double(), False)
+    error = {}
+    for name in ('plain', way):
+        model = net(name)
+        error[name] = (gradients(model, images, True) - truth).norm() / truth.norm()
+    assert {block.path for block in blocks_of(model)} == {'linear'}
+    assert 0 < error[way] <= 1.1 * error['plain']
+
+
+def test_a_mean_far_from_zero_costs_no_digits():
+    truth = make_block()
+    block = copy.deepcopy(truth).float()
+    x = block_input() + 1000
+    exact, close = truth(x.float().double()), block(x.float())
+    # One rounding of x - m in float32, of numbers a thousand deviations from zero.
+    torch.testing.assert_close(close.double(), exact, rtol=1e-3, atol=1e-3)
+
+
+# ---- which way -------------------------------------------------------------------------------
+
+def paths(model):
+    return {block.path for block in blocks_of(model)}
+
+
+@pytest.mark.parametrize('efficient', [False, True])
+def test_training_on_the_cpu_takes_the_linear_way_by_itself(efficient):
+    model = densenet_cifar(10, 4, memory_efficient=efficient)
+    assert paths(model) == {None}
+    images, _ = batch()
+    for context in (torch.enable_grad(), torch.no_grad(), torch.inference_mode(),
+                    torch.autocast('cpu', torch.bfloat16)):
+        with context:
+            model.train()(images)
+            assert paths(model) == {'linear'}, [block.obstacle for block in blocks_of(model)]
+    for p in list(model.parameters())[::3]:
+        p.requires_grad = False
+    model.to(memory_format=torch.channels_last)(images).sum().backward()
+    assert paths(model) == {'linear'}
+    model.eval()(images)
+    assert paths(model) == {'plain'} and blocks_of(model)[0].obstacle is None
+
+
+def replace_norm(block):
+    block.denselayer2.norm1 = nn.GroupNorm(2, 10).double()
+
+
+def replace_layer(block):
+    layer = nn.Sequential(nn.Identity())
+    layer.forward = lambda features: features[0][:, :4]
+    block.denselayer2 = layer
+
+
+def replace_conv(block):
+    block.denselayer2.conv1 = nn.Sequential(block.denselayer2.conv1)
+
+
+def dilate(block):
+    block.denselayer2.conv2.dilation = block.denselayer2.conv2.padding = (2, 2)
+
+
+def patch_forward(block):
+    conv = block.denselayer3.conv1
+    conv.forward = lambda x: 2 * F.conv2d(x, conv.weight)
+
+
+def widen_conv(block):
+    block.denselayer2.conv1.bias = nn.Parameter(torch.ones(8, dtype=torch.float64))
+
+
+OBSTACLES = {
+    'denselayer2: norm1 is not a plain BatchNorm2d': replace_norm,
+    'denselayer2 is a Sequential': replace_layer,
+    'denselayer2: conv1 is not a plain Conv2d': replace_conv,
+    'denselayer2: conv2 has a bias, or another geometry': dilate,
+    'denselayer2: conv1 has a bias, or another geometry': widen_conv,
+    'denselayer3: conv1 is not a plain Conv2d': patch_forward,
+    'denselayer2: conv2 is not a plain Conv2d':
+        lambda block: parametrizations.weight_norm(block.denselayer2.conv2),
+    'denselayer2: conv1 has hooks': lambda block: block.denselayer2.conv1.register_forward_hook(
+        lambda module, inputs, output: 2 * output),
+    'denselayer2: norm2 has hooks':
+        lambda block: block.denselayer2.norm2.register_full_backward_hook(
+            lambda module, into, out: (2 * into[0],)),
+    'denselayer2: it has hooks': lambda block: block.denselayer2.register_forward_pre_hook(
+        lambda module, inputs: ([inputs[0][0] * 2, *inputs[0][1:]],)),
+    'denselayer2: norm2 is in eval mode, or has no weights or running statistics':
+        lambda block: block.denselayer2.norm2.eval(),
+    'layers that differ in drop_rate, bottleneck, eps or momentum':
+        lambda block: setattr(block.denselayer2.norm1, 'eps', 0.1),
+}
+
+
+@pytest.mark.parametrize('obstacle', OBSTACLES)
+@pytest.mark.parametrize('efficient', [False, True])
+def test_what_the_function_would_overlook_goes_another_way(obstacle, efficient):
+    changed = make_block(efficient=efficient)
+    plain = make_block(linear=False)
+    OBSTACLES[obstacle](changed)
+    OBSTACLES[obstacle](plain)
+    torch.testing.assert_close(steps(changed, block_input()), steps(plain, block_input()),
+                               rtol=1e-9, atol=1e-11)
+    assert (changed.path, changed.obstacle) == (
+        'checkpointed' if efficient else 'plain', obstacle)
+
+
+def test_global_hooks_and_transforms_go_the_plain_way():
+    block, x = make_block(), block_input()
+    called = []
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: called.append(1))
+    block(x)
+    handle.remove()
+    assert (block.path, block.obstacle) == ('plain', 'global module hooks') and len(called) > 16
+
+    torch.func.replace_all_batch_norm_modules_(block)  # it can't have running statistics
+    value, tangent = torch.func.jvp(block, (x,), (torch.ones_like(x),))
+    assert (block.path, block.obstacle) == ('plain', 'torch.func')
+    step = 1e-6
+    difference = (block(x + step) - block(x - step)) / (2 * step)
+    torch.testing.assert_close(tangent, difference, rtol=1e-4, atol=1e-6)
+
+    with torch.autograd.forward_ad.dual_level():
+        output = block(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+        assert block.obstacle == 'forward-mode differentiation'
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(output).tangent, tangent)
+
+
+def test_other_precisions_go_the_plain_way():
+    block, x = make_block().bfloat16(), block_input().bfloat16()
+    block(x)
+    assert block.path == 'plain' and 'torch.bfloat16' in block.obstacle
+    block.float()
+    with torch.autocast('cpu', torch.bfloat16):
+        assert block(x.float()).dtype == torch.float32  # the concatenation keeps the wider one
+    assert block.path == 'plain'
+
+
+def test_a_single_value_per_channel_is_the_norms_own_error():
+    with pytest.raises(ValueError, match='more than 1 value per channel'):
+        make_block()(block_input()[:1, :, :1, :1])
+
+
+def test_another_number_of_channels_is_the_norms_own_error():
+    block = make_block()
+    with pytest.raises(RuntimeError, match='running_mean should contain 5 elements'):
+        block(block_input()[:, :5])
+    assert block.obstacle == 'denselayer1: norm1 is for 6 channels, not 5'
+
+
+def test_frozen_parameters_get_no_gradient_and_the_others_the_same():
+    results = []
+    for linear in (False, True):
+        block = make_block(linear=linear)
+        for p in itertools.chain(block.denselayer1.parameters(), [block.denselayer3.conv1.weight]):
+            p.requires_grad = False
+        block(block_input()).square().sum().backward()
+        assert block.denselayer3.conv1.weight.grad is None
+        results.append([p.grad for p in block.parameters() if p.requires_grad])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
+
+
+def test_training_without_grad_counts_the_batch_and_keeps_nothing():
+    blocks = [make_block(linear=linear) for linear in (False, True)]
+    for block in blocks:
+        with torch.no_grad():
+            assert block(block_input()).grad_fn is None
+    torch.testing.assert_close(blocks[1].state_dict(), blocks[0].state_dict())
+
+
+# ---- transitions -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize('size', [(4, 6), (5, 7)])
+def test_pooling_before_the_convolution_of_a_transition_is_exact(size):
+    transition = Transition(6, 3, 0.0).double()
+    x = torch.randn(2, 6, *size, dtype=torch.float64)
+    truth = F.avg_pool2d(transition.conv(F.relu(transition.norm(x))), 2)
+    torch.testing.assert_close(transition(x), truth, rtol=1e-13, atol=1e-14)
+
+
+# ---- what PyTorch does with modules ----------------------------------------------------------
+
+@pytest.mark.parametrize('efficient', [False, True])
+def test_compiled_training_equals_linear(efficient):
+    torch._dynamo.reset()
+    block = make_block(efficient=efficient)
+    compiled = copy.deepcopy(block)
+    compiled.compile(backend='aot_eager', fullgraph=True)
+    truth, results = steps(block, block_input()), steps(compiled, block_input())
+    assert (block.path, compiled.path) == ('linear', None)
+    torch.testing.assert_close(results, truth, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize('training', [False, True])
+def test_exported_equals_linear(training):
+    model, (images, _) = net('linear', 10).train(training), batch()
+    exported = torch.export.export(copy.deepcopy(model), (images,))
+    torch.testing.assert_close(exported.module()(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings('ignore')  # the exporters warn of their own future
+def test_onnx_export_gives_the_same_logits(tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    model, (images, _) = net('linear', 10), batch()
+    with torch.no_grad():
+        for _ in range(3):
+            model(images)  # running statistics by the linear way
+    path = str(tmp_path / 'densenet.onnx')
+    torch.onnx.export(model.eval(), (images,), path)
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    logits, = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), model(images), rtol=1e-3, atol=1e-4)
+
+
+def test_copies_and_whole_pickles_are_independent_and_linear():
+    model, (images, labels) = net('linear', 10), batch()
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    gradients = []
+    for twin in (model, copy.deepcopy(model), torch.load(file, weights_only=False)):
+        F.cross_entropy(twin(images), labels).backward()
+        gradients.append([p.grad for p in twin.parameters()])
+        assert paths(twin) == {'linear'}
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
+    torch.testing.assert_close(gradients[2], gradients[0], rtol=0, atol=0)
+
+
+def distributed_worker(rank, address, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=address, rank=rank, world_size=2)
+    images, labels = batch(8, dtype=torch.float64)
+    model = nn.parallel.DistributedDataParallel(net('linear', 10).double())
+    mine = slice(4 * rank, 4 * rank + 4)
+    F.cross_entropy(model(images[mine]), labels[mine]).backward()
+    assert paths(model) == {'linear'}
+    torch.save([p.grad for p in model.parameters()], f'{folder}/{rank}.pth')
+    dist.destroy_process_group()
+
+
+def test_ddp_averages_the_gradients_of_two_processes(tmp_path):
+    torch.multiprocessing.spawn(distributed_worker, (f'file://{tmp_path}/store', str(tmp_path)),
+                                nprocs=2)
+    images, labels = batch(8, dtype=torch.float64)
+    expected = []
+    for half in (slice(0, 4), slice(4, 8)):
+        model = net('plain', 10).double()
+        F.cross_entropy(model(images[half]), labels[half]).backward()
+        expected.append([p.grad / 2 for p in model.parameters()])
+    truth = [a + b for a, b in zip(*expected)]
+    for rank in (0, 1):
+        torch.testing.assert_close(torch.load(tmp_path / f'{rank}.pth'), truth, rtol=1e-9,
+                                   atol=1e-12)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('bottleneck, efficient', [(True, False), (True, True), (False, False)])
+def test_linear_on_cuda_equals_plain_on_the_cpu(bottleneck, efficient, layout):
+    plain = make_block(linear=False, bottleneck=bottleneck)
+    linear = make_block(bottleneck=bottleneck, efficient=efficient).cuda()
+    truth, results = steps(plain, block_input(layout)), steps(linear, block_input(layout).cuda())
+    assert linear.path == 'linear'
+    torch.testing.assert_close(results, truth, rtol=1e-9, atol=1e-9, check_device=False)
+
+
+@pytest.mark.cuda
+def test_on_cuda_the_linear_way_is_for_memory_efficient():
+    images, _ = batch()
+    for efficient in (False, True):
+        model = DenseNet(4, (2, 2), 8, memory_efficient=efficient, small_inputs=True).cuda()
+        model(images.cuda())
+        assert paths(model) == {'linear' if efficient else 'plain'}
+        assert math.isfinite(sum(p.sum().item() for p in model.parameters()))
