@@ -55,13 +55,45 @@ class TrainState:
         self.interval.zero_()
         self.interval_steps = self.interval_images = 0
 
+    def count_step(self, num_images):
+        self.interval_steps += 1
+        self.interval_images += num_images
+        self.step += 1
+
+    @contextlib.contextmanager
+    def rehearsal(self):
+        """A context whose steps leave no trace; every tensor keeps its place in memory."""
+        def tensors():
+            optimizer = [value for values in self.optimizer.state.values()
+                         for value in values.values() if torch.is_tensor(value)]
+            return [*self.model.state_dict().values(), self.interval, *optimizer]
+
+        before = {tensor.data_ptr(): tensor.clone() for tensor in tensors()}
+        scaler, random_state = self.scaler.state_dict(), self._random_state()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor in tensors():
+                    # What an optimizer makes in its first step starts from zeros.
+                    tensor.copy_(before.get(tensor.data_ptr(), torch.zeros_like(tensor)))
+            self.scaler.load_state_dict(scaler)
+            self._set_random_state(random_state)
+
+    def _random_state(self):
+        return {'cpu': torch.get_rng_state(),
+                'cuda': torch.cuda.get_rng_state() if self.interval.is_cuda else None}
+
+    def _set_random_state(self, state):
+        torch.set_rng_state(state['cpu'])
+        if self.interval.is_cuda and state['cuda'] is not None:
+            torch.cuda.set_rng_state(state['cuda'])
+
     def state_dict(self):
         return {
             'model': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(),
             'scaler': self.scaler.state_dict(), 'interval': self.interval,
-            **{name: getattr(self, name) for name in self._plain},
-            'rng': {'cpu': torch.get_rng_state(),
-                    'cuda': torch.cuda.get_rng_state() if self.interval.is_cuda else None},
+            **{name: getattr(self, name) for name in self._plain}, 'rng': self._random_state(),
         }
 
     def load_state_dict(self, saved, source='the checkpoint'):
@@ -73,18 +105,14 @@ class TrainState:
         load_weights(self.model, saved.get('model'), source)
         try:
             # The momenta are the checkpoint's; learning rate, decay and the like are this run's.
-            options = [{key: value for key, value in group.items() if key != 'params'}
-                       for group in self.optimizer.param_groups]
-            self.optimizer.load_state_dict(saved['optimizer'])
-            for group, option in zip(self.optimizer.param_groups, options):
-                group.update(option)
+            groups = [{**group, 'params': saved_group['params']} for group, saved_group
+                      in zip(self.optimizer.param_groups, saved['optimizer']['param_groups'])]
+            self.optimizer.load_state_dict({**saved['optimizer'], 'param_groups': groups})
             self.scaler.load_state_dict(saved['scaler'])
             self.interval.copy_(saved['interval'])
             for name in self._plain:
                 setattr(self, name, saved[name])
-            torch.set_rng_state(saved['rng']['cpu'])
-            if self.interval.is_cuda and saved['rng']['cuda'] is not None:
-                torch.cuda.set_rng_state(saved['rng']['cuda'])
+            self._set_random_state(saved['rng'])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f'{source} cannot be resumed from: '
                                   f'{type(error).__name__}: {_one_line(error)}') from error

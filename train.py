@@ -172,6 +172,8 @@ def add_run_flags(parser):
     group.add_argument('--precision', choices=('auto', 'fp32', 'tf32', 'bf16', 'fp16'),
                        default='auto', help='of the arithmetic; weights, statistics and losses are '
                        'fp32 (default: bf16 on cuda, tf32 where it has none; fp32 elsewhere)')
+    group.add_argument('--cuda-graph', action=argparse.BooleanOptionalAction,
+                       help='launch a training step as one CUDA graph (default: yes on cuda)')
     group.add_argument('--compile', action='store_true', help='torch.compile: minutes to start')
 
     group = parser.add_argument_group('run')
@@ -367,15 +369,30 @@ def load_pretrained(model, args):
 
 def make_optimizer(args, model):
     parameters = list(model.parameters())
-    fused = parameters[0].is_cuda  # one kernel for all; the CPU has no use for it
-    common = dict(lr=args.lr, weight_decay=args.weight_decay)
+    on_cuda = parameters[0].is_cuda
+    # On CUDA one kernel updates all parameters, and reads the learning rate from device memory, so
+    # that a CUDA graph of it follows a change of rate.
+    lr = torch.tensor(args.lr, device=parameters[0].device) if on_cuda else args.lr
+    common = dict(lr=lr, weight_decay=args.weight_decay)
     if args.optimizer == 'sgd':
-        return torch.optim.SGD(parameters, momentum=args.momentum, nesterov=args.momentum > 0,
-                               fused=fused, **common)
+        optimizer = torch.optim.SGD(parameters, momentum=args.momentum, fused=on_cuda,
+                                    nesterov=args.momentum > 0, **common)
+        if args.momentum:  # else the fused kernel leaves them unset if the first step overflows
+            for parameter in parameters:
+                optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
+        return optimizer
     if args.optimizer == 'rmsprop':
-        return torch.optim.RMSprop(parameters, momentum=args.momentum, **common)
+        return torch.optim.RMSprop(parameters, momentum=args.momentum, capturable=on_cuda, **common)
     kind = torch.optim.Adam if args.optimizer == 'adam' else torch.optim.AdamW
-    return kind(parameters, fused=fused, **common)
+    return kind(parameters, fused=on_cuda, capturable=on_cuda, **common)
+
+
+def set_learning_rate(optimizer, lr):
+    for group in optimizer.param_groups:
+        if torch.is_tensor(group['lr']):
+            group['lr'].fill_(lr)
+        else:
+            group['lr'] = lr
 
 
 def learning_rate(args, epoch, done=0.0):
@@ -398,7 +415,7 @@ def learning_rate(args, epoch, done=0.0):
 
 
 def train_step(state, images, labels, *, autocast, grad_accum=1, label_smoothing=0.0):
-    """One step on a batch, float32 [B, C, H, W] and int64 [B]; waits for nothing on the device."""
+    """One step on a batch, float32 [B, C, H, W] and int64 [B]; the host reads nothing back."""
     state.optimizer.zero_grad()
     for part, part_labels in zip(images.chunk(grad_accum), labels.chunk(grad_accum)):
         with autocast:
@@ -411,12 +428,62 @@ def train_step(state, images, labels, *, autocast, grad_accum=1, label_smoothing
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.interval[2] += state.interval[0].isfinite()
-    state.interval_steps += 1
-    state.interval_images += len(images)
-    state.step += 1
 
 
-def train_epoch(args, state, loader, log, autocast, stop):
+class CudaGraphStep:
+    """`train_step` recorded once as a CUDA graph, and launched as a whole for each batch.
+
+    Called with images and labels, it does what `step` does; recording it changes nothing in
+    `state`. A batch of another shape than [B, C, H, W] = `shape` (the last one of an epoch) is
+    stepped through eagerly.
+    """
+
+    def __init__(self, step, state, shape):
+        self.step = step
+        self.images = torch.zeros(shape, device=state.interval.device)
+        self.labels = torch.zeros(shape[0], dtype=torch.int64, device=state.interval.device)
+        self.graph = torch.cuda.CUDAGraph()
+        stream, caller = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(caller)
+        try:
+            with torch.cuda.stream(stream), state.rehearsal():
+                for _ in range(3):  # libraries choose their kernels, the optimizer makes its state
+                    step(self.images, self.labels)
+                state.optimizer.zero_grad()
+                with torch.cuda.graph(self.graph, stream=stream):
+                    step(self.images, self.labels)
+        finally:
+            caller.wait_stream(stream)
+
+    def __call__(self, images, labels):
+        if images.shape != self.images.shape:
+            return self.step(images, labels)
+        self.images.copy_(images)
+        self.labels.copy_(labels)
+        self.graph.replay()
+
+
+def make_step(args, state, shape, autocast):
+    """The function of images and labels that trains `state`: a CUDA graph where that can be."""
+    step = functools.partial(train_step, state, autocast=autocast, grad_accum=args.grad_accum,
+                             label_smoothing=args.label_smoothing)
+    device = state.interval.device.type
+    if args.cuda_graph is False or (args.cuda_graph is None and device != 'cuda'):
+        return step
+    if device != 'cuda':
+        reason = f'the device is {device}'
+    elif args.optimizer == 'rmsprop' and state.scaler.is_enabled():
+        reason = 'with fp16, rmsprop waits for the host'
+    else:
+        try:
+            return CudaGraphStep(step, state, shape)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+    print(f'no CUDA graph, each kernel is launched by itself: {reason}', flush=True)
+    return step
+
+
+def train_epoch(args, state, loader, log, step, stop):
     """The rest of the epoch that `state` is in."""
     state.model.train()
     loader.set_epoch(state.epoch, start=state.step)
@@ -424,10 +491,9 @@ def train_epoch(args, state, loader, log, autocast, stop):
     started, images_before = time.perf_counter(), state.interval_images
     for images, labels in loader:
         lr = learning_rate(args, state.epoch, state.step / len(loader))
-        for group in state.optimizer.param_groups:
-            group['lr'] = lr
-        train_step(state, images, labels, autocast=autocast, grad_accum=args.grad_accum,
-                   label_smoothing=args.label_smoothing)
+        set_learning_rate(state.optimizer, lr)
+        step(images, labels)
+        state.count_step(len(images))
         log.advance()
         if state.step % args.print_freq == 0 or state.step == len(loader):
             loss, error, images_here = close_interval(state)
@@ -499,7 +565,7 @@ class StopSignals:
             raise Interrupted
 
 
-def fit(args, state, train_loader, test_loader, log, autocast):
+def fit(args, state, step, train_loader, test_loader, log, autocast):
     """Train and test from where `state` is to the last epoch; save and exit if a signal comes."""
     latest, best = log.directory / 'latest.pth', log.directory / 'best.pth'
 
@@ -512,7 +578,7 @@ def fit(args, state, train_loader, test_loader, log, autocast):
     with StopSignals() as stop:
         try:
             while state.epoch <= args.epochs:
-                train_epoch(args, state, train_loader, log, autocast, stop)
+                train_epoch(args, state, train_loader, log, step, stop)
                 test = evaluate(state.model, test_loader, autocast, stop.check)
                 improved = end_epoch(state, test, log)
                 if improved:
@@ -618,14 +684,17 @@ def train(args, dataset, model, loaders, directory, *, device, precision, autoca
     record = describe_run(args, device, precision)
     with checkpoint.replacing(directory / 'args.json') as file:
         file.write(json.dumps(record, indent=2).encode())
+    channels, size = model.in_channels, dataset.image_size
+    step = make_step(args, state, (args.batch_size, channels, size, size), autocast)
     print(f'{model_name(args)}: {sum(p.numel() for p in model.parameters()):,} parameters; '
           f'{dataset.name}: {train_loader.num_images:,} training and {test_loader.num_images:,} '
           f'test images of {dataset.image_size} pixels, {dataset.num_classes} classes; '
-          f'{record["device"]}, {precision}', flush=True)
+          f'{record["device"]}, {precision}{", CUDA graph" * isinstance(step, CudaGraphStep)}',
+          flush=True)
     log = RunLog(directory, steps_per_epoch=len(train_loader), epochs=args.epochs,
                  start=(state.epoch, state.step), tensorboard=args.tensorboard, figures=args.plot)
     with contextlib.closing(log):
-        fit(args, state, train_loader, test_loader, log, autocast)
+        fit(args, state, step, train_loader, test_loader, log, autocast)
         log.finish_figures()
     print(f'final error {state.last_error:.2f}% (epoch {state.epoch - 1}), best '
           f'{state.best_error:.2f}% (epoch {state.best_epoch}); everything is in {directory}')

@@ -1,5 +1,6 @@
 """Whole runs: the recipe's numbers, interrupted and resumed against uninterrupted, wrong input."""
 
+import contextlib
 import copy
 import csv
 import fcntl
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -157,6 +159,7 @@ def test_a_step_is_the_step_written_out():
     other = copy.deepcopy(state)
     for _ in range(3):
         train_step(state, images, labels, autocast=NO_AUTOCAST, label_smoothing=0.1)
+        state.count_step(len(images))
     loss_sum = errors = 0
     for _ in range(3):
         other.optimizer.zero_grad()
@@ -181,6 +184,70 @@ def test_gradient_accumulation_is_the_gradient_of_the_batch(parts):
     torch.testing.assert_close([p.grad for p in accumulated.model.parameters()],
                                [p.grad for p in whole.model.parameters()], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(accumulated.interval, whole.interval)
+
+
+def step_and_state(argv=(), device='cpu', precision='fp32', **model):
+    """What `train` makes of flags, for batches of 8, but for the loop."""
+    args = parse_args([*argv, '--device', device])
+    torch.manual_seed(args.seed)
+    net = densenet.densenet_cifar(10, 4, **{'drop_rate': 0.2, **model}).to(device).train()
+    state = TrainState(net, train.make_optimizer(args, net),
+                       torch.amp.GradScaler(device, enabled=precision == 'fp16'),
+                       interval=torch.zeros(3, device=device))
+    autocast = torch.autocast(device, train.AUTOCAST_TYPES.get(precision),
+                              enabled=precision in train.AUTOCAST_TYPES)
+    return train.make_step(args, state, (8, 3, 8, 8), autocast), state
+
+
+def train_some(step, state, device='cpu'):
+    """Five steps at changing rates, the third on a smaller batch; ends with the whole state."""
+    torch.manual_seed(1)
+    for i, n in enumerate((8, 8, 5, 8, 8)):
+        train.set_learning_rate(state.optimizer, 0.1 / (i + 1))
+        images, labels = batch(n, seed=i)
+        step(images.to(device), labels.to(device))
+    saved = copy.deepcopy(state.state_dict())
+    return {key: saved[key] for key in ('model', 'optimizer', 'scaler', 'interval', 'rng')}
+
+
+@pytest.mark.parametrize('precision', ['fp32', 'fp16'])
+@pytest.mark.parametrize('optimizer', ['sgd', 'adam', 'adamw', 'rmsprop'])
+def test_a_rehearsal_leaves_no_trace(optimizer, precision):
+    argv = ['--optimizer', optimizer]
+    (step, state), (other_step, other) = (step_and_state(argv, precision=precision)
+                                          for _ in range(2))
+    places = [tensor.data_ptr() for tensor in state.model.state_dict().values()]
+    for _ in range(2):  # before there is any state, and again
+        with state.rehearsal():
+            for _ in range(3):
+                step(*batch(8, seed=9))
+        assert places == [tensor.data_ptr() for tensor in state.model.state_dict().values()]
+        torch.testing.assert_close(train_some(step, state), train_some(other_step, other),
+                                   rtol=0, atol=0)
+
+
+def test_a_graph_has_the_batch_in_its_own_memory_and_leaves_others_to_the_step(monkeypatch):
+    """Without CUDA: what is recorded is run, what is replayed is the step on the graph's memory."""
+    step, state = step_and_state()
+    truth = train_some(*step_and_state())
+    for name in ('CUDAGraph', 'Stream', 'current_stream'):
+        monkeypatch.setattr(torch.cuda, name, Mock())
+    for name in ('stream', 'graph'):
+        monkeypatch.setattr(torch.cuda, name, lambda *args, **kwargs: contextlib.nullcontext())
+    graphed = train.CudaGraphStep(step, state, (8, 3, 8, 8))
+    graphed.graph.replay = Mock(side_effect=lambda: step(graphed.images, graphed.labels))
+    torch.testing.assert_close(train_some(graphed, state), truth, rtol=0, atol=0)
+    assert graphed.graph.replay.call_count == 4
+
+
+def test_without_a_graph_it_says_why_if_one_was_asked_for(capsys):
+    step, _ = step_and_state(['--cuda-graph'])
+    assert not isinstance(step, train.CudaGraphStep)
+    assert capsys.readouterr().out == ('no CUDA graph, each kernel is launched by itself: '
+                                       'the device is cpu\n')
+    for argv in ([], ['--no-cuda-graph']):
+        step_and_state(argv)
+        assert capsys.readouterr().out == ''
 
 
 class Batches(list):
@@ -215,6 +282,7 @@ def test_the_first_step_without_a_finite_loss_is_named():
     for i in range(6):
         scale = math.inf if i == 3 else 1.0
         train_step(state, images * scale, labels, autocast=NO_AUTOCAST)
+        state.count_step(len(images))
     with pytest.raises(train.TrainingError, match='epoch 4, step 74'):
         train.check_finite(state)
 
@@ -318,12 +386,12 @@ def uninterrupted(recipe, tmp_path_factory):
 
 
 @pytest.mark.parametrize('function, when, signum, code, epoch, step', [
-    ('train_step', 14, signal.SIGTERM, 143, 2, 5),   # within a print interval
-    ('train_step', 18, signal.SIGINT, 130, 2, 9),    # the last step of an epoch
+    ('learning_rate', 14, signal.SIGTERM, 143, 2, 5),   # within a print interval
+    ('learning_rate', 18, signal.SIGINT, 130, 2, 9),    # the last step of an epoch
     ('evaluate', 3, signal.SIGTERM, 143, 3, 9),
-    ('train_step', 23, signal.SIGKILL, -9, 3, 0),    # back to what was saved after epoch 2
+    ('learning_rate', 23, signal.SIGKILL, -9, 3, 0),    # back to what was saved after epoch 2
     ('end_epoch', 2, signal.SIGKILL, -9, 2, 0),
-    ('train_step', 4, signal.SIGKILL, -9, 1, 0),     # before the first epoch was done
+    ('learning_rate', 4, signal.SIGKILL, -9, 1, 0),     # before the first epoch was done
 ])
 def test_interrupted_and_resumed_equals_uninterrupted(
         recipe, uninterrupted, tmp_path, function, when, signum, code, epoch, step):
@@ -582,7 +650,7 @@ def test_a_signal_does_not_save_a_loss_that_is_not_finite(small, tmp_path):
     train.main([*small, '--save', str(run), '--epochs', '1'])
     before = (run / 'latest.pth').read_bytes()
     argv = ['--save', str(run), '--resume', '--epochs', '3', '--lr', '1e30', '--print-freq', '9']
-    ended = run_interrupted(argv, 'train_step', 5, signal.SIGTERM)
+    ended = run_interrupted(argv, 'learning_rate', 5, signal.SIGTERM)
     assert ended.returncode == 2 and 'not finite at epoch 2' in ended.stderr
     assert (run / 'latest.pth').read_bytes() == before
     assert len(read_csv(run / 'train.csv')) == 3  # nor are rows lost that nothing replaces
@@ -609,7 +677,7 @@ def test_an_epoch_is_not_continued_on_other_data(recipe, folder, tmp_path, capsy
     shutil.copytree(folder, other)
     argv = [str(other) if flag == str(folder) else flag for flag in recipe]
     run = tmp_path / 'run'
-    assert run_interrupted([*argv, '--save', str(run)], 'train_step', 14, signal.SIGTERM) \
+    assert run_interrupted([*argv, '--save', str(run)], 'learning_rate', 14, signal.SIGTERM) \
         .returncode == 143
     assert 'in batches of 4, and cannot' in fails(capsys, '--save', run, '--resume', '-b', 2)
     (other / 'train/a/0.png').unlink()
@@ -671,8 +739,57 @@ def test_cuda_learns_the_shapes(tmp_path, precision):
 def test_interrupted_on_cuda_goes_on_in_the_same_place(recipe, tmp_path):
     argv = [flag for flag in recipe if flag not in ('--device', 'cpu')]
     run = tmp_path / 'run'
-    ended = run_interrupted([*argv, '--save', str(run)], 'train_step', 14, signal.SIGTERM)
+    ended = run_interrupted([*argv, '--save', str(run)], 'learning_rate', 14, signal.SIGTERM)
     assert ended.returncode == 143, ended.stderr
     train.main(['--save', str(run), '--resume'])
     assert [row['epoch'] for row in read_csv(run / 'test.csv')] == ['1', '2', '3', '4']
     assert len(read_csv(run / 'train.csv')) == 3 * 4
+
+
+@pytest.fixture
+def repeatable_kernels():
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    yield
+    torch.backends.cudnn.deterministic = False
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('argv, precision, model', [
+    ([], 'fp32', {}), ([], 'bf16', {'memory_efficient': True}), ([], 'fp16', {}),
+    (['--grad-accum', '2', '--label-smoothing', '0.1'], 'fp16', {'memory_efficient': True}),
+    (['--optimizer', 'adam'], 'fp32', {}), (['--optimizer', 'adamw'], 'fp16', {}),
+    (['--optimizer', 'rmsprop'], 'bf16', {})])
+def test_a_cuda_graph_trains_as_the_step_does(argv, precision, model, repeatable_kernels):
+    results = []
+    for flag in ('--cuda-graph', '--no-cuda-graph'):
+        step, state = step_and_state([*argv, flag], 'cuda', precision, **model)
+        assert isinstance(step, train.CudaGraphStep) == (flag == '--cuda-graph')
+        results.append(train_some(step, state, 'cuda'))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.cuda
+def test_a_rate_of_zero_stops_a_graph():
+    step, state = step_and_state(device='cuda')
+    assert isinstance(step, train.CudaGraphStep)
+    before = copy.deepcopy(dict(state.model.named_parameters()))
+    train.set_learning_rate(state.optimizer, 0.0)
+    step(*(tensor.cuda() for tensor in batch()))
+    torch.testing.assert_close(dict(state.model.named_parameters()), before, rtol=0, atol=0)
+    assert state.interval[0] > 0
+
+
+@pytest.mark.cuda
+def test_no_graph_where_the_optimizer_waits_for_the_host(capsys):
+    step, _ = step_and_state(['--optimizer', 'rmsprop'], 'cuda', 'fp16')
+    assert not isinstance(step, train.CudaGraphStep)
+    assert 'rmsprop waits for the host' in capsys.readouterr().out
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('optimizer', ['sgd', 'adam'])
+def test_a_run_of_the_cpu_goes_on_on_cuda(recipe, tmp_path, optimizer):
+    argv = [*recipe, '--optimizer', optimizer, '--save', str(tmp_path / 'run')]
+    train.main([*argv, '--epochs', '1'])
+    train.main(['--save', str(tmp_path / 'run'), '--resume', '--epochs', '2', '--device', 'cuda'])
+    assert [row['epoch'] for row in read_csv(tmp_path / 'run/test.csv')] == ['1', '2']
