@@ -170,8 +170,9 @@ class DenseBlock(nn.ModuleDict):
 
     Attributes:
         memory_efficient: as for `DenseNet`.
-        linear_memory: whether training is to take the 'linear' way; None, the default, stands for
-            always with memory_efficient=True, else where it was measured to be no slower: on CPUs.
+        linear_memory: whether training is to take the 'linear' way. None, the default, stands for
+            always with memory_efficient=True, and else on CPUs, where it takes as long as the
+            plain way (3% more in bench.py); on GPUs that is still to be measured.
         path: 'plain', 'linear' or 'checkpointed'; None before a forward, and under torch.compile.
         obstacle: what kept the last forward from the 'linear' way that it was to take, or None.
     """
@@ -412,20 +413,21 @@ class _LinearMemoryBlock(torch.autograd.Function):
         of_layers = _split(parameters, len(layers))
         channels = x.shape[1] + sum(weights[-1].shape[0] for weights in of_layers)
         features = _empty_like(x, channels)
-        mean, var, invstd = x.new_empty(3, channels, dtype=parameters[0].dtype)
+        mean, var, invstd = x.new_empty(3, channels, 1, 1, dtype=parameters[0].dtype)
 
         def append(start, new):
             part = slice(start, start + new.shape[1])
             features[:, part] = new
             mean[part], var[part] = _channel_statistics(features[:, part])
-            invstd[part] = (var[part] + layers[0].norm1.eps).rsqrt()
+            torch.rsqrt(var[part] + layers[0].norm1.eps, out=invstd[part])
 
         kept = []
         with _no_autocast(x):
             append(0, x)
             for layer, (weight1, bias1, kernel1, *second_half) in zip(layers, of_layers):
                 c = len(weight1)
-                y = _norm_relu(features[:, :c], mean[:c], weight1 * invstd[:c], bias1)
+                s = _per_channel(weight1) * invstd[:c]
+                y = _norm_relu(features[:, :c], mean[:c], s, _per_channel(bias1))
                 y, mask1 = _dropout(_conv(y, kernel1), layer.drop_rate)
                 z = mean2 = invstd2 = mask2 = None
                 if second_half:
@@ -439,6 +441,7 @@ class _LinearMemoryBlock(torch.autograd.Function):
                 append(c, y)
         ctx.layers, ctx.in_channels = layers, x.shape[1]
         ctx.save_for_backward(features, mean, invstd, *parameters, *kept)
+        mean, var = mean.flatten(), var.flatten()
         ctx.mark_non_differentiable(mean, var)
         return features, mean, var
 
@@ -455,8 +458,8 @@ class _LinearMemoryBlock(torch.autograd.Function):
 
         def finished(part):
             """The gradient of channels that all their readers have been gone through for."""
-            share = features[:, part] - _per_channel(mean[part])
-            share.mul_(_per_channel(B[part] / count)).add_(_per_channel(A[part] / count))
+            share = features[:, part] - mean[part]
+            share.mul_(B[part] / count).add_(A[part] / count)
             return (G[:, part] - share).to(features.dtype)
 
         gradients = []
@@ -465,8 +468,9 @@ class _LinearMemoryBlock(torch.autograd.Function):
                 weight1, bias1, kernel1, *second_half = of_layers[i]
                 mask1, z, *statistics2, mask2 = kept[i]
                 c = len(weight1)
-                x, r, s = features[:, :c], invstd[:c], weight1 * invstd[:c]
-                y = _norm_relu(x, mean[:c], s, bias1)
+                x, m, r = features[:, :c], mean[:c], invstd[:c]
+                s = _per_channel(weight1) * r
+                y = _norm_relu(x, m, s, _per_channel(bias1))
                 g = finished(slice(c, c + of_layers[i][-1].shape[0]))
                 if second_half:
                     if z is None:
@@ -479,22 +483,21 @@ class _LinearMemoryBlock(torch.autograd.Function):
                 g, d_kernel1 = _conv_backward(_drop(g, mask1, layer.drop_rate), y, kernel1,
                                               needed[i][2])
                 _relu_backward_(g, y)
-                d_bias1 = g.sum((0, 2, 3), dtype=r.dtype)
-                centred = torch.sub(x, _per_channel(mean[:c]), out=y)
-                d_weight1 = centred.mul_(g).sum((0, 2, 3), dtype=r.dtype) * r
-                G[:, :c].addcmul_(g, _per_channel(s))
+                d_bias1 = _channel_sum(g, s.dtype)
+                d_weight1 = _channel_sum(torch.sub(x, m, out=y).mul_(g), s.dtype) * r
+                G[:, :c].addcmul_(g, s)
                 A[:c].addcmul_(s, d_bias1)
                 B[:c].addcmul_(s * r, d_weight1)
-                gradients = [d_weight1, d_bias1, d_kernel1] + gradients
+                gradients = [d_weight1.flatten(), d_bias1.flatten(), d_kernel1] + gradients
         dx = finished(slice(in_channels)) if ctx.needs_input_grad[2] else None
         return None, None, dx, *gradients
 
 
 def _second_half_backward(grad, z, mean, invstd, weight, bias, kernel, eps, kernel_needed):
     """Gradients of conv2(relu(norm2(z))): of z, and of norm2's weight and bias and the kernel."""
-    y = _norm_relu(z, mean, weight * invstd, bias)
+    y = _norm_relu(z, *map(_per_channel, (mean, weight * invstd, bias)))
     grad, d_kernel = _conv_backward(grad, y, kernel, kernel_needed)
-    dz, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
+    dz, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward.default(
         _relu_backward_(grad, y), z, weight, None, None, mean, invstd, True, eps, [True] * 3)
     return dz, d_weight, d_bias, d_kernel
 
@@ -539,7 +542,7 @@ def _split(values, parts):
 
 
 def _per_channel(vector):
-    return vector[:, None, None]
+    return vector.view(-1, 1, 1)
 
 
 def _empty_like(x, channels):
@@ -551,14 +554,17 @@ def _empty_like(x, channels):
 
 
 def _channel_statistics(x):
-    """Mean and biased variance of each channel, in two passes and at least float32."""
-    mean = x.mean((0, 2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
-    return mean, (x - _per_channel(mean)).square_().mean((0, 2, 3))
+    """Mean and biased variance of each channel, [1, C, 1, 1], in two passes and float32 or more."""
+    mean = x.mean((0, 2, 3), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return mean, (x - mean).square_().mean((0, 2, 3), keepdim=True)
+
+
+def _channel_sum(x, dtype):
+    return x.sum((0, 2, 3), keepdim=True, dtype=dtype)[0]
 
 
 def _norm_relu(x, mean, scale, bias):
     """relu((x - mean) * scale + bias), dense, in x's precision and layout."""
-    mean, scale, bias = map(_per_channel, (mean, scale, bias))
     out = _empty_like(x, x.shape[1])
     if x.dtype == scale.dtype:
         # x * scale + (bias - mean * scale) would lose digits where the mean is far from 0.
@@ -577,7 +583,7 @@ def _conv(x, kernel):
 
 def _conv_backward(grad, x, kernel, kernel_needed):
     """Gradients of `_conv`, of x and of the kernel."""
-    dx, d_kernel, _ = torch.ops.aten.convolution_backward(
+    dx, d_kernel, _ = torch.ops.aten.convolution_backward.default(
         grad, x, kernel.to(x.dtype), None, [1, 1], [kernel.shape[-1] // 2] * 2, [1, 1], False,
         [0, 0], 1, [True, kernel_needed, False])
     return dx, d_kernel.to(kernel.dtype) if kernel_needed else None

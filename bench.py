@@ -1,0 +1,488 @@
+"""Time and memory of a step of ours beside torchvision's and timm's DenseNet, all in one run.
+
+    python bench.py                                       # DenseNet-BC-100-12, batches of 64
+    python bench.py --arch densenet121 --batch-size 256   # images of 224 pixels
+    python bench.py --rows 'ours*' --baseline 'ours plain' --csv bench.csv --plot bench.png
+    python bench.py --inference --precision fp32 bf16
+    python bench.py --memory-vs-depth --batch-size 8      # draws images/memory-vs-depth.png
+
+The step is train.py's own, on random images. The rows take turns, a few steps each in a round, so
+that what slows the machine down for a while slows them all: a time is the median over all rounds,
+with the quartiles beside it. Memory is on a GPU the peak of a step, weights included; on a CPU what
+the forward pass holds for backward. The first step counts from making the model to the step's end.
+"""
+
+import argparse
+import contextlib
+import csv
+import fnmatch
+import functools
+import gc
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torchvision
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import densenet
+import plot
+import train
+from checkpoint import TrainState
+
+# Of ours: (linear_memory, memory_efficient).
+MODES = {'plain': (False, False), 'block': (True, False), 'memory-efficient': (True, True),
+         'checkpointed': (False, True)}
+DEPTHS = (22, 40, 70, 100, 130, 160, 190, 220, 250)  # of --memory-vs-depth
+
+
+class Row(NamedTuple):
+    source: str           # ours, torchvision or timm
+    mode: str             # a key of MODES; others' models are plain or checkpointed
+    precision: str
+    channels_last: bool = True
+    compiled: bool = False
+    graph: bool = False
+
+    @property
+    def name(self):
+        return (f'{self.source} {self.mode}' + ', NCHW' * (not self.channels_last)
+                + ', compiled' * self.compiled + ', CUDA graph' * self.graph)
+
+
+class Shape(NamedTuple):
+    """What is measured: a network, all whose versions have the same size, and its input."""
+    growth_rate: int
+    block_config: tuple
+    num_init_features: int
+    image_size: int
+    batch_size: int
+
+    @property
+    def small(self):
+        return self.image_size <= train.data.SMALL
+
+
+class Result(NamedTuple):
+    row: Row
+    times: list                # seconds, of each step; empty if it failed
+    memory: float = math.nan      # bytes
+    first_step: float = math.nan  # seconds
+    failure: str = ''
+
+    @property
+    def quartiles(self):
+        """25%, 50% and 75% of the steps took no longer, in milliseconds."""
+        if len(self.times) < 2:
+            return [1e3 * self.times[0]] * 3 if self.times else [math.nan] * 3
+        return [1e3 * t for t in statistics.quantiles(self.times, n=4, method='inclusive')]
+
+
+# ---- the networks -------------------------------------------------------------------------
+
+def describe_network(args):
+    with torch.device('meta'):
+        if args.arch:
+            model = getattr(densenet, args.arch)()
+        else:
+            model = densenet.densenet_cifar(args.depth, args.growth_rate)
+    blocks = [module for module in model.modules() if isinstance(module, densenet.DenseBlock)]
+    return Shape(blocks[0].denselayer1.conv2.out_channels, tuple(len(block) for block in blocks),
+                 model.features.conv0.out_channels, args.image_size or (224 if args.arch else 32),
+                 args.batch_size)
+
+
+def make_model(row, shape):
+    """The network of a row, on the CPU.
+
+    Raises:
+        ImportError: it needs a package that is not installed.
+    """
+    classes = 10 if shape.small else 1000
+    settings = dict(growth_rate=shape.growth_rate, block_config=shape.block_config,
+                    num_classes=classes, memory_efficient=row.mode in ('memory-efficient',
+                                                                       'checkpointed'))
+    if row.source == 'ours':
+        model = densenet.DenseNet(num_init_features=shape.num_init_features,
+                                  small_inputs=shape.small, **settings)
+        for module in model.modules():
+            if isinstance(module, densenet.DenseBlock):
+                module.linear_memory = MODES[row.mode][0]
+        return model
+    if row.source == 'torchvision':
+        model = torchvision.models.DenseNet(num_init_features=shape.num_init_features, **settings)
+    else:
+        from timm.models.densenet import DenseNet  # whose stem is always of twice the growth rate
+        model = DenseNet(**settings)
+    if shape.small:  # their ImageNet stem makes way for that of the paper's CIFAR networks
+        for name in ('norm0', 'relu0', 'pool0'):
+            if hasattr(model.features, name):
+                delattr(model.features, name)
+        model.features.conv0 = nn.Conv2d(3, shape.num_init_features, 3, padding=1, bias=False)
+    return model
+
+
+def make_rows(args, device):
+    """All rows that the flags and the device admit; the first is what others start from."""
+    rows = []
+    on_cuda = device.type == 'cuda'
+    for precision in args.precision or (('tf32', 'bf16') if on_cuda else ('fp32',)):
+        peers = [Row(source, 'plain', precision) for source in ('torchvision', 'timm')]
+        if precision in ('fp32', 'tf32'):
+            rows.append(peers[0]._replace(channels_last=False))
+        ours = [Row('ours', mode, precision) for mode in MODES]
+        if args.inference:
+            eager, graphed, compiled = peers + ours[:1], ours[:1], [peers[0], ours[0]]
+        else:
+            eager = peers + [peers[0]._replace(mode='checkpointed')] + ours
+            graphed, compiled = ours[:3], [peers[0], ours[0]]
+        rows += eager + [row._replace(graph=True) for row in graphed if on_cuda]
+        if args.compile:
+            rows += [row._replace(compiled=True, graph=graph) for row in compiled
+                     for graph in ((False, True) if on_cuda else (False,))]
+    return rows
+
+
+# ---- measuring ----------------------------------------------------------------------------
+
+class Runner:
+    """A row's model and its step, ready to be timed. Making one runs the first steps."""
+
+    def __init__(self, row, shape, device, inference):
+        self.row, self.device, self.inference = row, device, inference
+        gc.collect()
+        allocated = torch.cuda.memory_allocated() if device.type == 'cuda' else 0
+        images = torch.randn(shape.batch_size, 3, shape.image_size, shape.image_size)
+        labels = torch.randint(10, (shape.batch_size,))
+        self.batch = images.to(device), labels.to(device)
+        started = time.perf_counter()
+        self._make(make_model(row, shape), device)
+        self._launch(self._ready_step())
+        self.first_step = time.perf_counter() - started
+        self.memory = self._measure_memory(allocated)
+
+    def _make(self, model, device):
+        layout = torch.channels_last if self.row.channels_last else torch.contiguous_format
+        model.to(device, memory_format=layout).train(not self.inference)
+        if self.row.compiled:
+            model.compile()
+        train.choose_precision(self.row.precision, device)
+        autocast_type = train.AUTOCAST_TYPES.get(self.row.precision)
+        autocast = torch.autocast(device.type, autocast_type, enabled=autocast_type is not None)
+        # A low rate: weights that run away would meet other numbers, and other speeds.
+        args = train.parse_args(['--lr', '1e-3'])
+        scaler = torch.amp.GradScaler(device.type, enabled=self.row.precision == 'fp16')
+        self.state = TrainState(model, train.make_optimizer(args, model), scaler,
+                                interval=torch.zeros(3, device=device))
+        if self.inference:
+            self.step = functools.partial(infer, model, autocast)
+        else:
+            self.step = functools.partial(train.train_step, self.state, autocast=autocast)
+
+    def _ready_step(self):
+        """The step, or a graph of it, which holds much memory and so is made for each round."""
+        train.choose_precision(self.row.precision, self.device)
+        if not self.row.graph:
+            return self.step
+        return train.CudaGraphStep(self.step, self.state, self.batch[0].shape)
+
+    def _launch(self, step):
+        step(*self.batch)
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize()
+
+    def _measure_memory(self, allocated):
+        """Bytes: on a GPU the peak beyond `allocated`, on a CPU what is held for backward."""
+        if self.device.type != 'cuda':
+            return math.nan if self.inference else bytes_held(self.state.model, self.batch[0])
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()  # the first step tried out many convolutions
+        self._launch(self._ready_step())
+        return torch.cuda.max_memory_allocated() - allocated
+
+    def time(self, steps):
+        """Seconds that each of some steps in a row took."""
+        step = self._ready_step()
+        if self.device.type != 'cuda':
+            times = []
+            for _ in range(steps):
+                started = time.perf_counter()
+                step(*self.batch)
+                times.append(time.perf_counter() - started)
+            return times
+        self._launch(step)
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+        events[0].record()
+        for event in events[1:]:
+            step(*self.batch)
+            event.record()
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) / 1e3 for start, end in zip(events, events[1:])]
+
+
+@torch.inference_mode()
+def infer(model, autocast, images, labels):
+    with autocast:
+        model(images)
+
+
+def bytes_held(model, images):
+    """The memory that a training forward holds for backward, weights and logits left out.
+
+    Counted by allocation: what operations have made and is still there when the model is done.
+    """
+    class Allocations(TorchDispatchMode):
+        made = {}
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for leaf in tree_leaves(result):
+                if isinstance(leaf, torch.Tensor):
+                    storage = leaf.untyped_storage()
+                    self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+            return result
+
+    with Allocations() as allocations:
+        logits = model(images)
+    others = {tensor.untyped_storage()._cdata
+              for tensor in (images, logits, *model.state_dict().values())}
+    return sum(size for key, (storage, size) in allocations.made.items()
+               if key not in others and not storage.expired())
+
+
+def failure(error):
+    """What a row that failed says instead of numbers; running out of memory is no surprise."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return 'out of memory'
+    if isinstance(error, ImportError):
+        return f'needs a package: {text}'
+    return f'failed: {type(error).__name__}: {text.splitlines()[0] if text else ""}'
+
+
+def measure(rows, shape, device, args):
+    """A Result for each row. A row that fails says why, and the others go on."""
+    runners, results = {}, {}
+    for row in rows:
+        print(f'starting {row.name}, {row.precision}', file=sys.stderr)
+        try:
+            runners[row] = Runner(row, shape, device, args.inference)
+            results[row] = Result(row, [], runners[row].memory, runners[row].first_step)
+        except Exception as error:
+            results[row] = Result(row, [], failure=failure(error))
+    for i in range(args.rounds):
+        print(f'round {i + 1} of {args.rounds}', file=sys.stderr)
+        for row, runner in list(runners.items()):
+            try:
+                results[row].times.extend(runner.time(args.steps))
+            except Exception as error:
+                results[row] = Result(row, [], failure=failure(error))
+                del runners[row]
+    return list(results.values())
+
+
+# ---- showing ------------------------------------------------------------------------------
+
+COLUMNS = ('row', 'precision', 'ms', 'quartiles', 'images/s', 'speed', 'memory', 'ratio',
+           'first step')
+
+
+def table_rows(results, shape, baseline):
+    """Numbers of each result: ms, its quartiles, images/s, speed, bytes, memory ratio, seconds."""
+    base = next((result for result in results if result.row == baseline), results[0])
+    for result in results:
+        low, median, high = result.quartiles
+        yield result, (median, low, high, 1e3 * shape.batch_size / median,
+                       base.quartiles[1] / median, result.memory, result.memory / base.memory,
+                       result.first_step)
+
+
+def print_table(results, shape, baseline):
+    def cell(pattern, value):
+        return '-' if math.isnan(value) else pattern.format(value)
+
+    lines = [COLUMNS]
+    for result, numbers in table_rows(results, shape, baseline):
+        median, low, high, rate, speed, memory, memory_ratio, first = numbers
+        cells = [cell('{:,.2f}', median), f'{low:,.2f}-{high:,.2f}', cell('{:,.0f}', rate),
+                 cell('{:.2f}x', speed), cell('{:,.0f} MiB', memory / 2**20),
+                 cell('{:.3f}', memory_ratio), cell('{:.1f} s', first)]
+        lines.append((result.row.name, result.row.precision,
+                      *([result.failure] if result.failure else cells)))
+    widths = [max(len(line[i]) for line in lines if i < 2 or len(line) == len(COLUMNS))
+              for i in range(len(COLUMNS))]
+    for line in lines:
+        texts = [text.ljust(width) if i < 2 or len(line) == 3 else text.rjust(width)
+                 for i, (text, width) in enumerate(zip(line, widths))]
+        print('  '.join(texts).rstrip())
+    print(f'speed and memory are relative to {baseline.name}, {baseline.precision}')
+
+
+def write_csv(path, results, shape, baseline, machine):
+    with open(path, 'w', newline='') as file:
+        writer = csv.writer(file)
+        writer.writerow(['row', 'precision', 'ms', 'ms_quartile1', 'ms_quartile3',
+                         'images_per_second', 'speed_ratio', 'memory_bytes', 'memory_ratio',
+                         'first_step_seconds', 'failure', 'steps', 'batch_size', 'machine'])
+        for result, numbers in table_rows(results, shape, baseline):
+            writer.writerow([result.row.name, result.row.precision,
+                             *('' if math.isnan(number) else f'{number:.6g}' for number in numbers),
+                             result.failure, len(result.times), shape.batch_size, machine])
+
+
+def draw_results(path, results, title, memory_label):
+    """Horizontal bars of time and memory, a row each."""
+    results = [result for result in results if not result.failure][::-1]
+    names = [f'{result.row.name}, {result.row.precision}' for result in results]
+    colors = [plot.COLORS[1 if result.row.source == 'ours' else 0] for result in results]
+    with rc_context({**plot.STYLE, 'axes.grid.axis': 'x'}):
+        figure = Figure(figsize=(10, 1.2 + 0.3 * len(results)), layout='constrained')
+        left, right = figure.subplots(1, 2, sharey=True)
+        medians = [result.quartiles[1] for result in results]
+        spread = [[middle - low, high - middle] for low, middle, high
+                  in (result.quartiles for result in results)]
+        left.barh(names, medians, color=colors, xerr=list(zip(*spread)), ecolor=plot.GREY)
+        left.set_xlabel('ms per step (median and quartiles)')
+        right.barh(names, [result.memory / 2**20 for result in results], color=colors)
+        right.set_xlabel(memory_label)
+        figure.suptitle(title, fontsize=9, color=plot.GREY)
+    plot.save_figure(figure, path)
+
+
+def memory_vs_depth(args, device):
+    """{mode: bytes at each of DEPTHS}, NaN where memory ran out."""
+    curves = {mode: [] for mode in MODES}
+    precision = args.precision[0] if args.precision else 'auto'
+    precision = train.choose_precision(precision, device)
+    for depth in DEPTHS:
+        args.depth = depth
+        for mode, curve in curves.items():
+            [result] = measure([Row('ours', mode, precision)], describe_network(args), device, args)
+            if result.failure not in ('', 'out of memory'):
+                raise train.UsageError(f'depth {depth}, {mode}: {result.failure}')
+            curve.append(result.memory)
+    return curves
+
+
+def draw_memory_vs_depth(path, curves, title, memory_label):
+    with rc_context(plot.STYLE):
+        figure = Figure(figsize=(6, 4), layout='constrained')
+        axes = figure.subplots()
+        for color, (mode, curve) in zip(plot.COLORS, curves.items()):
+            axes.plot(DEPTHS, [size / 2**20 for size in curve], color=color, marker='o', label=mode)
+        axes.set(xlabel='depth', ylabel=memory_label, xlim=(0, None), ylim=(0, None))
+        axes.legend(loc='upper left')
+        figure.suptitle(title, fontsize=9, color=plot.GREY)
+    plot.save_figure(figure, path)
+
+
+# ---- command line -------------------------------------------------------------------------
+
+def make_parser():
+    parser = train.Parser(prog='bench.py', description=__doc__, allow_abbrev=False,
+                          formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group('network')
+    group.add_argument('--arch', choices=train.ARCHITECTURES, metavar='NAME',
+                       help='an ImageNet network instead of DenseNet-BC for CIFAR')
+    group.add_argument('--depth', type=train.POSITIVE, default=100, help='(default: %(default)s)')
+    group.add_argument('--growth-rate', type=train.POSITIVE, default=12,
+                       help='(default: %(default)s)')
+    group.add_argument('--image-size', type=train.POSITIVE, metavar='PIXELS',
+                       help='(default: 32, with --arch 224)')
+    group.add_argument('--batch-size', '-b', type=train.POSITIVE, default=64,
+                       help='(default: %(default)s)')
+    group = parser.add_argument_group('rows')
+    group.add_argument('--precision', nargs='+', choices=('fp32', 'tf32', 'bf16', 'fp16'),
+                       help='(default: tf32 bf16 on cuda, else fp32)')
+    group.add_argument('--compile', action='store_true',
+                       help='also torch.compile: minutes for each network')
+    group.add_argument('--inference', action='store_true', help='not training: evaluation')
+    group.add_argument('--rows', nargs='+', metavar='PATTERN',
+                       help='only rows of such names, such as \'ours*\' \'torchvision plain\'')
+    group.add_argument('--baseline', metavar='NAME',
+                       help='the row that ratios refer to (default: the first)')
+    group = parser.add_argument_group('measuring')
+    group.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
+    group.add_argument('--rounds', type=train.POSITIVE, default=10, help='(default: %(default)s)')
+    group.add_argument('--steps', type=train.POSITIVE,
+                       help='steps of each row in a round (default: 20 on cuda, 1 on a CPU)')
+    group.add_argument('--csv', type=Path, metavar='FILE')
+    group.add_argument('--plot', type=Path, metavar='FILE', help='a figure of the table')
+    group.add_argument('--memory-vs-depth', nargs='?', type=Path, metavar='FILE',
+                       const=Path('images/memory-vs-depth.png'),
+                       help='only draw memory against depth (default: %(const)s)')
+    return parser
+
+
+def choose_rows(args, device):
+    rows = make_rows(args, device)
+    if args.rows:
+        rows = [row for row in rows
+                if any(fnmatch.fnmatchcase(row.name, pattern) for pattern in args.rows)]
+        if not rows:
+            names = ', '.join(dict.fromkeys(repr(row.name) for row in make_rows(args, device)))
+            raise train.UsageError(f'--rows: no row is called that here; there are {names}')
+    if args.baseline is None:
+        return rows, rows[0]
+    for row in rows:
+        if row.name == args.baseline:
+            return rows, row
+    names = ', '.join(dict.fromkeys(repr(row.name) for row in rows))
+    raise train.UsageError(f'--baseline: no row is called that here; there are {names}')
+
+
+def main(argv=None):
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    for path in filter(None, (args.csv, args.plot, args.memory_vs_depth)):
+        if not path.parent.is_dir():
+            parser.error(f'{path}: there is no folder {path.parent}')
+    try:
+        device = train.choose_device(args.device)
+        for precision in args.precision or ():
+            train.choose_precision(precision, device)
+        rows, baseline = choose_rows(args, device)
+        shape = describe_network(args)
+        make_model(Row('ours', 'plain', 'fp32'), shape)
+    except (train.UsageError, ValueError) as error:
+        parser.error(error)
+    args.steps = args.steps or (20 if device.type == 'cuda' else 1)
+    hardware = (torch.cuda.get_device_name() if device.type == 'cuda'
+                else f'CPU, {torch.get_num_threads()} threads')
+    machine = f'{hardware}, torch {torch.__version__}'
+    name = args.arch or f'DenseNet-BC k={args.growth_rate}'
+    memory_label = ('peak memory, MiB' if device.type == 'cuda' else 'held for backward, MiB')
+    batches = f'batches of {args.batch_size} at {shape.image_size} pixels'
+    if args.memory_vs_depth:
+        args.rounds = 0  # no time is taken
+        curves = memory_vs_depth(args, device)
+        draw_memory_vs_depth(args.memory_vs_depth, curves, f'{name}, {batches}; {machine}',
+                             memory_label)
+        print(args.memory_vs_depth)
+        return
+    title = (f'{name if args.arch else f"{name} L={args.depth}"}, '
+             f'{"inference" if args.inference else "training"}, {batches}; {machine}')
+    print(f'{title}, torchvision {torchvision.__version__}')
+    results = measure(rows, shape, device, args)
+    print_table(results, shape, baseline)
+    if args.csv:
+        write_csv(args.csv, results, shape, baseline, machine)
+    if args.plot:
+        draw_results(args.plot, results, title, memory_label)
+    if any(result.failure.startswith('failed') for result in results):
+        sys.exit(1)
+
+
+if __name__ == '__main__':
+    with contextlib.suppress(KeyboardInterrupt):
+        main()

@@ -1,0 +1,235 @@
+"""What bench.py compares, and how it counts bytes; how fast anything is, it alone can say."""
+
+import csv
+import math
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+import bench
+import densenet
+import train
+from bench import Row, Shape
+
+TINY = ['--depth', '10', '--growth-rate', '4', '--batch-size', '4', '--image-size', '8',
+        '--device', 'cpu', '--rounds', '2']
+NAMES = ['torchvision plain, NCHW', 'torchvision plain', 'timm plain', 'torchvision checkpointed',
+         'ours plain', 'ours block', 'ours memory-efficient', 'ours checkpointed']
+
+
+def read_csv(path):
+    with open(path, newline='') as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize('argv, parameters', [
+    (['--depth', '100', '--growth-rate', '12'], 769_162),
+    (['--arch', 'densenet121'], 7_978_856), (['--arch', 'densenet161'], 28_681_000)])
+def test_all_networks_of_a_table_have_the_same_size(argv, parameters):
+    shape = bench.describe_network(bench.make_parser().parse_args(argv))
+    for source in ('ours', 'torchvision', 'timm'):
+        if source == 'timm':
+            pytest.importorskip('timm')
+        with torch.device('meta'):
+            model = bench.make_model(Row(source, 'plain', 'fp32'), shape)
+            logits = model(torch.empty(2, 3, shape.image_size, shape.image_size))
+        assert sum(p.numel() for p in model.parameters()) == parameters
+        assert logits.shape == (2, 10 if shape.small else 1000)
+
+
+# ---- bytes -----------------------------------------------------------------------------------
+
+def saved_bytes(model, images):
+    """What autograd says that it saves: each storage once, the weights not counted."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(images)  # held on to, so that no memory is used twice
+        return output, sum(saved.values())
+
+
+@pytest.mark.parametrize('source, mode', [
+    ('ours', 'plain'), ('ours', 'block'), ('ours', 'memory-efficient'), ('torchvision', 'plain')])
+def test_bytes_held_are_those_that_autograd_saves(source, mode):
+    model = bench.make_model(Row(source, mode, 'fp32'), Shape(12, (6, 6, 6), 24, 32, 2)).train()
+    images = torch.randn(2, 3, 32, 32)
+    _, truth = saved_bytes(model, images)
+    # Autograd's count has the images in it, too.
+    assert bench.bytes_held(model, images) == pytest.approx(truth - images.nbytes, rel=0.01)
+
+
+def bytes_of(mode, **network):
+    model = bench.make_model(Row('ours', mode, 'fp32'), Shape(**{
+        'growth_rate': 12, 'num_init_features': 24, 'image_size': 32, 'batch_size': 2, **network}))
+    return bench.bytes_held(model.train(), torch.randn(2, 3, 32, 32))
+
+
+def test_the_block_holds_a_quarter_of_the_plain_bytes_and_memory_efficient_a_seventh():
+    plain, block, efficient = (bytes_of(mode, block_config=(16, 16, 16))  # DenseNet-BC-100-12
+                               for mode in ('plain', 'block', 'memory-efficient'))
+    assert block <= 0.25 * plain and efficient <= 0.15 * plain
+
+
+def block_bytes(num_layers, linear, efficient=False):
+    block = densenet.DenseBlock(num_layers, 24, 12, 4, 0.0, True, efficient).train()
+    block.linear_memory = linear
+    return bench.bytes_held(block, torch.randn(2, 24, 16, 16))
+
+
+def test_bytes_grow_linearly_with_the_layers_of_a_block():
+    assert block_bytes(32, linear=False) > 3 * block_bytes(16, linear=False)
+    for efficient in (False, True):
+        assert block_bytes(32, True, efficient) <= 2.2 * block_bytes(16, True, efficient)
+
+
+# ---- tables ----------------------------------------------------------------------------------
+
+def test_a_table_has_all_rows_in_csv_and_figure(tmp_path, capsys):
+    pytest.importorskip('timm')
+    bench.main([*TINY, '--baseline', 'ours plain', '--csv', str(tmp_path / 'bench.csv'),
+                '--plot', str(tmp_path / 'bench.png')])
+    rows = read_csv(tmp_path / 'bench.csv')
+    assert [row['row'] for row in rows] == NAMES
+    plain = next(row for row in rows if row['row'] == 'ours plain')
+    for row in rows:
+        ms, memory = float(row['ms']), float(row['memory_bytes'])
+        assert float(row['ms_quartile1']) <= ms <= float(row['ms_quartile3'])
+        assert float(row['images_per_second']) == pytest.approx(4 / ms * 1e3, rel=1e-4)
+        assert float(row['speed_ratio']) == pytest.approx(float(plain['ms']) / ms, rel=1e-4)
+        assert float(row['memory_ratio']) == pytest.approx(
+            memory / float(plain['memory_bytes']), rel=1e-4)
+        assert float(row['first_step_seconds']) > 0 and row['steps'] == '2'
+        assert torch.__version__ in row['machine']
+    image = np.asarray(Image.open(tmp_path / 'bench.png').convert('L'))
+    assert min(image.shape) > 300 and image.std() > 10  # there is ink
+    table = capsys.readouterr().out.splitlines()
+    assert [line for name in NAMES for line in table if line.startswith(f'{name}  ')] == table[2:-1]
+
+
+def test_every_row_takes_the_training_step_of_train(monkeypatch):
+    models, step = [], train.train_step
+    monkeypatch.setattr(train, 'train_step', lambda state, *args, **kwargs: (
+        models.append(state.model), step(state, *args, **kwargs)))
+    bench.main([*TINY, '--steps', '3', '--rows', 'ours block', 'torchvision plain'])
+    ours, theirs = dict.fromkeys(map(id, models))
+    calls = [id(model) for model in models]
+    assert calls == [ours, theirs] + 2 * ([ours] * 3 + [theirs] * 3) or \
+        calls == [ours, theirs] + 2 * (3 * [ours] + 3 * [theirs])
+    paths = {block.path for model in models for block in model.modules()
+             if isinstance(block, densenet.DenseBlock)}
+    assert paths == {'linear'}
+
+
+@pytest.mark.parametrize('mode, path', [
+    ('plain', 'plain'), ('block', 'linear'), ('memory-efficient', 'linear'),
+    ('checkpointed', 'checkpointed')])
+def test_a_row_goes_the_way_that_it_is_named_after(mode, path):
+    runner = bench.Runner(Row('ours', mode, 'fp32'), Shape(4, (2, 2), 8, 8, 4),
+                          torch.device('cpu'), inference=False)
+    assert {block.path for block in runner.state.model.modules()
+            if isinstance(block, densenet.DenseBlock)} == {path}
+
+
+def test_inference_has_rows_without_memory(tmp_path):
+    bench.main([*TINY, '--inference', '--rows', 'ours*', 'torch*', '--precision', 'fp32', 'bf16',
+                '--csv', str(tmp_path / 'bench.csv')])
+    rows = read_csv(tmp_path / 'bench.csv')
+    assert [(row['row'], row['precision']) for row in rows] == [
+        ('torchvision plain, NCHW', 'fp32'), ('torchvision plain', 'fp32'), ('ours plain', 'fp32'),
+        ('torchvision plain', 'bf16'), ('ours plain', 'bf16')]
+    assert all(float(row['ms']) > 0 and row['memory_bytes'] == '' for row in rows)
+
+
+def test_compiled_rows_are_compiled(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self: compiled.append(self))  # minutes
+    bench.main([*TINY, '--compile', '--rows', '*compiled*'])
+    assert [type(model) for model in compiled] == [torchvision.models.DenseNet, densenet.DenseNet]
+
+
+def test_out_of_memory_is_a_row(capsys, tmp_path):
+    runner = bench.Runner.time
+
+    def time(self, steps):
+        if self.row.mode == 'plain':
+            raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')
+        return runner(self, steps)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench.Runner, 'time', time)
+        bench.main([*TINY, '--rows', 'ours*', '--csv', str(tmp_path / 'bench.csv')])
+    table = capsys.readouterr().out
+    assert table.count('out of memory') == 1 and 'nan' not in table
+    assert [row['failure'] for row in read_csv(tmp_path / 'bench.csv')] == ['out of memory'] + \
+        3 * ['']
+    bench.main([*TINY, '--rows', 'ours*', '--batch-size', '1000000000'])  # for real
+    assert capsys.readouterr().out.count('out of memory') == 4
+
+
+def test_a_failing_row_is_said_and_the_others_are_shown(capsys, monkeypatch):
+    monkeypatch.setitem(bench.MODES, 'block', ())
+    with pytest.raises(SystemExit) as exit_:
+        bench.main([*TINY, '--rows', 'ours plain', 'ours block'])
+    table = capsys.readouterr().out
+    assert exit_.value.code == 1 and 'failed: IndexError' in table and '1.00x' in table
+
+
+def test_without_timm_its_row_says_so(capsys, monkeypatch):
+    monkeypatch.setitem(__import__('sys').modules, 'timm.models.densenet', None)
+    bench.main([*TINY, '--rows', 'timm*', 'ours plain'])
+    assert 'needs a package' in capsys.readouterr().out
+
+
+def test_memory_against_depth(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, 'DEPTHS', (10, 22, 40))
+    drawn = {}
+    monkeypatch.setattr(bench, 'draw_memory_vs_depth', lambda path, curves, *labels, draw=(
+        bench.draw_memory_vs_depth): (drawn.update(curves), draw(path, curves, *labels)))
+    bench.main([*TINY, '--memory-vs-depth', str(tmp_path / 'memory.png')])
+    assert (tmp_path / 'memory.png').stat().st_size > 10_000
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / 'memory.png')
+    plain, block, efficient, checkpointed = (drawn[mode] for mode in (
+        'plain', 'block', 'memory-efficient', 'checkpointed'))
+    for curve in drawn.values():
+        assert len(curve) == 3 and curve == sorted(curve)
+    assert efficient[-1] < block[-1] < checkpointed[-1] < plain[-1]
+
+
+@pytest.mark.parametrize('argv, complaint', [
+    (['--rows', 'mine'], "no row is called that here; there are 'torchvision plain, NCHW'"),
+    (['--baseline', 'mine'], '--baseline: no row'),
+    (['--precision', 'tf32', '--device', 'cpu'], 'tf32 is for cuda'),
+    (['--depth', '41'], 'nearest 40 and 46'),
+    (['--rounds', '0'], "'0' is not a whole number"),
+    (['--csv', 'no/such/folder/x.csv'], 'there is no folder no/such/folder'),
+    (['--arch', 'resnet50'], 'invalid choice')])
+def test_bad_input_is_one_line(argv, complaint, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        bench.main(argv)
+    assert exit_.value.code == 2
+    error, = capsys.readouterr().err.splitlines()
+    assert error.startswith('bench.py: error: ') and complaint in error
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('inference', [False, True])
+def test_all_rows_run_on_cuda(inference, tmp_path):
+    argv = [flag if flag != 'cpu' else 'cuda' for flag in TINY]
+    bench.main([*argv, '--precision', 'fp32', 'tf32', 'bf16', 'fp16', '--csv',
+                str(tmp_path / 'bench.csv'), *['--inference'] * inference])
+    rows = read_csv(tmp_path / 'bench.csv')
+    assert sum('CUDA graph' in row['row'] for row in rows) == 4 * (1 if inference else 3)
+    assert all(not row['failure'] or 'needs a package' in row['failure'] for row in rows)
+    for row in rows:
+        if not row['failure']:
+            assert math.isfinite(float(row['ms'])) and float(row['memory_bytes']) > 0
