@@ -40,8 +40,8 @@ import train
 from checkpoint import TrainState
 
 # Of ours: (linear_memory, memory_efficient).
-MODES = {'plain': (False, False), 'block': (True, False), 'memory-efficient': (True, True),
-         'checkpointed': (False, True)}
+MODES = {'plain': (False, False), 'checkpointed': (False, True), 'block': (True, False),
+         'memory-efficient': (True, True)}
 DEPTHS = (22, 40, 70, 100, 130, 160, 190, 220, 250)  # of --memory-vs-depth
 
 
@@ -141,13 +141,13 @@ def make_rows(args, device):
             rows.append(peers[0]._replace(channels_last=False))
         ours = [Row('ours', mode, precision) for mode in MODES]
         if args.inference:
-            eager, graphed, compiled = peers + ours[:1], ours[:1], [peers[0], ours[0]]
+            eager, graphed = peers + ours[:1], ours[:1]
         else:
             eager = peers + [peers[0]._replace(mode='checkpointed')] + ours
-            graphed, compiled = ours[:3], [peers[0], ours[0]]
+            graphed = [row for row in ours if row.mode != 'checkpointed']
         rows += eager + [row._replace(graph=True) for row in graphed if on_cuda]
         if args.compile:
-            rows += [row._replace(compiled=True, graph=graph) for row in compiled
+            rows += [row._replace(compiled=True, graph=graph) for row in (peers[0], ours[0])
                      for graph in ((False, True) if on_cuda else (False,))]
     return rows
 
@@ -203,7 +203,9 @@ class Runner:
     def _measure_memory(self, allocated):
         """Bytes: on a GPU the peak beyond `allocated`, on a CPU what is held for backward."""
         if self.device.type != 'cuda':
-            return math.nan if self.inference else bytes_held(self.state.model, self.batch[0])
+            if self.inference or self.row.compiled:  # nothing held, or out of sight of a count
+                return math.nan
+            return bytes_held(self.state.model, self.batch[0])
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()  # the first step tried out many convolutions

@@ -9,6 +9,9 @@
 Weights load from torchvision's state dicts, the old spelling included, and go back the same way:
 `model.load_state_dict(torchvision.models.densenet121(weights='DEFAULT').state_dict())`.
 
+A dense block can train in memory that grows linearly with its depth, not with the square of it:
+`DenseBlock` says when it does, and `_LinearMemoryBlock` how.
+
 "The paper" is Huang, Liu, van der Maaten, Weinberger: Densely Connected Convolutional Networks,
 CVPR 2017, https://arxiv.org/abs/1608.06993. "The technical report" is Pleiss et al.:
 Memory-Efficient Implementation of DenseNets, 2017, https://arxiv.org/abs/1707.06990.
@@ -39,9 +42,10 @@ class DenseNet(nn.Module):
         bn_size: width of the 1x1 bottleneck convolution, in units of growth_rate.
         drop_rate: dropout after every convolution but the first (paper, section 4.2).
         num_classes: width of the classifier.
-        memory_efficient: recompute concatenation, norm and ReLU in backward instead of storing
-            them; the same gradients and running statistics for less memory and more time. Under
-            torch.compile it has no effect: the compiler decides for itself what to recompute.
+        memory_efficient: keep nothing but the feature maps for backward and compute the rest
+            again; the same gradients and running statistics for less memory and a little more
+            time (see `DenseBlock`). Under torch.compile it has no effect: the compiler decides for
+            itself what to recompute.
         compression: share of the channels that a transition keeps, theta in the paper.
         bottleneck: a 1x1 convolution before each 3x3 one (DenseNet-B).
         small_inputs: the stem for CIFAR and SVHN, one 3x3 convolution, instead of ImageNet's.
@@ -171,8 +175,8 @@ class DenseBlock(nn.ModuleDict):
     Attributes:
         memory_efficient: as for `DenseNet`.
         linear_memory: whether training is to take the 'linear' way. None, the default, stands for
-            always with memory_efficient=True, and else on CPUs, where it takes as long as the
-            plain way (3% more in bench.py); on GPUs that is still to be measured.
+            always with memory_efficient=True, and without it on CPUs, where it was measured to
+            take about as long as the plain way; on GPUs that is still to be measured.
         path: 'plain', 'linear' or 'checkpointed'; None before a forward, and under torch.compile.
         obstacle: what kept the last forward from the 'linear' way that it was to take, or None.
     """

@@ -17,7 +17,7 @@ from bench import Row, Shape
 TINY = ['--depth', '10', '--growth-rate', '4', '--batch-size', '4', '--image-size', '8',
         '--device', 'cpu', '--rounds', '2']
 NAMES = ['torchvision plain, NCHW', 'torchvision plain', 'timm plain', 'torchvision checkpointed',
-         'ours plain', 'ours block', 'ours memory-efficient', 'ours checkpointed']
+         'ours plain', 'ours checkpointed', 'ours block', 'ours memory-efficient']
 
 
 def read_csv(path):

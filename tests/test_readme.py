@@ -6,29 +6,32 @@ import shlex
 import pytest
 from conftest import ROOT
 
+import bench
 import plot
 import train
 
-COMMANDS = re.findall(r'^ {4}python ((?:train|plot)\.py .+?) *(?:#.*)?$',
+PARSERS = {'train.py': train.make_parser(), 'plot.py': plot.make_parser(),
+           'bench.py': bench.make_parser()}
+# In blocks of commands, and within sentences.
+COMMANDS = re.findall(r'(?:^ {4}|`)python ((?:train|plot|bench)\.py\b(?! --help)[^`#\n]*)',
                       (ROOT / 'README.md').read_text(), re.MULTILINE)
 
 
 @pytest.mark.parametrize('command', COMMANDS)
 def test_a_command_of_the_readme_is_understood(command):
     script, *argv = shlex.split(command)
-    parser = train.make_parser() if script == 'train.py' else plot.make_parser()
-    parser.parse_args(argv)
+    PARSERS[script].parse_args(argv)
 
 
 def test_the_readme_has_commands_and_make_demo_runs_the_one_it_gives():
     assert len(COMMANDS) > 10
     makefile = (ROOT / 'Makefile').read_text()
     demo = next(command for command in COMMANDS if '--dataset shapes' in command)
-    assert demo in makefile
+    assert demo.strip() in makefile
 
 
 def test_every_flag_of_the_readme_exists():
     flags = set(re.findall(r'`(--[a-zA-Z-]+)', (ROOT / 'README.md').read_text()))
-    known = {option for parser in (train.make_parser(), plot.make_parser())
-             for action in parser._actions for option in action.option_strings}
+    known = {option for parser in PARSERS.values() for action in parser._actions
+             for option in action.option_strings}
     assert flags <= known
