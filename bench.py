@@ -13,12 +13,12 @@ the forward pass holds for backward. The first step counts from making the model
 """
 
 import argparse
-import contextlib
 import csv
 import fnmatch
 import functools
 import gc
 import math
+import os
 import statistics
 import sys
 import time
@@ -135,7 +135,8 @@ def make_rows(args, device):
     """All rows that the flags and the device admit; the first is what others start from."""
     rows = []
     on_cuda = device.type == 'cuda'
-    for precision in args.precision or (('tf32', 'bf16') if on_cuda else ('fp32',)):
+    default = ('tf32', 'bf16') if on_cuda else ('fp32',)
+    for precision in dict.fromkeys(args.precision or default):
         peers = [Row(source, 'plain', precision) for source in ('torchvision', 'timm')]
         if precision in ('fp32', 'tf32'):
             rows.append(peers[0]._replace(channels_last=False))
@@ -272,25 +273,40 @@ def failure(error):
     return f'failed: {type(error).__name__}: {text.splitlines()[0] if text else ""}'
 
 
-def measure(rows, shape, device, args):
-    """A Result for each row. A row that fails says why, and the others go on."""
-    runners, results = {}, {}
+def measure(rows, shape, device, inference, rounds, steps, results):
+    """Fills in `results`, a Result for each row; one that fails says why, and the others go on."""
+    runners = {}
     for row in rows:
         print(f'starting {row.name}, {row.precision}', file=sys.stderr)
         try:
-            runners[row] = Runner(row, shape, device, args.inference)
+            runners[row] = Runner(row, shape, device, inference)
             results[row] = Result(row, [], runners[row].memory, runners[row].first_step)
         except Exception as error:
             results[row] = Result(row, [], failure=failure(error))
-    for i in range(args.rounds):
-        print(f'round {i + 1} of {args.rounds}', file=sys.stderr)
+    for i in range(rounds):
+        print(f'round {i + 1} of {rounds}', file=sys.stderr)
         for row, runner in list(runners.items()):
             try:
-                results[row].times.extend(runner.time(args.steps))
+                results[row].times.extend(runner.time(steps))
             except Exception as error:
                 results[row] = Result(row, [], failure=failure(error))
                 del runners[row]
-    return list(results.values())
+
+
+def memory_vs_depth(args, device, precision):
+    """{mode: bytes at each of DEPTHS}, NaN where memory ran out."""
+    curves = {mode: [] for mode in MODES}
+    for depth in DEPTHS:
+        shape = describe_network(argparse.Namespace(**{**vars(args), 'depth': depth}))
+        for mode, curve in curves.items():
+            print(f'depth {depth}, {mode}', file=sys.stderr)
+            try:
+                curve.append(Runner(Row('ours', mode, precision), shape, device, False).memory)
+            except Exception as error:
+                if failure(error) != 'out of memory':
+                    raise
+                curve.append(math.nan)
+    return curves
 
 
 # ---- showing ------------------------------------------------------------------------------
@@ -301,7 +317,7 @@ COLUMNS = ('row', 'precision', 'ms', 'quartiles', 'images/s', 'speed', 'memory',
 
 def table_rows(results, shape, baseline):
     """Numbers of each result: ms, its quartiles, images/s, speed, bytes, memory ratio, seconds."""
-    base = next((result for result in results if result.row == baseline), results[0])
+    base = next((result for result in results if result.row == baseline), Result(baseline, []))
     for result in results:
         low, median, high = result.quartiles
         yield result, (median, low, high, 1e3 * shape.batch_size / median,
@@ -361,21 +377,6 @@ def draw_results(path, results, title, memory_label):
     plot.save_figure(figure, path)
 
 
-def memory_vs_depth(args, device):
-    """{mode: bytes at each of DEPTHS}, NaN where memory ran out."""
-    curves = {mode: [] for mode in MODES}
-    precision = args.precision[0] if args.precision else 'auto'
-    precision = train.choose_precision(precision, device)
-    for depth in DEPTHS:
-        args.depth = depth
-        for mode, curve in curves.items():
-            [result] = measure([Row('ours', mode, precision)], describe_network(args), device, args)
-            if result.failure not in ('', 'out of memory'):
-                raise train.UsageError(f'depth {depth}, {mode}: {result.failure}')
-            curve.append(result.memory)
-    return curves
-
-
 def draw_memory_vs_depth(path, curves, title, memory_label):
     with rc_context(plot.STYLE):
         figure = Figure(figsize=(6, 4), layout='constrained')
@@ -415,7 +416,7 @@ def make_parser():
                        help='the row that ratios refer to (default: the first)')
     group = parser.add_argument_group('measuring')
     group.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
-    group.add_argument('--rounds', type=train.POSITIVE, default=10, help='(default: %(default)s)')
+    group.add_argument('--rounds', type=train.POSITIVE, help='(default: 10)')
     group.add_argument('--steps', type=train.POSITIVE,
                        help='steps of each row in a round (default: 20 on cuda, 1 on a CPU)')
     group.add_argument('--csv', type=Path, metavar='FILE')
@@ -427,64 +428,85 @@ def make_parser():
 
 
 def choose_rows(args, device):
+    """The rows to measure, and the one that the others are compared with."""
     rows = make_rows(args, device)
+
+    def named(patterns, flag, rows):
+        found = [row for row in rows if any(fnmatch.fnmatchcase(row.name, p) for p in patterns)]
+        if not found:
+            names = ', '.join(dict.fromkeys(f"'{row.name}'" for row in rows))
+            raise train.UsageError(f'{flag}: no row is called that; here there are {names}')
+        return found
+
     if args.rows:
-        rows = [row for row in rows
-                if any(fnmatch.fnmatchcase(row.name, pattern) for pattern in args.rows)]
-        if not rows:
-            names = ', '.join(dict.fromkeys(repr(row.name) for row in make_rows(args, device)))
-            raise train.UsageError(f'--rows: no row is called that here; there are {names}')
-    if args.baseline is None:
-        return rows, rows[0]
-    for row in rows:
-        if row.name == args.baseline:
-            return rows, row
-    names = ', '.join(dict.fromkeys(repr(row.name) for row in rows))
-    raise train.UsageError(f'--baseline: no row is called that here; there are {names}')
+        rows = named(args.rows, '--rows', rows)
+    return rows, named([args.baseline], '--baseline', rows)[0] if args.baseline else rows[0]
+
+
+def check_flags(args):
+    for path in filter(None, (args.csv, args.plot, args.memory_vs_depth)):
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise train.UsageError(f'{path}: no file can be written there')
+    for path in filter(None, (args.plot, args.memory_vs_depth)):
+        if path.suffix not in ('.png', '.pdf', '.svg'):
+            raise train.UsageError(f'{path}: a figure is a .png, .pdf or .svg file')
+    if args.memory_vs_depth:
+        for flag in ('arch', 'inference', 'compile', 'rows', 'baseline', 'rounds', 'steps', 'csv',
+                     'plot'):
+            if getattr(args, flag) not in (None, False):
+                raise train.UsageError(f'--memory-vs-depth draws the DenseNet-BCs of one growth '
+                                       f'rate, and has no use for --{flag}')
+        if len(args.precision or ()) > 1:
+            raise train.UsageError('--memory-vs-depth draws one --precision')
 
 
 def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
-    for path in filter(None, (args.csv, args.plot, args.memory_vs_depth)):
-        if not path.parent.is_dir():
-            parser.error(f'{path}: there is no folder {path.parent}')
     try:
+        check_flags(args)
         device = train.choose_device(args.device)
-        for precision in args.precision or ():
-            train.choose_precision(precision, device)
+        precisions = [train.choose_precision(name, device) for name in args.precision or ['auto']]
         rows, baseline = choose_rows(args, device)
         shape = describe_network(args)
-        make_model(Row('ours', 'plain', 'fp32'), shape)
+        with torch.device('meta'):  # is it one, and does it take such images?
+            make_model(Row('ours', 'plain', 'fp32'), shape)(
+                torch.empty(1, 3, shape.image_size, shape.image_size))
     except (train.UsageError, ValueError) as error:
         parser.error(error)
-    args.steps = args.steps or (20 if device.type == 'cuda' else 1)
-    hardware = (torch.cuda.get_device_name() if device.type == 'cuda'
+    on_cuda = device.type == 'cuda'
+    hardware = (torch.cuda.get_device_name() if on_cuda
                 else f'CPU, {torch.get_num_threads()} threads')
     machine = f'{hardware}, torch {torch.__version__}'
     name = args.arch or f'DenseNet-BC k={args.growth_rate}'
-    memory_label = ('peak memory, MiB' if device.type == 'cuda' else 'held for backward, MiB')
+    memory_label = 'peak memory, MiB' if on_cuda else 'held for backward, MiB'
     batches = f'batches of {args.batch_size} at {shape.image_size} pixels'
     if args.memory_vs_depth:
-        args.rounds = 0  # no time is taken
-        curves = memory_vs_depth(args, device)
-        draw_memory_vs_depth(args.memory_vs_depth, curves, f'{name}, {batches}; {machine}',
-                             memory_label)
+        title = f'{name}, {batches}, {precisions[0]}; {machine}'
+        draw_memory_vs_depth(args.memory_vs_depth, memory_vs_depth(args, device, precisions[0]),
+                             title, memory_label)
         print(args.memory_vs_depth)
         return
     title = (f'{name if args.arch else f"{name} L={args.depth}"}, '
              f'{"inference" if args.inference else "training"}, {batches}; {machine}')
     print(f'{title}, torchvision {torchvision.__version__}')
-    results = measure(rows, shape, device, args)
-    print_table(results, shape, baseline)
-    if args.csv:
-        write_csv(args.csv, results, shape, baseline, machine)
-    if args.plot:
-        draw_results(args.plot, results, title, memory_label)
-    if any(result.failure.startswith('failed') for result in results):
+    results = {}
+    try:
+        measure(rows, shape, device, args.inference, args.rounds or 10,
+                args.steps or (20 if on_cuda else 1), results)
+    finally:  # what was measured is shown, also after Ctrl-C
+        measured = list(results.values())
+        print_table(measured, shape, baseline)
+        if args.csv:
+            write_csv(args.csv, measured, shape, baseline, machine)
+        if args.plot:
+            draw_results(args.plot, measured, title, memory_label)
+    if any(result.failure.startswith('failed') for result in measured):
         sys.exit(1)
 
 
 if __name__ == '__main__':
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
         main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -17,9 +17,15 @@ from densenet import DenseBlock, DenseNet, Transition, densenet_cifar
 LAYOUTS = {'nchw': torch.contiguous_format, 'channels_last': torch.channels_last}
 
 
-def make_block(*, bottleneck=True, drop_rate=0.0, momentum=0.1, efficient=False, linear=True):
+# The ways to train: (linear_memory, memory_efficient, what the block then says that it did).
+WAYS = {'plain': (False, False, 'plain'), 'checkpointed': (False, True, 'checkpointed'),
+        'linear': (True, False, 'linear'), 'efficient': (True, True, 'linear')}
+
+
+def make_block(way='linear', *, bottleneck=True, drop_rate=0.0, momentum=0.1):
     """Four layers whose norms have weights of both signs, and a zero."""
     torch.manual_seed(0)
+    linear, efficient, _ = WAYS[way]
     block = DenseBlock(4, 6, 4, 2, drop_rate, bottleneck, efficient).double().train()
     block.linear_memory = linear
     for module in block.modules():
@@ -53,26 +59,36 @@ def steps(block, x, count=2):
     return seen, block.state_dict()
 
 
-@pytest.mark.parametrize('efficient', [False, True])
+@pytest.mark.parametrize('way', ['linear', 'efficient', 'checkpointed'])
 @pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('bottleneck, drop_rate, momentum', [
     (True, 0.0, 0.1), (True, 0.2, None), (False, 0.0, None), (False, 0.2, 0.1)])
-def test_linear_equals_plain(bottleneck, drop_rate, momentum, layout, efficient):
+def test_equals_plain(bottleneck, drop_rate, momentum, layout, way):
     settings = dict(bottleneck=bottleneck, drop_rate=drop_rate, momentum=momentum)
-    plain = make_block(linear=False, **settings)
-    linear = make_block(linear=True, efficient=efficient, **settings)
-    truth, results = steps(plain, block_input(layout)), steps(linear, block_input(layout))
-    assert (plain.path, linear.path, linear.obstacle) == ('plain', 'linear', None)
+    plain, block = make_block('plain', **settings), make_block(way, **settings)
+    truth, results = steps(plain, block_input(layout)), steps(block, block_input(layout))
+    assert (plain.path, block.path, block.obstacle) == ('plain', WAYS[way][2], None)
     torch.testing.assert_close(results, truth, rtol=1e-9, atol=1e-11)
     output = results[0][0][0]
     assert output.is_contiguous(memory_format=LAYOUTS[layout])
-    assert results[1]['denselayer4.norm1.num_batches_tracked'] == 2
+    counters = [value for name, value in results[1].items() if name.endswith('tracked')]
+    assert counters and all(counter == 2 for counter in counters)  # recomputed or not
+    assert block.denselayer1.norm1.momentum == momentum
 
 
-@pytest.mark.parametrize('efficient', [False, True])
+def test_checkpointing_computes_again_in_backward():
+    block, calls = make_block('checkpointed'), []
+    block.denselayer3.norm1.register_forward_hook(lambda *_: calls.append(1))
+    output = block(block_input())
+    assert len(calls) == 1
+    output.sum().backward()
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize('way', ['linear', 'efficient'])
 @pytest.mark.parametrize('bottleneck', [True, False])
-def test_gradients_of_first_and_second_order_by_finite_differences(bottleneck, efficient):
-    block = make_block(bottleneck=bottleneck, efficient=efficient, drop_rate=0.2)
+def test_gradients_of_first_and_second_order_by_finite_differences(bottleneck, way):
+    block = make_block(way, bottleneck=bottleneck, drop_rate=0.2)
     names, parameters = zip(*block.named_parameters())
 
     def function(x, *values):
@@ -87,8 +103,8 @@ def test_gradients_of_first_and_second_order_by_finite_differences(bottleneck, e
     assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True, atol=1e-4)
 
 
-@pytest.mark.parametrize('efficient', [False, True])
-def test_gradient_penalty_equals_plain(efficient):
+@pytest.mark.parametrize('way', ['linear', 'efficient'])
+def test_gradient_penalty_equals_plain(way):
     def penalty_gradients(block):
         x = block_input().requires_grad_()
         torch.manual_seed(4)
@@ -96,8 +112,8 @@ def test_gradient_penalty_equals_plain(efficient):
         return torch.autograd.grad(gradient.square().sum(), [x, *block.parameters()],
                                    allow_unused=True)
 
-    torch.testing.assert_close(penalty_gradients(make_block(drop_rate=0.2, efficient=efficient)),
-                               penalty_gradients(make_block(drop_rate=0.2, linear=False)),
+    torch.testing.assert_close(penalty_gradients(make_block(way, drop_rate=0.2)),
+                               penalty_gradients(make_block('plain', drop_rate=0.2)),
                                rtol=1e-9, atol=1e-9)
 
 
@@ -105,13 +121,16 @@ def blocks_of(model):
     return [module for module in model.modules() if isinstance(module, DenseBlock)]
 
 
+def paths(model):
+    return {block.path for block in blocks_of(model)}
+
+
 def net(way, depth=22, **kwargs):
-    """A small network on its 'plain', 'linear', 'efficient' or 'checkpointed' way."""
     torch.manual_seed(0)
-    model = densenet_cifar(depth, 12, memory_efficient=way in ('efficient', 'checkpointed'),
-                           **kwargs)
+    linear, efficient, _ = WAYS[way]
+    model = densenet_cifar(depth, 12, memory_efficient=efficient, **kwargs)
     for block in blocks_of(model):
-        block.linear_memory = way in ('linear', 'efficient')
+        block.linear_memory = linear
     return model.train()
 
 
@@ -134,7 +153,7 @@ def test_ten_sgd_steps_end_with_the_same_weights(way):
             F.cross_entropy(model(images.roll(step, 3)), labels).backward()
             optimizer.step()
         finals.append(model.state_dict())
-    assert {block.path for block in blocks_of(model)} == {way if way != 'efficient' else 'linear'}
+    assert paths(model) == {WAYS[way][2]}
     torch.testing.assert_close(finals[1], finals[0], rtol=1e-10, atol=1e-10)
 
 
@@ -157,7 +176,7 @@ def test_low_precision_gradients_are_as_close_to_float64_as_the_plain_ones(way, 
     for name in ('plain', way):
         model = net(name)
         error[name] = (gradients(model, images, True) - truth).norm() / truth.norm()
-    assert {block.path for block in blocks_of(model)} == {'linear'}
+    assert paths(model) == {'linear'}
     assert 0 < error[way] <= 1.1 * error['plain']
 
 
@@ -171,10 +190,6 @@ def test_a_mean_far_from_zero_costs_no_digits():
 
 
 # ---- which way -------------------------------------------------------------------------------
-
-def paths(model):
-    return {block.path for block in blocks_of(model)}
-
 
 @pytest.mark.parametrize('efficient', [False, True])
 def test_training_on_the_cpu_takes_the_linear_way_by_itself(efficient):
@@ -245,16 +260,15 @@ OBSTACLES = {
 
 
 @pytest.mark.parametrize('obstacle', OBSTACLES)
-@pytest.mark.parametrize('efficient', [False, True])
-def test_what_the_function_would_overlook_goes_another_way(obstacle, efficient):
-    changed = make_block(efficient=efficient)
-    plain = make_block(linear=False)
+@pytest.mark.parametrize('way', ['linear', 'efficient'])
+def test_what_the_function_would_overlook_goes_another_way(obstacle, way):
+    changed, plain = make_block(way), make_block('plain')
     OBSTACLES[obstacle](changed)
     OBSTACLES[obstacle](plain)
     torch.testing.assert_close(steps(changed, block_input()), steps(plain, block_input()),
                                rtol=1e-9, atol=1e-11)
     assert (changed.path, changed.obstacle) == (
-        'checkpointed' if efficient else 'plain', obstacle)
+        'checkpointed' if way == 'efficient' else 'plain', obstacle)
 
 
 def test_global_hooks_and_transforms_go_the_plain_way():
@@ -302,8 +316,8 @@ def test_another_number_of_channels_is_the_norms_own_error():
 
 def test_frozen_parameters_get_no_gradient_and_the_others_the_same():
     results = []
-    for linear in (False, True):
-        block = make_block(linear=linear)
+    for way in ('plain', 'linear'):
+        block = make_block(way)
         for p in itertools.chain(block.denselayer1.parameters(), [block.denselayer3.conv1.weight]):
             p.requires_grad = False
         block(block_input()).square().sum().backward()
@@ -313,7 +327,7 @@ def test_frozen_parameters_get_no_gradient_and_the_others_the_same():
 
 
 def test_training_without_grad_counts_the_batch_and_keeps_nothing():
-    blocks = [make_block(linear=linear) for linear in (False, True)]
+    blocks = [make_block('plain'), make_block('linear')]
     for block in blocks:
         with torch.no_grad():
             assert block(block_input()).grad_fn is None
@@ -332,10 +346,10 @@ def test_pooling_before_the_convolution_of_a_transition_is_exact(size):
 
 # ---- what PyTorch does with modules ----------------------------------------------------------
 
-@pytest.mark.parametrize('efficient', [False, True])
-def test_compiled_training_equals_linear(efficient):
+@pytest.mark.parametrize('way', ['linear', 'efficient'])
+def test_compiled_training_equals_linear(way):
     torch._dynamo.reset()
-    block = make_block(efficient=efficient)
+    block = make_block(way)
     compiled = copy.deepcopy(block)
     compiled.compile(backend='aot_eager', fullgraph=True)
     truth, results = steps(block, block_input()), steps(compiled, block_input())
@@ -407,10 +421,11 @@ def test_ddp_averages_the_gradients_of_two_processes(tmp_path):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize('layout', LAYOUTS)
-@pytest.mark.parametrize('bottleneck, efficient', [(True, False), (True, True), (False, False)])
-def test_linear_on_cuda_equals_plain_on_the_cpu(bottleneck, efficient, layout):
-    plain = make_block(linear=False, bottleneck=bottleneck)
-    linear = make_block(bottleneck=bottleneck, efficient=efficient).cuda()
+@pytest.mark.parametrize('way', ['linear', 'efficient'])
+@pytest.mark.parametrize('bottleneck', [True, False])
+def test_linear_on_cuda_equals_plain_on_the_cpu(bottleneck, way, layout):
+    plain = make_block('plain', bottleneck=bottleneck)
+    linear = make_block(way, bottleneck=bottleneck).cuda()
     truth, results = steps(plain, block_input(layout)), steps(linear, block_input(layout).cuda())
     assert linear.path == 'linear'
     torch.testing.assert_close(results, truth, rtol=1e-9, atol=1e-9, check_device=False)

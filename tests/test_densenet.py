@@ -129,65 +129,6 @@ def test_loads_as_a_part_of_another_model():
         outer.load_state_dict({**old, 'backbone.nonsense': torch.zeros(1)})
 
 
-# ---- memory_efficient ------------------------------------------------------------------------
-
-def train_twice(model, dtype=torch.float64):
-    """Outputs, gradients and buffers of two training passes, from the same random state."""
-    model.to(dtype).train()
-    torch.manual_seed(3)
-    x = images(4, 12, dtype).requires_grad_()
-    outputs = [model(x), model(2 * x)]
-    sum(output.square().sum() for output in outputs).backward()
-    return outputs, [x.grad] + [p.grad for p in model.parameters()], dict(model.named_buffers())
-
-
-@pytest.mark.parametrize('bottleneck', [True, False])
-@pytest.mark.parametrize('drop_rate', [0.0, 0.2])
-@pytest.mark.parametrize('momentum', [0.1, None])
-def test_memory_efficient_equals_plain(bottleneck, drop_rate, momentum):
-    plain = small_net(bottleneck=bottleneck, drop_rate=drop_rate)
-    efficient = small_net(bottleneck=bottleneck, drop_rate=drop_rate, memory_efficient=True)
-    for module in [*plain.modules(), *efficient.modules()]:
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = momentum
-    results = train_twice(efficient)
-    torch.testing.assert_close(results, train_twice(plain), rtol=1e-12, atol=1e-12)
-    counters = [b for name, b in results[2].items() if name.endswith('num_batches_tracked')]
-    assert counters and all(counter == 2 for counter in counters)  # a batch each, recomputed or not
-    norm = efficient.features.denseblock1.denselayer1.norm1
-    assert norm.momentum == momentum
-
-
-def bytes_saved(model):
-    """What autograd holds for backward: each storage once, the weights not counted."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    held = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            held[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model.train()(images(2, 16))
-        total = sum(held.values())
-    output.sum().backward()
-    return total
-
-
-def test_memory_efficient_recomputes_and_holds_less():
-    runs = {}
-    for efficient in (False, True):
-        model = densenet_cifar(40, 12, memory_efficient=efficient)
-        calls = []
-        model.features.denseblock1.denselayer6.norm1.register_forward_hook(
-            lambda *_, calls=calls: calls.append(1))
-        runs[efficient] = bytes_saved(model), len(calls)
-    assert runs[False][1] == 1 and runs[True][1] == 2
-    assert runs[True][0] < 0.6 * runs[False][0]
-
-
 # ---- as the paper has it ---------------------------------------------------------------------
 
 def test_initialisation_is_that_of_the_official_code():
@@ -383,6 +324,16 @@ def test_hooks_on_inner_modules_see_gradients(efficient):  # Grad-CAM and its li
             module.register_full_backward_hook(lambda m, i, o, name=name: seen.append(name))
     model(images()).sum().backward()
     assert {name for name in seen} >= {'features.norm5', 'features.denseblock2.denselayer3.conv2'}
+
+
+def train_twice(model, dtype=torch.float64):
+    """Outputs, gradients and buffers of two training passes, from the same random state."""
+    model.to(dtype).train()
+    torch.manual_seed(3)
+    x = images(4, 12, dtype).requires_grad_()
+    outputs = [model(x), model(2 * x)]
+    sum(output.square().sum() for output in outputs).backward()
+    return outputs, [x.grad] + [p.grad for p in model.parameters()], dict(model.named_buffers())
 
 
 @pytest.mark.cuda
