@@ -75,8 +75,10 @@ class TrainState:
         finally:
             with torch.no_grad():
                 for tensor in tensors():
-                    # What an optimizer makes in its first step starts from zeros.
-                    tensor.copy_(before.get(tensor.data_ptr(), torch.zeros_like(tensor)))
+                    if tensor.data_ptr() in before:
+                        tensor.copy_(before[tensor.data_ptr()])
+                    else:  # what an optimizer makes in its first step starts from zeros
+                        tensor.zero_()
             self.scaler.load_state_dict(scaler)
             self._set_random_state(random_state)
 

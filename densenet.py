@@ -318,25 +318,26 @@ class DenseLayer(nn.Module):
 
     def find_obstacle(self, in_channels):
         """What `_LinearMemoryBlock` would overlook in this layer, such as 'norm1 has hooks'."""
-        for kind, *modules in ((DenseLayer, self), (nn.BatchNorm2d, *self.norms()),
-                               (nn.Conv2d, *self.convs())):
-            for i, module in enumerate(modules, start=1):
-                name = {DenseLayer: 'it', nn.BatchNorm2d: f'norm{i}', nn.Conv2d: f'conv{i}'}[kind]
-                if type(module) is not kind or 'forward' in vars(module):
-                    return f'{name} is not a plain {kind.__name__}'
-                if (module._forward_hooks or module._forward_pre_hooks
-                        or module._backward_hooks or module._backward_pre_hooks):
-                    return f'{name} has hooks'
-        for i, norm in enumerate(self.norms(), start=1):
+        norms = {f'norm{i}': norm for i, norm in enumerate(self.norms(), start=1)}
+        convs = {f'conv{i}': conv for i, conv in enumerate(self.convs(), start=1)}
+        for name, module in {'it': self, **norms, **convs}.items():
+            kind = nn.BatchNorm2d if name in norms else nn.Conv2d if name in convs else DenseLayer
+            if type(module) is not kind or 'forward' in vars(module):
+                return f'{name} is not a plain {kind.__name__}'
+            if (module._forward_hooks or module._forward_pre_hooks
+                    or module._backward_hooks or module._backward_pre_hooks):
+                return f'{name} has hooks'
+        for name, norm in norms.items():
             if not (norm.training and norm.affine and norm.track_running_stats):
-                return f'norm{i} is in eval mode, or has no weights or running statistics'
+                return f'{name} is in eval mode, or has no weights or running statistics'
         if self.norm1.num_features != in_channels:
             return f'norm1 is for {self.norm1.num_features} channels, not {in_channels}'
-        for i, conv in enumerate(self.convs(), start=1):
-            same = conv.kernel_size[0] // 2
-            if (conv.padding != (same, same) or not conv.stride == conv.dilation == (1, 1)
-                    or conv.groups > 1 or conv.padding_mode != 'zeros' or conv.bias is not None):
-                return f'conv{i} has a bias, or another geometry'
+        for name, conv in convs.items():
+            side = conv.kernel_size[0]
+            if (conv.kernel_size != (side, side) or conv.padding != (side // 2, side // 2)
+                    or not conv.stride == conv.dilation == (1, 1) or conv.groups > 1
+                    or conv.padding_mode != 'zeros' or conv.bias is not None):
+                return f'{name} has a bias, or another geometry'
         return None
 
 
@@ -483,7 +484,6 @@ class _LinearMemoryBlock(torch.autograd.Function):
                         _drop(g, mask2, layer.drop_rate), z, *statistics2, *second_half,
                         layer.norm2.eps, needed[i][5])
                     gradients = gradients2 + gradients
-                    del z
                 g, d_kernel1 = _conv_backward(_drop(g, mask1, layer.drop_rate), y, kernel1,
                                               needed[i][2])
                 _relu_backward_(g, y)

@@ -618,7 +618,7 @@ def end_epoch(state, test, log):
     return improved
 
 
-def describe_run(args, device, precision):
+def describe_run(args, device, precision, graphed):
     """What args.json holds: the flags, and what they ran on."""
     try:
         commit = subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=40'],
@@ -627,7 +627,7 @@ def describe_run(args, device, precision):
     except OSError:  # no git here
         commit = None
     return {
-        'args': vars(args), 'precision': precision, 'git_commit': commit,
+        'args': vars(args), 'precision': precision, 'cuda_graph': graphed, 'git_commit': commit,
         'device': torch.cuda.get_device_name() if device.type == 'cuda' else device.type,
         'versions': {'python': platform.python_version(), 'torch': torch.__version__,
                      'torchvision': torchvision.__version__, 'cuda': torch.version.cuda},
@@ -679,18 +679,18 @@ def train(args, dataset, model, loaders, directory, *, device, precision, autoca
         state.best_error, state.best_epoch = math.inf, 0
     if args.compile:
         model.compile()
+    shape = args.batch_size, model.in_channels, dataset.image_size, dataset.image_size
+    step = make_step(args, state, shape, autocast)
     if args.overwrite:
         runlog.clear(directory)
-    record = describe_run(args, device, precision)
+    graphed = isinstance(step, CudaGraphStep)
+    record = describe_run(args, device, precision, graphed)
     with checkpoint.replacing(directory / 'args.json') as file:
         file.write(json.dumps(record, indent=2).encode())
-    channels, size = model.in_channels, dataset.image_size
-    step = make_step(args, state, (args.batch_size, channels, size, size), autocast)
     print(f'{model_name(args)}: {sum(p.numel() for p in model.parameters()):,} parameters; '
           f'{dataset.name}: {train_loader.num_images:,} training and {test_loader.num_images:,} '
           f'test images of {dataset.image_size} pixels, {dataset.num_classes} classes; '
-          f'{record["device"]}, {precision}{", CUDA graph" * isinstance(step, CudaGraphStep)}',
-          flush=True)
+          f'{record["device"]}, {precision}{", CUDA graph" * graphed}', flush=True)
     log = RunLog(directory, steps_per_epoch=len(train_loader), epochs=args.epochs,
                  start=(state.epoch, state.step), tensorboard=args.tensorboard, figures=args.plot)
     with contextlib.closing(log):
