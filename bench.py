@@ -59,7 +59,7 @@ class Row(NamedTuple):
                 + ', compiled' * self.compiled + ', CUDA graph' * self.graph)
 
 
-class Shape(NamedTuple):
+class Workload(NamedTuple):
     """What is measured: a network, all whose versions have the same size, and its input."""
     growth_rate: int
     block_config: tuple
@@ -96,38 +96,38 @@ def describe_network(args):
         else:
             model = densenet.densenet_cifar(args.depth, args.growth_rate)
     blocks = [module for module in model.modules() if isinstance(module, densenet.DenseBlock)]
-    return Shape(blocks[0].denselayer1.conv2.out_channels, tuple(len(block) for block in blocks),
+    return Workload(blocks[0].denselayer1.conv2.out_channels, tuple(len(block) for block in blocks),
                  model.features.conv0.out_channels, args.image_size or (224 if args.arch else 32),
                  args.batch_size)
 
 
-def make_model(row, shape):
+def make_model(row, workload):
     """The network of a row, on the CPU.
 
     Raises:
         ImportError: it needs a package that is not installed.
     """
-    classes = 10 if shape.small else 1000
-    settings = dict(growth_rate=shape.growth_rate, block_config=shape.block_config,
-                    num_classes=classes, memory_efficient=row.mode in ('memory-efficient',
-                                                                       'checkpointed'))
+    classes = 10 if workload.small else 1000
+    settings = dict(growth_rate=workload.growth_rate, block_config=workload.block_config,
+                    num_classes=classes, memory_efficient=MODES[row.mode][1])
     if row.source == 'ours':
-        model = densenet.DenseNet(num_init_features=shape.num_init_features,
-                                  small_inputs=shape.small, **settings)
+        model = densenet.DenseNet(num_init_features=workload.num_init_features,
+                                  small_inputs=workload.small, **settings)
         for module in model.modules():
             if isinstance(module, densenet.DenseBlock):
                 module.linear_memory = MODES[row.mode][0]
         return model
     if row.source == 'torchvision':
-        model = torchvision.models.DenseNet(num_init_features=shape.num_init_features, **settings)
+        model = torchvision.models.DenseNet(num_init_features=workload.num_init_features,
+                                            **settings)
     else:
         from timm.models.densenet import DenseNet  # whose stem is always of twice the growth rate
         model = DenseNet(**settings)
-    if shape.small:  # their ImageNet stem makes way for that of the paper's CIFAR networks
+    if workload.small:  # their ImageNet stem makes way for that of the paper's CIFAR networks
         for name in ('norm0', 'relu0', 'pool0'):
             if hasattr(model.features, name):
                 delattr(model.features, name)
-        model.features.conv0 = nn.Conv2d(3, shape.num_init_features, 3, padding=1, bias=False)
+        model.features.conv0 = nn.Conv2d(3, workload.num_init_features, 3, padding=1, bias=False)
     return model
 
 
@@ -158,15 +158,15 @@ def make_rows(args, device):
 class Runner:
     """A row's model and its step, ready to be timed. Making one runs the first steps."""
 
-    def __init__(self, row, shape, device, inference):
+    def __init__(self, row, workload, device, inference):
         self.row, self.device, self.inference = row, device, inference
         gc.collect()
         allocated = torch.cuda.memory_allocated() if device.type == 'cuda' else 0
-        images = torch.randn(shape.batch_size, 3, shape.image_size, shape.image_size)
-        labels = torch.randint(10, (shape.batch_size,))
+        images = torch.randn(workload.batch_size, 3, workload.image_size, workload.image_size)
+        labels = torch.randint(10, (workload.batch_size,))
         self.batch = images.to(device), labels.to(device)
         started = time.perf_counter()
-        self._make(make_model(row, shape), device)
+        self._make(make_model(row, workload), device)
         self._launch(self._ready_step())
         self.first_step = time.perf_counter() - started
         self.memory = self._measure_memory(allocated)
@@ -273,13 +273,13 @@ def failure(error):
     return f'failed: {type(error).__name__}: {text.splitlines()[0] if text else ""}'
 
 
-def measure(rows, shape, device, inference, rounds, steps, results):
+def measure(rows, workload, device, inference, rounds, steps, results):
     """Fills in `results`, a Result for each row; one that fails says why, and the others go on."""
     runners = {}
     for row in rows:
         print(f'starting {row.name}, {row.precision}', file=sys.stderr)
         try:
-            runners[row] = Runner(row, shape, device, inference)
+            runners[row] = Runner(row, workload, device, inference)
             results[row] = Result(row, [], runners[row].memory, runners[row].first_step)
         except Exception as error:
             results[row] = Result(row, [], failure=failure(error))
@@ -297,11 +297,11 @@ def memory_vs_depth(args, device, precision):
     """{mode: bytes at each of DEPTHS}, NaN where memory ran out."""
     curves = {mode: [] for mode in MODES}
     for depth in DEPTHS:
-        shape = describe_network(argparse.Namespace(**{**vars(args), 'depth': depth}))
+        workload = describe_network(argparse.Namespace(**{**vars(args), 'depth': depth}))
         for mode, curve in curves.items():
             print(f'depth {depth}, {mode}', file=sys.stderr)
             try:
-                curve.append(Runner(Row('ours', mode, precision), shape, device, False).memory)
+                curve.append(Runner(Row('ours', mode, precision), workload, device, False).memory)
             except Exception as error:
                 if failure(error) != 'out of memory':
                     raise
@@ -315,22 +315,22 @@ COLUMNS = ('row', 'precision', 'ms', 'quartiles', 'images/s', 'speed', 'memory',
            'first step')
 
 
-def table_rows(results, shape, baseline):
+def table_rows(results, workload, baseline):
     """Numbers of each result: ms, its quartiles, images/s, speed, bytes, memory ratio, seconds."""
     base = next((result for result in results if result.row == baseline), Result(baseline, []))
     for result in results:
         low, median, high = result.quartiles
-        yield result, (median, low, high, 1e3 * shape.batch_size / median,
+        yield result, (median, low, high, 1e3 * workload.batch_size / median,
                        base.quartiles[1] / median, result.memory, result.memory / base.memory,
                        result.first_step)
 
 
-def print_table(results, shape, baseline):
+def print_table(results, workload, baseline):
     def cell(pattern, value):
         return '-' if math.isnan(value) else pattern.format(value)
 
     lines = [COLUMNS]
-    for result, numbers in table_rows(results, shape, baseline):
+    for result, numbers in table_rows(results, workload, baseline):
         median, low, high, rate, speed, memory, memory_ratio, first = numbers
         cells = [cell('{:,.2f}', median), f'{low:,.2f}-{high:,.2f}', cell('{:,.0f}', rate),
                  cell('{:.2f}x', speed), cell('{:,.0f} MiB', memory / 2**20),
@@ -346,16 +346,16 @@ def print_table(results, shape, baseline):
     print(f'speed and memory are relative to {baseline.name}, {baseline.precision}')
 
 
-def write_csv(path, results, shape, baseline, machine):
+def write_csv(path, results, workload, baseline, machine):
     with open(path, 'w', newline='') as file:
         writer = csv.writer(file)
         writer.writerow(['row', 'precision', 'ms', 'ms_quartile1', 'ms_quartile3',
                          'images_per_second', 'speed_ratio', 'memory_bytes', 'memory_ratio',
                          'first_step_seconds', 'failure', 'steps', 'batch_size', 'machine'])
-        for result, numbers in table_rows(results, shape, baseline):
+        for result, numbers in table_rows(results, workload, baseline):
             writer.writerow([result.row.name, result.row.precision,
                              *('' if math.isnan(number) else f'{number:.6g}' for number in numbers),
-                             result.failure, len(result.times), shape.batch_size, machine])
+                             result.failure, len(result.times), workload.batch_size, machine])
 
 
 def draw_results(path, results, title, memory_label):
@@ -468,10 +468,10 @@ def main(argv=None):
         device = train.choose_device(args.device)
         precisions = [train.choose_precision(name, device) for name in args.precision or ['auto']]
         rows, baseline = choose_rows(args, device)
-        shape = describe_network(args)
+        workload = describe_network(args)
         with torch.device('meta'):  # is it one, and does it take such images?
-            make_model(Row('ours', 'plain', 'fp32'), shape)(
-                torch.empty(1, 3, shape.image_size, shape.image_size))
+            make_model(Row('ours', 'plain', 'fp32'), workload)(
+                torch.empty(1, 3, workload.image_size, workload.image_size))
     except (train.UsageError, ValueError) as error:
         parser.error(error)
     on_cuda = device.type == 'cuda'
@@ -480,7 +480,7 @@ def main(argv=None):
     machine = f'{hardware}, torch {torch.__version__}'
     name = args.arch or f'DenseNet-BC k={args.growth_rate}'
     memory_label = 'peak memory, MiB' if on_cuda else 'held for backward, MiB'
-    batches = f'batches of {args.batch_size} at {shape.image_size} pixels'
+    batches = f'batches of {args.batch_size} at {workload.image_size} pixels'
     if args.memory_vs_depth:
         title = f'{name}, {batches}, {precisions[0]}; {machine}'
         draw_memory_vs_depth(args.memory_vs_depth, memory_vs_depth(args, device, precisions[0]),
@@ -492,13 +492,13 @@ def main(argv=None):
     print(f'{title}, torchvision {torchvision.__version__}')
     results = {}
     try:
-        measure(rows, shape, device, args.inference, args.rounds or 10,
+        measure(rows, workload, device, args.inference, args.rounds or 10,
                 args.steps or (20 if on_cuda else 1), results)
     finally:  # what was measured is shown, also after Ctrl-C
         measured = list(results.values())
-        print_table(measured, shape, baseline)
+        print_table(measured, workload, baseline)
         if args.csv:
-            write_csv(args.csv, measured, shape, baseline, machine)
+            write_csv(args.csv, measured, workload, baseline, machine)
         if args.plot:
             draw_results(args.plot, measured, title, memory_label)
     if any(result.failure.startswith('failed') for result in measured):

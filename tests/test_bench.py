@@ -12,7 +12,7 @@ from PIL import Image
 import bench
 import densenet
 import train
-from bench import Row, Shape
+from bench import Row, Workload
 
 TINY = ['--depth', '10', '--growth-rate', '4', '--batch-size', '4', '--image-size', '8',
         '--device', 'cpu', '--rounds', '2']
@@ -29,15 +29,15 @@ def read_csv(path):
     (['--depth', '100', '--growth-rate', '12'], 769_162),
     (['--arch', 'densenet121'], 7_978_856), (['--arch', 'densenet161'], 28_681_000)])
 def test_all_networks_of_a_table_have_the_same_size(argv, parameters):
-    shape = bench.describe_network(bench.make_parser().parse_args(argv))
+    workload = bench.describe_network(bench.make_parser().parse_args(argv))
     for source in ('ours', 'torchvision', 'timm'):
         if source == 'timm':
             pytest.importorskip('timm')
         with torch.device('meta'):
-            model = bench.make_model(Row(source, 'plain', 'fp32'), shape)
-            logits = model(torch.empty(2, 3, shape.image_size, shape.image_size))
+            model = bench.make_model(Row(source, 'plain', 'fp32'), workload)
+            logits = model(torch.empty(2, 3, workload.image_size, workload.image_size))
         assert sum(p.numel() for p in model.parameters()) == parameters
-        assert logits.shape == (2, 10 if shape.small else 1000)
+        assert logits.shape == (2, 10 if workload.small else 1000)
 
 
 # ---- bytes -----------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ def saved_bytes(model, images):
 @pytest.mark.parametrize('source, mode', [
     ('ours', 'plain'), ('ours', 'block'), ('ours', 'memory-efficient'), ('torchvision', 'plain')])
 def test_bytes_held_are_those_that_autograd_saves(source, mode):
-    model = bench.make_model(Row(source, mode, 'fp32'), Shape(12, (6, 6, 6), 24, 32, 2)).train()
+    model = bench.make_model(Row(source, mode, 'fp32'), Workload(12, (6, 6, 6), 24, 32, 2)).train()
     images = torch.randn(2, 3, 32, 32)
     _, truth = saved_bytes(model, images)
     # Autograd's count has the images in it, too.
@@ -69,7 +69,7 @@ def test_bytes_held_are_those_that_autograd_saves(source, mode):
 
 
 def bytes_of(mode, **network):
-    model = bench.make_model(Row('ours', mode, 'fp32'), Shape(**{
+    model = bench.make_model(Row('ours', mode, 'fp32'), Workload(**{
         'growth_rate': 12, 'num_init_features': 24, 'image_size': 32, 'batch_size': 2, **network}))
     return bench.bytes_held(model.train(), torch.randn(2, 3, 32, 32))
 
@@ -135,7 +135,7 @@ def test_every_row_takes_the_training_step_of_train(monkeypatch):
     ('plain', 'plain'), ('block', 'linear'), ('memory-efficient', 'linear'),
     ('checkpointed', 'checkpointed')])
 def test_a_row_goes_the_way_that_it_is_named_after(mode, path):
-    runner = bench.Runner(Row('ours', mode, 'fp32'), Shape(4, (2, 2), 8, 8, 4),
+    runner = bench.Runner(Row('ours', mode, 'fp32'), Workload(4, (2, 2), 8, 8, 4),
                           torch.device('cpu'), inference=False)
     assert {block.path for block in runner.state.model.modules()
             if isinstance(block, densenet.DenseBlock)} == {path}
