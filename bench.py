@@ -6,10 +6,13 @@
     python bench.py --inference --precision fp32 bf16
     python bench.py --memory-vs-depth --batch-size 8      # draws images/memory-vs-depth.png
 
-The step is train.py's own, on random images. The rows take turns, a few steps each in a round, so
-that what slows the machine down for a while slows them all: a time is the median over all rounds,
-with the quartiles beside it. Memory is on a GPU the peak of a step, weights included; on a CPU what
-the forward pass holds for backward. The first step counts from making the model to the step's end.
+The step is train.py's own, on random images. The rows take turns, a warm-up and a few steps each in
+a round, so that what slows the machine down for a while slows them all: a time is the median over
+all rounds, with the quartiles beside it. Memory is on a GPU the peak of a step (with weights and
+momentum; of a graph, that of recording it), on a CPU what the forward pass holds for backward.
+"First step" is the time from the model in host memory to the end of its first step, compiling and
+recording included; later rows may find that earlier ones have tuned or compiled the same, so for a
+number to quote run that row alone.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import csv
 import fnmatch
 import functools
 import gc
+import importlib.metadata
 import math
 import os
 import statistics
@@ -39,7 +43,7 @@ import plot
 import train
 from checkpoint import TrainState
 
-# Of ours: (linear_memory, memory_efficient).
+# How our dense blocks train: (linear_memory, memory_efficient).
 MODES = {'plain': (False, False), 'checkpointed': (False, True), 'block': (True, False),
          'memory-efficient': (True, True)}
 DEPTHS = (22, 40, 70, 100, 130, 160, 190, 220, 250)  # of --memory-vs-depth
@@ -94,7 +98,7 @@ def describe_network(args):
         if args.arch:
             model = getattr(densenet, args.arch)()
         else:
-            model = densenet.densenet_cifar(args.depth, args.growth_rate)
+            model = densenet.densenet_cifar(args.depth or 100, args.growth_rate or 12)
     blocks = [module for module in model.modules() if isinstance(module, densenet.DenseBlock)]
     return Workload(blocks[0].denselayer1.conv2.out_channels, tuple(len(block) for block in blocks),
                  model.features.conv0.out_channels, args.image_size or (224 if args.arch else 32),
@@ -132,7 +136,7 @@ def make_model(row, workload):
 
 
 def make_rows(args, device):
-    """All rows that the flags and the device admit; the first is what others start from."""
+    """All rows that the flags and the device admit; the first is the default baseline."""
     rows = []
     on_cuda = device.type == 'cuda'
     default = ('tf32', 'bf16') if on_cuda else ('fp32',)
@@ -165,36 +169,37 @@ class Runner:
         images = torch.randn(workload.batch_size, 3, workload.image_size, workload.image_size)
         labels = torch.randint(10, (workload.batch_size,))
         self.batch = images.to(device), labels.to(device)
+        self.model = make_model(row, workload)
         started = time.perf_counter()
-        self._make(make_model(row, workload), device)
+        self._set_up()
         self._launch(self._ready_step())
         self.first_step = time.perf_counter() - started
         self.memory = self._measure_memory(allocated)
 
-    def _make(self, model, device):
+    def _set_up(self):
         layout = torch.channels_last if self.row.channels_last else torch.contiguous_format
-        model.to(device, memory_format=layout).train(not self.inference)
+        self.model.to(self.device, memory_format=layout).train(not self.inference)
         if self.row.compiled:
-            model.compile()
-        train.choose_precision(self.row.precision, device)
-        autocast_type = train.AUTOCAST_TYPES.get(self.row.precision)
-        autocast = torch.autocast(device.type, autocast_type, enabled=autocast_type is not None)
-        # A low rate: weights that run away would meet other numbers, and other speeds.
-        args = train.parse_args(['--lr', '1e-3'])
-        scaler = torch.amp.GradScaler(device.type, enabled=self.row.precision == 'fp16')
-        self.state = TrainState(model, train.make_optimizer(args, model), scaler,
-                                interval=torch.zeros(3, device=device))
+            self.model.compile()
+        kind = train.AUTOCAST_TYPES.get(self.row.precision)
+        self.autocast = torch.autocast(self.device.type, kind, enabled=kind is not None)
+        # A low rate: weights that run away would meet other numbers, and other speeds. Inference
+        # has no use for the optimizer's momentum, and so for its memory.
+        args = train.parse_args(['--lr', '1e-3', '--momentum', '0' if self.inference else '0.9'])
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.row.precision == 'fp16')
+        self.state = TrainState(self.model, train.make_optimizer(args, self.model), scaler,
+                                interval=torch.zeros(3, device=self.device))
         if self.inference:
-            self.step = functools.partial(infer, model, autocast)
+            self.step = functools.partial(infer, self.model, self.autocast)
         else:
-            self.step = functools.partial(train.train_step, self.state, autocast=autocast)
+            self.step = functools.partial(train.train_step, self.state, autocast=self.autocast)
 
     def _ready_step(self):
-        """The step, or a graph of it, which holds much memory and so is made for each round."""
+        """The step, or a graph of it: recorded anew each time, since it would hold its memory."""
         train.choose_precision(self.row.precision, self.device)
         if not self.row.graph:
             return self.step
-        return train.CudaGraphStep(self.step, self.state, self.batch[0].shape)
+        return train.CudaGraphStep(self.step, self.state, [self.batch[0].shape])
 
     def _launch(self, step):
         step(*self.batch)
@@ -206,16 +211,19 @@ class Runner:
         if self.device.type != 'cuda':
             if self.inference or self.row.compiled:  # nothing held, or out of sight of a count
                 return math.nan
-            return bytes_held(self.state.model, self.batch[0])
+            with self.autocast:
+                return bytes_held(self.model, self.batch[0])
         gc.collect()
+        torch._C._cuda_clearCublasWorkspaces()  # each row is to pay for its own
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()  # the first step tried out many convolutions
         self._launch(self._ready_step())
         return torch.cuda.max_memory_allocated() - allocated
 
     def time(self, steps):
-        """Seconds that each of some steps in a row took."""
+        """Seconds that each of some steps in a row took, after one to warm up."""
         step = self._ready_step()
+        self._launch(step)
         if self.device.type != 'cuda':
             times = []
             for _ in range(steps):
@@ -223,7 +231,6 @@ class Runner:
                 step(*self.batch)
                 times.append(time.perf_counter() - started)
             return times
-        self._launch(step)
         events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
         events[0].record()
         for event in events[1:]:
@@ -242,7 +249,8 @@ def infer(model, autocast, images, labels):
 def bytes_held(model, images):
     """The memory that a training forward holds for backward, weights and logits left out.
 
-    Counted by allocation: what operations have made and is still there when the model is done.
+    Counted by allocation (what operations have made and is still there when the model is done),
+    since the inputs that checkpointing holds on to are not among autograd's saved tensors.
     """
     class Allocations(TorchDispatchMode):
         made = {}
@@ -263,10 +271,11 @@ def bytes_held(model, images):
                if key not in others and not storage.expired())
 
 
-def failure(error):
+def describe_failure(error):
     """What a row that failed says instead of numbers; running out of memory is no surprise."""
     text = str(error)
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+    signs = 'out of memory', "can't allocate memory", 'ALLOC_FAILED'
+    if isinstance(error, torch.OutOfMemoryError) or any(sign in text for sign in signs):
         return 'out of memory'
     if isinstance(error, ImportError):
         return f'needs a package: {text}'
@@ -282,14 +291,14 @@ def measure(rows, workload, device, inference, rounds, steps, results):
             runners[row] = Runner(row, workload, device, inference)
             results[row] = Result(row, [], runners[row].memory, runners[row].first_step)
         except Exception as error:
-            results[row] = Result(row, [], failure=failure(error))
+            results[row] = Result(row, [], failure=describe_failure(error))
     for i in range(rounds):
         print(f'round {i + 1} of {rounds}', file=sys.stderr)
         for row, runner in list(runners.items()):
             try:
                 results[row].times.extend(runner.time(steps))
             except Exception as error:
-                results[row] = Result(row, [], failure=failure(error))
+                results[row] = Result(row, [], failure=describe_failure(error))
                 del runners[row]
 
 
@@ -303,7 +312,7 @@ def memory_vs_depth(args, device, precision):
             try:
                 curve.append(Runner(Row('ours', mode, precision), workload, device, False).memory)
             except Exception as error:
-                if failure(error) != 'out of memory':
+                if describe_failure(error) != 'out of memory':
                     raise
                 curve.append(math.nan)
     return curves
@@ -346,16 +355,16 @@ def print_table(results, workload, baseline):
     print(f'speed and memory are relative to {baseline.name}, {baseline.precision}')
 
 
-def write_csv(path, results, workload, baseline, machine):
+def write_csv(path, results, workload, baseline, title):
     with open(path, 'w', newline='') as file:
         writer = csv.writer(file)
         writer.writerow(['row', 'precision', 'ms', 'ms_quartile1', 'ms_quartile3',
                          'images_per_second', 'speed_ratio', 'memory_bytes', 'memory_ratio',
-                         'first_step_seconds', 'failure', 'steps', 'batch_size', 'machine'])
+                         'first_step_seconds', 'failure', 'steps', 'workload'])
         for result, numbers in table_rows(results, workload, baseline):
             writer.writerow([result.row.name, result.row.precision,
                              *('' if math.isnan(number) else f'{number:.6g}' for number in numbers),
-                             result.failure, len(result.times), workload.batch_size, machine])
+                             result.failure, len(result.times), title])
 
 
 def draw_results(path, results, title, memory_label):
@@ -372,7 +381,7 @@ def draw_results(path, results, title, memory_label):
         left.barh(names, medians, color=colors, xerr=list(zip(*spread)), ecolor=plot.GREY)
         left.set_xlabel('ms per step (median and quartiles)')
         right.barh(names, [result.memory / 2**20 for result in results], color=colors)
-        right.set_xlabel(memory_label)
+        right.set(xlabel=memory_label, xlim=(0, None))
         figure.suptitle(title, fontsize=9, color=plot.GREY)
     plot.save_figure(figure, path)
 
@@ -397,9 +406,8 @@ def make_parser():
     group = parser.add_argument_group('network')
     group.add_argument('--arch', choices=train.ARCHITECTURES, metavar='NAME',
                        help='an ImageNet network instead of DenseNet-BC for CIFAR')
-    group.add_argument('--depth', type=train.POSITIVE, default=100, help='(default: %(default)s)')
-    group.add_argument('--growth-rate', type=train.POSITIVE, default=12,
-                       help='(default: %(default)s)')
+    group.add_argument('--depth', type=train.POSITIVE, help='(default: 100)')
+    group.add_argument('--growth-rate', type=train.POSITIVE, help='(default: 12)')
     group.add_argument('--image-size', type=train.POSITIVE, metavar='PIXELS',
                        help='(default: 32, with --arch 224)')
     group.add_argument('--batch-size', '-b', type=train.POSITIVE, default=64,
@@ -444,20 +452,29 @@ def choose_rows(args, device):
 
 
 def check_flags(args):
-    for path in filter(None, (args.csv, args.plot, args.memory_vs_depth)):
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise train.UsageError(f'{path}: no file can be written there')
-    for path in filter(None, (args.plot, args.memory_vs_depth)):
-        if path.suffix not in ('.png', '.pdf', '.svg'):
+    paths = [path for path in (args.csv, args.plot, args.memory_vs_depth) if path is not None]
+    for path in paths:
+        if path.is_dir() or not os.access(path.parent, os.W_OK) or paths.count(path) > 1:
+            raise train.UsageError(f'{path}: no file of its own can be written there')
+        if path is not args.csv and path.suffix not in ('.png', '.pdf', '.svg'):
             raise train.UsageError(f'{path}: a figure is a .png, .pdf or .svg file')
+    if args.arch and (args.depth or args.growth_rate):
+        raise train.UsageError('--arch has a depth and a growth rate of its own')
     if args.memory_vs_depth:
-        for flag in ('arch', 'inference', 'compile', 'rows', 'baseline', 'rounds', 'steps', 'csv',
-                     'plot'):
+        for flag in ('arch', 'depth', 'inference', 'compile', 'rows', 'baseline', 'rounds', 'steps',
+                     'csv', 'plot'):
             if getattr(args, flag) not in (None, False):
-                raise train.UsageError(f'--memory-vs-depth draws the DenseNet-BCs of one growth '
-                                       f'rate, and has no use for --{flag}')
+                raise train.UsageError(f'--memory-vs-depth draws DenseNet-BCs of one growth rate, '
+                                       f'and has no use for --{flag}')
         if len(args.precision or ()) > 1:
             raise train.UsageError('--memory-vs-depth draws one --precision')
+
+
+def check_workload(workload, inference):
+    """Raises what such a network says to such a batch; takes no time and no memory."""
+    with torch.device('meta'):
+        model = make_model(Row('ours', 'plain', 'fp32'), workload).train(not inference)
+        model(torch.empty(workload.batch_size, 3, workload.image_size, workload.image_size))
 
 
 def main(argv=None):
@@ -469,27 +486,25 @@ def main(argv=None):
         precisions = [train.choose_precision(name, device) for name in args.precision or ['auto']]
         rows, baseline = choose_rows(args, device)
         workload = describe_network(args)
-        with torch.device('meta'):  # is it one, and does it take such images?
-            make_model(Row('ours', 'plain', 'fp32'), workload)(
-                torch.empty(1, 3, workload.image_size, workload.image_size))
-    except (train.UsageError, ValueError) as error:
-        parser.error(error)
+        check_workload(workload, args.inference)
+    except (train.UsageError, ValueError, RuntimeError, TypeError) as error:
+        parser.error(str(error).splitlines()[0])
     on_cuda = device.type == 'cuda'
     hardware = (torch.cuda.get_device_name() if on_cuda
                 else f'CPU, {torch.get_num_threads()} threads')
-    machine = f'{hardware}, torch {torch.__version__}'
-    name = args.arch or f'DenseNet-BC k={args.growth_rate}'
-    memory_label = 'peak memory, MiB' if on_cuda else 'held for backward, MiB'
+    name = args.arch or f'DenseNet-BC k={workload.growth_rate}'
     batches = f'batches of {args.batch_size} at {workload.image_size} pixels'
+    memory_label = 'peak memory, MiB' if on_cuda else 'held for backward, MiB'
     if args.memory_vs_depth:
-        title = f'{name}, {batches}, {precisions[0]}; {machine}'
+        title = f'{name}, {batches}, {precisions[0]}; {hardware}, torch {torch.__version__}'
         draw_memory_vs_depth(args.memory_vs_depth, memory_vs_depth(args, device, precisions[0]),
                              title, memory_label)
         print(args.memory_vs_depth)
         return
-    title = (f'{name if args.arch else f"{name} L={args.depth}"}, '
-             f'{"inference" if args.inference else "training"}, {batches}; {machine}')
-    print(f'{title}, torchvision {torchvision.__version__}')
+    title = (f'{name}{"" if args.arch else f" L={args.depth or 100}"}, '
+             f'{"inference" if args.inference else "training"}, {batches}; {hardware}, '
+             f'{versions()}')
+    print(title)
     results = {}
     try:
         measure(rows, workload, device, args.inference, args.rounds or 10,
@@ -498,11 +513,20 @@ def main(argv=None):
         measured = list(results.values())
         print_table(measured, workload, baseline)
         if args.csv:
-            write_csv(args.csv, measured, workload, baseline, machine)
+            write_csv(args.csv, measured, workload, baseline, title)
         if args.plot:
             draw_results(args.plot, measured, title, memory_label)
     if any(result.failure.startswith('failed') for result in measured):
         sys.exit(1)
+
+
+def versions():
+    names = [f'torch {torch.__version__}', f'torchvision {torchvision.__version__}']
+    try:
+        names.append(f'timm {importlib.metadata.version("timm")}')
+    except importlib.metadata.PackageNotFoundError:
+        pass  # its rows say so
+    return ', '.join(names)
 
 
 if __name__ == '__main__':

@@ -77,7 +77,7 @@ class TrainState:
                 for tensor in tensors():
                     if tensor.data_ptr() in before:
                         tensor.copy_(before[tensor.data_ptr()])
-                    else:  # what an optimizer makes in its first step starts from zeros
+                    else:  # made by SGD, Adam or RMSprop in its first step: that starts from zeros
                         tensor.zero_()
             self.scaler.load_state_dict(scaler)
             self._set_random_state(random_state)

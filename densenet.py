@@ -19,7 +19,7 @@ Memory-Efficient Implementation of DenseNets, 2017, https://arxiv.org/abs/1707.0
 
 import contextlib
 import re
-from collections import OrderedDict
+from collections import OrderedDict, namedtuple
 from numbers import Integral
 
 import torch
@@ -164,21 +164,23 @@ class DenseBlock(nn.ModuleDict):
     running statistics. `path` says which one the last forward took:
 
         'plain'         layer by layer; what it keeps for backward grows with the square of depth
-        'linear'        as one function, `_LinearMemoryBlock`, which keeps what its name says, and
-                        with memory_efficient=True little more than the feature maps
+        'linear'        as one function, `_LinearMemoryBlock`, whose memory grows linearly with
+                        depth; with memory_efficient=True it is little more than the feature maps.
+                        They are its output: do not change that in place
         'checkpointed'  memory_efficient=True where 'linear' is impossible: the plain way, with
                         each layer's first convolution computed again in backward
 
-    Whatever the one function would overlook (hooks, a replaced norm, torch.func, and so on) goes
-    the other ways, and `obstacle` says what it was.
+    The function knows the layers as they are built here. Where they were changed (hooks, a norm of
+    another type, frozen statistics), and in torch.func and the like, a block falls back to the
+    other ways, and `obstacle` says why.
 
     Attributes:
         memory_efficient: as for `DenseNet`.
-        linear_memory: whether training is to take the 'linear' way. None, the default, stands for
-            always with memory_efficient=True, and without it on CPUs, where it was measured to
-            take about as long as the plain way; on GPUs that is still to be measured.
+        linear_memory: True or False for the 'linear' way or the others. None, the default: True
+            with memory_efficient, and on CPUs, where it was measured to take about as long as the
+            plain way; on GPUs that is still to be measured.
         path: 'plain', 'linear' or 'checkpointed'; None before a forward, and under torch.compile.
-        obstacle: what kept the last forward from the 'linear' way that it was to take, or None.
+        obstacle: why the last forward fell back, or None if it did not.
     """
 
     linear_memory = None
@@ -189,14 +191,22 @@ class DenseBlock(nn.ModuleDict):
             f'denselayer{i + 1}': DenseLayer(in_channels + i * growth_rate, growth_rate, bn_size,
                                              drop_rate, bottleneck, memory_efficient)
             for i in range(num_layers)})
-        self.memory_efficient = memory_efficient
         self.path = self.obstacle = None
+
+    @property
+    def memory_efficient(self):
+        return any(getattr(layer, 'memory_efficient', False) for layer in self.values())
+
+    @memory_efficient.setter
+    def memory_efficient(self, value):
+        for layer in self.values():
+            layer.memory_efficient = value
 
     def forward(self, x):
         self.path = self.obstacle = None
         if torch.compiler.is_compiling():  # the compiler decides itself what to keep
             return self._forward_plain(x)
-        if self._is_to_be_linear(x):
+        if self._wants_linear(x):
             self.obstacle = self._find_obstacle(x)
             if self.obstacle is None:
                 self.path = 'linear'
@@ -205,7 +215,7 @@ class DenseBlock(nn.ModuleDict):
         self.path = 'checkpointed' if checkpointed else 'plain'
         return self._forward_plain(x)
 
-    def _is_to_be_linear(self, x):
+    def _wants_linear(self, x):
         if self.linear_memory is None:
             return self.training and (self.memory_efficient or x.device.type == 'cpu')
         return self.training and self.linear_memory
@@ -217,17 +227,10 @@ class DenseBlock(nn.ModuleDict):
         return torch.cat(features, 1)
 
     def _forward_linear(self, x):
-        layers, parameters = list(self.values()), self._parameters_in_order()
-        with torch.no_grad():
-            torch._foreach_add_([norm.num_batches_tracked for layer in layers
-                                 for norm in layer.norms()], 1)
         # Grad mode is asked for here: within a Function it is always off.
         keep_bottlenecks = torch.is_grad_enabled() and not self.memory_efficient
-        features, mean, var = _LinearMemoryBlock.apply(layers, keep_bottlenecks, x, *parameters)
-        count = x.numel() // x.shape[1]
-        _update_running_statistics([layer.norm1 for layer in layers], mean,
-                                   var * (count / (count - 1)))
-        return features
+        return _LinearMemoryBlock.apply(list(self.values()), keep_bottlenecks, x,
+                                        *self._parameters_in_order())
 
     def _parameters_in_order(self):
         """Layer after layer, weight and bias of norm1, weight of conv1, and of norm2, conv2."""
@@ -237,19 +240,19 @@ class DenseBlock(nn.ModuleDict):
 
     def _find_obstacle(self, x):
         """Why `_LinearMemoryBlock` can't stand in for the layers here, or None if it can."""
-        # Three questions that torch answers only in private. One that has renamed the answer gets
-        # to the function, which then raises an error (but for the hooks).
-        if getattr(torch._C, '_are_functorch_transforms_active', bool)():
+        # The first three have private names only. A torch that renames one is not asked: then
+        # the function itself refuses torch.func and forward mode, but hooks would be overlooked.
+        if getattr(torch._C, '_are_functorch_transforms_active', lambda: False)():
             return 'torch.func'
         if getattr(forward_ad, '_current_level', -1) >= 0:
             return 'forward-mode differentiation'
-        if torch.jit.is_tracing():
-            return 'torch.jit.trace'
         if any(getattr(nn.modules.module, f'_global_{kind}_hooks', None)
                for kind in ('forward', 'forward_pre', 'backward', 'backward_pre')):
             return 'global module hooks'
+        if torch.jit.is_tracing():
+            return 'torch.jit.trace'
         if x.dim() != 4 or x.numel() <= x.shape[1]:
-            return 'a single value per channel, or none'  # nn.BatchNorm2d complains about it
+            return f'an input of shape {list(x.shape)}'  # nn.BatchNorm2d complains about it
         channels = x.shape[1]
         for name, layer in self.items():
             if type(layer) is not DenseLayer:
@@ -258,9 +261,9 @@ class DenseBlock(nn.ModuleDict):
             if obstacle:
                 return f'{name}: {obstacle}'
             channels += layer.convs()[-1].out_channels
-        if len({(layer.drop_rate, layer.bottleneck, layer.norm1.eps, layer.norm1.momentum)
-                for layer in self.values()}) > 1:
-            return 'layers that differ in drop_rate, bottleneck, eps or momentum'
+        if len({(layer.drop_rate, layer.bottleneck, norm.eps) for layer in self.values()
+                for norm in layer.norms()}) > 1:
+            return 'layers that differ in drop_rate, bottleneck or eps'
         dtypes = {parameter.dtype for parameter in self._parameters_in_order()}
         if dtypes not in ({torch.float32}, {torch.float64}) or x.dtype != _conv_dtype(x, *dtypes):
             return f'input of {x.dtype}, weights of {", ".join(map(str, dtypes))}'
@@ -320,16 +323,20 @@ class DenseLayer(nn.Module):
         """What `_LinearMemoryBlock` would overlook in this layer, such as 'norm1 has hooks'."""
         norms = {f'norm{i}': norm for i, norm in enumerate(self.norms(), start=1)}
         convs = {f'conv{i}': conv for i, conv in enumerate(self.convs(), start=1)}
+        patches = {'forward', '_conv_forward', '_first_conv'}
         for name, module in {'it': self, **norms, **convs}.items():
             kind = nn.BatchNorm2d if name in norms else nn.Conv2d if name in convs else DenseLayer
-            if type(module) is not kind or 'forward' in vars(module):
+            if type(module) is not kind or patches & vars(module).keys():
                 return f'{name} is not a plain {kind.__name__}'
             if (module._forward_hooks or module._forward_pre_hooks
                     or module._backward_hooks or module._backward_pre_hooks):
                 return f'{name} has hooks'
+            if not module.training:
+                return f'{name} is in eval mode'
         for name, norm in norms.items():
-            if not (norm.training and norm.affine and norm.track_running_stats):
-                return f'{name} is in eval mode, or has no weights or running statistics'
+            if any(tensor is None for tensor in (norm.weight, norm.bias, norm.running_mean,
+                                                 norm.running_var, norm.num_batches_tracked)):
+                return f'{name} has no weights or no running statistics'
         if self.norm1.num_features != in_channels:
             return f'norm1 is for {self.norm1.num_features} channels, not {in_channels}'
         for name, conv in convs.items():
@@ -337,7 +344,7 @@ class DenseLayer(nn.Module):
             if (conv.kernel_size != (side, side) or conv.padding != (side // 2, side // 2)
                     or not conv.stride == conv.dilation == (1, 1) or conv.groups > 1
                     or conv.padding_mode != 'zeros' or conv.bias is not None):
-                return f'{name} has a bias, or another geometry'
+                return f'{name} has a bias, or is not a "same" convolution of stride 1'
         return None
 
 
@@ -385,14 +392,14 @@ class _LinearMemoryBlock(torch.autograd.Function):
     All feature maps are in one buffer, where each layer writes its own channels: nothing is ever
     concatenated. The mean m and variance of a channel over the batch are the same for every layer
     that reads it, so they are taken once, and norm1 of layer l is (x - m) * s + bias with
-    s = weight * r and r = 1 / sqrt(variance + eps). For backward there stay the buffer, those
-    vectors, the outputs of the 1x1 convolutions (or not: `keep_bottlenecks`) and the masks of
-    dropout. The rest is cheap to compute again.
+    s = weight * r and r = 1 / sqrt(variance + eps). Saved for backward are the buffer, vectors of
+    one number a channel, the outputs of the 1x1 convolutions (or not: `keep_bottlenecks`) and the
+    masks of dropout. The rest is cheap to compute again.
 
     In backward, let g be the gradient at the output of norm1 of layer l, and M = N * H * W. Batch
     normalisation gives
 
-        d_bias = sum(g),  d_weight = r * sum(g * (x - m)),
+        d_bias = sum(g),  d_weight = sum(g * (x - m) * r),
         dx = s * g - s * (d_bias + (x - m) * r * d_weight) / M
 
     and the gradient of a channel is the sum over the layers that read it. All but s * g is linear
@@ -402,142 +409,179 @@ class _LinearMemoryBlock(torch.autograd.Function):
         G = sum of s * g,  A = sum of s * d_bias,  B = sum of s * r * d_weight  over l.
 
     Args:
-        layers: the DenseLayers, for their settings; norm2's running statistics are updated.
+        layers: the DenseLayers, for their settings and their running statistics, which are
+            updated as nn.BatchNorm2d does it.
         keep_bottlenecks: keep the outputs of the 1x1 convolutions for backward.
         x: [N, C, H, W].
         parameters: layer after layer, weight and bias of norm1, weight of conv1 and, with
             bottleneck, those of norm2 and conv2.
 
     Returns:
-        The feature maps [N, C + num_layers * growth_rate, H, W], and mean and biased variance of
-        their channels over the batch, for the running statistics of norm1.
+        The feature maps [N, C + num_layers * growth_rate, H, W].
     """
 
     @staticmethod
     def forward(ctx, layers, keep_bottlenecks, x, *parameters):
-        of_layers = _split(parameters, len(layers))
-        channels = x.shape[1] + sum(weights[-1].shape[0] for weights in of_layers)
-        features = _empty_like(x, channels)
-        mean, var, invstd = x.new_empty(3, channels, 1, 1, dtype=parameters[0].dtype)
+        ctx.num_layers, ctx.in_channels = len(layers), x.shape[1]
+        ctx.drop_rate, ctx.eps = layers[0].drop_rate, layers[0].norm1.eps
+        layer_weights = _split(parameters, ctx.num_layers)
+        channels = x.shape[1] + sum(weights[-1].shape[0] for weights in layer_weights)
+        features = _empty_maps_like(x, channels)
+        m, var, r = (x.new_empty(channels, 1, 1, dtype=parameters[0].dtype) for _ in range(3))
 
         def append(start, new):
             part = slice(start, start + new.shape[1])
             features[:, part] = new
-            mean[part], var[part] = _channel_statistics(features[:, part])
-            torch.rsqrt(var[part] + layers[0].norm1.eps, out=invstd[part])
+            m[part], var[part] = _channel_statistics(features[:, part])
+            r[part] = (var[part] + ctx.eps).rsqrt()
 
         kept = []
         with _no_autocast(x):
             append(0, x)
-            for layer, (weight1, bias1, kernel1, *second_half) in zip(layers, of_layers):
-                c = len(weight1)
-                s = _per_channel(weight1) * invstd[:c]
-                y = _norm_relu(features[:, :c], mean[:c], s, _per_channel(bias1))
-                y, mask1 = _dropout(_conv(y, kernel1), layer.drop_rate)
+            for layer, (weight1, bias1, kernel1, *second_half) in zip(layers, layer_weights):
+                c = len(weight1)  # channels that this layer reads
+                s = _per_channel(weight1) * r[:c]
+                y = _affine(features[:, :c], m[:c], s, _per_channel(bias1)).relu_()
+                y, mask1 = _dropout(_conv(y, kernel1), ctx.drop_rate)
                 z = mean2 = invstd2 = mask2 = None
                 if second_half:
                     weight2, bias2, kernel2 = second_half
                     norm2, z = layer.norm2, y
                     y, mean2, invstd2 = torch.native_batch_norm(
                         z, weight2, bias2, norm2.running_mean, norm2.running_var, True,
-                        _momentum(norm2), norm2.eps)
-                    y, mask2 = _dropout(_conv(y.relu_(), kernel2), layer.drop_rate)
+                        _share_of_next_batch(norm2), ctx.eps)
+                    y, mask2 = _dropout(_conv(y.relu_(), kernel2), ctx.drop_rate)
                 kept += mask1, z if keep_bottlenecks else None, mean2, invstd2, mask2
                 append(c, y)
-        ctx.layers, ctx.in_channels = layers, x.shape[1]
-        ctx.save_for_backward(features, mean, invstd, *parameters, *kept)
-        mean, var = mean.flatten(), var.flatten()
-        ctx.mark_non_differentiable(mean, var)
-        return features, mean, var
+        _count_batch(layers, m.flatten(), var.flatten(), x.numel() // x.shape[1])
+        ctx.save_for_backward(features, m, r, *parameters, *kept)
+        return features
 
     @staticmethod
-    def backward(ctx, grad, *_):
-        if torch.is_grad_enabled():  # create_graph=True: these gradients are to be differentiated
-            return None, None, *_differentiable_gradients(ctx, grad)
-        layers, in_channels = ctx.layers, ctx.in_channels
-        features, mean, invstd, of_layers, kept = _unpack(ctx)
-        needed = _split(ctx.needs_input_grad[3:], len(layers))
-        count = features.numel() // features.shape[1]
-        G = _empty_like(features, features.shape[1]).copy_(grad)
-        A, B = torch.zeros_like(mean), torch.zeros_like(mean)
+    def backward(ctx, grad):
+        # With create_graph=True these gradients are to be differentiated again; batched ones
+        # (is_grads_batched=True, vmap) can't be written into memory that is not.
+        if torch.is_grad_enabled() or _is_batched(grad):
+            return None, None, *_gradients_by_autograd(ctx, grad)
+        features, m, r, layer_weights, layer_kept = _unpack(ctx)
+        layer_needs = _split(ctx.needs_input_grad[3:], ctx.num_layers)
+        M = features.numel() // features.shape[1]
+        G = _empty_maps_like(features, features.shape[1]).copy_(grad)  # names as above
+        A, B = torch.zeros_like(m), torch.zeros_like(m)
 
-        def finished(part):
-            """The gradient of channels that all their readers have been gone through for."""
-            share = features[:, part] - mean[part]
-            share.mul_(B[part] / count).add_(A[part] / count)
+        def gradient_of(part):
+            """That of some channels, once all layers that read them are in G, A and B."""
+            share = features[:, part] - m[part]
+            share.mul_(B[part] / M).add_(A[part] / M)
             return (G[:, part] - share).to(features.dtype)
 
         gradients = []
         with _no_autocast(features):
-            for i, layer in reversed(list(enumerate(layers))):
-                weight1, bias1, kernel1, *second_half = of_layers[i]
-                mask1, z, *statistics2, mask2 = kept[i]
+            for weights, kept, needs in reversed(list(zip(layer_weights, layer_kept,
+                                                          layer_needs))):
+                weight1, bias1, kernel1, *second_half = weights
                 c = len(weight1)
-                x, m, r = features[:, :c], mean[:c], invstd[:c]
-                s = _per_channel(weight1) * r
-                y = _norm_relu(x, m, s, _per_channel(bias1))
-                g = finished(slice(c, c + of_layers[i][-1].shape[0]))
+                x, s = features[:, :c], _per_channel(weight1) * r[:c]
+                y = _affine(x, m[:c], s, _per_channel(bias1)).relu_()
+                g = gradient_of(slice(c, c + weights[-1].shape[0]))
                 if second_half:
+                    z = kept.z
                     if z is None:
-                        z = _drop(_conv(y, kernel1), mask1, layer.drop_rate)
-                    g, *gradients2 = _second_half_backward(
-                        _drop(g, mask2, layer.drop_rate), z, *statistics2, *second_half,
-                        layer.norm2.eps, needed[i][5])
-                    gradients = gradients2 + gradients
-                g, d_kernel1 = _conv_backward(_drop(g, mask1, layer.drop_rate), y, kernel1,
-                                              needed[i][2])
+                        z = _drop(_conv(y, kernel1), kept.mask1, ctx.drop_rate)
+                    g, *second_gradients = _second_half_backward(
+                        _drop(g, kept.mask2, ctx.drop_rate), z, kept, *second_half, ctx.eps,
+                        kernel_needed=needs[5])
+                    gradients = second_gradients + gradients
+                g, d_kernel1 = _conv_backward(_drop(g, kept.mask1, ctx.drop_rate), y, kernel1,
+                                              kernel_needed=needs[2])
                 _relu_backward_(g, y)
                 d_bias1 = _channel_sum(g, s.dtype)
-                d_weight1 = _channel_sum(torch.sub(x, m, out=y).mul_(g), s.dtype) * r
+                d_weight1 = _channel_sum(_affine(x, m[:c], r[:c], out=y).mul_(g), s.dtype)
                 G[:, :c].addcmul_(g, s)
                 A[:c].addcmul_(s, d_bias1)
-                B[:c].addcmul_(s * r, d_weight1)
+                B[:c].addcmul_(s * r[:c], d_weight1)
                 gradients = [d_weight1.flatten(), d_bias1.flatten(), d_kernel1] + gradients
-        dx = finished(slice(in_channels)) if ctx.needs_input_grad[2] else None
+        dx = gradient_of(slice(ctx.in_channels)) if ctx.needs_input_grad[2] else None
         return None, None, dx, *gradients
 
 
-def _second_half_backward(grad, z, mean, invstd, weight, bias, kernel, eps, kernel_needed):
+def _is_batched(tensor):
+    names = 'is_batchedtensor', 'is_legacy_batchedtensor'
+    return any(getattr(torch._C._functorch, name, lambda _: False)(tensor) for name in names)
+
+
+# What a layer saves for backward: z is the input of norm2, and None where it is computed again.
+_Kept = namedtuple('_Kept', 'mask1 z mean2 invstd2 mask2')
+
+
+def _unpack(ctx):
+    """What forward saved: features, their m and r, and for each layer its weights and a _Kept."""
+    features, m, r, *rest = ctx.saved_tensors
+    num_kept = len(_Kept._fields) * ctx.num_layers
+    kept = [_Kept(*values) for values in _split(rest[-num_kept:], ctx.num_layers)]
+    return features, m, r, _split(rest[:-num_kept], ctx.num_layers), kept
+
+
+def _second_half_backward(grad, z, kept, weight, bias, kernel, eps, kernel_needed):
     """Gradients of conv2(relu(norm2(z))): of z, and of norm2's weight and bias and the kernel."""
-    y = _norm_relu(z, *map(_per_channel, (mean, weight * invstd, bias)))
+    scale = weight * kept.invstd2
+    y = _affine(z, *map(_per_channel, (kept.mean2, scale, bias))).relu_()
     grad, d_kernel = _conv_backward(grad, y, kernel, kernel_needed)
+    _relu_backward_(grad, y)
     dz, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward.default(
-        _relu_backward_(grad, y), z, weight, None, None, mean, invstd, True, eps, [True] * 3)
+        grad, z, weight, None, None, kept.mean2, kept.invstd2, True, eps, [True] * 3)
     return dz, d_weight, d_bias, d_kernel
 
 
-def _differentiable_gradients(ctx, grad):
-    """Those of x and the parameters, by autograd through the plain computation, with their graph.
+def _gradients_by_autograd(ctx, grad):
+    """Those of x and the parameters through the plain computation; they have a graph if asked to.
 
     x is read from the buffer, whose first channels it is: the identity leads from there to it.
     The parameters are viewed, so that autograd stops here, and doesn't go on to them through x.
     """
-    features, _, _, of_layers, kept = _unpack(ctx)
-    x = features[:, :ctx.in_channels]
-    of_layers = [[weight.view_as(weight) for weight in weights] for weights in of_layers]
-    maps = [x]
-    with _no_autocast(features):
-        for layer, weights, (mask1, _, _, _, mask2) in zip(ctx.layers, of_layers, kept):
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad(), _no_autocast(grad):
+        features, _, _, layer_weights, layer_kept = _unpack(ctx)
+        inputs = [features[:, :ctx.in_channels]]
+        maps = inputs[:]
+        for weights, kept in zip(layer_weights, layer_kept):
+            weights = [weight.view_as(weight) for weight in weights]
+            inputs += weights
             y = torch.cat(maps, 1)
-            for norm, mask, (weight, bias, kernel) in zip(
-                    layer.norms(), (mask1, mask2), _split(weights, len(weights) // 3)):
-                y = F.relu(F.batch_norm(y, None, None, weight, bias, training=True, eps=norm.eps))
-                y = _drop(_conv(y, kernel), mask, layer.drop_rate)
+            halves = _split(weights, len(weights) // 3)
+            for (weight, bias, kernel), mask in zip(halves, (kept.mask1, kept.mask2)):
+                y = F.relu(F.batch_norm(y, None, None, weight, bias, training=True, eps=ctx.eps))
+                y = _drop(_conv(y, kernel), mask, ctx.drop_rate)
             maps.append(y)
-        inputs = [x, *(weight for weights in of_layers for weight in weights)]
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
         found = torch.autograd.grad(torch.cat(maps, 1), [inputs[i] for i in wanted], grad,
-                                    create_graph=True)
+                                    create_graph=create_graph)
     gradients = dict(zip(wanted, found))
     return [gradients.get(i) for i in range(len(inputs))]
 
 
-def _unpack(ctx):
-    """What forward saved; parameters and kept values a list for each layer."""
-    features, mean, invstd, *rest = ctx.saved_tensors
-    num_kept = 5 * len(ctx.layers)
-    return (features, mean, invstd, _split(rest[:-num_kept], len(ctx.layers)),
-            _split(rest[-num_kept:], len(ctx.layers)))
+def _count_batch(layers, mean, var, count):
+    """Update the counters, and the running statistics of norm1: mean and biased var over `count`.
+
+    norm1 of each layer reads the first so many channels; norm2's statistics are updated already.
+    """
+    norms_of_momentum = {}
+    for layer in layers:
+        share = _share_of_next_batch(layer.norm1)
+        norms_of_momentum.setdefault(share, []).append(layer.norm1)
+    for share, norms in norms_of_momentum.items():
+        for running, batch in (([norm.running_mean for norm in norms], mean),
+                               ([norm.running_var for norm in norms], var * count / (count - 1))):
+            torch._foreach_lerp_(running, [batch[:len(values)] for values in running], share)
+    torch._foreach_add_([norm.num_batches_tracked for layer in layers for norm in layer.norms()], 1)
+
+
+def _share_of_next_batch(norm):
+    """Its weight in the running statistics; a momentum of None is for the average of all batches.
+
+    That one waits for the device.
+    """
+    return 1 / (float(norm.num_batches_tracked) + 1) if norm.momentum is None else norm.momentum
 
 
 def _split(values, parts):
@@ -549,7 +593,7 @@ def _per_channel(vector):
     return vector.view(-1, 1, 1)
 
 
-def _empty_like(x, channels):
+def _empty_maps_like(x, channels):
     """Memory for [N, channels, H, W], laid out as x is, which may be a slice of channels."""
     channels_last = x.stride(1) == 1 and x.shape[2:].numel() > 1
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -558,27 +602,32 @@ def _empty_like(x, channels):
 
 
 def _channel_statistics(x):
-    """Mean and biased variance of each channel, [1, C, 1, 1], in two passes and float32 or more."""
-    mean = x.mean((0, 2, 3), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    return mean, (x - mean).square_().mean((0, 2, 3), keepdim=True)
+    """Mean and biased variance, [C, 1, 1], in two passes and in float32 at least."""
+    mean = x.mean((0, 2, 3), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))[0]
+    return mean, (x - mean).square_().mean((0, 2, 3), keepdim=True)[0]
 
 
 def _channel_sum(x, dtype):
+    """[N, C, H, W] -> [C, 1, 1]"""
     return x.sum((0, 2, 3), keepdim=True, dtype=dtype)[0]
 
 
-def _norm_relu(x, mean, scale, bias):
-    """relu((x - mean) * scale + bias), dense, in x's precision and layout."""
-    out = _empty_like(x, x.shape[1])
+def _affine(x, mean, scale, bias=None, out=None):
+    """(x - mean) * scale + bias, dense, in x's precision and layout."""
+    if out is None:
+        out = _empty_maps_like(x, x.shape[1])
     if x.dtype == scale.dtype:
         # x * scale + (bias - mean * scale) would lose digits where the mean is far from 0.
-        return torch.sub(x, mean, out=out).mul_(scale).add_(bias).relu_()
+        torch.sub(x, mean, out=out).mul_(scale)
+        return out if bias is None else out.add_(bias)
     # bf16 and fp16 lose more by rounding after each operation: this is one, in float32.
-    return torch.addcmul(bias - mean * scale, x, scale, out=out).relu_()
+    shift = -mean * scale if bias is None else bias - mean * scale
+    return torch.addcmul(shift, x, scale, out=out)
 
 
 def _relu_backward_(grad, output):
-    return torch.ops.aten.threshold_backward.grad_input(grad, output, 0, grad_input=grad)
+    """Zero the gradient, in place, where the ReLU's output is."""
+    torch.ops.aten.threshold_backward.grad_input(grad, output, 0, grad_input=grad)
 
 
 def _conv(x, kernel):
@@ -600,20 +649,6 @@ def _dropout(x, rate):
 
 def _drop(x, mask, rate):
     return x if mask is None else torch.ops.aten.native_dropout_backward(x, mask, 1 / (1 - rate))
-
-
-def _momentum(norm):
-    """The weight of this batch in the running statistics; None stands for their plain average."""
-    return 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-
-
-@torch.no_grad()
-def _update_running_statistics(norms, mean, var):
-    """As nn.BatchNorm2d does; each norm reads the first channels, and all have one momentum."""
-    momentum = _momentum(norms[0])
-    for running, batch in (([norm.running_mean for norm in norms], mean),
-                           ([norm.running_var for norm in norms], var)):
-        torch._foreach_lerp_(running, [batch[:len(value)] for value in running], momentum)
 
 
 def _conv_dtype(x, weight_dtype):

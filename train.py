@@ -57,6 +57,10 @@ class TrainingError(Exception):
     """Training that cannot go on, said in one line."""
 
 
+class CaptureError(Exception):
+    """A step that can't be recorded as a CUDA graph, said in one line."""
+
+
 class Interrupted(Exception):
     """A signal asked the run to stop."""
 
@@ -377,7 +381,7 @@ def make_optimizer(args, model):
     if args.optimizer == 'sgd':
         optimizer = torch.optim.SGD(parameters, momentum=args.momentum, fused=on_cuda,
                                     nesterov=args.momentum > 0, **common)
-        if args.momentum:  # else the fused kernel leaves them unset if the first step overflows
+        if args.momentum:  # made now: in fp16 a first step that overflows would leave them unset
             for parameter in parameters:
                 optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
         return optimizer
@@ -423,64 +427,82 @@ def train_step(state, images, labels, *, autocast, grad_accum=1, label_smoothing
         loss = F.cross_entropy(logits.float(), part_labels, reduction='sum',
                                label_smoothing=label_smoothing)
         state.scaler.scale(loss / len(images)).backward()
-        state.interval[0] += loss.detach()
-        state.interval[1] += (logits.detach().argmax(1) != part_labels).sum()
+        state.interval[0].add_(loss.detach())
+        state.interval[1].add_((logits.detach().argmax(1) != part_labels).sum())
     state.scaler.step(state.optimizer)
     state.scaler.update()
-    state.interval[2] += state.interval[0].isfinite()
+    state.interval[2].add_(state.interval[0].isfinite())
 
 
 class CudaGraphStep:
-    """`train_step` recorded once as a CUDA graph, and launched as a whole for each batch.
+    """A step recorded once as a CUDA graph, and launched as a whole for each batch.
 
-    Called with images and labels, it does what `step` does; recording it changes nothing in
-    `state`. A batch of another shape than [B, C, H, W] = `shape` (the last one of an epoch) is
-    stepped through eagerly.
+    Args:
+        step: a function of images and labels, such as `train_step` with all else given.
+        state: what it changes. Recording leaves weights, statistics, optimizer, sums and random
+            state as they were.
+        shapes: those of images, [B, C, H, W], that it will be called with, the largest first.
+            Each has a graph of its own, in the same memory.
+
+    Raises:
+        CaptureError: something in the step can't be recorded; says what.
     """
 
-    def __init__(self, step, state, shape):
-        self.step = step
-        self.images = torch.zeros(shape, device=state.interval.device)
-        self.labels = torch.zeros(shape[0], dtype=torch.int64, device=state.interval.device)
-        self.graph = torch.cuda.CUDAGraph()
+    def __init__(self, step, state, shapes):
+        device = state.interval.device
+        self.batches = {shape: (torch.zeros(shape, device=device),
+                                torch.zeros(shape[0], dtype=torch.int64, device=device))
+                        for shape in shapes}
+        self.graphs, pool = {}, torch.cuda.graph_pool_handle()
         stream, caller = torch.cuda.Stream(), torch.cuda.current_stream()
         stream.wait_stream(caller)
         try:
             with torch.cuda.stream(stream), state.rehearsal():
-                for _ in range(3):  # libraries choose their kernels, the optimizer makes its state
-                    step(self.images, self.labels)
+                for batch in self.batches.values():
+                    for _ in range(3):  # libraries choose kernels, the optimizer makes its state
+                        step(*batch)
                 state.optimizer.zero_grad()
-                with torch.cuda.graph(self.graph, stream=stream):
-                    step(self.images, self.labels)
+                for shape, batch in self.batches.items():
+                    self.graphs[shape] = self._record(step, batch, pool, stream)
         finally:
             caller.wait_stream(stream)
 
+    @staticmethod
+    def _record(step, batch, pool, stream):
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                step(*batch)
+        except RuntimeError as error:
+            cause = error
+            while cause.__context__ is not None:  # the end of a recording that failed fails, too
+                cause = cause.__context__
+            raise CaptureError(str(cause).splitlines()[0]) from error
+        return graph
+
     def __call__(self, images, labels):
-        if images.shape != self.images.shape:
-            return self.step(images, labels)
-        self.images.copy_(images)
-        self.labels.copy_(labels)
-        self.graph.replay()
+        static_images, static_labels = self.batches[images.shape]
+        static_images.copy_(images)
+        static_labels.copy_(labels)
+        self.graphs[images.shape].replay()
 
 
-def make_step(args, state, shape, autocast):
+def make_step(args, state, shapes, autocast):
     """The function of images and labels that trains `state`: a CUDA graph where that can be."""
     step = functools.partial(train_step, state, autocast=autocast, grad_accum=args.grad_accum,
                              label_smoothing=args.label_smoothing)
     device = state.interval.device.type
     if args.cuda_graph is False or (args.cuda_graph is None and device != 'cuda'):
         return step
-    if device != 'cuda':
-        reason = f'the device is {device}'
-    elif args.optimizer == 'rmsprop' and state.scaler.is_enabled():
-        reason = 'with fp16, rmsprop waits for the host'
-    else:
-        try:
-            return CudaGraphStep(step, state, shape)
-        except (RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-    print(f'no CUDA graph, each kernel is launched by itself: {reason}', flush=True)
-    return step
+    try:
+        if device != 'cuda':
+            raise CaptureError(f'the device is {device}')
+        if args.optimizer == 'rmsprop' and state.scaler.is_enabled():
+            raise CaptureError('with fp16, rmsprop waits for the host')
+        return CudaGraphStep(step, state, shapes)
+    except CaptureError as error:
+        print(f'no CUDA graph, each kernel is launched by itself: {error}', flush=True)
+        return step
 
 
 def train_epoch(args, state, loader, log, step, stop):
@@ -565,6 +587,18 @@ class StopSignals:
             raise Interrupted
 
 
+@contextlib.contextmanager
+def single_values_explained():
+    try:
+        yield
+    except ValueError as error:
+        if 'value per channel' not in str(error):
+            raise
+        raise UsageError('a batch, or with --grad-accum a part of one, has a single image, and '
+                         'its last feature map is one pixel, which has no variance: change '
+                         '--batch-size or --grad-accum') from error
+
+
 def fit(args, state, step, train_loader, test_loader, log, autocast):
     """Train and test from where `state` is to the last epoch; save and exit if a signal comes."""
     latest, best = log.directory / 'latest.pth', log.directory / 'best.pth'
@@ -592,12 +626,6 @@ def fit(args, state, step, train_loader, test_loader, log, autocast):
             print(f'{signal.Signals(stop.received).name}: saved in epoch {state.epoch} after step '
                   f'{state.step}; --resume goes on from {latest}', flush=True)
             sys.exit(128 + stop.received)
-        except ValueError as error:
-            if 'value per channel' not in str(error):
-                raise
-            raise UsageError('a batch, or with --grad-accum a part of one, has a single image, and '
-                             'its last feature map is one pixel, which has no variance: change '
-                             '--batch-size or --grad-accum') from error
 
 
 def end_epoch(state, test, log):
@@ -679,8 +707,10 @@ def train(args, dataset, model, loaders, directory, *, device, precision, autoca
         state.best_error, state.best_epoch = math.inf, 0
     if args.compile:
         model.compile()
-    shape = args.batch_size, model.in_channels, dataset.image_size, dataset.image_size
-    step = make_step(args, state, shape, autocast)
+    image = model.in_channels, dataset.image_size, dataset.image_size
+    sizes = args.batch_size, train_loader.num_images % args.batch_size  # the last one is smaller
+    with single_values_explained():
+        step = make_step(args, state, [(n, *image) for n in sizes if n], autocast)
     if args.overwrite:
         runlog.clear(directory)
     graphed = isinstance(step, CudaGraphStep)
@@ -693,7 +723,7 @@ def train(args, dataset, model, loaders, directory, *, device, precision, autoca
           f'{record["device"]}, {precision}{", CUDA graph" * graphed}', flush=True)
     log = RunLog(directory, steps_per_epoch=len(train_loader), epochs=args.epochs,
                  start=(state.epoch, state.step), tensorboard=args.tensorboard, figures=args.plot)
-    with contextlib.closing(log):
+    with contextlib.closing(log), single_values_explained():
         fit(args, state, step, train_loader, test_loader, log, autocast)
         log.finish_figures()
     print(f'final error {state.last_error:.2f}% (epoch {state.epoch - 1}), best '

@@ -110,7 +110,7 @@ def test_a_table_has_all_rows_in_csv_and_figure(tmp_path, capsys):
         assert float(row['memory_ratio']) == pytest.approx(
             memory / float(plain['memory_bytes']), rel=1e-4)
         assert float(row['first_step_seconds']) > 0 and row['steps'] == '2'
-        assert torch.__version__ in row['machine']
+        assert f'torch {torch.__version__}' in row['workload']
     image = np.asarray(Image.open(tmp_path / 'bench.png').convert('L'))
     assert min(image.shape) > 300 and image.std() > 10  # there is ink
     table = capsys.readouterr().out.splitlines()
@@ -123,22 +123,45 @@ def test_every_row_takes_the_training_step_of_train(monkeypatch):
         models.append(state.model), step(state, *args, **kwargs)))
     bench.main([*TINY, '--steps', '3', '--rows', 'ours block', 'torchvision plain'])
     ours, theirs = dict.fromkeys(map(id, models))
-    calls = [id(model) for model in models]
-    assert calls == [ours, theirs] + 2 * ([ours] * 3 + [theirs] * 3) or \
-        calls == [ours, theirs] + 2 * (3 * [ours] + 3 * [theirs])
+    # The first step, then in each of two rounds a warm-up and three steps.
+    assert [id(model) for model in models] == [ours, theirs] + 2 * (4 * [ours] + 4 * [theirs])
     paths = {block.path for model in models for block in model.modules()
              if isinstance(block, densenet.DenseBlock)}
     assert paths == {'linear'}
+
+
+def runner(*row, inference=False, **settings):
+    return bench.Runner(Row(*row, **settings), Workload(4, (2, 2), 8, 8, 4), torch.device('cpu'),
+                        inference)
 
 
 @pytest.mark.parametrize('mode, path', [
     ('plain', 'plain'), ('block', 'linear'), ('memory-efficient', 'linear'),
     ('checkpointed', 'checkpointed')])
 def test_a_row_goes_the_way_that_it_is_named_after(mode, path):
-    runner = bench.Runner(Row('ours', mode, 'fp32'), Workload(4, (2, 2), 8, 8, 4),
-                          torch.device('cpu'), inference=False)
-    assert {block.path for block in runner.state.model.modules()
-            if isinstance(block, densenet.DenseBlock)} == {path}
+    blocks = [module for module in runner('ours', mode, 'fp32').model.modules()
+              if isinstance(module, densenet.DenseBlock)]
+    assert {block.path for block in blocks} == {path}
+
+
+def test_a_row_is_what_its_name_says():
+    plain, half = runner('torchvision', 'plain', 'fp32'), runner('torchvision', 'plain', 'bf16')
+    assert half.memory == pytest.approx(plain.memory / 2, rel=0.1)
+    assert runner('torchvision', 'checkpointed', 'fp32').memory < 0.9 * plain.memory
+    nchw = runner('torchvision', 'plain', 'fp32', channels_last=False)
+    for row, channels_last in ((plain, True), (nchw, False)):
+        weight = row.model.features.conv0.weight
+        assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
+    assert plain.model.training and plain.state.interval[0] > 0
+    assert not runner('ours', 'plain', 'fp32', inference=True).model.training
+
+
+def test_each_turn_has_its_own_precision(monkeypatch):
+    seen, step = [], train.train_step
+    monkeypatch.setattr(train, 'train_step', lambda state, *args, **kwargs: (
+        seen.append(torch.backends.cudnn.allow_tf32), step(state, *args, **kwargs)))
+    bench.main([*TINY, '--rows', 'ours plain', '--precision', 'fp32', 'bf16'])
+    assert seen == [False, True] + 2 * [False, False, True, True]
 
 
 def test_inference_has_rows_without_memory(tmp_path):
@@ -159,15 +182,15 @@ def test_compiled_rows_are_compiled(monkeypatch):
 
 
 def test_out_of_memory_is_a_row(capsys, tmp_path):
-    runner = bench.Runner.time
+    time = bench.Runner.time
 
-    def time(self, steps):
+    def out_of_memory_if_plain(self, steps):
         if self.row.mode == 'plain':
             raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')
-        return runner(self, steps)
+        return time(self, steps)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench.Runner, 'time', time)
+        patch.setattr(bench.Runner, 'time', out_of_memory_if_plain)
         bench.main([*TINY, '--rows', 'ours*', '--csv', str(tmp_path / 'bench.csv')])
     table = capsys.readouterr().out
     assert table.count('out of memory') == 1 and 'nan' not in table
@@ -211,7 +234,8 @@ def test_memory_against_depth(tmp_path, monkeypatch, capsys):
     drawn = {}
     monkeypatch.setattr(bench, 'draw_memory_vs_depth', lambda path, curves, *labels, draw=(
         bench.draw_memory_vs_depth): (drawn.update(curves), draw(path, curves, *labels)))
-    bench.main([*TINY[:-2], '--memory-vs-depth', str(tmp_path / 'memory.png')])
+    bench.main(['--growth-rate', '4', '--batch-size', '4', '--image-size', '8', '--device', 'cpu',
+                '--memory-vs-depth', str(tmp_path / 'memory.png')])
     assert (tmp_path / 'memory.png').stat().st_size > 10_000
     assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / 'memory.png')
     plain, block, efficient, checkpointed = (drawn[mode] for mode in (
@@ -227,8 +251,13 @@ def test_memory_against_depth(tmp_path, monkeypatch, capsys):
     (['--precision', 'tf32', '--device', 'cpu'], 'tf32 is for cuda'),
     (['--depth', '41'], 'nearest 40 and 46'),
     (['--rounds', '0'], "'0' is not a whole number"),
-    (['--csv', 'no/such/folder/x.csv'], 'no/such/folder/x.csv: no file can be written there'),
-    (['--plot', '.'], 'no file can be written there'),
+    (['--csv', 'no/such/folder/x.csv'], 'no/such/folder/x.csv: no file of its own can be'),
+    (['--plot', '.'], 'no file of its own can be written there'),
+    (['--plot', 'x.png', '--csv', 'x.png'], 'no file of its own can be written there'),
+    (['--arch', 'densenet121', '--depth', '40'], '--arch has a depth and a growth rate of its own'),
+    (['--batch-size', '1', '--image-size', '4'], 'more than 1 value per channel'),
+    (['--batch-size', '99999999999999999999999'], 'bench.py: error: '),
+    (['--growth-rate', '999999999'], 'bench.py: error: '),
     (['--plot', 'x.xyz'], 'x.xyz: a figure is a .png, .pdf or .svg file'),
     (['--memory-vs-depth', '--arch', 'densenet121'], 'has no use for --arch'),
     (['--memory-vs-depth', 'x.png', '--rounds', '3'], 'has no use for --rounds'),

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint_sequential
 
 from densenet import DenseBlock, DenseNet, Transition, densenet_cifar
 
@@ -28,9 +29,10 @@ def make_block(way='linear', *, bottleneck=True, drop_rate=0.0, momentum=0.1):
     linear, efficient, _ = WAYS[way]
     block = DenseBlock(4, 6, 4, 2, drop_rate, bottleneck, efficient).double().train()
     block.linear_memory = linear
-    for module in block.modules():
+    for name, module in block.named_modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.momentum = momentum
+            module.eps = 1e-3
+            module.momentum = momentum if momentum is None or 'norm1' in name else 0.3
             nn.init.uniform_(module.weight, -1, 1)
             nn.init.normal_(module.bias)
             nn.init.zeros_(module.weight[:1])
@@ -180,13 +182,41 @@ def test_low_precision_gradients_are_as_close_to_float64_as_the_plain_ones(way, 
     assert 0 < error[way] <= 1.1 * error['plain']
 
 
-def test_a_mean_far_from_zero_costs_no_digits():
-    truth = make_block()
-    block = copy.deepcopy(truth).float()
-    x = block_input() + 1000
-    exact, close = truth(x.float().double()), block(x.float())
-    # One rounding of x - m in float32, of numbers a thousand deviations from zero.
-    torch.testing.assert_close(close.double(), exact, rtol=1e-3, atol=1e-3)
+@pytest.mark.parametrize('way', ['linear', 'efficient'])
+def test_fp16_gradients_stay_finite_where_the_plain_ones_do(way):
+    gradients = {}
+    for name in ('plain', way):
+        block = make_block(name).float()
+        x = (300 * torch.randn(4, 6, 8, 8, generator=torch.Generator().manual_seed(1))).half()
+        x.requires_grad_()
+        with torch.autocast('cpu', torch.float16):
+            output = block(x)
+        torch.manual_seed(2)
+        output.backward((300 * torch.randn(output.shape)).half())
+        gradients[name] = [x.grad.double(), *(p.grad.double() for p in block.parameters())]
+    assert block.path == 'linear'
+    for here, truth in zip(gradients[way], gradients['plain']):
+        assert (here - truth).norm() <= 0.02 * truth.norm()
+
+
+@pytest.mark.parametrize('way', ['linear', 'efficient'])
+@pytest.mark.parametrize('create_graph', [False, True])
+def test_backward_within_autocast_stays_in_the_precision_of_forward(way, create_graph):
+    gradients = []
+    for enabled in (False, True):
+        block, x = make_block(way).float(), block_input().float()
+        output = block(x)
+        with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
+            gradients.append(torch.autograd.grad(output.square().sum(), list(block.parameters()),
+                                                 create_graph=create_graph))
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_mean_far_from_zero_costs_no_more_digits_than_in_the_plain_block():
+    x = block_input().float() + 100
+    exact = make_block('plain')(x.double())
+    errors = [(make_block(way).float()(x).double() - exact).norm() for way in ('linear', 'plain')]
+    assert errors[0] < 2 * errors[1]
 
 
 # ---- which way -------------------------------------------------------------------------------
@@ -232,17 +262,41 @@ def patch_forward(block):
     conv.forward = lambda x: 2 * F.conv2d(x, conv.weight)
 
 
-def widen_conv(block):
+def add_bias(block):
     block.denselayer2.conv1.bias = nn.Parameter(torch.ones(8, dtype=torch.float64))
 
 
+def patch_conv_forward(block):
+    conv = block.denselayer3.conv2
+    conv._conv_forward = lambda x, weight, bias: F.conv2d(F.pad(x, [1] * 4, 'replicate'), weight)
+
+
+def stop_dropout_of_one_layer(block):
+    block.denselayer2.training = False
+
+
+def group_conv(block):
+    conv = nn.Conv2d(8, 4, 3, padding=1, groups=2, bias=False).double()
+    nn.init.ones_(conv.weight)
+    block.denselayer3.conv2 = conv
+
+
+def backward_pre_hook(block):
+    block.denselayer1.conv2.register_full_backward_pre_hook(lambda module, out: (3 * out[0],))
+
+
+SHAPE = 'is not a "same" convolution of stride 1'
 OBSTACLES = {
     'denselayer2: norm1 is not a plain BatchNorm2d': replace_norm,
     'denselayer2 is a Sequential': replace_layer,
     'denselayer2: conv1 is not a plain Conv2d': replace_conv,
-    'denselayer2: conv2 has a bias, or another geometry': dilate,
-    'denselayer2: conv1 has a bias, or another geometry': widen_conv,
+    f'denselayer2: conv2 has a bias, or {SHAPE}': dilate,
+    f'denselayer2: conv1 has a bias, or {SHAPE}': add_bias,
+    f'denselayer3: conv2 has a bias, or {SHAPE}': group_conv,
+    f'denselayer1: conv2 has a bias, or {SHAPE}':
+        lambda block: setattr(block.denselayer1.conv2, 'padding_mode', 'circular'),
     'denselayer3: conv1 is not a plain Conv2d': patch_forward,
+    'denselayer3: conv2 is not a plain Conv2d': patch_conv_forward,
     'denselayer2: conv2 is not a plain Conv2d':
         lambda block: parametrizations.weight_norm(block.denselayer2.conv2),
     'denselayer2: conv1 has hooks': lambda block: block.denselayer2.conv1.register_forward_hook(
@@ -250,11 +304,16 @@ OBSTACLES = {
     'denselayer2: norm2 has hooks':
         lambda block: block.denselayer2.norm2.register_full_backward_hook(
             lambda module, into, out: (2 * into[0],)),
+    'denselayer1: conv2 has hooks': backward_pre_hook,
     'denselayer2: it has hooks': lambda block: block.denselayer2.register_forward_pre_hook(
         lambda module, inputs: ([inputs[0][0] * 2, *inputs[0][1:]],)),
-    'denselayer2: norm2 is in eval mode, or has no weights or running statistics':
-        lambda block: block.denselayer2.norm2.eval(),
-    'layers that differ in drop_rate, bottleneck, eps or momentum':
+    'denselayer2: norm2 is in eval mode': lambda block: block.denselayer2.norm2.eval(),
+    'denselayer2: it is in eval mode': stop_dropout_of_one_layer,
+    'denselayer4: norm1 has no weights or no running statistics':
+        lambda block: setattr(block.denselayer4.norm1, 'bias', None),
+    'denselayer4: norm2 has no weights or no running statistics': lambda block: setattr(
+        block.denselayer4, 'norm2', nn.BatchNorm2d(8, track_running_stats=False).double()),
+    'layers that differ in drop_rate, bottleneck or eps':
         lambda block: setattr(block.denselayer2.norm1, 'eps', 0.1),
 }
 
@@ -262,7 +321,7 @@ OBSTACLES = {
 @pytest.mark.parametrize('obstacle', OBSTACLES)
 @pytest.mark.parametrize('way', ['linear', 'efficient'])
 def test_what_the_function_would_overlook_goes_another_way(obstacle, way):
-    changed, plain = make_block(way), make_block('plain')
+    changed, plain = make_block(way, drop_rate=0.2), make_block('plain', drop_rate=0.2)
     OBSTACLES[obstacle](changed)
     OBSTACLES[obstacle](plain)
     torch.testing.assert_close(steps(changed, block_input()), steps(plain, block_input()),
@@ -290,6 +349,12 @@ def test_global_hooks_and_transforms_go_the_plain_way():
         output = block(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
         assert block.obstacle == 'forward-mode differentiation'
         torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(output).tangent, tangent)
+
+
+def test_a_trace_is_of_the_plain_way():
+    block, x = make_block(), block_input()
+    torch.jit.trace(block, x, check_trace=False)
+    assert (block.path, block.obstacle) == ('plain', 'torch.jit.trace')
 
 
 def test_other_precisions_go_the_plain_way():
@@ -334,6 +399,71 @@ def test_training_without_grad_counts_the_batch_and_keeps_nothing():
     torch.testing.assert_close(blocks[1].state_dict(), blocks[0].state_dict())
 
 
+@pytest.mark.parametrize('way', ['linear', 'efficient'])
+def test_batched_gradients_equal_one_by_one(way):
+    x = block_input().requires_grad_()
+    output = make_block(way)(x)
+    grads = torch.randn(3, *output.shape, dtype=x.dtype)
+    each = [torch.autograd.grad(output, x, grad, retain_graph=True)[0] for grad in grads]
+    batched, = torch.autograd.grad(output, x, grads, retain_graph=True, is_grads_batched=True)
+    torch.testing.assert_close(batched, torch.stack(each), rtol=1e-9, atol=1e-9)
+    mapped = torch.func.vmap(
+        lambda grad: torch.autograd.grad(output, x, grad, retain_graph=True)[0])(grads)
+    torch.testing.assert_close(mapped, torch.stack(each), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('way', ['linear', 'efficient'])
+def test_within_checkpoints_of_ones_own_the_statistics_are_the_plain_ones(way):
+    buffers = []
+    for name in ('plain', way):
+        model, (images, _) = net(name, 10).double(), batch(dtype=torch.float64)
+        checkpoint_sequential(model.features, 2, images, use_reentrant=False).sum().backward()
+        buffers.append(dict(model.named_buffers()))
+    torch.testing.assert_close(*buffers, rtol=1e-9, atol=1e-11)
+
+
+def test_each_norm_averages_over_its_own_batches():
+    buffers = []
+    for way in ('plain', 'linear'):
+        block = make_block(way, momentum=None)
+        block.denselayer2.eval()
+        block(block_input())
+        block.train()(block_input() + 1)
+        buffers.append(dict(block.named_buffers()))
+    assert block.path == 'linear'
+    torch.testing.assert_close(*buffers, rtol=1e-9, atol=1e-11)
+
+
+def test_a_rate_that_changes_before_backward_is_not_that_of_forward():
+    gradients = []
+    for way in ('plain', 'linear'):
+        block = make_block(way, drop_rate=0.3)
+        torch.manual_seed(6)
+        output = block(block_input())
+        for layer in block.values():
+            layer.drop_rate = 0.0
+        gradients.append(torch.autograd.grad(output.sum(), list(block.parameters())))
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
+
+
+def test_a_forward_that_fails_counts_nothing():
+    block = make_block()
+    before = copy.deepcopy(block.state_dict())
+    block.denselayer1.conv2.weight.data = torch.zeros(4, 7, 3, 3, dtype=torch.float64)
+    with pytest.raises(RuntimeError):
+        block(block_input())
+    for name, value in block.state_dict().items():
+        if 'norm1' in name or name.endswith('tracked'):
+            torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+def test_memory_efficiency_can_be_switched_on_a_block():
+    block = make_block('plain')
+    block.memory_efficient = True
+    block(block_input())
+    assert block.path == 'checkpointed' and block.denselayer3.memory_efficient
+
+
 # ---- transitions -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize('size', [(4, 6), (5, 7)])
@@ -341,6 +471,15 @@ def test_pooling_before_the_convolution_of_a_transition_is_exact(size):
     transition = Transition(6, 3, 0.0).double()
     x = torch.randn(2, 6, *size, dtype=torch.float64)
     truth = F.avg_pool2d(transition.conv(F.relu(transition.norm(x))), 2)
+    torch.testing.assert_close(transition(x), truth, rtol=1e-13, atol=1e-14)
+
+
+def test_dropout_of_a_transition_is_between_convolution_and_pooling():
+    transition = Transition(6, 3, 0.4).double()
+    x = torch.randn(2, 6, 4, 6, dtype=torch.float64)
+    torch.manual_seed(7)
+    truth = F.avg_pool2d(F.dropout(transition.conv(F.relu(transition.norm(x))), 0.4), 2)
+    torch.manual_seed(7)
     torch.testing.assert_close(transition(x), truth, rtol=1e-13, atol=1e-14)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import csv
 import fcntl
+import functools
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -186,8 +188,11 @@ def test_gradient_accumulation_is_the_gradient_of_the_batch(parts):
     torch.testing.assert_close(accumulated.interval, whole.interval)
 
 
+SHAPES = [(8, 3, 8, 8), (5, 3, 8, 8)]  # of the batches below
+
+
 def step_and_state(argv=(), device='cpu', precision='fp32', **model):
-    """What `train` makes of flags, for batches of 8, but for the loop."""
+    """What `train` makes of flags, but for the loop."""
     args = parse_args([*argv, '--device', device])
     torch.manual_seed(args.seed)
     net = densenet.densenet_cifar(10, 4, **{'drop_rate': 0.2, **model}).to(device).train()
@@ -196,7 +201,7 @@ def step_and_state(argv=(), device='cpu', precision='fp32', **model):
                        interval=torch.zeros(3, device=device))
     autocast = torch.autocast(device, train.AUTOCAST_TYPES.get(precision),
                               enabled=precision in train.AUTOCAST_TYPES)
-    return train.make_step(args, state, (8, 3, 8, 8), autocast), state
+    return train.make_step(args, state, SHAPES, autocast), state
 
 
 def train_some(step, state, device='cpu'):
@@ -226,18 +231,77 @@ def test_a_rehearsal_leaves_no_trace(optimizer, precision):
                                    rtol=0, atol=0)
 
 
-def test_a_graph_has_the_batch_in_its_own_memory_and_leaves_others_to_the_step(monkeypatch):
-    """Without CUDA: what is recorded is run, what is replayed is the step on the graph's memory."""
-    step, state = step_and_state()
-    truth = train_some(*step_and_state())
-    for name in ('CUDAGraph', 'Stream', 'current_stream'):
-        monkeypatch.setattr(torch.cuda, name, Mock())
+def test_a_rehearsal_that_fails_leaves_no_trace_either():
+    step, state = step_and_state(['--optimizer', 'adam'])
+    step(*batch(8))
+    before, random_state = copy.deepcopy(state.state_dict()), torch.get_rng_state()
+    with pytest.raises(torch.OutOfMemoryError), state.rehearsal():
+        step(*batch(8))
+        raise torch.OutOfMemoryError
+    torch.testing.assert_close(state.state_dict(), before, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_the_step_has_the_flags():
+    step, state = step_and_state(['--grad-accum', '3', '--label-smoothing', '0.2'])
+    other_step, other = step_and_state()
+    torch.manual_seed(2)
+    step(*batch(8))
+    torch.manual_seed(2)
+    train_step(other, *batch(8), autocast=NO_AUTOCAST, grad_accum=3, label_smoothing=0.2)
+    torch.testing.assert_close(state.model.state_dict(), other.model.state_dict(), rtol=0, atol=0)
+    assert step.func is other_step.func is train_step
+
+
+@pytest.fixture
+def pretended_cuda(monkeypatch):
+    """torch.cuda's graphs, in which what is recorded is run, and replaying does nothing."""
+    for name in ('CUDAGraph', 'Stream', 'current_stream', 'graph_pool_handle'):
+        monkeypatch.setattr(torch.cuda, name, Mock(side_effect=lambda: Mock()))
     for name in ('stream', 'graph'):
         monkeypatch.setattr(torch.cuda, name, lambda *args, **kwargs: contextlib.nullcontext())
-    graphed = train.CudaGraphStep(step, state, (8, 3, 8, 8))
-    graphed.graph.replay = Mock(side_effect=lambda: step(graphed.images, graphed.labels))
+
+
+def test_a_graph_of_each_shape_has_the_batch_in_its_own_memory(pretended_cuda):
+    step, state = step_and_state()
+    truth = train_some(*step_and_state())
+    graphed = train.CudaGraphStep(step, state, SHAPES)
+    for shape, graph in graphed.graphs.items():
+        graph.replay.side_effect = functools.partial(step, *graphed.batches[shape])
     torch.testing.assert_close(train_some(graphed, state), truth, rtol=0, atol=0)
-    assert graphed.graph.replay.call_count == 4
+    assert [graphed.graphs[shape].replay.call_count for shape in SHAPES] == [4, 1]
+
+
+def test_a_recording_that_fails_says_what_the_first_error_was(pretended_cuda, capsys, monkeypatch):
+    class Graph:
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, kind, *_):
+            if kind is not None:
+                raise RuntimeError('operation failed due to a previous error during capture')
+
+    def step(images, labels):
+        calls.append(len(images))
+        if len(calls) > 6:  # after the warm-up
+            raise RuntimeError('operation not permitted when stream is capturing\nMore about it.')
+
+    calls = []
+    monkeypatch.setattr(torch.cuda, 'graph', Graph)
+    _, state = step_and_state()
+    with pytest.raises(train.CaptureError, match='^operation not permitted when stream is captur'):
+        train.CudaGraphStep(step, state, SHAPES)
+    assert calls == [8, 8, 8, 5, 5, 5, 8]
+
+    monkeypatch.setattr(train, 'CudaGraphStep', Mock(side_effect=train.CaptureError('a sync')))
+    on_cuda = SimpleNamespace(interval=SimpleNamespace(device=torch.device('cuda')),
+                              scaler=torch.amp.GradScaler('cpu', enabled=False))
+    step = train.make_step(parse_args([]), on_cuda, SHAPES, NO_AUTOCAST)
+    assert step.func is train_step
+    assert capsys.readouterr().out.endswith('is launched by itself: a sync\n')
 
 
 def test_without_a_graph_it_says_why_if_one_was_asked_for(capsys):
