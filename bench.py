@@ -141,18 +141,18 @@ def make_rows(args, device):
     on_cuda = device.type == 'cuda'
     default = ('tf32', 'bf16') if on_cuda else ('fp32',)
     for precision in dict.fromkeys(args.precision or default):
-        peers = [Row(source, 'plain', precision) for source in ('torchvision', 'timm')]
-        if precision in ('fp32', 'tf32'):
-            rows.append(peers[0]._replace(channels_last=False))
+        theirs, timm = (Row(source, 'plain', precision) for source in ('torchvision', 'timm'))
         ours = [Row('ours', mode, precision) for mode in MODES]
+        if precision in ('fp32', 'tf32'):  # as torchvision's comes, before anybody tunes it
+            rows.append(theirs._replace(channels_last=False))
         if args.inference:
-            eager, graphed = peers + ours[:1], ours[:1]
+            eager, graphed = [theirs, timm, ours[0]], ours[:1]
         else:
-            eager = peers + [peers[0]._replace(mode='checkpointed')] + ours
+            eager = [theirs, timm, theirs._replace(mode='checkpointed'), *ours]
             graphed = [row for row in ours if row.mode != 'checkpointed']
         rows += eager + [row._replace(graph=True) for row in graphed if on_cuda]
         if args.compile:
-            rows += [row._replace(compiled=True, graph=graph) for row in (peers[0], ours[0])
+            rows += [row._replace(compiled=True, graph=graph) for row in (theirs, ours[0])
                      for graph in ((False, True) if on_cuda else (False,))]
     return rows
 

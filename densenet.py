@@ -42,7 +42,7 @@ class DenseNet(nn.Module):
         bn_size: width of the 1x1 bottleneck convolution, in units of growth_rate.
         drop_rate: dropout after every convolution but the first (paper, section 4.2).
         num_classes: width of the classifier.
-        memory_efficient: keep nothing but the feature maps for backward and compute the rest
+        memory_efficient: keep little but the feature maps for backward and compute the rest
             again; the same gradients and running statistics for less memory and a little more
             time (see `DenseBlock`). Under torch.compile it has no effect: the compiler decides for
             itself what to recompute.
