@@ -711,10 +711,10 @@ def train(args, dataset, model, loaders, directory, *, device, precision, autoca
     sizes = args.batch_size, train_loader.num_images % args.batch_size  # the last one is smaller
     with single_values_explained():
         step = make_step(args, state, [(n, *image) for n in sizes if n], autocast)
-    if args.overwrite:
-        runlog.clear(directory)
     graphed = isinstance(step, CudaGraphStep)
     record = describe_run(args, device, precision, graphed)
+    if args.overwrite:
+        runlog.clear(directory)
     with checkpoint.replacing(directory / 'args.json') as file:
         file.write(json.dumps(record, indent=2).encode())
     print(f'{model_name(args)}: {sum(p.numel() for p in model.parameters()):,} parameters; '
