@@ -41,7 +41,6 @@ from torch.utils._pytree import tree_leaves
 import densenet
 import plot
 import train
-from checkpoint import TrainState
 
 # How our dense blocks train: (linear_memory, memory_efficient).
 MODES = {'plain': (False, False), 'checkpointed': (False, True), 'block': (True, False),
@@ -65,6 +64,7 @@ class Row(NamedTuple):
 
 class Workload(NamedTuple):
     """What is measured: a network, all whose versions have the same size, and its input."""
+    name: str
     growth_rate: int
     block_config: tuple
     num_init_features: int
@@ -94,15 +94,17 @@ class Result(NamedTuple):
 # ---- the networks -------------------------------------------------------------------------
 
 def describe_network(args):
+    depth, growth_rate = args.depth or 100, args.growth_rate or 12
     with torch.device('meta'):
         if args.arch:
-            model = getattr(densenet, args.arch)()
+            model, name = getattr(densenet, args.arch)(), args.arch
         else:
-            model = densenet.densenet_cifar(args.depth or 100, args.growth_rate or 12)
+            model = densenet.densenet_cifar(depth, growth_rate)
+            name = f'DenseNet-BC k={growth_rate} L={depth}'
     blocks = [module for module in model.modules() if isinstance(module, densenet.DenseBlock)]
-    return Workload(blocks[0].denselayer1.conv2.out_channels, tuple(len(block) for block in blocks),
-                 model.features.conv0.out_channels, args.image_size or (224 if args.arch else 32),
-                 args.batch_size)
+    return Workload(name, blocks[0].denselayer1.conv2.out_channels,
+                    tuple(len(block) for block in blocks), model.features.conv0.out_channels,
+                    args.image_size or (224 if args.arch else 32), args.batch_size)
 
 
 def make_model(row, workload):
@@ -181,14 +183,11 @@ class Runner:
         self.model.to(self.device, memory_format=layout).train(not self.inference)
         if self.row.compiled:
             self.model.compile()
-        kind = train.AUTOCAST_TYPES.get(self.row.precision)
-        self.autocast = torch.autocast(self.device.type, kind, enabled=kind is not None)
+        self.autocast = train.make_autocast(self.row.precision, self.device)
         # A low rate: weights that run away would meet other numbers, and other speeds. Inference
         # has no use for the optimizer's momentum, and so for its memory.
         args = train.parse_args(['--lr', '1e-3', '--momentum', '0' if self.inference else '0.9'])
-        scaler = torch.amp.GradScaler(self.device.type, enabled=self.row.precision == 'fp16')
-        self.state = TrainState(self.model, train.make_optimizer(args, self.model), scaler,
-                                interval=torch.zeros(3, device=self.device))
+        self.state = train.make_state(args, self.model, self.device, self.row.precision)
         if self.inference:
             self.step = functools.partial(infer, self.model, self.autocast)
         else:
@@ -492,18 +491,17 @@ def main(argv=None):
     on_cuda = device.type == 'cuda'
     hardware = (torch.cuda.get_device_name() if on_cuda
                 else f'CPU, {torch.get_num_threads()} threads')
-    name = args.arch or f'DenseNet-BC k={workload.growth_rate}'
     batches = f'batches of {args.batch_size} at {workload.image_size} pixels'
     memory_label = 'peak memory, MiB' if on_cuda else 'held for backward, MiB'
     if args.memory_vs_depth:
-        title = f'{name}, {batches}, {precisions[0]}; {hardware}, torch {torch.__version__}'
+        title = (f'DenseNet-BC k={workload.growth_rate}, {batches}, {precisions[0]}; {hardware}, '
+                 f'torch {torch.__version__}')
         draw_memory_vs_depth(args.memory_vs_depth, memory_vs_depth(args, device, precisions[0]),
                              title, memory_label)
         print(args.memory_vs_depth)
         return
-    title = (f'{name}{"" if args.arch else f" L={args.depth or 100}"}, '
-             f'{"inference" if args.inference else "training"}, {batches}; {hardware}, '
-             f'{versions()}')
+    title = (f'{workload.name}, {"inference" if args.inference else "training"}, {batches}; '
+             f'{hardware}, {versions()}')
     print(title)
     results = {}
     try:

@@ -303,6 +303,12 @@ def choose_precision(name, device):
     return name
 
 
+def make_autocast(precision, device):
+    """The context of a forward pass: it does nothing for fp32 and tf32."""
+    return torch.autocast(device.type, AUTOCAST_TYPES.get(precision),
+                          enabled=precision in AUTOCAST_TYPES)
+
+
 def choose_model(args, image_size):
     """The flags, with depth or architecture and growth rate filled in by the size of the images."""
     chosen = {**vars(args), 'image_size': image_size}
@@ -389,6 +395,13 @@ def make_optimizer(args, model):
         return torch.optim.RMSprop(parameters, momentum=args.momentum, capturable=on_cuda, **common)
     kind = torch.optim.Adam if args.optimizer == 'adam' else torch.optim.AdamW
     return kind(parameters, fused=on_cuda, capturable=on_cuda, **common)
+
+
+def make_state(args, model, device, precision):
+    """Training that has not begun, of a model that is on its device."""
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == 'fp16')
+    return TrainState(model, make_optimizer(args, model), scaler,
+                      interval=torch.zeros(3, device=device))
 
 
 def set_learning_rate(optimizer, lr):
@@ -696,9 +709,7 @@ def train(args, dataset, model, loaders, directory, *, device, precision, autoca
     if args.batch_size > train_loader.num_images:
         raise UsageError(f'--batch-size {args.batch_size} is larger than the data set: '
                          f'{dataset.name} has {train_loader.num_images} training images')
-    state = TrainState(model, make_optimizer(args, model),
-                       torch.amp.GradScaler(device.type, enabled=precision == 'fp16'),
-                       interval=torch.zeros(3, device=device))
+    state = make_state(args, model, device, precision)
     if saved:
         resume(args, state, saved, train_loader.num_images)
     elif args.start_epoch:
@@ -734,8 +745,7 @@ def main(argv=None):
     args = parse_args(argv)
     device = choose_device(args.device)
     precision = choose_precision(args.precision, device)
-    autocast = torch.autocast(device.type, AUTOCAST_TYPES.get(precision),
-                              enabled=precision in AUTOCAST_TYPES)
+    autocast = make_autocast(precision, device)
     dataset = data.describe(args.dataset, args.data, args.image_size)
     args = choose_model(args, dataset.image_size)
     torch.manual_seed(args.seed)

@@ -61,7 +61,8 @@ def saved_bytes(model, images):
 @pytest.mark.parametrize('source, mode', [
     ('ours', 'plain'), ('ours', 'block'), ('ours', 'memory-efficient'), ('torchvision', 'plain')])
 def test_bytes_held_are_those_that_autograd_saves(source, mode):
-    model = bench.make_model(Row(source, mode, 'fp32'), Workload(12, (6, 6, 6), 24, 32, 2)).train()
+    workload = Workload('', 12, (6, 6, 6), 24, 32, 2)
+    model = bench.make_model(Row(source, mode, 'fp32'), workload).train()
     images = torch.randn(2, 3, 32, 32)
     _, truth = saved_bytes(model, images)
     # Autograd's count has the images in it, too.
@@ -70,7 +71,8 @@ def test_bytes_held_are_those_that_autograd_saves(source, mode):
 
 def bytes_of(mode, **network):
     model = bench.make_model(Row('ours', mode, 'fp32'), Workload(**{
-        'growth_rate': 12, 'num_init_features': 24, 'image_size': 32, 'batch_size': 2, **network}))
+        'name': '', 'growth_rate': 12, 'num_init_features': 24, 'image_size': 32, 'batch_size': 2,
+        **network}))
     return bench.bytes_held(model.train(), torch.randn(2, 3, 32, 32))
 
 
@@ -131,8 +133,8 @@ def test_every_row_takes_the_training_step_of_train(monkeypatch):
 
 
 def runner(*row, inference=False, **settings):
-    return bench.Runner(Row(*row, **settings), Workload(4, (2, 2), 8, 8, 4), torch.device('cpu'),
-                        inference)
+    return bench.Runner(Row(*row, **settings), Workload('', 4, (2, 2), 8, 8, 4),
+                        torch.device('cpu'), inference)
 
 
 @pytest.mark.parametrize('mode, path', [

@@ -196,11 +196,8 @@ def step_and_state(argv=(), device='cpu', precision='fp32', **model):
     args = parse_args([*argv, '--device', device])
     torch.manual_seed(args.seed)
     net = densenet.densenet_cifar(10, 4, **{'drop_rate': 0.2, **model}).to(device).train()
-    state = TrainState(net, train.make_optimizer(args, net),
-                       torch.amp.GradScaler(device, enabled=precision == 'fp16'),
-                       interval=torch.zeros(3, device=device))
-    autocast = torch.autocast(device, train.AUTOCAST_TYPES.get(precision),
-                              enabled=precision in train.AUTOCAST_TYPES)
+    state = train.make_state(args, net, torch.device(device), precision)
+    autocast = train.make_autocast(precision, torch.device(device))
     return train.make_step(args, state, SHAPES, autocast), state
 
 
