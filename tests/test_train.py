@@ -493,8 +493,11 @@ import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import runlog
 with runlog.claim({str(tmp_path)!r}):
+    started, start = os.pipe()
     if os.fork() == 0:
+        os.write(start, b'.')
         time.sleep(30)
+    os.read(started, 1)  # killed sooner, it could end before the child has let go of the lock
     os.kill(os.getpid(), 9)
 '''
     # Its output goes nowhere: the child would keep a pipe open.
