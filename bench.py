@@ -5,6 +5,7 @@
     python bench.py --rows 'ours*' --baseline 'ours plain' --csv bench.csv --plot bench.png
     python bench.py --inference --precision fp32 bf16
     python bench.py --memory-vs-depth --batch-size 8      # draws images/memory-vs-depth.png
+    python bench.py --loader /data/imagenet --workers 1 8 # images that are read in a second
 
 The step is train.py's own, on random images. The rows take turns, a warm-up and a few steps each in
 a round, so that what slows the machine down for a while slows them all: a time is the median over
@@ -38,7 +39,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import data
 import densenet
+import flags
 import plot
 import train
 
@@ -46,6 +49,11 @@ import train
 MODES = {'plain': (False, False), 'checkpointed': (False, True), 'block': (True, False),
          'memory-efficient': (True, True)}
 DEPTHS = (22, 40, 70, 100, 130, 160, 190, 220, 250)  # of --memory-vs-depth
+# Flags that two modes, which measure something else, leave out of account.
+USELESS = {'memory_vs_depth': ('loader', 'arch', 'depth', 'inference', 'compile', 'rows',
+                               'baseline', 'rounds', 'steps', 'csv', 'plot'),
+           'loader': ('arch', 'depth', 'growth_rate', 'precision', 'inference', 'compile', 'rows',
+                      'baseline', 'steps', 'csv', 'plot')}
 
 
 class Row(NamedTuple):
@@ -73,7 +81,7 @@ class Workload(NamedTuple):
 
     @property
     def small(self):
-        return self.image_size <= train.data.SMALL
+        return self.image_size <= data.SMALL
 
 
 class Result(NamedTuple):
@@ -186,7 +194,7 @@ class Runner:
         self.autocast = train.make_autocast(self.row.precision, self.device)
         # A low rate: weights that run away would meet other numbers, and other speeds. Inference
         # has no use for the optimizer's momentum, and so for its memory.
-        args = train.parse_args(['--lr', '1e-3', '--momentum', '0' if self.inference else '0.9'])
+        args = flags.parse_args(['--lr', '1e-3', '--momentum', '0' if self.inference else '0.9'])
         self.state = train.make_state(args, self.model, self.device, self.row.precision)
         if self.inference:
             self.step = functools.partial(infer, self.model, self.autocast)
@@ -317,6 +325,22 @@ def memory_vs_depth(args, device, precision):
     return curves
 
 
+def loader_speed(root, image_size, batch_size, device, workers, rounds):
+    """Images per second of each pass through the training images in `root`, after one to start."""
+    dataset = data.describe('imagenet', root, image_size)
+    _, loader, _ = data.make_loaders(dataset, batch_size, device=device, workers=workers)
+    speeds = []
+    for epoch in range(rounds + 1):
+        loader.set_epoch(epoch)
+        started = time.perf_counter()
+        for _ in loader:
+            pass
+        if device.type == 'cuda':
+            torch.cuda.synchronize()
+        speeds.append(loader.num_images / (time.perf_counter() - started))
+    return speeds[1:]
+
+
 # ---- showing ------------------------------------------------------------------------------
 
 COLUMNS = ('row', 'precision', 'ms', 'quartiles', 'images/s', 'speed', 'memory', 'ratio',
@@ -352,6 +376,15 @@ def print_table(results, workload, baseline):
                  for i, (text, width) in enumerate(zip(line, widths))]
         print('  '.join(texts).rstrip())
     print(f'speed and memory are relative to {baseline.name}, {baseline.precision}')
+
+
+def print_loader_speed(args, device):
+    for workers in args.workers:
+        speeds = loader_speed(args.loader, args.image_size, args.batch_size, device, workers,
+                              args.rounds or 10)
+        median = statistics.median(speeds)
+        print(f'--workers {workers}: {median:.0f} images/s ({min(speeds):.0f}-{max(speeds):.0f}), '
+              f'{median / max(1, workers):.0f} for each of them', flush=True)
 
 
 def write_csv(path, results, workload, baseline, title):
@@ -400,16 +433,16 @@ def draw_memory_vs_depth(path, curves, title, memory_label):
 # ---- command line -------------------------------------------------------------------------
 
 def make_parser():
-    parser = train.Parser(prog='bench.py', description=__doc__, allow_abbrev=False,
+    parser = flags.Parser(prog='bench.py', description=__doc__, allow_abbrev=False,
                           formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group('network')
-    group.add_argument('--arch', choices=train.ARCHITECTURES, metavar='NAME',
+    group.add_argument('--arch', choices=flags.ARCHITECTURES, metavar='NAME',
                        help='an ImageNet network instead of DenseNet-BC for CIFAR')
-    group.add_argument('--depth', type=train.POSITIVE, help='(default: 100)')
-    group.add_argument('--growth-rate', type=train.POSITIVE, help='(default: 12)')
-    group.add_argument('--image-size', type=train.POSITIVE, metavar='PIXELS',
+    group.add_argument('--depth', type=flags.POSITIVE, help='(default: 100)')
+    group.add_argument('--growth-rate', type=flags.POSITIVE, help='(default: 12)')
+    group.add_argument('--image-size', type=flags.POSITIVE, metavar='PIXELS',
                        help='(default: 32, with --arch 224)')
-    group.add_argument('--batch-size', '-b', type=train.POSITIVE, default=64,
+    group.add_argument('--batch-size', '-b', type=flags.POSITIVE, default=64,
                        help='(default: %(default)s)')
     group = parser.add_argument_group('rows')
     group.add_argument('--precision', nargs='+', choices=('fp32', 'tf32', 'bf16', 'fp16'),
@@ -423,14 +456,19 @@ def make_parser():
                        help='the row that ratios refer to (default: the first)')
     group = parser.add_argument_group('measuring')
     group.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
-    group.add_argument('--rounds', type=train.POSITIVE, help='(default: 10)')
-    group.add_argument('--steps', type=train.POSITIVE,
+    group.add_argument('--rounds', type=flags.POSITIVE, help='(default: 10)')
+    group.add_argument('--steps', type=flags.POSITIVE,
                        help='steps of each row in a round (default: 20 on cuda, 1 on a CPU)')
     group.add_argument('--csv', type=Path, metavar='FILE')
     group.add_argument('--plot', type=Path, metavar='FILE', help='a figure of the table')
     group.add_argument('--memory-vs-depth', nargs='?', type=Path, metavar='FILE',
                        const=Path('images/memory-vs-depth.png'),
                        help='only draw memory against depth (default: %(const)s)')
+    group = parser.add_argument_group('input pipeline')
+    group.add_argument('--loader', type=Path, metavar='DIR',
+                       help='only read, crop and jitter the images in DIR/train')
+    group.add_argument('--workers', type=flags.number(int, '[0, inf)'), nargs='+', default=[1],
+                       help='numbers of processes that read (default: 1)')
     return parser
 
 
@@ -442,7 +480,7 @@ def choose_rows(args, device):
         found = [row for row in rows if any(fnmatch.fnmatchcase(row.name, p) for p in patterns)]
         if not found:
             names = ', '.join(dict.fromkeys(f"'{row.name}'" for row in rows))
-            raise train.UsageError(f'{flag}: no row is called that; here there are {names}')
+            raise flags.UsageError(f'{flag}: no row is called that; here there are {names}')
         return found
 
     if args.rows:
@@ -454,19 +492,19 @@ def check_flags(args):
     paths = [path for path in (args.csv, args.plot, args.memory_vs_depth) if path is not None]
     for path in paths:
         if path.is_dir() or not os.access(path.parent, os.W_OK) or paths.count(path) > 1:
-            raise train.UsageError(f'{path}: no file of its own can be written there')
+            raise flags.UsageError(f'{path}: no file of its own can be written there')
         if path is not args.csv and path.suffix not in ('.png', '.pdf', '.svg'):
-            raise train.UsageError(f'{path}: a figure is a .png, .pdf or .svg file')
+            raise flags.UsageError(f'{path}: a figure is a .png, .pdf or .svg file')
     if args.arch and (args.depth or args.growth_rate):
-        raise train.UsageError('--arch has a depth and a growth rate of its own')
-    if args.memory_vs_depth:
-        for flag in ('arch', 'depth', 'inference', 'compile', 'rows', 'baseline', 'rounds', 'steps',
-                     'csv', 'plot'):
-            if getattr(args, flag) not in (None, False):
-                raise train.UsageError(f'--memory-vs-depth draws DenseNet-BCs of one growth rate, '
-                                       f'and has no use for --{flag}')
-        if len(args.precision or ()) > 1:
-            raise train.UsageError('--memory-vs-depth draws one --precision')
+        raise flags.UsageError('--arch has a depth and a growth rate of its own')
+    for mode, others in USELESS.items():
+        if getattr(args, mode):
+            for flag in others:
+                if getattr(args, flag) not in (None, False):
+                    raise flags.UsageError(f'--{mode.replace("_", "-")} has no use for --'
+                                           f'{flag.replace("_", "-")}')
+    if args.memory_vs_depth and len(args.precision or ()) > 1:
+        raise flags.UsageError('--memory-vs-depth draws one --precision')
 
 
 def check_workload(workload, inference):
@@ -478,16 +516,19 @@ def check_workload(workload, inference):
 
 def main(argv=None):
     parser = make_parser()
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse_args(argv)
         check_flags(args)
         device = train.choose_device(args.device)
         precisions = [train.choose_precision(name, device) for name in args.precision or ['auto']]
+        if args.loader:
+            print_loader_speed(args, device)
+            return
         rows, baseline = choose_rows(args, device)
         workload = describe_network(args)
         check_workload(workload, args.inference)
-    except (train.UsageError, ValueError, RuntimeError, TypeError) as error:
-        parser.error(str(error).splitlines()[0])
+    except (flags.UsageError, data.DataError, ValueError, RuntimeError, TypeError) as error:
+        parser.exit(2, f'bench.py: error: {str(error).splitlines()[0]}\n')
     on_cuda = device.type == 'cuda'
     hardware = (torch.cuda.get_device_name() if on_cuda
                 else f'CPU, {torch.get_num_threads()} threads')

@@ -8,6 +8,7 @@ A checkpoint holds tensors and plain values alone, so that reading one can't run
 `torch.load(path, weights_only=True)['model']` is the model's state dict.
 """
 
+import argparse
 import contextlib
 import math
 import os
@@ -27,7 +28,8 @@ class TrainState:
     """All that training changes, and so all that a checkpoint holds.
 
     An interval is what comes after the last row of train.csv. Its sums are on the device, so that
-    no step has to wait for them.
+    no step has to wait for them. Where several processes train together, each has sums and a random
+    state of its own; all else is the same in all of them.
     """
 
     model: torch.nn.Module
@@ -91,15 +93,23 @@ class TrainState:
         if self.interval.is_cuda and state['cuda'] is not None:
             torch.cuda.set_rng_state(state['cuda'])
 
-    def state_dict(self):
+    def own_state(self):
+        """What is this process's alone."""
+        return {'interval': self.interval.cpu(), 'rng': self._random_state()}
+
+    def state_dict(self, own_states=None):
+        """What a checkpoint holds; `own_states` are all processes', in the order of ranks."""
         return {
             'model': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(),
-            'scaler': self.scaler.state_dict(), 'interval': self.interval,
-            **{name: getattr(self, name) for name in self._plain}, 'rng': self._random_state(),
+            'scaler': self.scaler.state_dict(), 'processes': own_states or [self.own_state()],
+            **{name: getattr(self, name) for name in self._plain},
         }
 
-    def load_state_dict(self, saved, source='the checkpoint'):
-        """Go on from a checkpoint, random state included.
+    def load_state_dict(self, saved, source='the checkpoint', rank=0, world_size=1):
+        """Go on from a checkpoint, random state included, as one of some processes.
+
+        They may be more or fewer than before: then rank 0 takes over all sums, and a process that
+        is new keeps the random state it has.
 
         Raises:
             CheckpointError: it is of another model, or lacks something; names the first difference.
@@ -111,10 +121,17 @@ class TrainState:
                       in zip(self.optimizer.param_groups, saved['optimizer']['param_groups'])]
             self.optimizer.load_state_dict({**saved['optimizer'], 'param_groups': groups})
             self.scaler.load_state_dict(saved['scaler'])
-            self.interval.copy_(saved['interval'])
             for name in self._plain:
                 setattr(self, name, saved[name])
-            self._set_random_state(saved['rng'])
+            processes = saved['processes']
+            if rank < len(processes):
+                self._set_random_state(processes[rank]['rng'])
+            sums = torch.stack([process['interval'] for process in processes])
+            if len(processes) == world_size:
+                self.interval.copy_(sums[rank])
+            else:
+                loss, errors, _ = sums.sum(0) if rank == 0 else sums.new_zeros(3)
+                self.interval.copy_(torch.stack([loss, errors, sums[:, 2].min()]))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f'{source} cannot be resumed from: '
                                   f'{type(error).__name__}: {_one_line(error)}') from error
@@ -133,7 +150,8 @@ def load(path):
         CheckpointError: no such file, or not a checkpoint, or one that would run code.
     """
     try:
-        saved = torch.load(path, map_location='cpu', weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm keeps its flags in one
+            saved = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f'{path} is not there: --resume and --pretrained take the path of a '
                               f'checkpoint, such as work/cifar10.base/latest.pth') from error
@@ -145,6 +163,23 @@ def load(path):
     if not isinstance(saved, dict):
         raise CheckpointError(f'{path} is not a checkpoint: it holds a {type(saved).__name__}')
     return saved
+
+
+def load_weights_file(path):
+    """The state dict in a file: our checkpoint, or one of torchvision or timm, bare or not.
+
+    Raises:
+        CheckpointError: as `load`; or it is a .safetensors file, and the package is not there.
+    """
+    if Path(path).suffix == '.safetensors':  # as timm's weights come
+        try:
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        except Exception as error:  # not installed, no such file, a broken one
+            raise CheckpointError(f'{path} cannot be read: {_one_line(error)}') from error
+    saved = load(path)
+    return next((saved[key] for key in ('model', 'state_dict') if key in saved), saved)
 
 
 def load_weights(model, weights, source):

@@ -1,19 +1,23 @@
 """The data sets, and loaders that yield `(images, labels)` on the device, normalised.
 
     dataset = data.describe('cifar10', 'work/data')
-    train_loader, test_loader = data.make_loaders(dataset, batch_size=64, device=device)
+    dataset, train_loader, test_loader = data.make_loaders(dataset, batch_size=64, device=device)
     train_loader.set_epoch(1)
     for images, labels in train_loader: ...        # float32 [B, 3, H, W] and int64 [B]
 
 Small images are held on the device as uint8 and cropped and mirrored there, a batch at a time.
 Larger ones are read by worker processes. Either way all that is random in an epoch follows from
-the seed, the epoch and the image alone, so any batch of any epoch can be had again.
+the seed, the epoch and the image alone, so any batch of any epoch can be had again, and several
+processes that share each batch see together what one alone would.
 """
 
+import dataclasses
 import os
 import signal
 import sys
 import threading
+import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +33,7 @@ from tqdm import tqdm
 
 SMALL = 64  # pixels: images up to this size are held in memory, larger ones are read by workers
 PAD = 4     # pixels: the paper's crop for CIFAR is of the image with this border of zeros
+NO_LABEL = -100  # F.cross_entropy leaves out what is labelled so
 
 HINT = 'to train without any data: --dataset shapes'
 
@@ -46,6 +51,25 @@ NAMES = tuple(STATISTICS)
 
 SHAPES = ('disk', 'ring', 'square', 'frame', 'triangle up', 'triangle down', 'plus', 'cross',
           'horizontal bars', 'vertical bars')
+# In the order of the labels. The classes of folders are the names of their folders, sorted.
+CLASSES = {
+    'shapes': SHAPES,
+    'svhn': tuple('0123456789'),
+    'cifar10': tuple('airplane automobile bird cat deer dog frog horse ship truck'.split()),
+    'cifar100': tuple('''
+        apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus
+        butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch
+        crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo
+        keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain
+        mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain
+        plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk
+        skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone
+        television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman
+        worm'''.split()),
+}
+
+# Cameras write tags that end too early; the pixels are all there.
+warnings.filterwarnings('ignore', 'Corrupt EXIF data', UserWarning)
 
 
 class DataError(Exception):
@@ -58,16 +82,26 @@ class Description:
 
     name: str
     root: Path
-    num_classes: int
+    classes: tuple   # names, in the order of the labels
     image_size: int  # pixels, the side of the square that the model sees
+    mean: tuple | None = None  # of each channel, 0..255; None: still to be measured
+    std: tuple | None = None
 
     @property
     def in_memory(self):
         return self.image_size <= SMALL
 
+    @property
+    def downloads(self):
+        return self.name in ('cifar10', 'cifar100', 'svhn')
 
-def describe(name, root='work/data', image_size=None):
-    """The number of classes and the image size of a data set, without loading it.
+    def plain(self):
+        """All but the folder, as plain values: what a trained model goes with."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if key != 'root'}
+
+
+def describe(name, root='work/data', image_size=None, split='train'):
+    """The classes and the image size of a data set, without loading it.
 
     Args:
         name: one of `NAMES`.
@@ -76,52 +110,148 @@ def describe(name, root='work/data', image_size=None):
             each of them a folder of images a class.
         image_size: for folder and imagenet. By default 224 or, for a folder of images of at most
             `SMALL` pixels, their own size.
+        split: 'train' or 'test', whose folders are the classes.
 
     Raises:
         DataError: no such folders, or an image size where there is no choice.
     """
     root = Path(root)
     if name in ('imagenet', 'folder'):
-        num_classes = len(_class_names(_split_folder(root, 'train')))
+        folder = _split_folder(root, split)
+        classes = _class_names(folder)
         if image_size is None and name == 'folder':
-            size = _decode(_list_images(root, 'train').samples[0][0]).size
+            size = _decode(_list_images(folder, classes).samples[0][0]).size
             image_size = min(size) if max(size) <= SMALL else None
-        return Description(name, root, num_classes, image_size or 224)
+        image_size = image_size or 224
+        # Large images of any kind are normalised as ImageNet's: models are trained on from its.
+        known = STATISTICS[name if image_size <= SMALL else 'imagenet']
+        return Description(name, root, classes, image_size, *(known or ()))
     if image_size not in (None, 32):
         raise DataError(f'--image-size is for folder and imagenet: {name} has images of 32 pixels')
-    return Description(name, root, 100 if name == 'cifar100' else 10, 32)
+    return Description(name, root, CLASSES[name], 32, *(STATISTICS[name] or ()))
 
 
-def make_loaders(dataset, batch_size, *, device, augment=True, seed=1, workers=0, ten_crop=False):
-    """A loader of the training images, shuffled, and one of the test images, in their order.
+def fetch(dataset):
+    """Download what is not there yet, if it is one of the data sets that torchvision can have."""
+    if dataset.downloads:
+        _read_torchvision(dataset, 'train')
+        _read_torchvision(dataset, 'test')
 
-    Each has `len()`, the number of batches in an epoch, the last of which may be smaller, and
-    `set_epoch(epoch, start=0)`, which goes to batch `start` of an epoch. With `ten_crop` the test
-    images come as [B, 10, 3, H, W].
+
+def make_loaders(dataset, batch_size, *, device, augment=True, seed=1, workers=0, ten_crop=False,
+                 shard=(0, 1)):
+    """The description with mean and standard deviation, a training loader and a test loader.
+
+    The training images are shuffled, the test images come in their order. A loader has `len()`, the
+    number of batches in an epoch, of which the last may be smaller; `set_epoch(epoch, start=0)`,
+    which goes to batch `start` of an epoch; `num_images`, and `images_in(i)` of batch i. With
+    `ten_crop` the test images come as [B, 10, 3, H, W].
+
+    Args:
+        batch_size: of all processes together.
+        shard: (rank, number of processes). Each process gets its part of each batch, as equal as
+            can be. One that has no part of a small last batch gets an image labelled `NO_LABEL`,
+            so that all take the same number of steps.
 
     Raises:
         DataError: data missing or broken, a download impossible, or ten crops of small images.
     """
+    common = dict(batch_size=batch_size, shard=shard, device=device)
+    drawn = dict(shuffle=True, seed=seed)
+    if dataset.in_memory:
+        images, labels = _read_split(dataset, 'train')
+        if dataset.mean is None:
+            mean, std = _measure(images)
+            dataset = dataclasses.replace(dataset, mean=mean, std=std)
+        train = MemoryLoader(images, labels, mean=dataset.mean, std=dataset.std, augment=augment,
+                             **common, **drawn)
+    else:
+        view = (_train_transform if augment else _test_transform)(dataset.image_size)
+        listing = _list_images(_split_folder(dataset.root, 'train'), dataset.classes)
+        train = WorkerLoader(listing.samples, view, mean=dataset.mean, std=dataset.std,
+                             workers=workers, **common, **drawn)
+    return dataset, train, make_test_loader(dataset, workers=workers, ten_crop=ten_crop, **common)
+
+
+def make_test_loader(dataset, batch_size, *, device, workers=0, ten_crop=False, shard=(0, 1)):
+    """As the last one of `make_loaders`; training images are read only to measure what is unknown.
+
+    Raises:
+        DataError: as `make_loaders`.
+    """
     if ten_crop and dataset.in_memory:
         raise DataError(f'--ten-crop is for images larger than {SMALL} pixels, and '
                         f'{dataset.name} has images of {dataset.image_size}')
-    statistics = STATISTICS[dataset.name]
+    common = dict(batch_size=batch_size, shard=shard, device=device)
     if dataset.in_memory:
-        train, test = _read_split(dataset, 'train'), _read_split(dataset, 'test')
-        mean, std = statistics or _measure(train[0])
-        common = dict(batch_size=batch_size, mean=mean, std=std, device=device)
-        return (MemoryLoader(*train, shuffle=True, augment=augment, seed=seed, **common),
-                MemoryLoader(*test, **common))
-    mean, std = statistics or STATISTICS['imagenet']
-    size = dataset.image_size
-    train_view = _train_transform(size) if augment else _test_transform(size)
-    train, test = _list_images(dataset.root, 'train'), _list_images(dataset.root, 'test')
-    common = dict(batch_size=batch_size, mean=mean, std=std, device=device, workers=workers)
-    return (WorkerLoader(train.samples, train_view, shuffle=True, seed=seed, **common),
-            WorkerLoader(test.samples, _test_transform(size, ten_crop), **common))
+        mean, std = (dataset.mean, dataset.std) if dataset.mean is not None else \
+            _measure(_read_split(dataset, 'train')[0])
+        return MemoryLoader(*_read_split(dataset, 'test'), mean=mean, std=std, **common)
+    listing = _list_images(_split_folder(dataset.root, 'test'), dataset.classes)
+    return WorkerLoader(listing.samples, _test_transform(dataset.image_size, ten_crop),
+                        mean=dataset.mean, std=dataset.std, workers=workers, **common)
 
 
-class MemoryLoader:
+def read_image(path, dataset, ten_crop=False):
+    """A file as the model wants to see it, float32 [3, H, W], or [10, 3, H, W] of ten crops.
+
+    Raises:
+        DataError: not an image, or a broken one; or ten crops of a model for small images.
+    """
+    if ten_crop and dataset.in_memory:
+        raise DataError(f'--ten-crop is for images larger than {SMALL} pixels, and this model sees '
+                        f'{dataset.image_size}')
+    image = _decode(path)
+    view = (_square(image, dataset.image_size) if dataset.in_memory
+            else _test_transform(dataset.image_size, ten_crop)(image))
+    return (view.float() - _channels(dataset.mean, 'cpu')) / _channels(dataset.std, 'cpu')
+
+
+class _Order:
+    """Which images a batch of an epoch has, and which of them are this process's."""
+
+    def __init__(self, num_images, batch_size, shard, shuffle, seed):
+        self.num_images, self.batch_size, self.shard = num_images, batch_size, shard
+        self.shuffle, self.seed = shuffle, seed
+        self.num_batches = -(-num_images // batch_size)
+
+    def set_epoch(self, epoch, start):
+        """Returns the generator that the rest of what is random in this epoch is drawn from."""
+        self.start = start
+        # The Mersenne twister looks at 32 bits of the seed; an odd factor keeps all seeds apart.
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**32)
+        self.permutation = (torch.randperm(self.num_images, generator=generator) if self.shuffle
+                            else torch.arange(self.num_images))
+        return generator
+
+    def images_in(self, i):
+        return min(self.batch_size, self.num_images - i * self.batch_size)
+
+    def part(self, i):
+        """Indices of this process's images of batch i, int64; and whether they are to count."""
+        rank, processes = self.shard
+        batch = self.permutation[i * self.batch_size:(i + 1) * self.batch_size]
+        part = batch.tensor_split(processes)[rank]
+        return (part, True) if len(part) else (batch[:1], False)
+
+
+class _Loader:
+    """What loaders have in common; a class of them has `__iter__` as well."""
+
+    def __init__(self, num_images, batch_size, *, mean, std, device, shuffle, seed, shard):
+        self.num_images, self.device = num_images, device
+        self.mean, self.std = _channels(mean, device), _channels(std, device)
+        self.order = _Order(num_images, batch_size, shard, shuffle, seed)
+
+    def __len__(self):
+        return self.order.num_batches
+
+    def images_in(self, i):
+        """The number of images in batch i, in all processes."""
+        return self.order.images_in(i)
+
+
+class MemoryLoader(_Loader):
     """Batches of images [N, 3, H, W] that lie on the device as uint8.
 
     With `augment`, each image is cropped from its zero-padded self and mirrored half of the time
@@ -129,35 +259,30 @@ class MemoryLoader:
     """
 
     def __init__(self, images, labels, batch_size, *, mean, std, device, shuffle=False,
-                 augment=False, seed=1):
+                 augment=False, seed=1, shard=(0, 1)):
         self.images, self.labels = images.to(device), labels.to(device)
-        self.mean, self.std = _channels(mean, device), _channels(std, device)
-        self.num_images, self.batch_size = len(images), batch_size
-        self.shuffle, self.augment, self.seed = shuffle, augment, seed
+        self.augment = augment
+        super().__init__(len(images), batch_size, mean=mean, std=std, device=device,
+                         shuffle=shuffle, seed=seed, shard=shard)
         self.set_epoch(1)
 
     def set_epoch(self, epoch, start=0):
-        n, device = self.num_images, self.images.device
-        generator = _generator(self.seed, epoch)
         # Drawn for the whole epoch at once and on the CPU: the same on every device, and for an
-        # image the same whatever the batch size.
-        order = torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
+        # image the same whatever the batch size and the number of processes.
+        n, generator = self.num_images, self.order.set_epoch(epoch, start)
         offsets = torch.randint(2 * PAD + 1, (n, 2), generator=generator)
         mirrored = torch.randint(2, (n,), generator=generator, dtype=torch.bool)
-        self.order, self.offsets = order.to(device), offsets.to(device)
-        self.mirrored, self.start = mirrored.to(device), start
-
-    def __len__(self):
-        return -(-self.num_images // self.batch_size)
+        self.offsets, self.mirrored = offsets.to(self.device), mirrored.to(self.device)
+        self.order.permutation = self.order.permutation.to(self.device)
 
     def __iter__(self):
-        for i in range(self.start, len(self)):
-            batch = slice(i * self.batch_size, (i + 1) * self.batch_size)
-            chosen = self.order[batch]
+        for i in range(self.order.start, len(self)):
+            chosen, counts = self.order.part(i)
             images = (self.images[chosen].float() - self.mean) / self.std
             if self.augment:
                 images = crop_and_mirror(images, self.offsets[chosen], self.mirrored[chosen])
-            yield images, self.labels[chosen]
+            labels = self.labels[chosen]
+            yield images, labels if counts else torch.full_like(labels, NO_LABEL)
 
 
 def crop_and_mirror(images, offsets, mirrored, pad=PAD):
@@ -176,61 +301,60 @@ def crop_and_mirror(images, offsets, mirrored, pad=PAD):
                   rows[:, None, :, None], columns[:, None, None, :]]
 
 
-class WorkerLoader:
+class WorkerLoader(_Loader):
     """Batches of image files that worker processes decode and transform, to uint8.
 
-    They are normalised on the device: a quarter of the bytes to send there.
+    On CUDA they are copied from pinned memory on a stream of their own, while the device is still
+    at the step before, and normalised there: a quarter of the bytes to send.
     """
 
     def __init__(self, samples, transform, batch_size, *, mean, std, device, workers=0,
-                 shuffle=False, seed=1):
-        self.mean, self.std, self.device = _channels(mean, device), _channels(std, device), device
-        self.num_images = len(samples)
-        self.sampler = _BatchSampler(len(samples), batch_size, shuffle, seed)
+                 shuffle=False, seed=1, shard=(0, 1)):
+        super().__init__(len(samples), batch_size, mean=mean, std=std, device=device,
+                         shuffle=shuffle, seed=seed, shard=shard)
+        on_cuda = device.type == 'cuda'
+        self.copies = torch.cuda.Stream(device) if on_cuda else None
+        self.work = _WorkList(self.order)
         self.loader = DataLoader(
-            _ImageFiles(samples, transform), batch_sampler=self.sampler, num_workers=workers,
-            pin_memory=device.type == 'cuda', persistent_workers=workers > 0,
+            _ImageFiles(samples, transform), batch_sampler=self.work, num_workers=workers,
+            pin_memory=on_cuda, persistent_workers=workers > 0,
             worker_init_fn=_leave_signals_to_main,
             generator=torch.Generator())  # or it would draw from the one that dropout draws from
+        self.set_epoch(1)
 
     def set_epoch(self, epoch, start=0):
-        self.sampler.set_epoch(epoch, start)
-
-    def __len__(self):
-        return self.sampler.num_batches
+        generator = self.order.set_epoch(epoch, start)
+        self.work.seeds = torch.randint(2**31, (self.num_images,), generator=generator)
 
     def __iter__(self):
         try:
-            for images, labels in self.loader:
-                images = images.to(self.device, non_blocking=True)
-                labels = labels.to(self.device, non_blocking=True)
+            for i, (images, labels) in enumerate(self.loader, start=self.order.start):
+                if not self.order.part(i)[1]:
+                    labels.fill_(NO_LABEL)
+                images, labels = self._send(images), self._send(labels)
                 yield (images.float() - self.mean) / self.std, labels
         except DataError as error:  # out of a worker it comes wrapped in that worker's traceback
             raise DataError(str(error).strip().rpartition('DataError: ')[2]) from None
 
+    def _send(self, batch):
+        if self.copies is None:
+            return batch.to(self.device)
+        with torch.cuda.stream(self.copies):
+            batch = batch.to(self.device, non_blocking=True)
+        torch.cuda.current_stream().wait_stream(self.copies)
+        batch.record_stream(torch.cuda.current_stream())  # its memory is free once that is done
+        return batch
 
-class _BatchSampler:
-    """Yields batches of (index, seed): a seed for each image, for its random transforms."""
 
-    def __init__(self, num_images, batch_size, shuffle, seed):
-        self.num_images, self.batch_size = num_images, batch_size
-        self.shuffle, self.seed = shuffle, seed
-        self.num_batches = -(-num_images // batch_size)
-        self.set_epoch(1)
+class _WorkList:
+    """Yields for each batch its (index, seed): a seed an image, for its random transforms."""
 
-    def set_epoch(self, epoch, start=0):
-        generator = _generator(self.seed, epoch)
-        n = self.num_images
-        self.order = torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
-        self.seeds = torch.randint(2**31, (n,), generator=generator)
-        self.start = start
-
-    def __len__(self):
-        return self.num_batches - self.start
+    def __init__(self, order):
+        self.order = order
 
     def __iter__(self):
-        for i in range(self.start, self.num_batches):
-            chosen = self.order[i * self.batch_size:(i + 1) * self.batch_size]
+        for i in range(self.order.start, self.order.num_batches):
+            chosen, _ = self.order.part(i)
             yield list(zip(chosen.tolist(), self.seeds[chosen].tolist()))
 
 
@@ -280,9 +404,39 @@ def _end_when_parent_says():
     os._exit(0)
 
 
-def _generator(seed, epoch):
-    # The Mersenne twister looks at 32 bits of the seed; an odd factor keeps all seeds apart.
-    return torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**32)
+class DataClock:
+    """How long the device waited for batches.
+
+    A GPU's host runs ahead of it and waits for what the GPU does not miss yet: there, events tell
+    when the GPU was done with a step and when it got the next batch.
+    """
+
+    def __init__(self, device):
+        self.on_cuda = device.type == 'cuda'
+        self.restart()
+
+    def restart(self):
+        self.waits = []  # pairs of marks
+        self.step_is_done()
+
+    def _mark(self):
+        if not self.on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def step_is_done(self):
+        self.done = self._mark()
+
+    def batch_is_here(self):
+        self.waits.append((self.done, self._mark()))
+
+    def seconds(self):
+        """Since the last restart; the device must be done with all that it was given."""
+        if self.on_cuda:
+            return sum(done.elapsed_time(here) for done, here in self.waits) / 1e3
+        return sum(here - done for done, here in self.waits)
 
 
 def _channels(values, device):
@@ -297,7 +451,8 @@ def _measure(images):
     counts /= counts.sum(1, keepdim=True)
     mean = counts @ levels
     variance = counts @ levels**2 - mean**2
-    return mean.tolist(), variance.clamp(min=1).sqrt().tolist()  # an empty channel stays finite
+    std = variance.clamp(min=1).sqrt()  # an empty channel stays finite
+    return tuple(mean.tolist()), tuple(std.tolist())
 
 
 def _read_split(dataset, split):
@@ -349,18 +504,17 @@ def _split_folder(root, split):
 
 def _class_names(folder):
     try:
-        return datasets.folder.find_classes(folder)[0]
+        return tuple(datasets.folder.find_classes(folder)[0])
     except OSError as error:
         raise DataError(f'{folder}: {error}') from error
 
 
-def _list_images(root, split):
-    """torchvision's ImageFolder of 'train' or 'test'."""
-    folder = _split_folder(root, split)
-    odd = set(_class_names(folder)) ^ set(_class_names(_split_folder(root, 'train')))
+def _list_images(folder, classes):
+    """torchvision's ImageFolder, whose folders must be those of the classes trained on."""
+    odd = set(_class_names(folder)) ^ set(classes)
     if odd:
-        raise DataError(f'{folder}: the classes are not those of train/: {min(odd)} is in only one '
-                        f'of them')
+        raise DataError(f'{folder}: the class folders are not those trained on: {min(odd)} is in '
+                        f'only one of the two')
     try:
         return datasets.ImageFolder(folder)
     except OSError as error:  # a class folder without images
@@ -368,13 +522,13 @@ def _list_images(root, split):
 
 
 def _read_folder(dataset, split):
-    listing = _list_images(dataset.root, split)
+    listing = _list_images(_split_folder(dataset.root, split), dataset.classes)
     paths, labels = zip(*listing.samples)
     images = torch.empty(len(paths), 3, dataset.image_size, dataset.image_size, dtype=torch.uint8)
     with ThreadPoolExecutor() as pool:
         views = pool.map(lambda path: _square(_decode(path), dataset.image_size), paths)
         bar = tqdm(views, f'reading {split}', len(paths), leave=False,
-                   disable=not sys.stderr.isatty())
+                   disable=not sys.stdout.isatty())
         for i, view in enumerate(bar):
             images[i] = view
     return images, torch.tensor(labels)

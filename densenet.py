@@ -54,6 +54,10 @@ class DenseNet(nn.Module):
     Shapes: images [N, in_channels, H, W] to logits [N, num_classes]; any H and W of at least
     `min_size` pixels.
 
+    Attributes:
+        config: all the arguments, so that `DenseNet(**model.config)` is the same network.
+        min_size: pixels.
+
     Raises:
         ValueError: an argument out of range, or images that are too small or not of that shape.
 
@@ -65,6 +69,11 @@ class DenseNet(nn.Module):
                  compression=0.5, bottleneck=True, small_inputs=False, in_channels=3):
         super().__init__()
         block_config = tuple(block_config)
+        self.config = dict(
+            growth_rate=growth_rate, block_config=block_config, num_init_features=num_init_features,
+            bn_size=bn_size, drop_rate=drop_rate, num_classes=num_classes,
+            memory_efficient=memory_efficient, compression=compression, bottleneck=bottleneck,
+            small_inputs=small_inputs, in_channels=in_channels)
         _check_positive(growth_rate=growth_rate, num_init_features=num_init_features,
                         bn_size=bn_size, num_classes=num_classes, in_channels=in_channels)
         _check_positive(**{f'block_config[{i}]': n for i, n in enumerate(block_config)})

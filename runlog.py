@@ -2,7 +2,7 @@
 
     with claim('work/x') as directory:
         log = RunLog(directory, steps_per_epoch=782, epochs=300)
-        log.train_row(epoch=0.064, loss=2.1, error=78.2, lr=0.1, images_per_second=5100)
+        log.train_row(0.064, loss=2.1, error=78.2, lr=0.1, images_per_second=5100, data_wait=3)
         log.test_row(epoch=1, loss=1.4, error=50.2, error5=6.4)
         log.close()
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-TRAIN_COLUMNS = ('epoch', 'loss', 'error', 'lr', 'images_per_second')
+TRAIN_COLUMNS = ('epoch', 'loss', 'error', 'lr', 'images_per_second', 'data_wait')
 TEST_COLUMNS = ('epoch', 'loss', 'error', 'error5')
 FIGURES = ('loss', 'error', 'loss-error')  # that plot.py draws
 RUN_FILES = ('args.json', 'train.csv', 'test.csv', 'latest.pth', 'best.pth')
@@ -124,17 +124,20 @@ class RunLog:
         self.steps_here += 1
         self.bar.update()
 
-    def train_row(self, epoch, loss, error, lr, images_per_second):
-        """A row of train.csv; `epoch` fractional, `error` in percent."""
+    def train_row(self, epoch, loss, error, lr, images_per_second, data_wait):
+        """A row of train.csv; `epoch` fractional, `error` and `data_wait` in percent.
+
+        `data_wait` is the share of time in which the device waited for data.
+        """
         self.train_csv.write(f'{epoch:.5f}', f'{loss:.6g}', f'{error:.6g}', f'{lr:.6g}',
-                             f'{images_per_second:.1f}')
+                             f'{images_per_second:.1f}', f'{data_wait:.1f}')
         left = timedelta(seconds=round(self._seconds_left()))
-        self.bar.set_postfix_str(f'loss {loss:.4f}, error {error:.2f}%, '
-                                 f'{images_per_second:.0f} images/s, {left} left')
+        speed = f'{images_per_second:.0f} images/s, {data_wait:.0f}% waiting for data'
+        self.bar.set_postfix_str(f'loss {loss:.4f}, error {error:.2f}%, {speed}, {left} left')
         if not sys.stdout.isatty():
             print(f'epoch {self.epoch}/{self.epochs}  step {self.step}/{self.steps_per_epoch}  '
-                  f'loss {loss:.4f}  error {error:.2f}%  lr {lr:g}  '
-                  f'{images_per_second:.0f} images/s  {left} left', flush=True)
+                  f'loss {loss:.4f}  error {error:.2f}%  lr {lr:g}  {speed}  {left} left',
+                  flush=True)
 
     def _seconds_left(self):
         steps_left = (self.epochs - self.epoch + 1) * self.steps_per_epoch - self.step
@@ -172,6 +175,13 @@ class RunLog:
         self.test_csv.close()
 
 
+class NoLog:
+    """The log of a process that is to leave nothing behind: of several, rank 0 alone writes."""
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
+
 class CsvFile:
     """Appends rows; of those of an earlier process it keeps what `keep` says of their epoch.
 
@@ -192,8 +202,10 @@ class CsvFile:
         rows = []
         if self.path.exists():
             with open(self.path, newline='', errors='replace') as file:
-                rows = [row for row in csv.reader(file)
-                        if _is_row(row, self.columns) and self.keep(float(row[0]))]
+                lines = list(csv.reader(file)) or [self.columns]
+            missing = ['nan'] * (len(self.columns) - len(lines[0]))  # an older version had fewer
+            rows = [row + missing for row in lines[1:]
+                    if _is_row(row, lines[0]) and self.keep(float(row[0]))]
         temporary = self.path.with_name(f'.{self.path.name}.tmp')
         with open(temporary, 'w', newline='') as file:
             csv.writer(file, lineterminator='\n').writerows([self.columns, *rows])
@@ -206,7 +218,7 @@ class CsvFile:
 
 
 def _is_row(row, columns):
-    """Not the header, and not what a killed process left of a row."""
+    """Not what a killed process left of a row."""
     try:
         return len([float(value) for value in row]) == len(columns)
     except ValueError:

@@ -1,9 +1,11 @@
 """The loaders against torchvision's transforms, plain loops, and files made in each format."""
 
 import hashlib
-import io
 import pickle
+import subprocess
+import sys
 import tarfile
+import time
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import scipy.io
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import SHARED, write_images
+from conftest import ROOT, SHARED, write_images
 from PIL import Image
 from torchvision import transforms
 
@@ -104,7 +106,7 @@ def test_measured_statistics_are_numpys():
     truth = images.numpy().astype(np.float64)
     np.testing.assert_allclose(mean, truth.mean((0, 2, 3)), rtol=1e-12)
     np.testing.assert_allclose(std, truth.std((0, 2, 3)), rtol=1e-12)
-    assert data._measure(torch.full((2, 3, 4, 4), 7, dtype=torch.uint8))[1] == [1, 1, 1]
+    assert data._measure(torch.full((2, 3, 4, 4), 7, dtype=torch.uint8))[1] == (1, 1, 1)
 
 
 # ---- shapes ----------------------------------------------------------------------------------
@@ -131,14 +133,14 @@ def test_no_linear_classifier_tells_the_shapes_apart():
 # ---- folders of images -----------------------------------------------------------------------
 
 def load(root, batch_size=4, image_size=None, name='folder', **kwargs):
-    dataset = data.describe(name, root, image_size)
-    return dataset, *data.make_loaders(dataset, batch_size, device=CPU, **kwargs)
+    return data.make_loaders(data.describe(name, root, image_size), batch_size, device=CPU,
+                             **kwargs)
 
 
 def test_small_folders_are_held_in_memory_as_they_are(tmp_path):
     write_images(tmp_path, {'train/cat': 3, 'train/dog': 2, 'val/cat': 1, 'val/dog': 2})
     dataset, train, test = load(tmp_path, augment=False)
-    assert (dataset.num_classes, dataset.image_size, dataset.in_memory) == (2, 32, True)
+    assert (dataset.classes, dataset.image_size, dataset.in_memory) == (('cat', 'dog'), 32, True)
     assert len(list(train)) == 2 and train.num_images == 5
     (images, labels), = test
     assert labels.tolist() == [0, 1, 1]
@@ -217,18 +219,85 @@ def test_sixteen_bits_of_grey_keep_their_levels(tmp_path):
     assert image.shape == (4, 4, 3) and image[0, :, 1].tolist() == [0, 50, 100, 200]
 
 
-def test_photographs_of_imagenet():
+def test_photographs_of_cameras_and_printers_become_rgb(tmp_path):
+    rng = np.random.RandomState(0)
+    colours = np.kron(rng.randint(0, 256, (5, 5, 3)), np.ones((16, 16, 1))).astype(np.uint8)
+    picture = Image.fromarray(colours)
+    kinds = {'rgb': picture, 'cmyk': picture.convert('CMYK'), 'grey': picture.convert('L'),
+             'broken exif': picture}
+    for name, image in kinds.items():
+        broken = {'exif': b'Exif\0\0II*\0\x08\0\0\0\x40\0garbage'} if 'exif' in name else {}
+        image.save(tmp_path / f'{name}.jpg', quality=95, **broken)
+    decoded = {name: np.asarray(data._decode(tmp_path / f'{name}.jpg')).astype(float)
+               for name in kinds}
+    for name in ('cmyk', 'broken exif'):
+        assert decoded[name].shape == (80, 80, 3)
+        assert abs(decoded[name] - decoded['rgb']).mean() < 6
+    grey = colours @ (0.299, 0.587, 0.114)
+    assert abs(decoded['grey'] - grey[..., None]).mean() < 4
+    read = subprocess.run([sys.executable, '-c', f'import data; data._decode({str(tmp_path)!r} + '
+                           '"/broken exif.jpg")'], cwd=ROOT, capture_output=True, text=True)
+    assert (read.returncode, read.stderr) == (0, '')  # nor a warning for each photograph
+
+
+@pytest.fixture(scope='module')
+def imagenet_sample(tmp_path_factory):
+    """111 photographs of as many classes, a copy of them in val/, and an Adobe CMYK among them."""
     archive = SHARED / 'imagenet-sample.tar'
     if not archive.exists():
         pytest.skip(f'needs {archive.name}, a photograph of each of 111 classes')
+    root = tmp_path_factory.mktemp('imagenet')
     with tarfile.open(archive) as tar:
-        members = [m for m in tar.getmembers() if m.isfile() and '/val/' in m.name][::8]
-        files = [tar.extractfile(m).read() for m in members]
-    dataset = data._ImageFiles([(io.BytesIO(f), 0) for f in files], data._train_transform(224))
-    for i in range(len(files)):
-        image, _ = dataset[i, i]
-        assert image.shape == (3, 224, 224) and image.dtype == torch.uint8
-        assert image.float().std() > 5  # there is a picture
+        tar.extractall(root, filter='data')
+    return root / 'imagenet-sample'
+
+
+def test_every_photograph_of_imagenet_arrives(imagenet_sample):
+    dataset, train, test = load(imagenet_sample, 16, name='imagenet', workers=2)
+    assert len(dataset.classes) == 111 and dataset.classes[0].startswith('n')
+    for loader in (train, test):
+        images, labels = map(torch.cat, zip(*loader))
+        assert images.shape == (111, 3, 224, 224) and sorted(labels.tolist()) == list(range(111))
+        assert images.flatten(1).std(1).min() > 0.05  # there is a picture
+    paths = sorted(imagenet_sample.glob('val/*/*'))
+    grey = images[[i for i, path in enumerate(paths) if Image.open(path).mode == 'L']]
+    pixels = grey * test.std + test.mean
+    assert len(grey) >= 4
+    torch.testing.assert_close(pixels, pixels[:, :1].expand(-1, 3, -1, -1), rtol=0, atol=1e-3)
+    path = sorted(imagenet_sample.glob('train/*/*'))[7]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:len(whole) // 3])
+    with pytest.raises(DataError, match=f'{path}: cannot be read as an image'):
+        list(train)
+    path.write_bytes(whole)
+
+
+# ---- what several processes get --------------------------------------------------------------
+
+@pytest.mark.parametrize('in_memory', [True, False])
+@pytest.mark.parametrize('processes', [2, 3, 7])
+def test_the_parts_of_several_processes_are_the_batches_of_one(photos, in_memory, processes):
+    def loaders(shard):
+        if in_memory:
+            return [memory_loader(6, shuffle=True, augment=True, shard=shard),
+                    memory_loader(6, shard=shard)]
+        return load(photos, 6, image_size=66, shard=shard)[1:]
+
+    for whole, *parts in zip(loaders((0, 1)),
+                             *(loaders((rank, processes)) for rank in range(processes))):
+        whole.set_epoch(3, start=1)
+        assert {len(part) for part in parts} == {len(whole)}
+        for part in parts:
+            part.set_epoch(3, start=1)
+        for i, ((images, labels), *batches) in enumerate(zip(whole, *parts, strict=True), start=1):
+            assert {part.images_in(i) for part in parts} == {len(images)}
+            counted = [label >= 0 for _, label in batches]
+            assert all(len(label) for label in counted)  # nobody is left without a step
+            found = [tensor[chosen] for pair, chosen in zip(batches, counted) for tensor in pair]
+            assert torch.equal(torch.cat(found[::2]), images)
+            assert torch.equal(torch.cat(found[1::2]), labels)
+            sizes = [int(chosen.sum()) for chosen in counted]
+            assert max(sizes) - min(sizes) <= 1
 
 
 # ---- the formats that are downloaded ---------------------------------------------------------
@@ -259,7 +328,7 @@ def test_reads_the_format_of_cifar(tmp_path, monkeypatch, name):
     monkeypatch.setattr(kind, 'meta', {**kind.meta, 'md5': md5(folder / kind.meta['filename'])})
 
     dataset, train, test = load(tmp_path, name=name, augment=False)
-    assert (dataset.num_classes, dataset.image_size) == (classes, 32)
+    assert (len(dataset.classes), dataset.image_size) == (classes, 32)
     for loader, listing in ((train, 'train_list'), (test, 'test_list')):
         pixels = np.concatenate([p for p, _ in truth[listing]])
         labels = np.concatenate([y for _, y in truth[listing]])
@@ -330,6 +399,38 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path, image_size, workers)
     assert '\n' not in str(caught.value)
 
 
+def test_the_clock_counts_the_time_between_steps(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(data.time, 'perf_counter', lambda: now[0])
+    clock = data.DataClock(CPU)
+    for waiting, working in ((1, 10), (2, 20), (4, 40)):
+        now[0] += waiting
+        clock.batch_is_here()
+        now[0] += working
+        clock.step_is_done()
+    assert clock.seconds() == 7
+    clock.restart()
+    now[0] += 3
+    clock.batch_is_here()
+    assert clock.seconds() == 3
+
+
+@pytest.mark.cuda
+def test_the_clock_counts_what_the_gpu_waits_for_and_not_the_host():
+    clock = data.DataClock(torch.device('cuda'))
+    for waiting in (0.0, 0.2, 0.2):
+        time.sleep(waiting)
+        clock.batch_is_here()
+        torch.cuda._sleep(10**9)  # cycles: about half a second, longer than the host waits
+        clock.step_is_done()
+    torch.cuda.synchronize()
+    assert clock.seconds() < 0.1
+    time.sleep(0.3)
+    clock.batch_is_here()
+    torch.cuda.synchronize()
+    assert 0.2 < clock.seconds() < 0.6
+
+
 def test_options_that_a_data_set_has_not(photos):
     with pytest.raises(DataError, match='--image-size is for'):
         data.describe('cifar10', 'nowhere', 48)
@@ -341,8 +442,8 @@ def test_options_that_a_data_set_has_not(photos):
 def test_batches_on_cuda_are_those_on_the_cpu(photos):
     for size in (32, 66):
         dataset = data.describe('folder', photos, size)
-        cpu, _ = data.make_loaders(dataset, 4, device=CPU)
-        gpu, _ = data.make_loaders(dataset, 4, device=torch.device('cuda'), workers=2)
+        _, cpu, _ = data.make_loaders(dataset, 4, device=CPU)
+        _, gpu, _ = data.make_loaders(dataset, 4, device=torch.device('cuda'), workers=2)
         for (images, labels), (other, other_labels) in zip(cpu, gpu, strict=True):
             torch.testing.assert_close(other.cpu(), images, rtol=1e-6, atol=1e-6)
             assert torch.equal(other_labels.cpu(), labels) and other.is_cuda

@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -529,33 +528,6 @@ def test_copies_and_whole_pickles_are_independent_and_linear():
         assert paths(twin) == {'linear'}
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
     torch.testing.assert_close(gradients[2], gradients[0], rtol=0, atol=0)
-
-
-def distributed_worker(rank, address, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', init_method=address, rank=rank, world_size=2)
-    images, labels = batch(8, dtype=torch.float64)
-    model = nn.parallel.DistributedDataParallel(net('linear', 10).double())
-    mine = slice(4 * rank, 4 * rank + 4)
-    F.cross_entropy(model(images[mine]), labels[mine]).backward()
-    assert paths(model) == {'linear'}
-    torch.save([p.grad for p in model.parameters()], f'{folder}/{rank}.pth')
-    dist.destroy_process_group()
-
-
-def test_ddp_averages_the_gradients_of_two_processes(tmp_path):
-    torch.multiprocessing.spawn(distributed_worker, (f'file://{tmp_path}/store', str(tmp_path)),
-                                nprocs=2)
-    images, labels = batch(8, dtype=torch.float64)
-    expected = []
-    for half in (slice(0, 4), slice(4, 8)):
-        model = net('plain', 10).double()
-        F.cross_entropy(model(images[half]), labels[half]).backward()
-        expected.append([p.grad / 2 for p in model.parameters()])
-    truth = [a + b for a, b in zip(*expected)]
-    for rank in (0, 1):
-        torch.testing.assert_close(torch.load(tmp_path / f'{rank}.pth'), truth, rtol=1e-9,
-                                   atol=1e-12)
 
 
 @pytest.mark.cuda

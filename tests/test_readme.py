@@ -7,10 +7,10 @@ import pytest
 from conftest import ROOT
 
 import bench
+import flags
 import plot
-import train
 
-PARSERS = {'train.py': train.make_parser(), 'plot.py': plot.make_parser(),
+PARSERS = {'train.py': flags.make_parser(), 'plot.py': plot.make_parser(),
            'bench.py': bench.make_parser()}
 # In blocks of commands, and within sentences.
 COMMANDS = re.findall(r'(?:^ {4}|`)python ((?:train|plot|bench)\.py\b(?! --help)[^`#\n]*)',

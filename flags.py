@@ -1,0 +1,318 @@
+"""The flags of train.py: what they are called, their defaults, and what does not go together.
+
+    args = flags.parse_args(['--depth', '40'])
+
+What is not given comes from the checkpoint that --resume names, else from the recipe of the data
+set. The defaults are the paper's, section 4.2; other names of a flag are those of the classic
+repositories.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+from pathlib import Path
+
+import checkpoint
+import data
+import distributed
+from checkpoint import CheckpointError
+
+TORCHVISION_WEIGHTS = ('densenet121', 'densenet161', 'densenet169', 'densenet201')
+ARCHITECTURES = TORCHVISION_WEIGHTS + ('densenet264', 'densenet232_k48', 'densenet264_k48')
+
+# Three ways to say how many layers there are, of which a command may use one.
+LAYER_FLAGS = ('arch', 'depth', 'block_config')
+# What a run is resumed with unchanged.
+FIXED_FLAGS = (*LAYER_FLAGS, 'growth_rate', 'compression', 'bottleneck', 'init_features',
+               'bn_size', 'optimizer', 'freeze_features')
+# Flags of one call of this script; with --resume, all others are by default the checkpoint's.
+CALL_FLAGS = ('save', 'name', 'resume', 'overwrite', 'start_epoch', 'pretrained',
+              'reset_classifier', 'evaluate', 'predict', 'device')
+# Flags that may differ between the machines of one run.
+MACHINE_FLAGS = ('data', 'workers')
+
+
+class UsageError(Exception):
+    """Flags that don't go together or with this machine, said in one line."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # said in one line, without the page of usage before it
+        raise UsageError(message)
+
+
+def number(kind, interval):
+    """An argparse type: int or float, in an interval such as '[0, 1)'."""
+    low, high = map(float, interval[1:-1].split(','))
+    name = {int: 'whole number', float: 'number'}[kind]
+
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            at_an_end = (value == low and interval[0] == '[') or \
+                (value == high and interval[-1] == ']')
+            if low < value < high or at_an_end:
+                return value
+        raise argparse.ArgumentTypeError(f'{text!r} is not a {name} in {interval}')
+    return parse
+
+
+POSITIVE, SHARE = number(int, '[1, inf)'), number(float, '[0, 1)')
+
+
+def make_parser():
+    parser = Parser(prog='train.py', description='Train a DenseNet.', allow_abbrev=False,
+                    epilog='With --resume, flags that are not given are the checkpoint\'s, all '
+                           'but --device.')
+    add_data_and_model_flags(parser)
+    add_recipe_flags(parser)
+    add_run_flags(parser)
+    return parser
+
+
+def add_data_and_model_flags(parser):
+    group = parser.add_argument_group('data')
+    group.add_argument('--dataset', choices=data.NAMES, default='cifar10')
+    group.add_argument('--data', metavar='DIR', default='work/data',
+                       help='where the data are or go (default: %(default)s)')
+    group.add_argument('--image-size', type=POSITIVE, metavar='PIXELS',
+                       help='folder, imagenet (default: 224, or that of small images)')
+    group.add_argument('--augment', action=argparse.BooleanOptionalAction, default=True,
+                       help='crop and mirror (default: yes, svhn: no)')
+    cores = (os.cpu_count() or 1) // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    group.add_argument('--workers', '--nThreads', type=number(int, '[0, inf)'),
+                       default=max(1, min(8, cores)),
+                       help='processes that read images over 64 pixels, for each process of '
+                            'torchrun (default: a core each, at most 8; here %(default)s)')
+
+    group = parser.add_argument_group('model')
+    group.add_argument('--arch', choices=ARCHITECTURES, metavar='NAME',
+                       help=f'one of {", ".join(ARCHITECTURES)}')
+    group.add_argument('--depth', '--layers', type=POSITIVE,
+                       help='L: 6n+4, or 3n+4 without bottleneck (default: 100; imagenet: 121)')
+    group.add_argument('--growth-rate', '--growth', '--growthRate', type=POSITIVE,
+                       help='k (default: 12, or that of the --arch)')
+    group.add_argument('--compression', '--reduce', '--reduction', default=0.5,
+                       type=number(float, '(0, 1]'),
+                       help='share of channels that a transition keeps (default: %(default)s)')
+    group.add_argument('--no-bottleneck', dest='bottleneck', action='store_false',
+                       help='no 1x1 convolution before each 3x3 one')
+    group.add_argument('--block-config', type=POSITIVE, nargs='+', metavar='LAYERS',
+                       help='layers of each block, instead of --depth')
+    group.add_argument('--init-features', type=POSITIVE,
+                       help='width of the first convolution (default: 2k with bottleneck and '
+                            'compression, else 16; ImageNet\'s: 2k)')
+    group.add_argument('--bn-size', type=POSITIVE, default=4,
+                       help='width of the bottleneck, times k (default: %(default)s)')
+    group.add_argument('--drop-rate', '--droprate', '--dropRate', type=SHARE, default=0.0,
+                       help='dropout (default: 0; svhn, and cifar without augmentation: 0.2)')
+    group.add_argument('--memory-efficient', action='store_true',
+                       help='recompute instead of storing: less memory, more time')
+
+
+def add_recipe_flags(parser):
+    group = parser.add_argument_group('recipe')
+    group.add_argument('--epochs', '--nEpochs', type=POSITIVE, default=300,
+                       help='(default: %(default)s; svhn: 40, imagenet: 90)')
+    group.add_argument('--batch-size', '-b', '--batchSz', '--batchSize', type=POSITIVE, default=64,
+                       help='of all processes together (default: %(default)s; imagenet: 256)')
+    group.add_argument('--grad-accum', type=POSITIVE, default=1, metavar='N',
+                       help='run each batch in N parts, for less memory (default: %(default)s)')
+    group.add_argument('--optimizer', '--opt', choices=('sgd', 'adam', 'adamw', 'rmsprop'),
+                       default='sgd', help='sgd has Nesterov momentum (default: %(default)s)')
+    group.add_argument('--lr', '--learning-rate', '--LR', type=number(float, '(0, inf)'),
+                       help='at the start (default: sgd 0.1, adam and adamw 0.001, rmsprop 0.01)')
+    group.add_argument('--lr-schedule', '--lrShape', choices=('multistep', 'cosine'),
+                       default='multistep',
+                       help='multistep: a tenth from 50%% and again from 75%% of the epochs on '
+                            '(imagenet: after each third); cosine: to 0, step by step '
+                            '(default: %(default)s)')
+    group.add_argument('--warmup-epochs', type=number(float, '[0, inf)'), default=0.0,
+                       metavar='EPOCHS', help='let the rate rise to that of the schedule, from a '
+                       'hundredth of it, step by step (default: 0)')
+    group.add_argument('--momentum', type=SHARE, default=0.9,
+                       help='of sgd and rmsprop (default: %(default)s)')
+    group.add_argument('--weight-decay', '--wd', '--weightDecay', type=number(float, '[0, inf)'),
+                       default=1e-4, help='on every parameter (default: %(default)s)')
+    group.add_argument('--label-smoothing', type=SHARE, default=0.0, help='(default: %(default)s)')
+    group.add_argument('--seed', '--manualSeed', type=number(int, '[0, 4294967295]'), default=1,
+                       help='(default: %(default)s)')
+
+
+def add_run_flags(parser):
+    group = parser.add_argument_group('machine')
+    group.add_argument('--device', choices=('auto', 'cpu', 'cuda', 'mps'), default='auto',
+                       help='(default: cuda if there is one, else cpu)')
+    group.add_argument('--no-cuda', dest='device', action='store_const', const='cpu',
+                       help='the same as --device cpu')
+    group.add_argument('--precision', choices=('auto', 'fp32', 'tf32', 'bf16', 'fp16'),
+                       default='auto', help='of the arithmetic; weights, statistics and losses are '
+                       'fp32 (default: bf16 on cuda, tf32 where it has none; fp32 elsewhere)')
+    group.add_argument('--cuda-graph', action=argparse.BooleanOptionalAction,
+                       help='launch a training step as one CUDA graph (default: yes on cuda)')
+    group.add_argument('--compile', action='store_true', help='torch.compile: minutes to start')
+    group.add_argument('--sync-bn', action='store_true',
+                       help='batch statistics over all GPUs of torchrun, not each one\'s own')
+
+    group = parser.add_argument_group('run')
+    group.add_argument('--name', help='the run directory is work/NAME (default: <dataset>.base)')
+    group.add_argument('--save', metavar='DIR', help='the run directory, wherever you like')
+    again = group.add_mutually_exclusive_group()
+    again.add_argument('--resume', nargs='?', const='', metavar='CHECKPOINT',
+                       help='go on from a checkpoint (default: latest.pth of the run directory)')
+    again.add_argument('--overwrite', action='store_true', help='replace the run that is there')
+    group.add_argument('--start-epoch', type=POSITIVE, metavar='EPOCH',
+                       help='start at the beginning of this epoch, counted from 1')
+    group.add_argument('--pretrained', '--retrain', nargs='?', const='', metavar='FILE',
+                       help='start from the weights in a file (default: torchvision\'s for --arch)')
+    group.add_argument('--reset-classifier', '--resetClassifier', action='store_true',
+                       help='of --pretrained take all but the classifier')
+    group.add_argument('--freeze-features', action='store_true',
+                       help='train the classifier alone; all else stays as --pretrained has it')
+    group.add_argument('--evaluate', '--testOnly', action='store_true',
+                       help='only test what --resume or --pretrained names')
+    group.add_argument('--predict', nargs='+', metavar='IMAGE',
+                       help='only say what --resume or --pretrained sees in these files')
+    group.add_argument('--ten-crop', '--tenCrop', action='store_true',
+                       help='test on ten crops of each image over 64 pixels')
+    group.add_argument('--print-freq', '-p', type=POSITIVE, default=50, metavar='STEPS',
+                       help='steps to a row of train.csv (default: %(default)s)')
+    group.add_argument('--tensorboard', action='store_true', help='write event files as well')
+    group.add_argument('--no-plot', dest='plot', action='store_false',
+                       help='draw no figures after each epoch')
+
+
+def parse_args(argv=None):
+    """The flags; what is not given comes from the resumed checkpoint, else from the data set.
+
+    Raises:
+        UsageError: flags that are wrong, don't go together, or differ between processes.
+        CheckpointError: nothing to resume.
+    """
+    parser = make_parser()
+    with distributed.all_or_none():
+        args = parser.parse_args(argv)
+    check_same_flags(args)
+    restart = flags_of_a_restart(args)
+    start = argparse.Namespace(**{**vars(args), **restart})
+    if start.resume is not None:
+        restart['resume'] = path = resume_path(start)
+        saved = distributed.of_rank_0(lambda: saved_flags(path))
+        own = set(CALL_FLAGS)
+        if any(getattr(args, flag) is not None for flag in LAYER_FLAGS):
+            own.update(LAYER_FLAGS)
+        parser.set_defaults(**{flag: saved[flag] for flag in vars(args)
+                               if flag in saved and flag not in own})
+    else:
+        parser.set_defaults(**recipe(args))
+    args = argparse.Namespace(**{**vars(parser.parse_args(argv)), **restart})
+    check_flags(args)
+    return args
+
+
+def saved_flags(path):
+    saved = checkpoint.load(path)
+    if not all(isinstance(saved.get(key), dict) for key in ('args', 'dataset', 'model')):
+        raise CheckpointError(f'{path} holds no run to resume; for weights alone --pretrained')
+    return saved['args']
+
+
+def check_same_flags(args):
+    first, *others = distributed.all_gather(vars(args))
+    for rank, other in enumerate(others, start=1):
+        for flag, value in first.items():
+            if flag not in MACHINE_FLAGS and other[flag] != value:
+                raise UsageError(f'the processes have different flags: {flag} is {value} in rank 0 '
+                                 f'and {other[flag]} in rank {rank}')
+
+
+def flags_of_a_restart(args):
+    """What changes where `torchrun --max-restarts` watches over the run.
+
+    A run that this torchrun has begun goes on from its latest checkpoint, whatever it was begun
+    from; and with --resume, one that has no checkpoint yet begins.
+    """
+    if not distributed.may_restart() or args.evaluate or args.predict:
+        return {}
+    directory = run_directory(args)
+    if distributed.of_rank_0(lambda: launched_here(directory)):
+        return dict(resume=str(directory / 'latest.pth'), overwrite=False, pretrained=None,
+                    reset_classifier=False, start_epoch=None)
+    if args.resume == '' and not distributed.of_rank_0((directory / 'latest.pth').exists):
+        return dict(resume=None)
+    return {}
+
+
+def launched_here(directory):
+    """Is the run in this directory one that this very torchrun has begun, and saved?"""
+    try:
+        record = json.loads((directory / 'args.json').read_text())
+        return (record['launcher'] == distributed.launcher()
+                and (directory / 'latest.pth').exists())
+    except (OSError, ValueError, KeyError, TypeError):  # no run, or one of another kind
+        return False
+
+
+def recipe(args):
+    """Defaults that depend on other flags: the paper's (section 4.2), those of the optimizers."""
+    lr = {'sgd': 0.1, 'adam': 1e-3, 'adamw': 1e-3, 'rmsprop': 1e-2}[args.optimizer]
+    if args.dataset == 'svhn':
+        return dict(lr=lr, epochs=40, drop_rate=0.2, augment=False)
+    if args.dataset == 'imagenet':
+        return dict(lr=lr, epochs=90, batch_size=256)
+    if args.dataset in ('cifar10', 'cifar100') and not args.augment:
+        return dict(lr=lr, drop_rate=0.2)
+    return dict(lr=lr)
+
+
+def check_flags(args):
+    processes = distributed.world_size()
+    for flag in ('evaluate', 'predict', 'freeze_features'):
+        if getattr(args, flag) and args.resume is None and args.pretrained is None:
+            raise UsageError(f'--{flag.replace("_", "-")} needs a model: --resume CHECKPOINT or '
+                             f'--pretrained [FILE]')
+    if args.evaluate and args.predict:
+        raise UsageError('--evaluate and --predict exclude each other')
+    if args.predict and processes > 1:
+        raise UsageError('--predict is for one process: python train.py, without torchrun')
+    if args.resume is not None and args.pretrained is not None:
+        raise UsageError('--resume and --pretrained exclude each other: both bring weights')
+    if args.reset_classifier and args.pretrained is None:
+        raise UsageError('--reset-classifier is for the weights of --pretrained')
+    if args.reset_classifier and args.predict:
+        raise UsageError('--reset-classifier leaves nothing to --predict with')
+    if args.pretrained == '' and args.arch not in TORCHVISION_WEIGHTS:
+        raise UsageError(f'--pretrained without a file needs --arch: torchvision has weights of '
+                         f'{", ".join(TORCHVISION_WEIGHTS)}')
+    if sum(getattr(args, flag) is not None for flag in LAYER_FLAGS) > 1:
+        raise UsageError('--arch, --depth and --block-config exclude each other: give one')
+    if processes > args.batch_size:
+        raise UsageError(f'--batch-size {args.batch_size} is that of all processes together, and '
+                         f'there are {processes}: give each of them an image or more')
+    if args.grad_accum * processes > args.batch_size:
+        share = f'the share of one of {processes} processes of ' * (processes > 1)
+        raise UsageError(f'--grad-accum {args.grad_accum} is more parts than {share}a batch of '
+                         f'{args.batch_size} has images')
+    if args.start_epoch and args.start_epoch > args.epochs:
+        raise UsageError(f'--start-epoch {args.start_epoch} is after the last of {args.epochs}')
+    if args.warmup_epochs > args.epochs:
+        raise UsageError(f'--warmup-epochs {args.warmup_epochs:g} is longer than --epochs '
+                         f'{args.epochs}')
+
+
+def run_directory(args):
+    """--save, or work/<name>, or where the resumed checkpoint lies, or work/<dataset>.base."""
+    if args.save:
+        return Path(args.save)
+    if args.name:
+        return Path('work', args.name)
+    if args.resume:
+        return Path(args.resume).parent
+    return Path('work', f'{args.dataset}.base')
+
+
+def resume_path(args):
+    """The checkpoint that --resume means: a file, or latest.pth of a run directory."""
+    path = Path(args.resume or run_directory(args))
+    return str(path / 'latest.pth' if path.is_dir() or not args.resume else path)

@@ -1,0 +1,258 @@
+"""What is done with weights: fine-tuning, evaluating, predicting, torch.hub, and the README's code."""
+
+import argparse
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import ROOT, write_images
+from PIL import Image
+from test_train import SMALL, fails, read_csv
+from torchvision import transforms
+
+import checkpoint
+import data
+import densenet
+import train
+
+NARROW = dict(growth_rate=4, block_config=(2, 2), num_init_features=8)
+NARROW_FLAGS = ['--growth-rate', 4, '--block-config', 2, 2, '--init-features', 8, '--workers', 0,
+                '--batch-size', 4, '--device', 'cpu', '--no-plot']
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    """Dark and bright images of more than 64 pixels: a folder that even a small net learns."""
+    root, rng = tmp_path_factory.mktemp('photos'), np.random.RandomState(0)
+    for split, count in (('train', 6), ('val', 3)):
+        for label, low in (('bright', 150), ('dark', 0)):
+            (root / split / label).mkdir(parents=True)
+            for i in range(count):
+                image = rng.randint(low, low + 100, (80, 90, 3)).astype(np.uint8)
+                Image.fromarray(image).save(root / split / label / f'{i}.png')
+    return root
+
+
+@pytest.fixture(scope='module')
+def trained(photos, tmp_path_factory):
+    run = tmp_path_factory.mktemp('trained')
+    train.main([*map(str, ['--dataset', 'folder', '--data', photos, '--image-size', 66,
+                           *NARROW_FLAGS, '--epochs', 3, '--lr', 0.02, '--save', run])])
+    return run
+
+
+def run(capsys, *argv):
+    capsys.readouterr()
+    train.main(list(map(str, argv)))
+    return capsys.readouterr().out.splitlines()
+
+
+# ---- fine-tuning -----------------------------------------------------------------------------
+
+def torchvisions(path):
+    model = torchvision.models.DenseNet(**NARROW)
+    for norm in (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        torch.nn.init.uniform_(norm.running_mean)
+    torch.save(model.state_dict(), path)
+    return model.state_dict()
+
+
+@pytest.mark.parametrize('frozen', [True, False])
+def test_fine_tuning_from_a_state_dict_of_torchvisions(photos, tmp_path, capsys, frozen):
+    theirs = torchvisions(tmp_path / 'theirs.pth')
+    argv = ['--dataset', 'folder', '--data', photos, '--image-size', 66, *NARROW_FLAGS, '--epochs',
+            2, '--pretrained', tmp_path / 'theirs.pth', '--save', tmp_path / 'run']
+    error = fails(capsys, *argv)
+    assert 'classifier.weight is [1000' in error and '--reset-classifier' in error
+    assert not (tmp_path / 'run').exists()
+    train.main([*map(str, argv), '--reset-classifier', *['--freeze-features'] * frozen])
+    saved = checkpoint.load(tmp_path / 'run/latest.pth')
+    ours = saved['model']
+    assert ours['classifier.weight'].shape[0] == 2
+    kept = {key: torch.equal(ours[key], theirs[key]) for key in theirs if 'features' in key}
+    assert kept and (all(kept.values()) if frozen else not any(
+        same for key, same in kept.items() if 'num_batches' not in key))
+    assert len(saved['optimizer']['state']) == (2 if frozen else len(list(
+        densenet.DenseNet(**NARROW).parameters())))
+    before = ours['classifier.weight']
+    train.main(['--save', str(tmp_path / 'run'), '--resume', '--epochs', '3', '--device', 'cpu'])
+    ours = checkpoint.load(tmp_path / 'run/latest.pth')['model']
+    assert not torch.equal(ours['classifier.weight'], before)
+    assert torch.equal(ours['features.conv0.weight'], theirs['features.conv0.weight']) == frozen
+
+
+def test_weights_of_timms_in_three_kinds_of_files(tmp_path, photos, capsys):
+    timm = pytest.importorskip('timm', reason='needs timm')
+    safetensors = pytest.importorskip('safetensors.torch', reason='needs safetensors')
+    model = timm.models.densenet.DenseNet(growth_rate=4, block_config=(2, 2), num_classes=2).eval()
+    state = model.state_dict()
+    torch.save(state, tmp_path / 'bare.pth')
+    torch.save({'epoch': 3, 'arch': 'densenet', 'state_dict': state,
+                'args': argparse.Namespace(lr=0.1, model='densenet')}, tmp_path / 'run.pth.tar')
+    safetensors.save_file(state, tmp_path / 'model.safetensors')
+    truth = None
+    for name in ('bare.pth', 'run.pth.tar', 'model.safetensors'):
+        line, = run(capsys, '--evaluate', '--pretrained', tmp_path / name, '--dataset', 'folder',
+                    '--data', photos, '--image-size', 66, *NARROW_FLAGS)
+        dataset = data.describe('folder', photos, 66)
+        loader = data.make_test_loader(dataset, 4, device=torch.device('cpu'))
+        truth = truth or train.evaluate(model, loader, torch.autocast('cpu', enabled=False))
+        assert line == (f'test loss {truth[0]:.4f}, error {truth[1]:.2f}%, '
+                        f'top-5 error {truth[2]:.2f}%')
+    (tmp_path / 'broken.safetensors').write_bytes(b'nothing')
+    assert 'broken.safetensors cannot be read' in fails(
+        capsys, '--evaluate', '--pretrained', tmp_path / 'broken.safetensors', '--dataset',
+        'folder', '--data', photos, *NARROW_FLAGS)
+
+
+# ---- evaluating and predicting ---------------------------------------------------------------
+
+def test_one_crop_and_ten(trained, photos, capsys):
+    one, = run(capsys, '--evaluate', '--resume', trained / 'latest.pth', '--device', 'cpu')
+    error = float(read_csv(trained / 'test.csv')[-1]['error'])
+    assert f'error {error:.2f}%' in one
+    both = run(capsys, '--evaluate', '--resume', trained / 'latest.pth', '--device', 'cpu',
+               '--ten-crop')
+    assert both[0] == f'one crop: {one}' and both[1].startswith('ten crops: test loss ')
+
+
+def test_densenet121_at_224_pixels_trains_a_few_steps_and_is_tested_on_ten_crops(
+        photos, tmp_path, capsys):
+    lines = run(capsys, '--dataset', 'imagenet', '--data', photos, '--arch', 'densenet121',
+                '--batch-size', 4, '--epochs', 1, '--print-freq', 1, '--ten-crop', '--workers', 1,
+                '--device', 'cpu', '--no-plot', '--save', tmp_path / 'run')
+    assert re.match(r'densenet121: 6,955,906 parameters; imagenet: 12 training and 6 test images '
+                    r'of 224 pixels, 2 classes', lines[0])
+    assert [row['epoch'] for row in read_csv(tmp_path / 'run/train.csv')] == [
+        '0.33333', '0.66667', '1.00000']
+    assert all(0 <= float(row['data_wait']) <= 100
+               for row in read_csv(tmp_path / 'run/train.csv'))
+    assert len(read_csv(tmp_path / 'run/test.csv')) == 1
+
+
+def test_evaluation_needs_no_training_images(trained, photos, tmp_path, capsys):
+    truth = run(capsys, '--evaluate', '--resume', trained / 'latest.pth', '--device', 'cpu')
+    (tmp_path / 'only').mkdir()
+    (tmp_path / 'only/val').symlink_to(photos / 'val')
+    assert run(capsys, '--evaluate', '--resume', trained / 'latest.pth', '--device', 'cpu',
+               '--data', tmp_path / 'only') == truth
+    write_images(tmp_path / 'other', {'val/bright': 1, 'val/dim': 1}, (70, 70))
+    assert 'dark is in only one of them' in fails(
+        capsys, '--evaluate', '--resume', trained / 'latest.pth', '--data', tmp_path / 'other')
+
+
+def test_small_images_are_normalised_as_the_model_was_trained(tmp_path, capsys):
+    folder = write_images(tmp_path / 'f', {'train/a': 6, 'train/b': 6, 'val/a': 3, 'val/b': 3},
+                          (8, 8))
+    train.main(['--dataset', 'folder', '--data', str(folder), *SMALL, '--epochs', '1', '--save',
+                str(tmp_path / 'run')])
+    truth = read_csv(tmp_path / 'run/test.csv')[0]
+    for path in folder.glob('train/*/*'):
+        Image.new('RGB', (8, 8), (3, 5, 250)).save(path)
+    line, = run(capsys, '--evaluate', '--resume', tmp_path / 'run/latest.pth', '--device', 'cpu')
+    assert line.startswith(f'test loss {float(truth["loss"]):.4f}, ')
+
+
+@pytest.mark.parametrize('flags', [[], ['--ten-crop']])
+def test_predictions_are_the_probabilities_of_the_classes(trained, photos, capsys, flags):
+    files = [photos / 'val/dark/0.png', photos / 'val/bright/1.png']
+    lines = run(capsys, '--predict', *files, '--resume', trained / 'latest.pth', '--device', 'cpu',
+                *flags)
+    saved = torch.load(trained / 'latest.pth', weights_only=True)
+    model = densenet.DenseNet(**saved['config']).eval()
+    model.load_state_dict(saved['model'])
+    mean, std = ([value / 255 for value in saved['dataset'][key]] for key in ('mean', 'std'))
+    crop = transforms.TenCrop(66) if flags else transforms.CenterCrop(66)
+    for path, line in zip(files, lines, strict=True):
+        crops = crop(transforms.Resize(75)(Image.open(path)))
+        images = torch.stack([transforms.Normalize(mean, std)(transforms.functional.to_tensor(c))
+                              for c in (crops if flags else [crops])])
+        with torch.no_grad():
+            shares = model(images).mean(0).softmax(0)
+        first = int(shares.argmax())
+        expected = [f'{("bright", "dark")[label]} {100 * shares[label]:.2f}%'
+                    for label in (first, 1 - first)]
+        assert line == f'{path}: {", ".join(expected)}'
+    assert 'dark' in lines[0].split(': ')[1].split()[0]
+
+
+def test_predictions_of_imagenets_models_have_words(tmp_path, photos, monkeypatch, capsys):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    file = torchvision.models.DenseNet121_Weights.DEFAULT.url.rpartition('/')[2]
+    (tmp_path / 'hub/checkpoints').mkdir(parents=True)
+    model = torchvision.models.densenet121()
+    with torch.no_grad():
+        model.classifier.bias[[0, 999]] = torch.tensor([30.0, 29.0])
+    torch.save(model.state_dict(), tmp_path / 'hub/checkpoints' / file)
+    line, = run(capsys, '--predict', photos / 'val/dark/0.png', '--pretrained', '--arch',
+                'densenet121', '--device', 'cpu', '--image-size', 96)
+    assert re.search(r': tench \d+\.\d\d%, toilet tissue \d', line) and line.count('%') == 5
+
+
+def test_what_cannot_be_predicted(trained, tmp_path, capsys):
+    (tmp_path / 'text.jpg').write_text('no picture')
+    resume = ['--resume', trained / 'latest.pth', '--device', 'cpu']
+    assert 'text.jpg: cannot be read' in fails(capsys, '--predict', tmp_path / 'text.jpg', *resume)
+    assert 'nowhere.jpg: cannot be read' in fails(capsys, '--predict', 'nowhere.jpg', *resume)
+    assert 'needs a model' in fails(capsys, '--predict', 'x.jpg')
+    assert 'exclude each other' in fails(capsys, '--predict', 'x.jpg', '--evaluate', *resume)
+    error = fails(capsys, '--predict', 'x.jpg', '--pretrained', trained / 'latest.pth',
+                  *NARROW_FLAGS)
+    assert 'by --resume' in error
+
+
+# ---- in other projects -----------------------------------------------------------------------
+
+def test_the_hub_has_the_networks_from_a_clone(tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    (tmp_path / 'hub/checkpoints').mkdir(parents=True)
+    for name, parameters in (('densenet_cifar', 769_162), ('densenet264', 33_337_704)):
+        model = torch.hub.load(str(ROOT), name, source='local')
+        assert sum(p.numel() for p in model.parameters()) == parameters
+    weights = torchvision.models.DenseNet121_Weights.DEFAULT.url.rpartition('/')[2]
+    theirs = torchvision.models.densenet121().eval()
+    torch.save(theirs.state_dict(), tmp_path / 'hub/checkpoints' / weights)
+    ours = torch.hub.load(str(ROOT), 'densenet121', source='local', pretrained=True).eval()
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-4)
+    # A whole clone is not needed on the path: it is loaded as a stranger would.
+    elsewhere = subprocess.run(
+        [sys.executable, '-c', f'import torch; print(len(list(torch.hub.load({str(ROOT)!r}, '
+         '"densenet121", source="local", num_classes=7).parameters())))'],
+        cwd=tmp_path, capture_output=True, text=True)
+    assert elsewhere.stdout.strip() == '364', elsewhere.stderr
+
+
+def python_blocks(heading):
+    """The Python code under a heading of the README, as one text."""
+    section = (ROOT / 'README.md').read_text().split(f'# {heading}\n')[1].split('\n#')[0]
+    return '\n'.join(re.findall(r'```python\n(.*?)```', section, re.DOTALL))
+
+
+@pytest.mark.filterwarnings('ignore')  # the exporters warn of their own future
+def test_the_readmes_code_loads_and_exports(trained, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'work').mkdir()
+    (tmp_path / 'work/flowers').symlink_to(trained)
+    (tmp_path / 'photo.jpg').symlink_to(photos / 'val/dark/0.png')
+    names = {}
+    code = python_blocks('Use what was trained')
+    loading, _, exporting = code.partition('# Export')
+    exec(loading, names)
+    model, image = names['model'], names['image']
+    assert names['saved']['dataset']['classes'][names['label']] == 'dark'
+    pytest.importorskip('onnxscript', reason='needs onnxscript, which the ONNX exporter needs')
+    onnxruntime = pytest.importorskip('onnxruntime', reason='needs onnxruntime')
+    exec(exporting, names)
+    batch = torch.randn(5, *image.shape[1:])
+    with torch.no_grad():
+        truth = model(batch)
+    exported = torch.export.load('densenet.pt2').module()
+    torch.testing.assert_close(exported(batch), truth, rtol=1e-5, atol=1e-5)
+    session = onnxruntime.InferenceSession('densenet.onnx', providers=['CPUExecutionProvider'])
+    logits, = session.run(None, {session.get_inputs()[0].name: batch.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), truth, rtol=1e-4, atol=1e-4)
