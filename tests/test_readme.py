@@ -13,7 +13,8 @@ import plot
 PARSERS = {'train.py': flags.make_parser(), 'plot.py': plot.make_parser(),
            'bench.py': bench.make_parser()}
 # In blocks of commands, and within sentences.
-COMMANDS = re.findall(r'(?:^ {4}|`)python ((?:train|plot|bench)\.py\b(?! --help)[^`#\n]*)',
+COMMANDS = re.findall(r'(?:^ {4}|`)(?:python|torchrun.*?) '
+                      r'((?:train|plot|bench)\.py\b(?! --help)[^`#\n]*)',
                       (ROOT / 'README.md').read_text(), re.MULTILINE)
 
 
