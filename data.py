@@ -176,6 +176,8 @@ def make_loaders(dataset, batch_size, *, device, augment=True, seed=1, workers=0
 def make_test_loader(dataset, batch_size, *, device, workers=0, ten_crop=False, shard=(0, 1)):
     """As the last one of `make_loaders`; training images are read only to measure what is unknown.
 
+    With `ten_crop` there is a tenth of the images in a batch, and so as many crops.
+
     Raises:
         DataError: as `make_loaders`.
     """
@@ -188,6 +190,8 @@ def make_test_loader(dataset, batch_size, *, device, workers=0, ten_crop=False, 
             _measure(_read_split(dataset, 'train')[0])
         return MemoryLoader(*_read_split(dataset, 'test'), mean=mean, std=std, **common)
     listing = _list_images(_split_folder(dataset.root, 'test'), dataset.classes)
+    if ten_crop:
+        common['batch_size'] = -(-batch_size // 10)
     return WorkerLoader(listing.samples, _test_transform(dataset.image_size, ten_crop),
                         mean=dataset.mean, std=dataset.std, workers=workers, **common)
 

@@ -447,7 +447,10 @@ def evaluate(model, loader, autocast, stop=None):
 
 
 class StopSignals:
-    """Notes SIGINT and SIGTERM, for the loop to stop after its step; the second one kills."""
+    """Notes SIGINT and SIGTERM, for the loop to stop after its step; a second SIGINT kills.
+
+    SIGTERM may well come twice: from a scheduler, and from the torchrun that it has told as well.
+    """
 
     received = 0
     FAILED = 1000  # greater than the number of any signal
@@ -463,7 +466,7 @@ class StopSignals:
 
     def note(self, signum, _):
         self.received = signum
-        signal.signal(signum, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def check(self, error=None):
         """Raises `error`, or what it means to the other processes, or for a signal Interrupted."""
@@ -716,10 +719,11 @@ def main(argv=None):
                 checkpoint.load_weights(model, saved.get('model'), args.resume)
             model = prepare_model(model, args, device)
         autocast = make_autocast(precision, device)
+        if distributed.world_size() > 1:  # or they would write into each other's files
+            distributed.in_turns(functools.partial(data.fetch, dataset))
         if args.predict:
             predict(model, dataset, device, autocast, args)
         elif args.evaluate:
-            distributed.in_turns(functools.partial(data.fetch, dataset))
             print_errors(model, dataset, device, autocast, args)
         else:
             directory = flags.run_directory(args)
@@ -729,7 +733,6 @@ def main(argv=None):
                     if distributed.rank() == 0:
                         stack.enter_context(runlog.claim(
                             directory, may_hold_run=goes_on or args.overwrite))
-                distributed.in_turns(functools.partial(data.fetch, dataset))
                 with distributed.all_or_none():
                     dataset, *loaders = data.make_loaders(
                         dataset, args.batch_size, device=device, augment=args.augment,

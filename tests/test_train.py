@@ -133,14 +133,23 @@ def test_learning_rate_of_the_recipes():
         short = parse_args(['--dataset', dataset, '--epochs', '1'])
         assert learning_rate(short, 1) == 0.1
 
-    args = parse_args(['--lr-schedule', 'cosine', '--epochs', '10'])
-    weight = torch.nn.Parameter(torch.zeros(()))
-    torchs = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD([weight], lr=0.1), 40)
-    for step in range(40):  # ten epochs of four steps
-        ours = learning_rate(args, 1 + step // 4, step % 4 / 4)
-        assert math.isclose(ours, torchs.get_last_lr()[0], rel_tol=1e-9)
-        torchs.optimizer.step()
-        torchs.step()
+    from torch.optim import lr_scheduler
+    for warmup in (0, 2.5):
+        args = parse_args(['--lr-schedule', 'cosine', '--epochs', '10', '--warmup-epochs',
+                           str(warmup)])
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=0.1)
+        torchs = lr_scheduler.CosineAnnealingLR(optimizer, 40)
+        if warmup:
+            torchs = lr_scheduler.ChainedScheduler([
+                torchs, lr_scheduler.LinearLR(optimizer, 0.01, total_iters=10)])
+        for step in range(40):  # ten epochs of four steps
+            ours = learning_rate(args, 1 + step // 4, step % 4 / 4)
+            assert math.isclose(ours, optimizer.param_groups[0]['lr'], rel_tol=1e-9)
+            optimizer.step()
+            torchs.step()
+    imagenet = parse_args('--dataset imagenet --lr 0.8 --warmup-epochs 5'.split())
+    rates = [learning_rate(imagenet, epoch) for epoch in (1, 6, 30, 31)]
+    assert np.allclose(rates, [0.008, 0.8, 0.8, 0.08])
 
 
 # ---- the step and the evaluation -------------------------------------------------------------
@@ -312,6 +321,30 @@ def test_without_a_graph_it_says_why_if_one_was_asked_for(capsys):
     for argv in ([], ['--no-cuda-graph']):
         step_and_state(argv)
         assert capsys.readouterr().out == ''
+
+
+def test_no_graph_for_several_processes(capsys, monkeypatch):
+    args = parse_args([])
+    monkeypatch.setattr(train.distributed, 'world_size', lambda: 2)
+    monkeypatch.setattr(train.distributed, 'wrap', lambda model: model)
+    state = SimpleNamespace(model=None, interval=SimpleNamespace(device=torch.device('cuda')),
+                            scaler=torch.amp.GradScaler('cpu', enabled=False))
+    assert train.make_step(args, state, SHAPES, NO_AUTOCAST).func is train_step
+    assert 'by itself: several processes' in capsys.readouterr().out
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setattr(torch.cuda, 'set_device', Mock())
+    monkeypatch.setattr(train.distributed, 'world_size', lambda: 4)
+    for rank, device in ((0, 'cuda:0'), (1, 'cuda:1')):
+        monkeypatch.setattr(train.distributed, 'local_rank', Mock(return_value=rank))
+        assert train.choose_device('auto') == torch.device(device)
+        torch.cuda.set_device.assert_called_with(rank)
+    monkeypatch.setattr(train.distributed, 'local_rank', Mock(return_value=2))
+    with pytest.raises(flags.UsageError, match='than it has GPUs: --nproc-per-node 2'):
+        train.choose_device('cuda')
 
 
 class Batches(list):
@@ -644,6 +677,9 @@ def test_overwriting_begins_anew(small, tmp_path):
     (['--lr', 'inf'], 'not a number'),
     (['--seed', str(2**32)], 'not a whole number'),
     (['--grad-accum', '65'], 'more parts than a batch of 64'),
+    (['--warmup-epochs', '301'], 'longer than --epochs 300'),
+    (['--freeze-features'], '--freeze-features needs a model: --resume .* or --pretrained'),
+    (['--pretrained', '--arch', 'densenet264'], 'weights of densenet121, densenet161'),
     (['--start-epoch', '301'], 'after the last of 300'),
     (['--image-size', '48'], '--image-size is for folder and imagenet'),
     (['--dataset', 'shapes', '--ten-crop'], '--ten-crop is for'),
