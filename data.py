@@ -91,10 +91,6 @@ class Description:
     def in_memory(self):
         return self.image_size <= SMALL
 
-    @property
-    def downloads(self):
-        return self.name in ('cifar10', 'cifar100', 'svhn')
-
     def plain(self):
         """All but the folder, as plain values: what a trained model goes with."""
         return {key: value for key, value in dataclasses.asdict(self).items() if key != 'root'}
@@ -132,8 +128,8 @@ def describe(name, root='work/data', image_size=None, split='train'):
 
 
 def fetch(dataset):
-    """Download what is not there yet, if it is one of the data sets that torchvision can have."""
-    if dataset.downloads:
+    """Download what is not there yet, if torchvision can."""
+    if dataset.name in ('cifar10', 'cifar100', 'svhn'):
         _read_torchvision(dataset, 'train')
         _read_torchvision(dataset, 'test')
 

@@ -308,7 +308,8 @@ def run_directory(args):
     if args.name:
         return Path('work', args.name)
     if args.resume:
-        return Path(args.resume).parent
+        path = Path(args.resume)
+        return path if path.is_dir() else path.parent
     return Path('work', f'{args.dataset}.base')
 
 

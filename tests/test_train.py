@@ -829,6 +829,17 @@ def test_a_torn_row_is_mended_on_resuming(small, tmp_path):
     assert len(read_csv(run / 'train.csv')) == 3 * 3
 
 
+def test_rows_of_an_older_version_are_kept(small, tmp_path):
+    run = tmp_path / 'run'
+    train.main([*small, '--save', str(run), '--epochs', '1'])
+    old = [line.rpartition(',')[0] for line in (run / 'train.csv').read_text().splitlines()]
+    (run / 'train.csv').write_text('\n'.join(old) + '\n')
+    for epochs in ('2', '3'):
+        train.main(['--save', str(run), '--resume', '--epochs', epochs])
+    lines = (run / 'train.csv').read_text().splitlines()
+    assert lines[1:4] == [f'{line},nan' for line in old[1:]] and len(lines) == 1 + 3 * 3
+
+
 # ---- CUDA ------------------------------------------------------------------------------------
 
 @pytest.mark.cuda
