@@ -227,8 +227,10 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and not error.filename:  # a write names none
+            error.filename = str(path)
         raise
     directory = os.open(path.parent, os.O_RDONLY)
     os.fsync(directory)  # the rename itself

@@ -16,6 +16,8 @@ import inspect
 import os
 import platform
 import sys
+import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -42,9 +44,27 @@ def process_group():
             try:
                 yield
             except SystemExit:  # all of them leave
-                dist.destroy_process_group()
+                _say_goodbye()
                 raise
-    dist.destroy_process_group()  # not after an error: there is nobody left to say goodbye to
+    _say_goodbye()
+
+
+def _say_goodbye():
+    time.sleep(0.1)  # torch before 2.8 hangs if threads of gloo still want the interpreter's lock
+    dist.destroy_process_group()
+
+
+def leave(code):
+    """Exit after an error.
+
+    With several processes at once, and without the shutdown of Python: in that, threads of torch
+    may crash, or wait for processes that are gone.
+    """
+    if world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def world_size():
@@ -61,9 +81,19 @@ def local_rank():
 
 
 def launcher():
-    """What tells this torchrun from others, also after it started its processes again; or None."""
-    if dist.is_torchelastic_launched():
-        return f'{os.environ["TORCHELASTIC_RUN_ID"]} {platform.node()} {os.getppid()}'
+    """What tells this torchrun from all others, also after it started its processes again; or None.
+
+    The number of its process is not enough: in a container it is always the same.
+    """
+    if not dist.is_torchelastic_launched():
+        return None
+    parent = Path(f'/proc/{os.getppid()}/stat')
+    start = parent.read_text().rpartition(')')[2].split()[19] if parent.exists() else ''
+    return f'{os.environ["TORCHELASTIC_RUN_ID"]} {platform.node()} {os.getppid()} {start}'
+
+
+def is_restart():
+    return dist.is_torchelastic_launched() and os.environ['TORCHELASTIC_RESTART_COUNT'] != '0'
 
 
 def may_restart():
@@ -162,6 +192,4 @@ def share_statistics(model):
 
 def lost_a_peer(error):
     """Is this what a process is told whose peer has died?"""
-    signs = 'onnection', 'NCCL', 'gloo'
-    return world_size() > 1 and (isinstance(error, dist.DistError) or
-                                 any(sign in str(error) for sign in signs))
+    return world_size() > 1 and (isinstance(error, dist.DistError) or 'gloo' in str(error))

@@ -9,7 +9,7 @@ repositories.
 
 import argparse
 import contextlib
-import json
+import importlib.util
 import os
 from pathlib import Path
 
@@ -235,23 +235,17 @@ def flags_of_a_restart(args):
     """
     if not distributed.may_restart() or args.evaluate or args.predict:
         return {}
-    directory = run_directory(args)
-    if distributed.of_rank_0(lambda: launched_here(directory)):
-        return dict(resume=str(directory / 'latest.pth'), overwrite=False, pretrained=None,
-                    reset_classifier=False, start_epoch=None)
-    if args.resume == '' and not distributed.of_rank_0((directory / 'latest.pth').exists):
+    latest = run_directory(args) / 'latest.pth'
+    if distributed.is_restart() and distributed.of_rank_0(lambda: saved_by_this_launcher(latest)):
+        return dict(resume=str(latest), overwrite=False, pretrained=None, reset_classifier=False,
+                    start_epoch=None)
+    if args.resume == '' and not distributed.of_rank_0(latest.exists):
         return dict(resume=None)
     return {}
 
 
-def launched_here(directory):
-    """Is the run in this directory one that this very torchrun has begun, and saved?"""
-    try:
-        record = json.loads((directory / 'args.json').read_text())
-        return (record['launcher'] == distributed.launcher()
-                and (directory / 'latest.pth').exists())
-    except (OSError, ValueError, KeyError, TypeError):  # no run, or one of another kind
-        return False
+def saved_by_this_launcher(path):
+    return path.exists() and checkpoint.load(path).get('launcher') == distributed.launcher()
 
 
 def recipe(args):
@@ -287,6 +281,11 @@ def check_flags(args):
                          f'{", ".join(TORCHVISION_WEIGHTS)}')
     if sum(getattr(args, flag) is not None for flag in LAYER_FLAGS) > 1:
         raise UsageError('--arch, --depth and --block-config exclude each other: give one')
+    if not args.evaluate and not args.predict:
+        check_training_flags(args, processes)
+
+
+def check_training_flags(args, processes):
     if processes > args.batch_size:
         raise UsageError(f'--batch-size {args.batch_size} is that of all processes together, and '
                          f'there are {processes}: give each of them an image or more')
@@ -299,6 +298,8 @@ def check_flags(args):
     if args.warmup_epochs > args.epochs:
         raise UsageError(f'--warmup-epochs {args.warmup_epochs:g} is longer than --epochs '
                          f'{args.epochs}')
+    if args.tensorboard and importlib.util.find_spec('tensorboard') is None:
+        raise UsageError('--tensorboard needs a package: pip install tensorboard')
 
 
 def run_directory(args):

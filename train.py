@@ -449,11 +449,11 @@ def evaluate(model, loader, autocast, stop=None):
 class StopSignals:
     """Notes SIGINT and SIGTERM, for the loop to stop after its step; a second SIGINT kills.
 
-    SIGTERM may well come twice: from a scheduler, and from the torchrun that it has told as well.
+    Not so under torchrun, which passes on what a scheduler may have sent to all processes.
     """
 
     received = 0
-    FAILED = 1000  # greater than the number of any signal
+    FAILED = 10**9  # in rank 0, one less in each further one: more than the number of any signal
 
     def __enter__(self):
         self.handlers = {signum: signal.signal(signum, self.note)
@@ -466,14 +466,16 @@ class StopSignals:
 
     def note(self, signum, _):
         self.received = signum
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if distributed.launcher() is None:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def check(self, error=None):
-        """Raises `error`, or what it means to the other processes, or for a signal Interrupted."""
-        code = distributed.agree(self.FAILED if error else self.received)
-        if error:
+        """Raises an Interrupted for a signal, or else for `error` what `all_or_none` raises."""
+        own_code = self.FAILED - distributed.rank() if error else self.received
+        code = distributed.agree(own_code)
+        if error and code == own_code:
             raise error
-        if code == self.FAILED:
+        if code > self.FAILED - distributed.world_size():
             raise PeerError
         if code:
             raise Interrupted(code)
@@ -491,37 +493,25 @@ def single_values_explained():
                          'change --batch-size or --grad-accum') from error
 
 
-def fit(args, state, step, dataset, train_loader, test_loader, log, directory, autocast):
-    """Train and test from where `state` is to the last epoch; save and exit if a signal comes."""
-    latest, best = directory / 'latest.pth', directory / 'best.pth'
+def fit(args, state, step, train_loader, test_loader, log, save, stop, autocast):
+    """Train and test from where `state` is to the last epoch.
 
-    def save(path):
-        own_states = distributed.all_gather(state.own_state())
-        if distributed.rank() == 0:
-            checkpoint.save(path, state.state_dict(own_states), args=vars(args),
-                            num_images=train_loader.num_images, dataset=dataset.plain(),
-                            config=state.model.config)
-
-    if not distributed.of_rank_0(latest.exists):  # a run killed in its first epoch can be resumed
-        save(latest)
-    with StopSignals() as stop:
+    Raises:
+        Interrupted, DataError, PeerError: a signal, or an image that can't be read, in this process
+            or another. All is saved.
+    """
+    while state.epoch <= args.epochs:
         try:
-            while state.epoch <= args.epochs:
-                train_epoch(args, state, train_loader, log, step, stop)
-                distributed.share_statistics(state.model)
-                test = evaluate(state.model, test_loader, autocast, stop)
-                improved = end_epoch(state, test, log)
-                if improved:
-                    save(best)
-                save(latest)
-        except (Interrupted, DataError, PeerError) as stopped:  # each comes between two steps
+            train_epoch(args, state, train_loader, log, step, stop)
+            distributed.share_statistics(state.model)
+            test = evaluate(state.model, test_loader, autocast, stop)
+        except (Interrupted, DataError, PeerError):  # each comes between two steps
             check_finite(state)
-            save(latest)
-            if not isinstance(stopped, Interrupted):
-                raise
-            print(f'{stopped}: saved in epoch {state.epoch} after step {state.step}; --resume goes '
-                  f'on from {latest}', flush=True)
-            sys.exit(128 + stopped.signum)
+            save('latest.pth')
+            raise
+        if end_epoch(state, test, log):
+            save('best.pth')
+        save('latest.pth')
 
 
 def end_epoch(state, test, log):
@@ -552,7 +542,7 @@ def describe_run(args, device, precision, graphed):
         commit = None
     return {
         'args': vars(args), 'precision': precision, 'cuda_graph': graphed, 'git_commit': commit,
-        'processes': distributed.world_size(), 'launcher': distributed.launcher(),
+        'processes': distributed.world_size(),
         'device': torch.cuda.get_device_name() if device.type == 'cuda' else device.type,
         'versions': {'python': platform.python_version(), 'torch': torch.__version__,
                      'torchvision': torchvision.__version__, 'cuda': torch.version.cuda},
@@ -579,7 +569,8 @@ def resume(args, state, saved, num_images):
     state.load_state_dict(saved, args.resume, distributed.rank(), distributed.world_size())
     if args.start_epoch:
         state.begin_epoch(args.start_epoch)
-    before, now = (saved['args']['batch_size'], saved['num_images']), (args.batch_size, num_images)
+    before = saved['args'].get('batch_size'), saved.get('num_images')
+    now = args.batch_size, num_images
     if state.step and before != now:
         raise CheckpointError(f'{args.resume} was written within an epoch of {before[1]} images in '
                               f'batches of {before[0]}, and cannot go on in one of {now[1]} in '
@@ -603,6 +594,35 @@ def begin(args, dataset, model, loaders, *, device, precision, saved):
     return state
 
 
+def make_save(args, state, dataset, num_images, directory):
+    """A function that saves `state` in the directory under a name; all processes call it."""
+    def save(name):
+        own_states = distributed.all_gather(state.own_state())
+        with distributed.all_or_none():
+            if distributed.rank() == 0:
+                checkpoint.save(directory / name, state.state_dict(own_states), args=vars(args),
+                                num_images=num_images, dataset=dataset.plain(),
+                                config=state.model.config, launcher=distributed.launcher())
+    return save
+
+
+def open_directory(args, directory, record, save, **log_settings):
+    """Make the directory that of this run, from now on, and open its log."""
+    with distributed.all_or_none():
+        if args.overwrite and distributed.rank() == 0:
+            runlog.clear(directory)
+    goes_on = args.resume and Path(args.resume).resolve() == (directory / 'latest.pth').resolve()
+    if not goes_on or args.start_epoch:  # what is killed in its first epoch can be resumed, too
+        save('latest.pth')
+    with distributed.all_or_none():
+        if distributed.rank():
+            return runlog.NoLog()
+        with checkpoint.replacing(directory / 'args.json') as file:
+            file.write(json.dumps(record, indent=2).encode())
+        return RunLog(directory, epochs=args.epochs, tensorboard=args.tensorboard,
+                      figures=args.plot, **log_settings)
+
+
 def train(args, dataset, model, loaders, directory, *, device, precision, autocast, saved):
     """A whole run, in a directory that is ours."""
     train_loader, test_loader = loaders
@@ -620,22 +640,21 @@ def train(args, dataset, model, loaders, directory, *, device, precision, autoca
         step = make_step(args, state, [(n, *image) for n in sizes if n], autocast)
     graphed = isinstance(step, CudaGraphStep)
     record = describe_run(args, device, precision, graphed)
-    log = runlog.NoLog()
-    if distributed.rank() == 0:
-        if args.overwrite:
-            runlog.clear(directory)
-        with checkpoint.replacing(directory / 'args.json') as file:
-            file.write(json.dumps(record, indent=2).encode())
-        log = RunLog(directory, steps_per_epoch=len(train_loader), epochs=args.epochs,
-                     start=(state.epoch, state.step), tensorboard=args.tensorboard,
-                     figures=args.plot)
+    save = make_save(args, state, dataset, train_loader.num_images, directory)
+    log = open_directory(args, directory, record, save, steps_per_epoch=len(train_loader),
+                         start=(state.epoch, state.step))
     hardware = f'{record["processes"]} x ' * (record['processes'] > 1) + record['device']
     print(f'{model_name(args)}: {sum(p.numel() for p in model.parameters()):,} parameters; '
           f'{dataset.name}: {train_loader.num_images:,} training and {test_loader.num_images:,} '
           f'test images of {dataset.image_size} pixels, {len(dataset.classes)} classes; '
           f'{hardware}, {precision}{", CUDA graph" * graphed}', flush=True)
-    with contextlib.closing(log), single_values_explained():
-        fit(args, state, step, dataset, train_loader, test_loader, log, directory, autocast)
+    with contextlib.closing(log), single_values_explained(), StopSignals() as stop:
+        try:
+            fit(args, state, step, train_loader, test_loader, log, save, stop, autocast)
+        except Interrupted as interrupted:
+            print(f'{interrupted}: saved in epoch {state.epoch} after step {state.step}; --resume '
+                  f'goes on from {directory / "latest.pth"}', flush=True)
+            sys.exit(128 + interrupted.signum)
         log.finish_figures()
     print(f'final error {state.last_error:.2f}% (epoch {state.epoch - 1}), best '
           f'{state.best_error:.2f}% (epoch {state.best_epoch}); everything is in {directory}')
@@ -647,13 +666,17 @@ def train(args, dataset, model, loaders, directory, *, device, precision, autoca
 
 def choose_dataset(args, saved):
     """What is trained or tested on; with --predict, what the model was trained on."""
-    known = saved and data.Description(root=Path(args.data), **saved['dataset'])
+    try:
+        known = saved and data.Description(root=Path(args.data), **saved['dataset'])
+    except TypeError as error:
+        raise CheckpointError(f'{args.resume} is damaged: {error}') from error
     if args.predict:
         known = known or data.Description('imagenet', Path(args.data), imagenet_classes(), 224,
                                           *data.STATISTICS['imagenet'])
         return dataclasses.replace(known, image_size=args.image_size or known.image_size)
-    image_size = args.image_size or (known and known.image_size)
-    found = data.describe(args.dataset, args.data, image_size,
+    other = known and known.name != args.dataset  # which may have a size of its own
+    found = data.describe(args.dataset, args.data,
+                          None if other and args.dataset in data.CLASSES else args.image_size,
                           split='test' if args.evaluate else 'train')
     if known is None:
         return found
@@ -715,7 +738,7 @@ def main(argv=None):
         with distributed.all_or_none():
             if args.pretrained is not None:
                 load_pretrained(model, args)
-            elif saved:
+            elif args.evaluate or args.predict:
                 checkpoint.load_weights(model, saved.get('model'), args.resume)
             model = prepare_model(model, args, device)
         autocast = make_autocast(precision, device)
@@ -747,19 +770,19 @@ def cli(argv=None):
     try:
         main(argv)
     except PeerError:  # which has said why
-        sys.exit(2)
+        distributed.leave(2)
     except (UsageError, TrainingError, CheckpointError, DataError, RunDirectoryError) as error:
         if not isinstance(error, TrainingError) or distributed.rank() == 0:  # that one all have
             complain(error)
-        sys.exit(2)
+        distributed.leave(2)
     except OSError as error:  # a disk that is full, a directory that must not be written to
         complain(f'{error.filename}: ' * bool(error.filename) + (error.strerror or str(error)))
-        sys.exit(2)
+        distributed.leave(2)
     except RuntimeError as error:
         if not distributed.lost_a_peer(error):
             raise
         complain('the connection to another process is lost; if that had an error, it is above')
-        sys.exit(1)
+        distributed.leave(1)
     except KeyboardInterrupt:  # before there was anything to save
         sys.exit(128 + signal.SIGINT)
 

@@ -251,6 +251,24 @@ def test_a_rehearsal_that_fails_leaves_no_trace_either():
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
+def test_other_processes_take_over_the_sums_of_all():
+    saved = []
+    for rank, sums in enumerate(([3.0, 2.0, 5.0], [4.0, 1.0, 4.0])):
+        state = make_state()
+        state.interval.copy_(torch.tensor(sums))
+        torch.manual_seed(rank)
+        saved.append(state.own_state())
+    saved = make_state().state_dict(saved)
+    for processes, expected in ((1, [[7, 3, 4]]), (2, [[3, 2, 5], [4, 1, 4]]),
+                                (3, [[7, 3, 4], [0, 0, 4], [0, 0, 4]])):
+        for rank in range(processes):
+            state = make_state()
+            torch.manual_seed(9)
+            state.load_state_dict(saved, rank=rank, world_size=processes)
+            assert state.interval.tolist() == expected[rank]
+            assert torch.initial_seed() == (rank if rank < 2 else 9)
+
+
 def test_the_step_has_the_flags():
     step, state = step_and_state(['--grad-accum', '3', '--label-smoothing', '0.2'])
     other_step, other = step_and_state()
@@ -460,7 +478,7 @@ def assert_same_run(one, other):
     """The same weights, optimizer, counters and random state to the bit; the same CSV rows."""
     first, second = (checkpoint.load(run / 'latest.pth') for run in (one, other))
     for saved in (first, second):
-        del saved['args'], saved['dataset'], saved['config']
+        del saved['args'], saved['dataset'], saved['config'], saved['launcher']
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     assert (one / 'test.csv').read_text() == (other / 'test.csv').read_text()
     rows = [[{**row, 'images_per_second': None, 'data_wait': None}
@@ -733,6 +751,12 @@ def test_a_run_that_is_there_is_left_alone(small, tmp_path, capsys):
 def test_files_that_are_no_run(small, tmp_path, capsys):
     (tmp_path / 'text.pth').write_text('not a checkpoint')
     assert 'is not a checkpoint' in fails(capsys, *small, '--resume', tmp_path / 'text.pth')
+    train.main([*small, '--epochs', '1', '--save', str(tmp_path / 'run')])
+    saved = checkpoint.load(tmp_path / 'run/latest.pth')
+    for key, value in (('dataset', {}), ('processes', None), ('args', {})):
+        torch.save({**saved, key: value}, tmp_path / 'damaged.pth')
+        assert re.search('damaged|cannot be resumed|another architecture', fails(
+            capsys, *small, '--resume', tmp_path / 'damaged.pth', '--save', tmp_path / 'new'))
     torch.save(densenet.densenet_cifar(10, 4).state_dict(), tmp_path / 'weights.pth')
     assert '--pretrained' in fails(capsys, *small, '--resume', tmp_path / 'weights.pth')
     (tmp_path / 'file').write_text('')
