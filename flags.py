@@ -236,7 +236,8 @@ def flags_of_a_restart(args):
     if not distributed.may_restart() or args.evaluate or args.predict:
         return {}
     latest = run_directory(args) / 'latest.pth'
-    if distributed.is_restart() and distributed.of_rank_0(lambda: saved_by_this_launcher(latest)):
+    launchers = distributed.all_gather(distributed.launcher())  # one on each machine
+    if distributed.is_restart() and distributed.of_rank_0(lambda: saved_by(launchers, latest)):
         return dict(resume=str(latest), overwrite=False, pretrained=None, reset_classifier=False,
                     start_epoch=None)
     if args.resume == '' and not distributed.of_rank_0(latest.exists):
@@ -244,8 +245,8 @@ def flags_of_a_restart(args):
     return {}
 
 
-def saved_by_this_launcher(path):
-    return path.exists() and checkpoint.load(path).get('launcher') == distributed.launcher()
+def saved_by(launchers, path):
+    return path.exists() and checkpoint.load(path).get('launcher') in launchers
 
 
 def recipe(args):
