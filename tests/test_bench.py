@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import write_images
 from PIL import Image
 
 import bench
@@ -247,6 +248,17 @@ def test_memory_against_depth(tmp_path, monkeypatch, capsys):
     assert efficient[-1] < block[-1] < checkpointed[-1] < plain[-1]
 
 
+def test_the_loader_is_timed_by_the_images_that_arrive(tmp_path, monkeypatch, capsys):
+    write_images(tmp_path, {'train/a': 5, 'train/b': 4, 'val/a': 1, 'val/b': 1}, (70, 70))
+    now = iter(range(0, 10**6, 3))  # seconds: three between any two looks at the clock
+    monkeypatch.setattr(bench.time, 'perf_counter', lambda: float(next(now)))
+    bench.main(['--loader', str(tmp_path), '--workers', '0', '2', '--rounds', '3', '--batch-size',
+                '4', '--image-size', '66', '--device', 'cpu'])
+    assert capsys.readouterr().out.splitlines() == [
+        '--workers 0: 3 images/s (3-3), 3 for each of them',
+        '--workers 2: 3 images/s (3-3), 2 for each of them']
+
+
 @pytest.mark.parametrize('argv, complaint', [
     (['--rows', 'mine'], "no row is called that; here there are 'torchvision plain, NCHW'"),
     (['--rows', 'ours*', '--baseline', 'timm plain'], "--baseline: no row is called that; here"),
@@ -264,6 +276,8 @@ def test_memory_against_depth(tmp_path, monkeypatch, capsys):
     (['--memory-vs-depth', '--arch', 'densenet121'], 'has no use for --arch'),
     (['--memory-vs-depth', 'x.png', '--rounds', '3'], 'has no use for --rounds'),
     (['--memory-vs-depth', 'x.png', '--precision', 'fp32', 'bf16'], 'draws one --precision'),
+    (['--loader', 'nowhere'], 'no train in nowhere'),
+    (['--loader', 'nowhere', '--arch', 'densenet121'], '--loader has no use for --arch'),
     (['--image-size', '2'], 'H and W at least 4'),
     (['--arch', 'densenet121', '--image-size', '65', '--precision', 'fp8'], 'invalid choice'),
     (['--arch', 'resnet50'], 'invalid choice')])
