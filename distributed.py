@@ -93,6 +93,7 @@ def launcher():
 
 
 def is_restart():
+    """Has the torchrun that started this process started it, or one in its place, before?"""
     return dist.is_torchelastic_launched() and os.environ['TORCHELASTIC_RESTART_COUNT'] != '0'
 
 
