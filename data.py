@@ -127,13 +127,6 @@ def describe(name, root='work/data', image_size=None, split='train'):
     return Description(name, root, CLASSES[name], 32, *(STATISTICS[name] or ()))
 
 
-def fetch(dataset):
-    """Download what is not there yet, if torchvision can."""
-    if dataset.name in ('cifar10', 'cifar100', 'svhn'):
-        _read_torchvision(dataset, 'train')
-        _read_torchvision(dataset, 'test')
-
-
 def make_loaders(dataset, batch_size, *, device, augment=True, seed=1, workers=0, ten_crop=False,
                  shard=(0, 1)):
     """The description with mean and standard deviation, a training loader and a test loader.
@@ -177,9 +170,7 @@ def make_test_loader(dataset, batch_size, *, device, workers=0, ten_crop=False, 
     Raises:
         DataError: as `make_loaders`.
     """
-    if ten_crop and dataset.in_memory:
-        raise DataError(f'--ten-crop is for images larger than {SMALL} pixels, and '
-                        f'{dataset.name} has images of {dataset.image_size}')
+    _check_ten_crop(dataset, ten_crop)
     common = dict(batch_size=batch_size, shard=shard, device=device)
     if dataset.in_memory:
         mean, std = (dataset.mean, dataset.std) if dataset.mean is not None else \
@@ -198,13 +189,17 @@ def read_image(path, dataset, ten_crop=False):
     Raises:
         DataError: not an image, or a broken one; or ten crops of a model for small images.
     """
-    if ten_crop and dataset.in_memory:
-        raise DataError(f'--ten-crop is for images larger than {SMALL} pixels, and this model sees '
-                        f'{dataset.image_size}')
+    _check_ten_crop(dataset, ten_crop)
     image = _decode(path)
     view = (_square(image, dataset.image_size) if dataset.in_memory
             else _test_transform(dataset.image_size, ten_crop)(image))
     return (view.float() - _channels(dataset.mean, 'cpu')) / _channels(dataset.std, 'cpu')
+
+
+def _check_ten_crop(dataset, ten_crop):
+    if ten_crop and dataset.in_memory:
+        raise DataError(f'--ten-crop is for images larger than {SMALL} pixels, and '
+                        f'{dataset.name} has images of {dataset.image_size}')
 
 
 class _Order:
@@ -223,9 +218,6 @@ class _Order:
         self.permutation = (torch.randperm(self.num_images, generator=generator) if self.shuffle
                             else torch.arange(self.num_images))
         return generator
-
-    def images_in(self, i):
-        return min(self.batch_size, self.num_images - i * self.batch_size)
 
     def part(self, i):
         """Indices of this process's images of batch i, int64; and whether they are to count."""
@@ -248,7 +240,8 @@ class _Loader:
 
     def images_in(self, i):
         """The number of images in batch i, in all processes."""
-        return self.order.images_in(i)
+        batch_size = self.order.batch_size
+        return min(batch_size, self.num_images - i * batch_size)
 
 
 class MemoryLoader(_Loader):

@@ -173,10 +173,9 @@ def wrap(model):
         return model
     # Each process keeps running statistics of its own, and `share_statistics` makes them one: a
     # broadcast with every forward, DDP's default, would be one more message in each step.
-    names = inspect.signature(DistributedDataParallel).parameters
-    sync_buffers = next(name for name in ('forward_sync_buffers', 'broadcast_buffers')  # of old
-                        if name in names)
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{sync_buffers: False})
+    known = inspect.signature(DistributedDataParallel).parameters
+    flag = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{flag: False})
 
 
 def no_sync(forward, last):

@@ -310,8 +310,7 @@ def run_directory(args):
     if args.name:
         return Path('work', args.name)
     if args.resume:
-        path = Path(args.resume)
-        return path if path.is_dir() else path.parent
+        return Path(resume_path(args)).parent
     return Path('work', f'{args.dataset}.base')
 
 

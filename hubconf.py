@@ -20,9 +20,8 @@ def _with_weights(build):
     def entry_point(pretrained=False, **kwargs):
         model = build(**kwargs)
         if pretrained:
-            from torchvision.models import (
-                get_model_weights,  # the networks alone need no torchvision
-            )
+            # Here, for the networks alone need no torchvision.
+            from torchvision.models import get_model_weights
 
             weights = get_model_weights(build.__name__).DEFAULT
             model.load_state_dict(weights.get_state_dict(weights_only=True))

@@ -578,17 +578,16 @@ def resume(args, state, saved, num_images):
     print(f'resuming {args.resume} in epoch {state.epoch} after step {state.step}', flush=True)
 
 
-def begin(args, dataset, model, loaders, *, device, precision, saved):
+def begin(args, dataset, model, num_images, *, device, precision, saved):
     """The state of a run before its first step, or of a resumed one before its next."""
-    train_loader, _ = loaders
-    if args.batch_size > train_loader.num_images:
+    if args.batch_size > num_images:
         raise UsageError(f'--batch-size {args.batch_size} is larger than the data set: '
-                         f'{dataset.name} has {train_loader.num_images} training images')
+                         f'{dataset.name} has {num_images} training images')
     state = make_state(args, model, device, precision)
     if distributed.rank():  # each has a dropout of its own
         torch.manual_seed((args.seed + 1_000_003 * distributed.rank()) % 2**32)
     if saved:
-        resume(args, state, saved, train_loader.num_images)
+        resume(args, state, saved, num_images)
     elif args.start_epoch:
         state.begin_epoch(args.start_epoch)
     return state
@@ -627,8 +626,8 @@ def train(args, dataset, model, loaders, directory, *, device, precision, autoca
     """A whole run, in a directory that is ours."""
     train_loader, test_loader = loaders
     with distributed.all_or_none():
-        state = begin(args, dataset, model, loaders, device=device, precision=precision,
-                      saved=saved)
+        state = begin(args, dataset, model, train_loader.num_images, device=device,
+                      precision=precision, saved=saved)
     best_is_here = distributed.of_rank_0((directory / 'best.pth').exists)
     if state.epoch <= args.epochs and not best_is_here:  # it is another directory's
         state.best_error, state.best_epoch = math.inf, 0
@@ -695,10 +694,9 @@ def imagenet_classes():
 def print_errors(model, dataset, device, autocast, args):
     """On the test images; with --ten-crop, of one crop and of ten."""
     for ten_crop in (False, True)[:1 + args.ten_crop]:
-        with distributed.all_or_none():
-            loader = data.make_test_loader(
-                dataset, args.batch_size, device=device, workers=args.workers, ten_crop=ten_crop,
-                shard=(distributed.rank(), distributed.world_size()))
+        loader = distributed.in_turns(functools.partial(
+            data.make_test_loader, dataset, args.batch_size, device=device, workers=args.workers,
+            ten_crop=ten_crop, shard=(distributed.rank(), distributed.world_size())))
         loss, error, error5 = evaluate(model, loader, autocast)
         crops = ('ten crops: ' if ten_crop else 'one crop: ') if args.ten_crop else ''
         print(f'{crops}test loss {loss:.4f}, error {error:.2f}%, top-5 error {error5:.2f}%',
@@ -742,8 +740,6 @@ def main(argv=None):
                 checkpoint.load_weights(model, saved.get('model'), args.resume)
             model = prepare_model(model, args, device)
         autocast = make_autocast(precision, device)
-        if distributed.world_size() > 1:  # or they would write into each other's files
-            distributed.in_turns(functools.partial(data.fetch, dataset))
         if args.predict:
             predict(model, dataset, device, autocast, args)
         elif args.evaluate:
@@ -756,11 +752,10 @@ def main(argv=None):
                     if distributed.rank() == 0:
                         stack.enter_context(runlog.claim(
                             directory, may_hold_run=goes_on or args.overwrite))
-                with distributed.all_or_none():
-                    dataset, *loaders = data.make_loaders(
-                        dataset, args.batch_size, device=device, augment=args.augment,
-                        seed=args.seed, workers=args.workers, ten_crop=args.ten_crop,
-                        shard=(distributed.rank(), distributed.world_size()))
+                dataset, *loaders = distributed.in_turns(functools.partial(
+                    data.make_loaders, dataset, args.batch_size, device=device,
+                    augment=args.augment, seed=args.seed, workers=args.workers,
+                    ten_crop=args.ten_crop, shard=(distributed.rank(), distributed.world_size())))
                 train(args, dataset, model, loaders, directory, device=device,
                       precision=precision, autocast=autocast, saved=saved)
 

@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +37,14 @@ def photographs(tmp_path_factory):
                     path.write_bytes(tar.extractfile(member).read())
             if found == 64:
                 return root
+
+
+def cache_densenet121(home, model):
+    """Put a model's weights where, with TORCH_HOME `home`, torchvision's for DenseNet-121 lie."""
+    folder = home / 'hub' / 'checkpoints'
+    folder.mkdir(parents=True, exist_ok=True)
+    file = torchvision.models.DenseNet121_Weights.DEFAULT.url.rpartition('/')[2]
+    torch.save(model.state_dict(), folder / file)
 
 
 def write_images(root, counts, size=(32, 32), mode='RGB', ending='png', seed=0):

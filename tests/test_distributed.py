@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, write_images
-from test_train import SMALL, assert_same_run, read_csv
+from test_train import SMALL, assert_same_run, interrupted, read_csv
 
 import checkpoint
 import train
@@ -170,23 +170,6 @@ with distributed.process_group():
 
 # ---- whole runs ------------------------------------------------------------------------------
 
-# A train.py that at its 14th step, in epoch 2, does something; the first arguments are train.py's.
-AT_STEP_14 = f'''
-import os, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-import train
-calls, function = 0, train.learning_rate
-def counted(*args, **kwargs):
-    global calls
-    calls += 1
-    if calls == 14:
-        %s
-    return function(*args, **kwargs)
-train.learning_rate = counted
-train.cli(sys.argv[1:])
-'''
-
-
 @pytest.fixture(scope='module')
 def recipe(tmp_path_factory):
     """9 steps an epoch, in all of which something is random; 8 + 1 test images in batches of 4."""
@@ -209,7 +192,8 @@ def test_one_of_two_is_told_to_stop_and_both_go_on_where_they_were(
         recipe, uninterrupted, tmp_path):
     script, run = tmp_path / 'script.py', tmp_path / 'run'
     # Twice: a scheduler tells every process, and torchrun, which tells them again.
-    script.write_text(AT_STEP_14 % "[os.kill(os.getpid(), 2) for _ in os.environ['RANK'] * 2]")
+    script.write_text(interrupted('learning_rate', 14, (
+        "[os.kill(os.getpid(), 2) for _ in os.environ['RANK'] * 2]")))
     ended = torchrun(2, [*recipe, '--save', run], script=script)
     assert ended.returncode != 0 and complaints(ended) == []
     assert 'SIGINT: saved in epoch 2 after step 5' in ended.stdout
@@ -221,7 +205,7 @@ def test_one_of_two_is_told_to_stop_and_both_go_on_where_they_were(
 
 def test_another_number_of_processes_goes_on(recipe, uninterrupted, tmp_path):
     script, run = tmp_path / 'script.py', tmp_path / 'run'
-    script.write_text(AT_STEP_14 % 'os.kill(os.getpid(), 15)')
+    script.write_text(interrupted('learning_rate', 14, 'os.kill(os.getpid(), 15)'))
     assert 'saved in epoch 2 after step 5' in torchrun(2, [*recipe, '--save', run],
                                                        script=script).stdout
     train.main(['--save', str(run), '--resume', '--device', 'cpu'])
@@ -237,7 +221,7 @@ KILLED = ("os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and os.environ['RANK'
 @pytest.mark.parametrize('flags', [[], ['--resume'], ['--overwrite']])
 def test_torchrun_comes_back_from_a_killed_worker(recipe, uninterrupted, tmp_path, flags):
     script, run = tmp_path / 'script.py', tmp_path / 'run'
-    script.write_text(AT_STEP_14 % KILLED)
+    script.write_text(interrupted('learning_rate', 14, KILLED))
     if flags == ['--overwrite']:
         train.main([*recipe, '--epochs', '1', '--lr', '0.001', '--save', str(run)])
     ended = torchrun(2, [*recipe, '--save', run, *flags], script=script, restarts=1)
@@ -249,7 +233,7 @@ def test_torchrun_comes_back_from_a_killed_worker(recipe, uninterrupted, tmp_pat
 def test_a_restart_goes_back_to_the_epoch_that_was_asked_for(uninterrupted, tmp_path):
     script, run = tmp_path / 'script.py', tmp_path / 'run'
     shutil.copytree(uninterrupted, run)
-    script.write_text((AT_STEP_14 % KILLED).replace('14', '5'))
+    script.write_text(interrupted('learning_rate', 5, KILLED))
     ended = torchrun(2, ['--save', run, '--resume', '--start-epoch', 3], script=script, restarts=1)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count('in epoch 3 after step 0') == 2  # from the old run, and its own
@@ -288,16 +272,16 @@ def test_wrong_input_to_several_is_said_once(recipe, tmp_path):
     assert 'there are 3' in line and line.startswith('train.py: error: --batch-size 2')
 
     script = tmp_path / 'script.py'
-    script.write_text((AT_STEP_14 % 'pass').replace(
+    script.write_text(interrupted('learning_rate', 14, 'pass').replace(
         'sys.argv[1:]', "sys.argv[1:] + ['--lr', '0.' + os.environ['RANK'] + '1']"))
     line, = complaints(torchrun(2, [*recipe, '--save', tmp_path / 'run'], script=script))
     assert 'the processes have different flags: lr is 0.01 in rank 0 and 0.11 in rank 1' in line
     assert not (tmp_path / 'run').exists()
 
-    script.write_text((AT_STEP_14 % 'pass').replace('import train', """import train
+    script.write_text("""import os
 def full(_):
     raise OSError(28, 'No space left on device')
-os.fsync = full"""))
+os.fsync = full""" + interrupted('learning_rate', 14, 'pass'))
     line, = complaints(torchrun(2, [*recipe, '--save', tmp_path / 'run'], script=script))
     assert line == f'train.py: error: {tmp_path}/run/latest.pth: No space left on device'
     line, = complaints(torchrun(2, [*recipe, '--lr', '1e30', '--save', tmp_path / 'run2']))

@@ -22,7 +22,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import ROOT, write_images
+from conftest import ROOT, cache_densenet121, write_images
 
 import checkpoint
 import data
@@ -451,27 +451,27 @@ def test_a_small_net_learns_the_shapes_and_says_where_everything_is(tmp_path, ca
     assert f'error {float(rows[-1]["error"]):.2f}%, top-5 error' in printed
 
 
-# A run that sends itself a signal at a known moment: after 'when' calls of a function of train.py.
-INTERRUPTED = '''
-import os, sys
-sys.path.insert(0, {root!r})
+def interrupted(function, when, action):
+    """A train.py that does something at a known moment: the `when`th call of a function of it."""
+    return f'''
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
 import train
 calls, function = 0, train.{function}
 def counted(*args, **kwargs):
     global calls
     calls += 1
     if calls == {when}:
-        os.kill(os.getpid(), {signum})
+        {action}
     return function(*args, **kwargs)
 train.{function} = counted
-train.cli({argv!r})
+train.cli(sys.argv[1:])
 '''
 
 
 def run_interrupted(argv, function, when, signum):
-    script = INTERRUPTED.format(root=str(ROOT), function=function, when=when, signum=int(signum),
-                                argv=argv)
-    return subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
+    script = interrupted(function, when, f'os.kill(os.getpid(), {int(signum)})')
+    return subprocess.run([sys.executable, '-c', script, *argv], capture_output=True, text=True)
 
 
 def assert_same_run(one, other):
@@ -610,9 +610,7 @@ def test_torchvisions_weights_through_its_own_cache(folder, tmp_path, monkeypatc
              '--pretrained', '--evaluate', '--reset-classifier', '--batch-size', 4, '--workers', 0]
     # torch before 2.7 also says what it downloads.
     assert 'could not download' in fails(capsys, *large, lines=2)
-    file = torchvision.models.DenseNet121_Weights.DEFAULT.url.rpartition('/')[2]
-    (tmp_path / 'hub/checkpoints').mkdir(parents=True, exist_ok=True)
-    torch.save(torchvision.models.densenet121().state_dict(), tmp_path / 'hub/checkpoints' / file)
+    cache_densenet121(tmp_path, torchvision.models.densenet121())
     train.main(list(map(str, large)))
     assert 'top-5 error 0.00%' in capsys.readouterr().out  # of four classes
 

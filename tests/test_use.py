@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, write_images
+from conftest import ROOT, cache_densenet121, write_images
 from PIL import Image
 from test_train import SMALL, fails, read_csv
 from torchvision import transforms
@@ -182,12 +182,10 @@ def test_predictions_are_the_probabilities_of_the_classes(trained, photos, capsy
 
 def test_predictions_of_imagenets_models_have_words(tmp_path, photos, monkeypatch, capsys):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
-    file = torchvision.models.DenseNet121_Weights.DEFAULT.url.rpartition('/')[2]
-    (tmp_path / 'hub/checkpoints').mkdir(parents=True)
     model = torchvision.models.densenet121()
     with torch.no_grad():
         model.classifier.bias[[0, 999]] = torch.tensor([35.0, 30.0])
-    torch.save(model.state_dict(), tmp_path / 'hub/checkpoints' / file)
+    cache_densenet121(tmp_path, model)
     line, = run(capsys, '--predict', photos / 'val/dark/0.png', '--pretrained', '--arch',
                 'densenet121', '--device', 'cpu', '--image-size', 96)
     assert re.search(r': tench \d+\.\d\d%, toilet tissue \d', line) and line.count('%') == 5
@@ -209,13 +207,11 @@ def test_what_cannot_be_predicted(trained, tmp_path, capsys):
 
 def test_the_hub_has_the_networks_from_a_clone(tmp_path, monkeypatch):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
-    (tmp_path / 'hub/checkpoints').mkdir(parents=True)
     for name, parameters in (('densenet_cifar', 769_162), ('densenet264', 33_337_704)):
         model = torch.hub.load(str(ROOT), name, source='local')
         assert sum(p.numel() for p in model.parameters()) == parameters
-    weights = torchvision.models.DenseNet121_Weights.DEFAULT.url.rpartition('/')[2]
     theirs = torchvision.models.densenet121().eval()
-    torch.save(theirs.state_dict(), tmp_path / 'hub/checkpoints' / weights)
+    cache_densenet121(tmp_path, theirs)
     ours = torch.hub.load(str(ROOT), 'densenet121', source='local', pretrained=True).eval()
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-4)
