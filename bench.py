@@ -35,13 +35,11 @@ import torchvision
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import data
 import densenet
 import flags
+import memory
 import plot
 import train
 
@@ -259,30 +257,15 @@ def bytes_held(model, images):
     Counted by allocation (what operations have made and is still there when the model is done),
     since the inputs that checkpointing holds on to are not among autograd's saved tensors.
     """
-    class Allocations(TorchDispatchMode):
-        made = {}
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **(kwargs or {}))
-            for leaf in tree_leaves(result):
-                if isinstance(leaf, torch.Tensor):
-                    storage = leaf.untyped_storage()
-                    self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-            return result
-
-    with Allocations() as allocations:
+    with memory.Allocations() as allocations:
         logits = model(images)
-    others = {tensor.untyped_storage()._cdata
-              for tensor in (images, logits, *model.state_dict().values())}
-    return sum(size for key, (storage, size) in allocations.made.items()
-               if key not in others and not storage.expired())
+    return allocations.held(but=(images, logits, *model.state_dict().values()))
 
 
 def describe_failure(error):
     """What a row that failed says instead of numbers; running out of memory is no surprise."""
     text = str(error)
-    signs = 'out of memory', "can't allocate memory", 'ALLOC_FAILED'
-    if isinstance(error, torch.OutOfMemoryError) or any(sign in text for sign in signs):
+    if memory.ran_out(error):
         return 'out of memory'
     if isinstance(error, ImportError):
         return f'needs a package: {text}'

@@ -1,22 +1,32 @@
 """Checkpoints: what training changes, written so that a file is either the old one or the new one.
 
-    state = TrainState(model, optimizer, scaler, interval=torch.zeros(3, device=device))
-    save('work/x/latest.pth', state.state_dict(), args=vars(args))
-    state.load_state_dict(load('work/x/latest.pth'))
+    state = TrainState(model, optimizer, scaler, interval=torch.zeros(4, device=device))
+    save('work/x/latest.pth', state.state_dict(), keep=1, args=vars(args))
+    path, saved, complaints = load_newest('work/x/latest.pth')  # or else latest.pth.1, and so on
+    state.load_state_dict(saved)
 
 A checkpoint holds tensors and plain values alone, so that reading one can't run code:
-`torch.load(path, weights_only=True)['model']` is the model's state dict.
+`torch.load(path, weights_only=True)['model']` is the model's state dict. It is a zip archive, as
+torch writes it, whose comment is the SHA-256 of all that comes before: no damage goes unnoticed.
 """
 
 import argparse
 import contextlib
+import hashlib
+import io
+import itertools
 import math
 import os
 import re
+import shutil
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+SEAL = b'sha256 '  # before the checksum, 64 digits, in the archive's comment
+SEAL_LENGTH = len(SEAL) + 64
 
 
 class CheckpointError(Exception):
@@ -35,7 +45,8 @@ class TrainState:
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    interval: torch.Tensor  # float32 [3]: loss, errors, steps before the first loss not finite
+    # float32 [4]: loss, errors, steps before the first that was not finite, and its `culprit`
+    interval: torch.Tensor
     interval_steps: int = 0
     interval_images: int = 0
     epoch_sums: tuple = (0.0, 0.0, 0)  # loss, errors, images of the intervals of this epoch
@@ -130,39 +141,108 @@ class TrainState:
             if len(processes) == world_size:
                 self.interval.copy_(sums[rank])
             else:
-                loss, errors, _ = sums.sum(0) if rank == 0 else sums.new_zeros(3)
-                self.interval.copy_(torch.stack([loss, errors, sums[:, 2].min()]))
+                loss, errors, *_ = sums.sum(0) if rank == 0 else sums.new_zeros(4)
+                self.interval.copy_(torch.stack([loss, errors, *sums[:, 2:].amin(0)]))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f'{source} cannot be resumed from: '
                                   f'{type(error).__name__}: {_one_line(error)}') from error
 
 
-def save(path, state, **extra):
-    """Write `state` and what else is given; complete and on the disk before it takes its name."""
-    with replacing(path) as file:
-        torch.save({**state, **extra}, file)
+def save(path, state, keep=0, **extra):
+    """Write `state` and what else is given; complete and on the disk before it takes its name.
+
+    The last `keep` files that had that name stay, as path.1 (the newest), path.2 and so on. At
+    every moment the newest one that is there is whole, as far as the disk can tell.
+    """
+    path, archive = Path(path), io.BytesIO()
+    torch.save({**state, **extra, 'sealed': True}, archive)
+    # The archive ends with the length of its comment, 0, as two bytes.
+    content = archive.getbuffer()[:-2], struct.pack('<H', SEAL_LENGTH), SEAL
+    before = _temporary(f'{path}.1')
+    before.unlink(missing_ok=True)
+    if keep and path.is_file():
+        try:
+            os.link(path, before)  # a second name: the first one is in use until the last moment
+        except OSError:  # a file system without links
+            shutil.copyfile(path, before)
+    try:
+        with replacing(path) as file:
+            for part in (*content, _checksum(*content)):
+                file.write(part)
+        _shift(path, before, keep)
+    finally:
+        before.unlink(missing_ok=True)
+
+
+def _shift(path, before, keep):
+    """Let `before` be path.1, what was that be path.2, and so on, until there are `keep`."""
+    older = versions(path)[1:]
+    if before.exists():
+        for i, version in reversed(list(enumerate(older[:keep - 1], start=2))):
+            os.replace(version, f'{path}.{i}')
+        os.replace(before, f'{path}.1')
+    for version in older[keep:]:
+        version.unlink()
+
+
+def versions(path):
+    """The checkpoints of that name, whether or not it is there, and then path.1, path.2, ..."""
+    numbered = (Path(f'{path}.{i}') for i in itertools.count(1))
+    return [Path(path), *itertools.takewhile(os.path.lexists, numbered)]
+
+
+def _checksum(*parts):
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest().encode()
 
 
 def load(path):
     """The dictionary that a checkpoint holds, its tensors on the CPU.
 
     Raises:
-        CheckpointError: no such file, or not a checkpoint, or one that would run code.
+        CheckpointError: no such file, or not a checkpoint, or a damaged one, or one that would
+            run code.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # timm keeps its flags in one
-            saved = torch.load(path, map_location='cpu', weights_only=True)
+        content = Path(path).read_bytes()
     except FileNotFoundError as error:
         raise CheckpointError(f'{path} is not there: --resume and --pretrained take the path of a '
                               f'checkpoint, such as work/cifar10.base/latest.pth') from error
     except OSError as error:
         raise CheckpointError(f'{path} cannot be read: {error.strerror}') from error
+    sealed = content[-SEAL_LENGTH:-64] == SEAL
+    if sealed and content[-64:] != _checksum(memoryview(content)[:-64]):
+        raise CheckpointError(f'{path} is damaged: its checksum is not that of what it holds')
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm keeps its flags in one
+            saved = torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)
     except Exception as error:  # whatever a file that is no checkpoint makes the reader stumble on
         raise CheckpointError(f'{path} is not a checkpoint, or a broken one '
                               f'({type(error).__name__})') from error
     if not isinstance(saved, dict):
         raise CheckpointError(f'{path} is not a checkpoint: it holds a {type(saved).__name__}')
+    if saved.pop('sealed', False) and not sealed:
+        raise CheckpointError(f'{path} is damaged: its checksum is not where it should be')
     return saved
+
+
+def load_newest(path):
+    """The newest of `versions` that is sound: its path, what it holds, and complaints of the rest.
+
+    Raises:
+        CheckpointError: there is none; says what is wrong with the first, as `load` does.
+    """
+    complaints = []
+    for version in versions(path):
+        try:
+            return str(version), load(version), complaints
+        except CheckpointError as error:
+            complaints.append(str(error))
+    others = len(complaints) - 1
+    raise CheckpointError(complaints[0] + f'; nor is any of the {others} before it sound'
+                          * (others > 0))
 
 
 def load_weights_file(path):
@@ -216,11 +296,15 @@ def _one_line(text):
     return ' '.join(str(text).split())
 
 
+def _temporary(path):
+    """The name of a file that is not complete yet; `runlog.claim` takes out what is left of one."""
+    return Path(path).with_name(f'.{Path(path).name}.tmp')
+
+
 @contextlib.contextmanager
 def replacing(path):
     """A binary file that takes the place of `path` once it is whole; an error changes nothing."""
-    path = Path(path)
-    temporary = path.with_name(f'.{path.name}.tmp')  # a killed run leaves at most this one behind
+    path, temporary = Path(path), _temporary(path)
     try:
         with open(temporary, 'wb') as file:
             yield file

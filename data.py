@@ -383,9 +383,10 @@ def _test_transform(size, ten_crop=False):
 
 
 def _leave_signals_to_main(_):
-    # Ctrl-C, and many schedulers' SIGTERM, reach the workers too. They must live on for the main
-    # process to finish its step: they ignore the one, and obey the other from their parent alone.
+    # Ctrl-C, and many schedulers' SIGTERM and SIGUSR1, reach the workers too. They must live on for
+    # the main process to finish its step: they ignore all but their parent's SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if hasattr(signal, 'sigwaitinfo'):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_when_parent_says, daemon=True).start()
@@ -518,12 +519,15 @@ def _read_folder(dataset, split):
     listing = _list_images(_split_folder(dataset.root, split), dataset.classes)
     paths, labels = zip(*listing.samples)
     images = torch.empty(len(paths), 3, dataset.image_size, dataset.image_size, dtype=torch.uint8)
-    with ThreadPoolExecutor() as pool:
+    pool = ThreadPoolExecutor()
+    try:
         views = pool.map(lambda path: _square(_decode(path), dataset.image_size), paths)
         bar = tqdm(views, f'reading {split}', len(paths), leave=False,
                    disable=not sys.stdout.isatty())
         for i, view in enumerate(bar):
             images[i] = view
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C doesn't wait for the rest
     return images, torch.tensor(labels)
 
 
@@ -531,12 +535,14 @@ def _decode(path):
     """A file as an RGB picture, wholly read."""
     try:
         with Image.open(path) as image:
+            if max(image.size) > 1000 * min(image.size):  # scaled by its shorter side it were huge
+                raise ValueError(f'{image.width} x {image.height} pixels')
             if image.mode.startswith('I'):  # 16 bits of grey, which PIL would clip at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             elif 'transparency' in image.info:
                 image = image.convert('RGBA')
             return image.convert('RGB')
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a broken file may make PIL stumble on anything; or it is a bomb
         reason = ' '.join(str(error).split())
         raise DataError(f'{path}: cannot be read as an image ({reason})') from error
 

@@ -20,7 +20,8 @@ Memory-Efficient Implementation of DenseNets, 2017, https://arxiv.org/abs/1707.0
 import contextlib
 import re
 from collections import OrderedDict, namedtuple
-from numbers import Integral
+from collections.abc import Iterable
+from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,10 @@ from torch.utils.checkpoint import checkpoint
 
 __all__ = ['DenseNet', 'densenet121', 'densenet161', 'densenet169', 'densenet201', 'densenet264',
            'densenet232_k48', 'densenet264_k48', 'densenet_cifar']
+
+# A typing error should not fill the machine's memory. The paper's largest has 73 million weights.
+MAX_WEIGHTS = 10**9
+MAX_LAYERS = 10_000
 
 
 class DenseNet(nn.Module):
@@ -68,6 +73,9 @@ class DenseNet(nn.Module):
                  bn_size=4, drop_rate=0.0, num_classes=1000, memory_efficient=False, *,
                  compression=0.5, bottleneck=True, small_inputs=False, in_channels=3):
         super().__init__()
+        if not isinstance(block_config, Iterable):
+            raise ValueError(f'block_config must be a number of layers for each block, not '
+                             f'{block_config!r}')
         block_config = tuple(block_config)
         self.config = dict(
             growth_rate=growth_rate, block_config=block_config, num_init_features=num_init_features,
@@ -79,10 +87,10 @@ class DenseNet(nn.Module):
         _check_positive(**{f'block_config[{i}]': n for i, n in enumerate(block_config)})
         if not block_config:
             raise ValueError('block_config is empty: give the number of layers of each block')
-        if not 0 <= drop_rate < 1:
-            raise ValueError(f'drop_rate must be in [0, 1), not {drop_rate}')
-        if not 0 < compression <= 1:
-            raise ValueError(f'compression must be in (0, 1], not {compression}')
+        if not (isinstance(drop_rate, Real) and 0 <= drop_rate < 1):
+            raise ValueError(f'drop_rate must be in [0, 1), not {drop_rate!r}')
+        _check_compression(compression)
+        _check_size(**self.config)
 
         self.in_channels = in_channels
         # A transition halves the map, rounding down; the ImageNet stem divides by 4, rounding up.
@@ -141,8 +149,36 @@ class DenseNet(nn.Module):
 
 def _check_positive(**values):
     for name, value in values.items():
-        if not isinstance(value, Integral) or value < 1:
-            raise ValueError(f'{name} must be a positive whole number, not {value!r}')
+        if not isinstance(value, Integral) or not 1 <= value <= MAX_WEIGHTS:
+            raise ValueError(f'{name} must be a whole number from 1 to {MAX_WEIGHTS:,}, not '
+                             f'{value!r}')
+
+
+def _check_compression(compression):
+    if not (isinstance(compression, Real) and 0 < compression <= 1):
+        raise ValueError(f'compression must be in (0, 1], not {compression!r}')
+
+
+def _check_size(growth_rate, block_config, num_init_features, bn_size, num_classes, compression,
+                bottleneck, small_inputs, in_channels, **_):
+    """Refuse at once what would take hours to build, or more memory than there is."""
+    if len(block_config) > 16 or sum(block_config) > MAX_LAYERS:
+        raise ValueError(f'block_config has {sum(block_config)} layers in {len(block_config)} '
+                         f'blocks: more than {MAX_LAYERS} layers or 16 blocks are not built')
+    channels, width = num_init_features, bn_size * growth_rate
+    count = in_channels * channels * (9 if small_inputs else 49)  # weights of convolutions
+    for i, num_layers in enumerate(block_config, start=1):
+        read = num_layers * channels + growth_rate * num_layers * (num_layers - 1) // 2
+        count += (read * width + 9 * num_layers * width * growth_rate if bottleneck
+                  else 9 * read * growth_rate)
+        channels += num_layers * growth_rate
+        if i < len(block_config):
+            count += channels * int(channels * compression)
+            channels = int(channels * compression)
+    count += channels * num_classes
+    if count > MAX_WEIGHTS:
+        raise ValueError(f'such a network has {count:.1e} weights: more than {MAX_WEIGHTS:.0e} '
+                         f'are not built')
 
 
 def _canonical_key(key):
@@ -713,6 +749,7 @@ def densenet264_k48(**kwargs):
 
 def _imagenet_model(growth_rate, block_config, kwargs):
     settings = {'growth_rate': growth_rate, 'block_config': block_config, **kwargs}
+    _check_positive(growth_rate=settings['growth_rate'])
     settings.setdefault('num_init_features', 2 * settings['growth_rate'])
     return DenseNet(**settings)
 
@@ -747,6 +784,8 @@ def densenet_cifar(depth=100, growth_rate=12, *, bottleneck=True, compression=0.
         raise ValueError(f'depth must be {step}n+4 {"with" if bottleneck else "without"} '
                          f'bottleneck, not {depth}: nearest {nearest}')
     if num_init_features is None:
+        _check_positive(growth_rate=growth_rate)
+        _check_compression(compression)
         num_init_features = stem_width(growth_rate, bottleneck, compression)
     return DenseNet(growth_rate, 3 * ((depth - 4) // step,), num_init_features,
                     drop_rate=drop_rate, num_classes=num_classes, compression=compression,

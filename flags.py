@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import checkpoint
@@ -58,7 +59,7 @@ def number(kind, interval):
     return parse
 
 
-POSITIVE, SHARE = number(int, '[1, inf)'), number(float, '[0, 1)')
+POSITIVE, SHARE = number(int, '[1, 1000000000]'), number(float, '[0, 1)')
 
 
 def make_parser():
@@ -76,12 +77,12 @@ def add_data_and_model_flags(parser):
     group.add_argument('--dataset', choices=data.NAMES, default='cifar10')
     group.add_argument('--data', metavar='DIR', default='work/data',
                        help='where the data are or go (default: %(default)s)')
-    group.add_argument('--image-size', type=POSITIVE, metavar='PIXELS',
+    group.add_argument('--image-size', type=number(int, '[1, 4096]'), metavar='PIXELS',
                        help='folder, imagenet (default: 224, or that of small images)')
     group.add_argument('--augment', action=argparse.BooleanOptionalAction, default=True,
                        help='crop and mirror (default: yes, svhn: no)')
     cores = (os.cpu_count() or 1) // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    group.add_argument('--workers', '--nThreads', type=number(int, '[0, inf)'),
+    group.add_argument('--workers', '--nThreads', type=number(int, '[0, 1024]'),
                        default=max(1, min(8, cores)),
                        help='processes that read images over 64 pixels, for each process of '
                             'torchrun (default: a core each, at most 8; here %(default)s)')
@@ -151,6 +152,8 @@ def add_run_flags(parser):
                        'fp32 (default: bf16 on cuda, tf32 where it has none; fp32 elsewhere)')
     group.add_argument('--cuda-graph', action=argparse.BooleanOptionalAction,
                        help='launch a training step as one CUDA graph (default: yes on cuda)')
+    group.add_argument('--deterministic', action='store_true',
+                       help='the same bits in every run, on a GPU too, for some of its speed')
     group.add_argument('--compile', action='store_true', help='torch.compile: minutes to start')
     group.add_argument('--sync-bn', action='store_true',
                        help='batch statistics over all GPUs of torchrun, not each one\'s own')
@@ -176,6 +179,11 @@ def add_run_flags(parser):
                        help='only say what --resume or --pretrained sees in these files')
     group.add_argument('--ten-crop', '--tenCrop', action='store_true',
                        help='test on ten crops of each image over 64 pixels')
+    group.add_argument('--save-every', type=POSITIVE, default=1, metavar='EPOCHS',
+                       help='epochs from one latest.pth to the next (default: %(default)s)')
+    group.add_argument('--keep', type=number(int, '[0, 1000]'), default=1, metavar='N',
+                       help='keep the N files before latest.pth, as latest.pth.1 (the newest), '
+                            'latest.pth.2, ... (default: %(default)s)')
     group.add_argument('--print-freq', '-p', type=POSITIVE, default=50, metavar='STEPS',
                        help='steps to a row of train.csv (default: %(default)s)')
     group.add_argument('--tensorboard', action='store_true', help='write event files as well')
@@ -197,8 +205,7 @@ def parse_args(argv=None):
     restart = flags_of_a_restart(args)
     start = argparse.Namespace(**{**vars(args), **restart})
     if start.resume is not None:
-        restart['resume'] = path = resume_path(start)
-        saved = distributed.of_rank_0(lambda: saved_flags(path))
+        restart['resume'], saved = distributed.of_rank_0(lambda: saved_flags(resume_path(start)))
         own = set(CALL_FLAGS)
         if any(getattr(args, flag) is not None for flag in LAYER_FLAGS):
             own.update(LAYER_FLAGS)
@@ -212,10 +219,14 @@ def parse_args(argv=None):
 
 
 def saved_flags(path):
-    saved = checkpoint.load(path)
+    """The checkpoint to resume, an older one where that of `path` is damaged, and its flags."""
+    path, saved, complaints = checkpoint.load_newest(path)
+    for complaint in complaints:
+        print(f'train.py: warning: {complaint}; going on from the one before, {path}',
+              file=sys.stderr, flush=True)
     if not all(isinstance(saved.get(key), dict) for key in ('args', 'dataset', 'model')):
         raise CheckpointError(f'{path} holds no run to resume; for weights alone --pretrained')
-    return saved['args']
+    return path, saved['args']
 
 
 def check_same_flags(args):
@@ -240,13 +251,17 @@ def flags_of_a_restart(args):
     if distributed.is_restart() and distributed.of_rank_0(lambda: saved_by(launchers, latest)):
         return dict(resume=str(latest), overwrite=False, pretrained=None, reset_classifier=False,
                     start_epoch=None)
-    if args.resume == '' and not distributed.of_rank_0(latest.exists):
+    if args.resume == '' and not distributed.of_rank_0(lambda: any(
+            version.exists() for version in checkpoint.versions(latest))):
         return dict(resume=None)
     return {}
 
 
 def saved_by(launchers, path):
-    return path.exists() and checkpoint.load(path).get('launcher') in launchers
+    """Was the newest sound checkpoint of that name written under one of these torchruns?"""
+    with contextlib.suppress(CheckpointError):
+        return checkpoint.load_newest(path)[1].get('launcher') in launchers
+    return False
 
 
 def recipe(args):
@@ -317,4 +332,5 @@ def run_directory(args):
 def resume_path(args):
     """The checkpoint that --resume means: a file, or latest.pth of a run directory."""
     path = Path(args.resume or run_directory(args))
-    return str(path / 'latest.pth' if path.is_dir() or not args.resume else path)
+    is_run = path.is_dir() and path.suffix != '.pth'  # a folder of that name is in a file's place
+    return str(path / 'latest.pth' if is_run or not args.resume else path)

@@ -300,7 +300,7 @@ def save_figure(figure, path):
     image = io.BytesIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(image, format=path.suffix[1:], metadata=dates.get(path.suffix))
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')  # train.py sweeps
     try:
         temporary.write_bytes(image.getvalue())
         os.replace(temporary, path)

@@ -8,11 +8,11 @@
 """
 
 import contextlib
-import csv
 import fcntl
 import os
 import subprocess
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -22,11 +22,26 @@ from tqdm import tqdm
 TRAIN_COLUMNS = ('epoch', 'loss', 'error', 'lr', 'images_per_second', 'data_wait')
 TEST_COLUMNS = ('epoch', 'loss', 'error', 'error5')
 FIGURES = ('loss', 'error', 'loss-error')  # that plot.py draws
-RUN_FILES = ('args.json', 'train.csv', 'test.csv', 'latest.pth', 'best.pth')
+RUN_FILES = ('args.json', 'train.csv', 'test.csv', 'latest.pth', 'latest.pth.1', 'best.pth')
 
 
 class RunDirectoryError(Exception):
     """A directory that this run must not write to, said in one line."""
+
+
+def say(*words):
+    """Print a line; that nobody can read it any more (`| head`, a full disk) does not end a run."""
+    try:
+        print(*words, flush=True)
+    except OSError as error:
+        with open(os.devnull, 'w') as nowhere:  # or Python would try again at its exit, and fail
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        warn(f'nothing more is printed: {error.strerror}')
+
+
+def warn(message):
+    with contextlib.suppress(OSError):
+        print(f'train.py: warning: {message}', file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -67,6 +82,8 @@ def claim(directory, *, may_hold_run=False):
             raise RunDirectoryError(f'{directory} holds a run ({", ".join(held)}): go on by '
                                     f'--resume, replace it by --overwrite, or name another '
                                     f'directory by --save or --name')
+        for path in directory.glob('.*.tmp'):  # what a killed run has not completed
+            path.unlink()
         yield directory
     finally:
         unlock()
@@ -78,6 +95,7 @@ def claim(directory, *, may_hold_run=False):
 def clear(directory):
     """Take out the files of an earlier run; figures are left until they are drawn again."""
     for path in (*(directory / name for name in RUN_FILES),
+                 *directory.glob('latest.pth.*'),
                  *directory.glob('tensorboard/events.out.tfevents.*')):
         path.unlink(missing_ok=True)
 
@@ -135,9 +153,8 @@ class RunLog:
         speed = f'{images_per_second:.0f} images/s, {data_wait:.0f}% waiting for data'
         self.bar.set_postfix_str(f'loss {loss:.4f}, error {error:.2f}%, {speed}, {left} left')
         if not sys.stdout.isatty():
-            print(f'epoch {self.epoch}/{self.epochs}  step {self.step}/{self.steps_per_epoch}  '
-                  f'loss {loss:.4f}  error {error:.2f}%  lr {lr:g}  {speed}  {left} left',
-                  flush=True)
+            say(f'epoch {self.epoch}/{self.epochs}  step {self.step}/{self.steps_per_epoch}  '
+                f'loss {loss:.4f}  error {error:.2f}%  lr {lr:g}  {speed}  {left} left')
 
     def _seconds_left(self):
         steps_left = (self.epochs - self.epoch + 1) * self.steps_per_epoch - self.step
@@ -150,27 +167,37 @@ class RunLog:
     def end_epoch(self, train, test, best):
         """Sum up an epoch: train (loss, error), test (loss, error, error5), best (error, epoch)."""
         self.bar.close()
-        print(f'epoch {self.epoch}/{self.epochs}  '
-              f'train loss {train[0]:.4f}, error {train[1]:.2f}%  '
-              f'test loss {test[0]:.4f}, error {test[1]:.2f}%, top-5 {test[2]:.2f}%  '
-              f'best {best[0]:.2f}% (epoch {best[1]})', flush=True)
+        say(f'epoch {self.epoch}/{self.epochs}  '
+            f'train loss {train[0]:.4f}, error {train[1]:.2f}%  '
+            f'test loss {test[0]:.4f}, error {test[1]:.2f}%, top-5 {test[2]:.2f}%  '
+            f'best {best[0]:.2f}% (epoch {best[1]})')
         if self.tensorboard:
-            for tag, value in (('train_loss', train[0]), ('train_acc', 100 - train[1]),
-                               ('val_loss', test[0]), ('val_acc', 100 - test[1])):
-                self.tensorboard.add_scalar(tag, value, self.epoch)
+            try:
+                for tag, value in (('train_loss', train[0]), ('train_acc', 100 - train[1]),
+                                   ('val_loss', test[0]), ('val_acc', 100 - test[1])):
+                    self.tensorboard.add_scalar(tag, value, self.epoch)
+            except OSError as error:  # of its thread, which has then ended
+                warn(f'no more is written for TensorBoard: {error.strerror}')
+                self.tensorboard = None
         if self.figures:
             self.figures.redraw()
+
+    def sync(self):
+        """Have all rows on the disk before a checkpoint that counts on them."""
+        self.train_csv.sync()
+        self.test_csv.sync()
 
     def finish_figures(self):
         """Wait for the last drawing, and say where it is."""
         if self.figures and self.figures.finish():
-            print('figures:', *(self.directory / f'{name}.png' for name in FIGURES))
+            say('figures:', *(self.directory / f'{name}.png' for name in FIGURES))
 
     def close(self):
         if self.bar:
             self.bar.close()
         if self.tensorboard:
-            self.tensorboard.close()
+            with contextlib.suppress(OSError):
+                self.tensorboard.close()
         self.train_csv.close()
         self.test_csv.close()
 
@@ -185,42 +212,82 @@ class NoLog:
 class CsvFile:
     """Appends rows; of those of an earlier process it keeps what `keep` says of their epoch.
 
-    The others are taken out with the first new row and not before: a run that fails to go on
-    leaves the files as they were.
+    The others, and what is no row, are taken out with the first new row and not before: a run that
+    fails to go on leaves the files as they were. What can't be written, because the disk is full,
+    waits in memory and is tried again with each further row.
     """
 
     def __init__(self, path, columns, keep):
-        self.path, self.columns, self.keep, self.file = path, columns, keep, None
+        self.path, self.columns, self.keep = path, columns, keep
+        self.file, self.size, self.waiting, self.failed = None, 0, b'', False
 
     def write(self, *values):
-        if self.file is None:
-            self._open()
-        csv.writer(self.file, lineterminator='\n').writerow(values)
-        self.file.flush()  # a row that is written stays written when the process is killed
+        self.waiting += _line(values)
+        self._write_what_waits()
+
+    def _write_what_waits(self):
+        try:
+            if self.file is None:
+                self._open()
+            elif self.failed:  # what may be there of a row
+                self.file.truncate(self.size)
+            _write_all(self.file, self.waiting)
+            self.size += len(self.waiting)
+            self.waiting = b''
+        except OSError as error:
+            if not self.failed:
+                warn(f'{self.path}: {error.strerror}; its rows wait in memory until they can be '
+                     f'written')
+            self.failed = True
 
     def _open(self):
-        rows = []
-        if self.path.exists():
-            with open(self.path, newline='', errors='replace') as file:
-                lines = list(csv.reader(file)) or [self.columns]
-            missing = ['nan'] * (len(self.columns) - len(lines[0]))  # an older version had fewer
-            rows = [row + missing for row in lines[1:]
-                    if _is_row(row, lines[0]) and self.keep(float(row[0]))]
+        kept = b''.join(map(_line, [self.columns, *self._rows_to_keep()]))
         temporary = self.path.with_name(f'.{self.path.name}.tmp')
-        with open(temporary, 'w', newline='') as file:
-            csv.writer(file, lineterminator='\n').writerows([self.columns, *rows])
+        with open(temporary, 'wb', buffering=0) as file:
+            _write_all(file, kept)
         os.replace(temporary, self.path)  # the file is never without the rows to keep
-        self.file = open(self.path, 'a', newline='')
+        # Without a buffer: a row that is written stays written when the process is killed.
+        self.file, self.size = open(self.path, 'ab', buffering=0), len(kept)
+
+    def _rows_to_keep(self):
+        if not self.path.exists():
+            return []
+        # Not by the csv module, to which a stray quote makes one field of the rest of the file.
+        with open(self.path, errors='replace', newline='\n') as file:
+            header, *rows = (line.split(',') for line in file.read().split('\n'))
+        older = tuple(header) == self.columns[:len(header)]  # a version that had fewer columns
+        missing = len(self.columns) - len(header) if older else 0
+        return [row + ['nan'] * missing for row in rows
+                if _is_row(row, len(self.columns) - missing) and self.keep(float(row[0]))]
+
+    def sync(self):
+        if self.waiting:
+            self._write_what_waits()
+        if self.file is not None:
+            with contextlib.suppress(OSError):
+                os.fsync(self.file.fileno())
 
     def close(self):
+        if self.waiting:
+            self._write_what_waits()
         if self.file is not None:
             self.file.close()
 
 
+def _line(values):
+    return (','.join(map(str, values)) + '\n').encode()
+
+
+def _write_all(file, content):
+    """To an unbuffered file, which writes what there is room for and fails the next time."""
+    while content:
+        content = content[file.write(content):]
+
+
 def _is_row(row, columns):
-    """Not what a killed process left of a row."""
+    """Not what a killed process left of a row, or what became of one on a bad disk."""
     try:
-        return len([float(value) for value in row]) == len(columns)
+        return len([float(value) for value in row]) == columns
     except ValueError:
         return False
 
@@ -231,42 +298,31 @@ class FigureDrawer:
     def __init__(self, directory):
         script = Path(__file__).with_name('plot.py')
         self.command = [sys.executable, str(script), str(directory)]
-        self.process, self.warned = None, False
+        self.thread, self.drawn, self.warned = None, False, False
 
     def redraw(self):
         """Draw, unless the last drawing is not done yet: then the next call will."""
-        if self.process is not None and self.process.poll() is None:
-            return
-        self._collect()
-        try:  # in a session of its own: Ctrl-C is for the training
-            self.process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL,
-                                            stderr=subprocess.PIPE, text=True,
-                                            start_new_session=True)
-        except OSError as error:
-            self._warn(str(error))
+        if self.thread is None or not self.thread.is_alive():
+            self.thread = threading.Thread(target=self._draw, daemon=True)
+            self.thread.start()
 
     def finish(self):
-        """Draw what there is now, wait for it, and say whether it is drawn."""
-        self._collect()
-        self.redraw()
-        return self._collect()
+        """Draw what there is now, and say whether it is drawn."""
+        if self.thread is not None:
+            self.thread.join()
+        self._draw()
+        return self.drawn
 
-    def _collect(self):
-        if self.process is None:
-            return False
-        try:
-            _, complaint = self.process.communicate(timeout=60)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            _, complaint = self.process.communicate()
-        drawn = self.process.returncode == 0
-        if not drawn:
-            self._warn(complaint)
-        self.process = None
-        return drawn
-
-    def _warn(self, complaint):
-        if not self.warned:
+    def _draw(self):
+        self.drawn, complaint = False, ''
+        try:  # in a session of its own: Ctrl-C is for the training
+            ended = subprocess.run(self.command, stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=60,
+                                   text=True, errors='replace', start_new_session=True)
+            self.drawn, complaint = ended.returncode == 0, ended.stderr
+        except (OSError, subprocess.TimeoutExpired) as error:
+            complaint = str(error)
+        if not self.drawn and not self.warned:
             last = (complaint.strip().splitlines() or ['no reason given'])[-1]
-            print(f'train.py: warning: the figures were not drawn: {last}', file=sys.stderr)
-        self.warned = True
+            warn(f'the figures were not drawn: {last}')
+            self.warned = True

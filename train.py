@@ -18,9 +18,9 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import platform
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -34,31 +34,22 @@ import checkpoint
 import data
 import densenet
 import distributed
+import faults
 import flags
+import memory
 import runlog
 from checkpoint import CheckpointError, TrainState
 from data import DataError
 from distributed import PeerError
+from faults import Interrupted, StopSignals, TrainingError, check_finite, explained
 from flags import UsageError
-from runlog import RunDirectoryError, RunLog
+from runlog import RunDirectoryError, RunLog, say
 
 AUTOCAST_TYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
-class TrainingError(Exception):
-    """Training that cannot go on, said in one line."""
-
-
 class CaptureError(Exception):
     """A step that can't be recorded as a CUDA graph, said in one line."""
-
-
-class Interrupted(Exception):
-    """A signal asked the run, or another process of it, to stop."""
-
-    def __init__(self, signum):
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
 
 
 # ---------------------------------------------------------------------------------------------
@@ -98,6 +89,15 @@ def choose_precision(name, device):
     torch.backends.cudnn.allow_tf32 = name != 'fp32'  # torch's own default is True, whatever we say
     torch.backends.cudnn.benchmark = True             # the shapes stay the same from step to step
     return name
+
+
+def choose_determinism(wanted):
+    """Whether two runs are to end with the same bits on a GPU, too, as they do on a CPU anyway."""
+    torch.use_deterministic_algorithms(wanted)
+    if wanted:
+        torch.backends.cudnn.benchmark = False  # which chooses by time
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing of ours reads it
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read when cuBLAS starts
 
 
 def make_autocast(precision, device):
@@ -215,7 +215,7 @@ def make_state(args, model, device, precision):
     """Training that has not begun, of a model that is on its device."""
     scaler = torch.amp.GradScaler(device.type, enabled=precision == 'fp16')
     return TrainState(model, make_optimizer(args, model), scaler,
-                      interval=torch.zeros(3, device=device))
+                      interval=torch.zeros(4, device=device))
 
 
 def set_learning_rate(optimizer, lr):
@@ -272,9 +272,9 @@ def train_step(state, images, labels, batch_size=None, *, autocast, grad_accum=1
             state.scaler.scale(loss / share).backward()
         state.interval[0].add_(loss.detach())
         state.interval[1].add_(count_errors(logits.detach().argmax(1) == part_labels, part_labels))
+    faults.note_what_is_not_finite(state)
     state.scaler.step(state.optimizer)
     state.scaler.update()
-    state.interval[2].add_(state.interval[0].isfinite())
 
 
 def at_least_fp32(logits):
@@ -355,7 +355,7 @@ def make_step(args, state, shapes, autocast):
             raise CaptureError('several processes exchange gradients in it')
         return CudaGraphStep(step, state, shapes)
     except CaptureError as error:
-        print(f'no CUDA graph, each kernel is launched by itself: {error}', flush=True)
+        say(f'no CUDA graph, each kernel is launched by itself: {error}')
         return step
 
 
@@ -402,17 +402,6 @@ def train_epoch(args, state, loader, log, step, stop):
             clock.restart()
 
 
-def check_finite(state):
-    """Loss and errors of all processes since the last row of train.csv, if they are finite."""
-    sums = distributed.all_gather(state.interval.tolist())  # waits for the device
-    loss, errors, finite_steps = zip(*sums)
-    if not math.isfinite(sum(loss)):
-        step = state.step - state.interval_steps + int(min(finite_steps)) + 1
-        raise TrainingError(f'the loss is not finite at epoch {state.epoch}, step {step}: try a '
-                            f'lower --lr; the last good checkpoint is untouched')
-    return sum(loss), sum(errors)
-
-
 def close_interval(state):
     """Mean loss, error in percent and number of images since the last row; begins the next."""
     loss, errors = check_finite(state)
@@ -446,53 +435,6 @@ def evaluate(model, loader, autocast, stop=None):
     return loss, 100 * errors, 100 * errors5
 
 
-class StopSignals:
-    """Notes SIGINT and SIGTERM, for the loop to stop after its step; a second SIGINT kills.
-
-    Not so under torchrun, which passes on what a scheduler may have sent to all processes.
-    """
-
-    received = 0
-    FAILED = 10**9  # in rank 0, one less in each further one: more than the number of any signal
-
-    def __enter__(self):
-        self.handlers = {signum: signal.signal(signum, self.note)
-                         for signum in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_):
-        for signum, handler in self.handlers.items():
-            signal.signal(signum, handler)
-
-    def note(self, signum, _):
-        self.received = signum
-        if distributed.launcher() is None:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    def check(self, error=None):
-        """Raises an Interrupted for a signal, or else for `error` what `all_or_none` raises."""
-        own_code = self.FAILED - distributed.rank() if error else self.received
-        code = distributed.agree(own_code)
-        if error and code == own_code:
-            raise error
-        if code > self.FAILED - distributed.world_size():
-            raise PeerError
-        if code:
-            raise Interrupted(code)
-
-
-@contextlib.contextmanager
-def single_values_explained():
-    try:
-        yield
-    except ValueError as error:
-        if 'value per channel' not in str(error):
-            raise
-        raise UsageError('a batch, or a part of one by --grad-accum or torchrun, has a single '
-                         'image, and its last feature map is one pixel, which has no variance: '
-                         'change --batch-size or --grad-accum') from error
-
-
 def fit(args, state, step, train_loader, test_loader, log, save, stop, autocast):
     """Train and test from where `state` is to the last epoch.
 
@@ -507,19 +449,25 @@ def fit(args, state, step, train_loader, test_loader, log, save, stop, autocast)
             test = evaluate(state.model, test_loader, autocast, stop)
         except (Interrupted, DataError, PeerError):  # each comes between two steps
             check_finite(state)
+            log.sync()
             save('latest.pth')
             raise
         if end_epoch(state, test, log):
             save('best.pth')
-        save('latest.pth')
+        if state.epoch > args.epochs or (state.epoch - 1) % args.save_every == 0:
+            log.sync()
+            save('latest.pth')
 
 
 def end_epoch(state, test, log):
     """Note the test results and go to the next epoch; is this one the best?"""
     loss, error, error5 = test
     if not math.isfinite(loss):
-        raise TrainingError(f'the test loss is not finite after epoch {state.epoch}: try a lower '
-                            f'--lr; the last good checkpoint is untouched')
+        bad = [name for name, value in state.model.state_dict().items()
+               if not value.isfinite().all()]
+        by = f' the first bad parameter is {bad[0]};' if bad else ''
+        raise TrainingError(f'the test loss is not finite after epoch {state.epoch}:{by} try a '
+                            f'lower --lr; the last good checkpoint is untouched')
     log.test_row(state.epoch, loss, error, error5)
     state.last_error = error
     improved = error < state.best_error
@@ -575,7 +523,7 @@ def resume(args, state, saved, num_images):
         raise CheckpointError(f'{args.resume} was written within an epoch of {before[1]} images in '
                               f'batches of {before[0]}, and cannot go on in one of {now[1]} in '
                               f'batches of {now[0]}; --start-epoch {state.epoch} begins it anew')
-    print(f'resuming {args.resume} in epoch {state.epoch} after step {state.step}', flush=True)
+    say(f'resuming {args.resume} in epoch {state.epoch} after step {state.step}')
 
 
 def begin(args, dataset, model, num_images, *, device, precision, saved):
@@ -598,10 +546,19 @@ def make_save(args, state, dataset, num_images, directory):
     def save(name):
         own_states = distributed.all_gather(state.own_state())
         with distributed.all_or_none():
-            if distributed.rank() == 0:
-                checkpoint.save(directory / name, state.state_dict(own_states), args=vars(args),
-                                num_images=num_images, dataset=dataset.plain(),
-                                config=state.model.config, launcher=distributed.launcher())
+            try:
+                if distributed.rank() == 0:
+                    checkpoint.save(directory / name, state.state_dict(own_states),
+                                    keep=args.keep if name == 'latest.pth' else 0, args=vars(args),
+                                    num_images=num_images, dataset=dataset.plain(),
+                                    config=state.model.config, launcher=distributed.launcher())
+            except OSError as error:
+                if not directory.exists():
+                    raise RunDirectoryError(f'{directory} is gone: it was deleted or moved while '
+                                            f'the run was in it') from error
+                raise RunDirectoryError(f'{directory / name} cannot be written '
+                                        f'({error.strerror}); what was saved before is '
+                                        f'untouched') from error
     return save
 
 
@@ -622,7 +579,7 @@ def open_directory(args, directory, record, save, **log_settings):
                       figures=args.plot, **log_settings)
 
 
-def train(args, dataset, model, loaders, directory, *, device, precision, autocast, saved):
+def train(args, dataset, model, loaders, directory, stop, *, device, precision, autocast, saved):
     """A whole run, in a directory that is ours."""
     train_loader, test_loader = loaders
     with distributed.all_or_none():
@@ -635,7 +592,10 @@ def train(args, dataset, model, loaders, directory, *, device, precision, autoca
         model.compile()
     image = model.in_channels, dataset.image_size, dataset.image_size
     sizes = args.batch_size, train_loader.num_images % args.batch_size  # the last one is smaller
-    with single_values_explained():
+    remedy = functools.partial(
+        memory.remedy, functools.partial(train_step, state, autocast=autocast), model, image,
+        args.batch_size, args.grad_accum)
+    with explained(args, remedy):
         step = make_step(args, state, [(n, *image) for n in sizes if n], autocast)
     graphed = isinstance(step, CudaGraphStep)
     record = describe_run(args, device, precision, graphed)
@@ -643,20 +603,21 @@ def train(args, dataset, model, loaders, directory, *, device, precision, autoca
     log = open_directory(args, directory, record, save, steps_per_epoch=len(train_loader),
                          start=(state.epoch, state.step))
     hardware = f'{record["processes"]} x ' * (record['processes'] > 1) + record['device']
-    print(f'{model_name(args)}: {sum(p.numel() for p in model.parameters()):,} parameters; '
-          f'{dataset.name}: {train_loader.num_images:,} training and {test_loader.num_images:,} '
-          f'test images of {dataset.image_size} pixels, {len(dataset.classes)} classes; '
-          f'{hardware}, {precision}{", CUDA graph" * graphed}', flush=True)
-    with contextlib.closing(log), single_values_explained(), StopSignals() as stop:
+    say(f'{model_name(args)}: {sum(p.numel() for p in model.parameters()):,} parameters; '
+        f'{dataset.name}: {train_loader.num_images:,} training and {test_loader.num_images:,} '
+        f'test images of {dataset.image_size} pixels, {len(dataset.classes)} classes; '
+        f'{hardware}, {precision}{", CUDA graph" * graphed}')
+    with contextlib.closing(log):
         try:
-            fit(args, state, step, train_loader, test_loader, log, save, stop, autocast)
+            with explained(args, remedy):
+                fit(args, state, step, train_loader, test_loader, log, save, stop, autocast)
         except Interrupted as interrupted:
-            print(f'{interrupted}: saved in epoch {state.epoch} after step {state.step}; --resume '
-                  f'goes on from {directory / "latest.pth"}', flush=True)
+            say(f'{interrupted}: saved in epoch {state.epoch} after step {state.step}; --resume '
+                f'goes on from {directory / "latest.pth"}')
             sys.exit(128 + interrupted.signum)
         log.finish_figures()
-    print(f'final error {state.last_error:.2f}% (epoch {state.epoch - 1}), best '
-          f'{state.best_error:.2f}% (epoch {state.best_epoch}); everything is in {directory}')
+    say(f'final error {state.last_error:.2f}% (epoch {state.epoch - 1}), best '
+        f'{state.best_error:.2f}% (epoch {state.best_epoch}); everything is in {directory}')
 
 
 # ---------------------------------------------------------------------------------------------
@@ -720,13 +681,14 @@ def predict(model, dataset, device, autocast, args):
 
 
 def main(argv=None):
-    with distributed.process_group():
+    with StopSignals() as stop, distributed.process_group():
         with distributed.all_or_none():
             args = flags.parse_args(argv)
             saved = args.resume and distributed.of_rank_0(lambda: checkpoint.load(args.resume))
         with distributed.all_or_none():
             device = choose_device(args.device)
             precision = choose_precision(args.precision, device)
+            choose_determinism(args.deterministic)
             dataset = choose_dataset(args, saved)
             args = choose_model(args, dataset.image_size)
             if saved:
@@ -743,7 +705,8 @@ def main(argv=None):
         if args.predict:
             predict(model, dataset, device, autocast, args)
         elif args.evaluate:
-            print_errors(model, dataset, device, autocast, args)
+            with explained(args):
+                print_errors(model, dataset, device, autocast, args)
         else:
             directory = flags.run_directory(args)
             goes_on = saved and Path(args.resume).parent.resolve() == directory.resolve()
@@ -756,8 +719,9 @@ def main(argv=None):
                     data.make_loaders, dataset, args.batch_size, device=device,
                     augment=args.augment, seed=args.seed, workers=args.workers,
                     ten_crop=args.ten_crop, shard=(distributed.rank(), distributed.world_size())))
-                train(args, dataset, model, loaders, directory, device=device,
-                      precision=precision, autocast=autocast, saved=saved)
+                with stop.deferred():
+                    train(args, dataset, model, loaders, directory, stop, device=device,
+                          precision=precision, autocast=autocast, saved=saved)
 
 
 def cli(argv=None):
@@ -773,13 +737,15 @@ def cli(argv=None):
     except OSError as error:  # a disk that is full, a directory that must not be written to
         complain(f'{error.filename}: ' * bool(error.filename) + (error.strerror or str(error)))
         distributed.leave(2)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if memory.ran_out(error):
+            complain('out of memory before the first step: try another --device, smaller images or '
+                     'a smaller network')
+            distributed.leave(2)
         if not distributed.lost_a_peer(error):
             raise
         complain('the connection to another process is lost; if that had an error, it is above')
         distributed.leave(1)
-    except KeyboardInterrupt:  # before there was anything to save
-        sys.exit(128 + signal.SIGINT)
 
 
 def complain(error):

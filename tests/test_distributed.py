@@ -56,7 +56,7 @@ def train_some(argv, batch_statistics, epochs=2):
             norm.eval()
     args = parse_args(['--device', 'cpu', '--lr', '0.05', '--batch-size', '12', *argv])
     state = TrainState(model, train.make_optimizer(args, model),
-                       torch.amp.GradScaler('cpu', enabled=False), torch.zeros(3))
+                       torch.amp.GradScaler('cpu', enabled=False), torch.zeros(4))
     step = train.make_step(args, state, [], NO_AUTOCAST)
     sent = []
     if distributed.world_size() > 1:

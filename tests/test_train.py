@@ -159,7 +159,7 @@ def make_state(seed=0, lr=0.1, **kwargs):
     model = densenet.densenet_cifar(10, 4, **kwargs)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, nesterov=True)
     return TrainState(model, optimizer, torch.amp.GradScaler('cpu', enabled=False),
-                      interval=torch.zeros(3))
+                      interval=torch.zeros(4))
 
 
 def batch(n=8, seed=0):
@@ -253,14 +253,14 @@ def test_a_rehearsal_that_fails_leaves_no_trace_either():
 
 def test_other_processes_take_over_the_sums_of_all():
     saved = []
-    for rank, sums in enumerate(([3.0, 2.0, 5.0], [4.0, 1.0, 4.0])):
+    for rank, sums in enumerate(([3.0, 2.0, 5.0, 0.0], [4.0, 1.0, 4.0, 0.0])):
         state = make_state()
         state.interval.copy_(torch.tensor(sums))
         torch.manual_seed(rank)
         saved.append(state.own_state())
     saved = make_state().state_dict(saved)
-    for processes, expected in ((1, [[7, 3, 4]]), (2, [[3, 2, 5], [4, 1, 4]]),
-                                (3, [[7, 3, 4], [0, 0, 4], [0, 0, 4]])):
+    for processes, expected in ((1, [[7, 3, 4, 0]]), (2, [[3, 2, 5, 0], [4, 1, 4, 0]]),
+                                (3, [[7, 3, 4, 0], [0, 0, 4, 0], [0, 0, 4, 0]])):
         for rank in range(processes):
             state = make_state()
             torch.manual_seed(9)
@@ -430,8 +430,9 @@ def test_a_small_net_learns_the_shapes_and_says_where_everything_is(tmp_path, ca
     assert float(rows[-1]['error']) < 10
     train_rows = read_csv(run / 'train.csv')
     assert [row['epoch'] for row in train_rows[:3]] == ['0.53191', '1.00000', '1.53191']
-    assert set(os.listdir(run)) == {'args.json', 'train.csv', 'test.csv', 'latest.pth', 'best.pth',
-                                    'loss.png', 'error.png', 'loss-error.png', 'tensorboard'}
+    assert set(os.listdir(run)) == {'args.json', 'train.csv', 'test.csv', 'latest.pth',
+                                    'latest.pth.1', 'best.pth', 'loss.png', 'error.png',
+                                    'loss-error.png', 'tensorboard'}
     output = capsys.readouterr().out.splitlines()
     best = min(rows, key=lambda row: float(row['error']))
     assert output[-1] == (f'final error {float(rows[-1]["error"]):.2f}% (epoch 5), best '
@@ -681,7 +682,7 @@ def test_overwriting_begins_anew(small, tmp_path):
     (['--depth', '99'], 'nearest 94 and 100'),
     (['--depth', '41', '--no-bottleneck'], 'nearest 40 and 43'),
     (['--depth', '40', '--arch', 'densenet121'], 'exclude each other'),
-    (['--growth-rate', '0'], r'0.* is not a whole number in \[1, inf\)'),
+    (['--growth-rate', '0'], r'0.* is not a whole number in \[1, 1000000000\]'),
     (['--growth-rate', '1.5'], 'not a whole number'),
     (['--batch-size', '0'], 'not a whole number'),
     (['--batch-size', '6001', '--dataset', 'shapes'], '--batch-size 6001 is larger .* 6000'),
@@ -705,7 +706,7 @@ def test_overwriting_begins_anew(small, tmp_path):
     (['--resume', '--overwrite'], 'not allowed with'),
     (['--resume', 'nowhere.pth'], 'nowhere.pth is not there'),
     (['--dataset', 'shapes', '--block-config', '1', '1', '1', '1', '1', '1', '1'], 'at least 64'),
-    (['--dataset', 'shapes', '--growth-rate', '2000000000'], 'no such model'),
+    (['--dataset', 'shapes', '--growth-rate', '100000'], 'no such model: .* weights'),
     (['--precision', 'tf32', '--device', 'cpu'], 'tf32 is for cuda'),
 ])
 def test_wrong_flags(argv, message, tmp_path, monkeypatch, capsys):
@@ -826,7 +827,8 @@ def test_a_disk_that_cannot_be_written_to(small, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(torch, 'save', full)
     error = fails(capsys, *small, '--save', tmp_path / 'run', '--epochs', 1)
-    assert error == 'train.py: error: latest.pth: No space left on device'
+    assert error == (f'train.py: error: {tmp_path}/run/latest.pth cannot be written (No space left '
+                     f'on device); what was saved before is untouched')
 
 
 def test_a_plot_that_fails_is_one_warning(small, tmp_path, capsys, monkeypatch):
