@@ -313,7 +313,7 @@ def replacing(path):
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno and not error.filename:  # a write names none
+        if isinstance(error, OSError) and error.errno:  # a write names no file
             error.filename = str(path)
         raise
     directory = os.open(path.parent, os.O_RDONLY)

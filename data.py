@@ -127,8 +127,8 @@ def describe(name, root='work/data', image_size=None, split='train'):
     return Description(name, root, CLASSES[name], 32, *(STATISTICS[name] or ()))
 
 
-def make_loaders(dataset, batch_size, *, device, augment=True, seed=1, workers=0, ten_crop=False,
-                 shard=(0, 1)):
+def make_loaders(dataset, batch_size, *, device, parts=1, augment=True, seed=1, workers=0,
+                 ten_crop=False, shard=(0, 1)):
     """The description with mean and standard deviation, a training loader and a test loader.
 
     The training images are shuffled, the test images come in their order. A loader has `len()`, the
@@ -138,6 +138,8 @@ def make_loaders(dataset, batch_size, *, device, augment=True, seed=1, workers=0
 
     Args:
         batch_size: of all processes together.
+        parts: a batch of test images is that many times smaller, so that testing has no more
+            images in memory at once than training has.
         shard: (rank, number of processes). Each process gets its part of each batch, as equal as
             can be. One that has no part of a small last batch gets an image labelled `NO_LABEL`,
             so that all take the same number of steps.
@@ -159,6 +161,7 @@ def make_loaders(dataset, batch_size, *, device, augment=True, seed=1, workers=0
         listing = _list_images(_split_folder(dataset.root, 'train'), dataset.classes)
         train = WorkerLoader(listing.samples, view, mean=dataset.mean, std=dataset.std,
                              workers=workers, **common, **drawn)
+    common['batch_size'] = -(-batch_size // parts)
     return dataset, train, make_test_loader(dataset, workers=workers, ten_crop=ten_crop, **common)
 
 

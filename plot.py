@@ -15,6 +15,7 @@ import io
 import itertools
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,10 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodF
 FIGURES = {'loss': ['loss'], 'error': ['error'], 'loss-error': ['loss', 'error']}
 AXIS_LABELS = {'loss': 'cross-entropy loss', 'error': 'error (%)'}
 COLUMNS = ['epoch', 'loss', 'error', 'lr']  # what is read; other columns are left alone
-CLASSIC_COLUMNS = ['epoch', 'loss', 'error']  # of a file without a header
+# Of a row without a header, or under one that is damaged: a row of test.csv and of the classic
+# repositories has no more than these, and the fourth column of train.csv is the learning rate.
+HEADERLESS_COLUMNS = {3: COLUMNS[:3], 4: [*COLUMNS[:3], ''], 5: [*COLUMNS, ''],
+                      6: [*COLUMNS, '', '']}
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; its yellow is too pale here.
 COLORS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000']
@@ -58,33 +62,59 @@ def parse_row(fields, names):
     """The values of COLUMNS in one line; ValueError if it isn't a whole row of numbers."""
     if len(fields) != len(names):
         raise ValueError(f'expected {len(names)} columns, found {len(fields)}')
-    return [float(field) for name, field in zip(names, fields) if name in COLUMNS]
+    values = {name: float(field) for name, field in zip(names, fields) if name in COLUMNS}
+    return [values.get(name, np.nan) for name in COLUMNS]
 
 
 def read_table(path):
     """{column: values} of a CSV file, {} if there is none; rows that can't be read are skipped."""
     if not path.exists():
         return {}
-    names, rows, skipped = CLASSIC_COLUMNS, [], []
     # Line by line, not by the csv module, to which a stray quote or NUL byte is an error that
     # takes the following rows along; newline='\n' keeps the line numbers an editor's.
     with open(path, encoding='utf-8-sig', errors='replace', newline='\n') as file:
-        for number, line in enumerate(file, start=1):
-            fields = [field.strip('" \t\r\n') for field in line.split(',')]
-            if not rows and 'epoch' in fields:
-                names = fields
-            elif line.strip():
-                try:
-                    rows.append(parse_row(fields, names))
-                except ValueError as error:
-                    skipped.append((number, str(error)[:80]))
+        lines = [(number, [field.strip('" \t\r\n') for field in line.split(',')])
+                 for number, line in enumerate(file, start=1) if line.strip()]
+    # A header that is not as wide as most lines is damaged: then they are read as if without one.
+    width = Counter(len(fields) for _, fields in lines).most_common(1)[0][0] if lines else 0
+    names, rows, numbers, skipped = HEADERLESS_COLUMNS.get(width, COLUMNS[:3]), [], [], []
+    for number, fields in lines:
+        fits = len(fields) == width or width not in HEADERLESS_COLUMNS
+        if not rows and 'epoch' in fields and fits:
+            names = fields
+            continue
+        try:
+            rows.append(parse_row(fields, names))
+            numbers.append(number)
+        except ValueError as error:
+            skipped.append((number, str(error)[:80]))
+    values = np.array(rows, dtype=float).reshape(len(rows), len(COLUMNS))
+    odd = out_of_order(values[:, 0])
+    skipped += [(numbers[i], f'epoch {values[i, 0]:g} is out of order')
+                for i in np.flatnonzero(odd)]
+    skipped.sort()
     for number, reason in skipped[:5]:
         warn(f'{path}, line {number}: skipped: {reason}')
     if len(skipped) > 5:
         warn(f'{path}: {len(skipped) - 5} more lines skipped, the last is line {skipped[-1][0]}')
-    columns = [name for name in names if name in COLUMNS]
-    values = np.array(rows, dtype=float).reshape(len(rows), len(columns))
-    return drop_superseded(dict(zip(columns, values.T)))
+    table = dict(zip(COLUMNS, values[~odd].T))
+    if np.isnan(table['lr']).all():  # only train.csv has it
+        del table['lr']
+    return drop_superseded(table)
+
+
+def out_of_order(epochs):
+    """True for a row alone without which the epochs would rise: a damaged one.
+
+    Where they fall and rise on from there, a run was resumed: see `drop_superseded`.
+    """
+    before, after = np.append(-np.inf, epochs[:-1]), np.append(epochs[1:], np.nan)
+    too_low = (epochs < before) & (after > before)
+    too_high = (epochs > after) & (before <= after)
+    both = too_high[:-1] & too_low[1:]  # it fell by less than a row
+    too_high[:-1] &= ~both
+    too_low[1:] &= ~both
+    return too_low | too_high
 
 
 def drop_superseded(table):

@@ -716,8 +716,8 @@ def main(argv=None):
                         stack.enter_context(runlog.claim(
                             directory, may_hold_run=goes_on or args.overwrite))
                 dataset, *loaders = distributed.in_turns(functools.partial(
-                    data.make_loaders, dataset, args.batch_size, device=device,
-                    augment=args.augment, seed=args.seed, workers=args.workers,
+                    data.make_loaders, dataset, args.batch_size, parts=args.grad_accum,
+                    device=device, augment=args.augment, seed=args.seed, workers=args.workers,
                     ten_crop=args.ten_crop, shard=(distributed.rank(), distributed.world_size())))
                 with stop.deferred():
                     train(args, dataset, model, loaders, directory, stop, device=device,
