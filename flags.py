@@ -11,12 +11,12 @@ import argparse
 import contextlib
 import importlib.util
 import os
-import sys
 from pathlib import Path
 
 import checkpoint
 import data
 import distributed
+import runlog
 from checkpoint import CheckpointError
 
 TORCHVISION_WEIGHTS = ('densenet121', 'densenet161', 'densenet169', 'densenet201')
@@ -222,8 +222,7 @@ def saved_flags(path):
     """The checkpoint to resume, an older one where that of `path` is damaged, and its flags."""
     path, saved, complaints = checkpoint.load_newest(path)
     for complaint in complaints:
-        print(f'train.py: warning: {complaint}; going on from the one before, {path}',
-              file=sys.stderr, flush=True)
+        runlog.warn(f'{complaint}; going on from the one before, {path}')
     if not all(isinstance(saved.get(key), dict) for key in ('args', 'dataset', 'model')):
         raise CheckpointError(f'{path} holds no run to resume; for weights alone --pretrained')
     return path, saved['args']

@@ -31,17 +31,22 @@ class RunDirectoryError(Exception):
 
 def say(*words):
     """Print a line; that nobody can read it any more (`| head`, a full disk) does not end a run."""
-    try:
-        print(*words, flush=True)
-    except OSError as error:
-        with open(os.devnull, 'w') as nowhere:  # or Python would try again at its exit, and fail
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    error = _print(*words, file=sys.stdout)
+    if error:
         warn(f'nothing more is printed: {error.strerror}')
 
 
-def warn(message):
-    with contextlib.suppress(OSError):
-        print(f'train.py: warning: {message}', file=sys.stderr, flush=True)
+def warn(message, kind='warning'):
+    _print(f'train.py: {kind}: {message}', file=sys.stderr)
+
+
+def _print(*words, file):
+    try:
+        print(*words, file=file, flush=True)
+    except OSError as error:
+        with open(os.devnull, 'w') as nowhere:  # or Python would try again at its exit, and fail
+            os.dup2(nowhere.fileno(), file.fileno())
+        return error
 
 
 @contextlib.contextmanager

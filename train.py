@@ -750,7 +750,7 @@ def cli(argv=None):
 
 def complain(error):
     rank = distributed.rank()
-    print(f'train.py: error: {f"rank {rank}: " * (rank > 0)}{error}', file=sys.stderr, flush=True)
+    runlog.warn(f'{f"rank {rank}: " * (rank > 0)}{error}', 'error')
 
 
 if __name__ == '__main__':
