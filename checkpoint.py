@@ -12,9 +12,9 @@ torch writes it, whose comment is the SHA-256 of all that comes before: no damag
 
 import argparse
 import contextlib
+import glob
 import hashlib
 import io
-import itertools
 import math
 import os
 import re
@@ -187,8 +187,9 @@ def _shift(path, before, keep):
 
 def versions(path):
     """The checkpoints of that name, whether or not it is there, and then path.1, path.2, ..."""
-    numbered = (Path(f'{path}.{i}') for i in itertools.count(1))
-    return [Path(path), *itertools.takewhile(os.path.lexists, numbered)]
+    older = {int(name.rpartition('.')[2]): Path(name) for name in glob.glob(
+        f'{glob.escape(str(path))}.*') if name.rpartition('.')[2].isdecimal()}
+    return [Path(path), *(older[i] for i in sorted(older))]
 
 
 def _checksum(*parts):
@@ -234,15 +235,16 @@ def load_newest(path):
     Raises:
         CheckpointError: there is none; says what is wrong with the first, as `load` does.
     """
-    complaints = []
+    complaints, first = [], None
     for version in versions(path):
         try:
             return str(version), load(version), complaints
         except CheckpointError as error:
-            complaints.append(str(error))
+            first = first or error
+            complaints.append(str(error) if version.exists() else f'{version} is not there')
     others = len(complaints) - 1
-    raise CheckpointError(complaints[0] + f'; nor is any of the {others} before it sound'
-                          * (others > 0))
+    raise CheckpointError(f'{first}' + f'; nor is any of the {others} before it sound'
+                          * (others > 0)) from first
 
 
 def load_weights_file(path):

@@ -40,8 +40,8 @@ import train  # noqa: E402
 from checkpoint import CheckpointError  # noqa: E402
 
 warnings = []  # of plot.py
-plot.warn = warnings.append
 
+STOP_SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 SPEED_COLUMNS = ('images_per_second', 'data_wait')
 WAYS = 'truncated', 'a byte flipped'
 
@@ -81,6 +81,9 @@ def _train(argv, output):
     os.dup2(file, 1)
     os.dup2(file, 2)
     torch.set_num_threads(1)
+    for number in STOP_SIGNALS:  # until train.py handles them
+        signal.signal(number, lambda number, _: os._exit(128 + number))
+    print('train.py', *argv, flush=True)
     train.cli(argv)
 
 
@@ -109,8 +112,11 @@ class Lab:
         """A process that begins the run, or goes on with it if there is something to go on from."""
         has_begun = any(version.exists() for version in checkpoint.versions(run / 'latest.pth'))
         argv = [*(['--resume'] if has_begun else self.recipe), '--save', str(run), *flags]
+        self.log(run).touch()
+        size = self.log(run).stat().st_size
         process = self.context.Process(target=_train, args=(argv, str(self.log(run))))
         process.start()
+        wait_for(lambda: self.log(run).stat().st_size > size, process)
         return process
 
     def finish(self, run, *flags):
@@ -147,9 +153,9 @@ def rows_without_speed(path):
                 for row in csv.DictReader(file)]
 
 
-def wait_for(run, process):
-    """Until the run's directory is there, or the process is not."""
-    while process.exitcode is None and not run.exists():
+def wait_for(condition, process):
+    """Until it is so, or the process is not any more."""
+    while process.exitcode is None and not condition():
         time.sleep(0.002)
 
 
@@ -179,10 +185,9 @@ def stopped(lab, rng):
     run = lab.new_run()
     for _ in range(4):
         process = lab.start(run)
-        wait_for(run, process)
         process.join(rng.uniform(0, lab.seconds))
         if process.exitcode is None:
-            number = rng.choice((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
+            number = rng.choice(STOP_SIGNALS)
             os.kill(process.pid, number)
             process.join(60)
             check(process.exitcode in (128 + number, 0), f'exit code {process.exitcode}')
@@ -196,7 +201,6 @@ def disk_full(lab, rng):
     run = lab.new_run()
     for _ in range(2):
         process = lab.start(run)
-        wait_for(run, process)
         process.join(rng.uniform(0, lab.seconds))
         limit = int(10 ** rng.uniform(0, 5))
         with contextlib.suppress(ProcessLookupError):  # it has ended
@@ -214,8 +218,7 @@ def moved_away(lab, rng):
     """The directory is renamed, or latest.pth made a folder, under the run."""
     run, folder_instead = lab.new_run(), rng.random() < 0.5
     process = lab.start(run)
-    while process.exitcode is None and not (run / 'latest.pth').exists():
-        time.sleep(0.002)
+    wait_for((run / 'latest.pth').exists, process)
     process.join(rng.uniform(0, lab.seconds))
     if folder_instead:
         os.replace(run / 'latest.pth', run.parent / 'elsewhere')
@@ -264,8 +267,7 @@ def damaged_and_resumed(lab, rng):
     """The same, in a run that was killed: it goes on from the checkpoint before."""
     run = lab.new_run()
     process = lab.start(run)
-    while process.exitcode is None and not (run / 'latest.pth.1').exists():
-        time.sleep(0.002)
+    wait_for((run / 'latest.pth.1').exists, process)
     process.kill()
     process.join()
     damage(run / 'latest.pth', rng.choice(WAYS), rng)
@@ -284,13 +286,13 @@ def damaged_csv(lab, rng):
     stop = start + rng.choice((0, 1, 20, 300, len(content)))
     content[start:stop] = rng.randbytes(rng.choice((0, 0, 1, 100)))
     (directory / 'train.csv').write_bytes(content)
-    drawn = plot.read_table(directory / 'train.csv')['epoch']
-    sound = {row.partition(',')[0] for row in rows} & {
-        line.partition(',')[0] for line in content.decode(errors='replace').split('\n')
-        if line in rows}
-    check({float(epoch) for epoch in sound} <= {*drawn}, 'a row that is whole is not drawn')
-    check(len(sound) == len(rows) or any(str(directory) in warning for warning in warnings)
-          or len(content) < len(whole), 'a line that is not whole is not named')
+    drawn = {*plot.read_table(directory / 'train.csv').get('epoch', ())}
+    named = any(str(directory) in warning for warning in warnings)
+    for line in content.decode(errors='replace').split('\n'):
+        if line in rows:
+            check(float(line.partition(',')[0]) in drawn, f'{line!r} is not drawn')
+        elif line.strip() and not line.startswith('epoch,') and not named:
+            check(float(line.partition(',')[0]) in drawn, f'{line!r} is not named')
     shutil.rmtree(directory.parent)
 
 
@@ -357,6 +359,7 @@ def main(argv=None):
     parser.add_argument('--seed', type=int, default=1, help='(default: %(default)s)')
     args = parser.parse_args(argv)
     directory, lost, summary = Path(tempfile.mkdtemp(prefix='torture-')), 0, []
+    plot.warn = warnings.append
     os.environ['PYTHONPATH'] = str(ROOT)  # for the process that all others are forked from
     lab = Lab(directory)
 

@@ -1,7 +1,10 @@
 """A file is either the old one or the new one, and a stranger's file can't run code."""
 
 import os
+import random
 import re
+import shutil
+import zipfile
 
 import pytest
 import torch
@@ -27,14 +30,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     checkpoint.save(path, {'value': torch.ones(3)}, args={'depth': 40})
     before = path.read_bytes()
 
-    def half_a_write(_, file):
-        file.write(b'half of it')
+    def full(_):
         raise OSError('disk full')
 
-    monkeypatch.setattr(torch, 'save', half_a_write)
-    with pytest.raises(OSError, match='disk full'):
-        checkpoint.save(path, {'value': torch.zeros(3)})
-    assert path.read_bytes() == before and os.listdir(tmp_path) == ['latest.pth']
+    monkeypatch.setattr(os, 'fsync', full)
+    for keep in (0, 1):
+        with pytest.raises(OSError, match='disk full'):
+            checkpoint.save(path, {'value': torch.zeros(3)}, keep=keep)
+        assert path.read_bytes() == before and os.listdir(tmp_path) == ['latest.pth']
     assert checkpoint.load(path)['args'] == {'depth': 40}
 
 
@@ -48,12 +51,112 @@ def test_a_new_file_has_its_name_only_once_it_is_whole(tmp_path):
     assert path.read_bytes() == b'new'
 
 
+def test_the_files_before_are_kept(tmp_path):
+    path = tmp_path / 'latest.pth'
+
+    def saved():
+        return [checkpoint.load(version)['value'] for version in checkpoint.versions(path)]
+
+    for value in range(5):
+        checkpoint.save(path, {'value': value}, keep=2)
+    assert saved() == [4, 3, 2]
+    checkpoint.save(path, {'value': 5}, keep=1)
+    assert saved() == [5, 4]
+    checkpoint.save(path, {'value': 6})
+    assert saved() == [6] and os.listdir(tmp_path) == ['latest.pth']
+
+
+@pytest.mark.parametrize('links', [True, False])
+def test_killed_at_any_system_call_there_is_a_whole_checkpoint(tmp_path, links):
+    path, values, calls = tmp_path / 'latest.pth', set(), 0
+    for value in range(3):
+        checkpoint.save(path, {'value': value}, keep=2)
+    while True:
+        calls += 1
+        child = os.fork()
+        if child == 0:
+            try:
+                save_until_killed(path, calls, links)
+            finally:
+                os._exit(1)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        newest, saved, complaints = checkpoint.load_newest(path)
+        values.add(saved['value'])
+        assert newest == str(path) and complaints == []  # its name is never without a file
+        assert all(checkpoint.load(version) for version in checkpoint.versions(path))
+        assert len(checkpoint.versions(path)) > 1
+        if code == 0:
+            break
+        assert code == 9
+    assert calls > 8 and values == {2, 'new'}
+    assert {version.name for version in tmp_path.iterdir() if version.name[0] != '.'} == {
+        'latest.pth', 'latest.pth.1', 'latest.pth.2'}
+
+
+def save_until_killed(path, calls, links):
+    """Save, but end at the `calls`th call that changes a directory or writes to the disk."""
+    made = 0
+
+    def counted(function):
+        def call(*args, **kwargs):
+            nonlocal made
+            made += 1
+            if made == calls:
+                os._exit(9)
+            return function(*args, **kwargs)
+        return call
+
+    def no_links(*_):
+        raise OSError(1, 'Operation not permitted')
+
+    os.link = counted(os.link) if links else no_links
+    shutil.copyfile = counted(shutil.copyfile)
+    for name in ('replace', 'fsync', 'unlink'):
+        setattr(os, name, counted(getattr(os, name)))
+    checkpoint.save(path, {'value': 'new'}, keep=2)
+    os._exit(0)
+
+
+@pytest.mark.parametrize('way', ['cut', 'changed', 'longer'])
+def test_no_damage_goes_unnoticed(tmp_path, way):
+    path, rng = tmp_path / 'latest.pth', random.Random(way)
+    checkpoint.save(path, {'model': {'weight': torch.randn(1000)}})
+    whole = path.read_bytes()
+    assert zipfile.ZipFile(path).testzip() is None  # as it is, others can read it
+    assert torch.load(path, weights_only=True)['model']['weight'].shape == (1000,)
+    for i in range(200):
+        content = bytearray(whole)
+        place = len(content) - 1 - i if i < 100 else rng.randrange(len(content))  # and the seal
+        if way == 'cut':
+            del content[place:]
+        elif way == 'changed':
+            content[place] ^= rng.randrange(1, 256)
+        else:
+            content += rng.randbytes(1 + i)
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=f'^{path} is (damaged|not a checkpoint).*$'):
+            checkpoint.load(path)
+
+
+def test_the_newest_one_that_is_sound(tmp_path):
+    path = tmp_path / 'latest.pth'
+    for value in range(4):
+        checkpoint.save(path, {'value': value}, keep=3)
+    assert checkpoint.load_newest(path)[1:] == ({'value': 3}, [])
+    path.unlink()
+    (tmp_path / 'latest.pth.1').write_bytes(b'')
+    found, saved, complaints = checkpoint.load_newest(path)
+    assert (found, saved) == (f'{path}.2', {'value': 1})
+    assert [complaint.split()[0] for complaint in complaints] == [str(path), f'{path}.1']
+    for i in (2, 3):
+        (tmp_path / f'latest.pth.{i}').write_bytes(b'')
+    with pytest.raises(CheckpointError, match='latest.pth is not there.* the 3 before it sound'):
+        checkpoint.load_newest(path)
+
+
 def test_what_is_no_checkpoint_is_refused(tmp_path):
-    whole = tmp_path / 'whole.pth'
-    checkpoint.save(whole, {'model': {'weight': torch.randn(100)}})
     files = {
-        'text': b'epoch,loss,error\n', 'empty': b'', 'cut': whole.read_bytes()[:-200],
-        'zeros': bytes(1000),
+        'text': b'epoch,loss,error\n', 'empty': b'', 'zeros': bytes(1000),
     }
     for name, content in files.items():
         path = tmp_path / name

@@ -283,7 +283,7 @@ def full(_):
     raise OSError(28, 'No space left on device')
 os.fsync = full""" + interrupted('learning_rate', 14, 'pass'))
     line, = complaints(torchrun(2, [*recipe, '--save', tmp_path / 'run'], script=script))
-    assert line == f'train.py: error: {tmp_path}/run/latest.pth: No space left on device'
+    assert 'run/latest.pth cannot be written (No space left on device)' in line
     line, = complaints(torchrun(2, [*recipe, '--lr', '1e30', '--save', tmp_path / 'run2']))
     assert 'the loss is not finite at epoch 1, step 2' in line
 

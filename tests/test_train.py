@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -29,6 +30,7 @@ import data
 import densenet
 import flags
 import train
+from attic.torture import check_same_run
 from checkpoint import TrainState
 from flags import parse_args
 from train import evaluate, learning_rate, train_step
@@ -154,9 +156,9 @@ def test_learning_rate_of_the_recipes():
 
 # ---- the step and the evaluation -------------------------------------------------------------
 
-def make_state(seed=0, lr=0.1, **kwargs):
+def make_state(seed=0, lr=0.1, depth=10, **kwargs):
     torch.manual_seed(seed)
-    model = densenet.densenet_cifar(10, 4, **kwargs)
+    model = densenet.densenet_cifar(depth, 4, **kwargs)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, nesterov=True)
     return TrainState(model, optimizer, torch.amp.GradScaler('cpu', enabled=False),
                       interval=torch.zeros(4))
@@ -402,6 +404,55 @@ def test_the_first_step_without_a_finite_loss_is_named():
         train.check_finite(state)
 
 
+def take_steps(state, steps, spoil):
+    """Steps of which `spoil(i)` may change what the i-th finds."""
+    state.epoch, state.step = 2, 10
+    for i in range(steps):
+        spoil(i)
+        train_step(state, *batch(), autocast=NO_AUTOCAST)
+        state.count_step(8)
+
+
+def test_the_first_bad_parameter_is_named():
+    name = 'features.denseblock2.denselayer1.conv1.weight'
+    state = make_state()
+    weight = dict(state.model.named_parameters())[name]
+
+    def spoil_weight(i):
+        if i == 2:
+            with torch.no_grad():
+                weight[1, 1] = math.inf
+
+    take_steps(state, 5, spoil_weight)
+    with pytest.raises(train.TrainingError, match=f'the loss is not finite at epoch 2, step 13: '
+                                                  f'the first bad parameter is {name}, by its val'):
+        train.check_finite(state)
+
+    state = make_state()  # backward comes to the one after `name` first, and it is well
+    calls = iter(range(9))
+    dict(state.model.named_parameters())[name].register_hook(
+        lambda grad: grad * (math.nan if next(calls) == 1 else 1))
+    take_steps(state, 2, lambda i: None)
+    with pytest.raises(train.TrainingError, match=f'a gradient is not finite at epoch 2, step 12: '
+                                                  f'the first bad parameter is {name}, by its gra'):
+        train.check_finite(state)
+    take_steps(state, 2, lambda i: None)  # it is remembered when all have become bad
+
+
+def test_gradients_that_overflow_in_fp16_are_the_scalers_business():
+    state = make_state()
+    state.scaler = torch.amp.GradScaler('cpu', init_scale=1024.0)
+    calls = iter(range(9))
+    state.model.classifier.bias.register_hook(lambda grad: grad / (next(calls) > 0))
+    before = copy.deepcopy(dict(state.model.named_parameters()))
+    take_steps(state, 1, lambda i: None)
+    assert state.scaler.get_scale() == 512
+    torch.testing.assert_close(dict(state.model.named_parameters()), before, rtol=0, atol=0)
+    take_steps(state, 2, lambda i: None)
+    train.check_finite(state)
+    assert (state.model.classifier.bias != before['classifier.bias']).any()
+
+
 @pytest.mark.parametrize('precision', ['bf16', 'fp16'])
 def test_precisions_that_autocast(small, tmp_path, precision):
     train.main([*small, '--epochs', '1', '--precision', precision, '--save', str(tmp_path / 'x')])
@@ -458,6 +509,7 @@ def interrupted(function, when, action):
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import train
+from attic.torture import check_same_run
 calls, function = 0, train.{function}
 def counted(*args, **kwargs):
     global calls
@@ -477,14 +529,8 @@ def run_interrupted(argv, function, when, signum):
 
 def assert_same_run(one, other):
     """The same weights, optimizer, counters and random state to the bit; the same CSV rows."""
-    first, second = (checkpoint.load(run / 'latest.pth') for run in (one, other))
-    for saved in (first, second):
-        del saved['args'], saved['dataset'], saved['config'], saved['launcher']
-    torch.testing.assert_close(first, second, rtol=0, atol=0)
-    assert (one / 'test.csv').read_text() == (other / 'test.csv').read_text()
-    rows = [[{**row, 'images_per_second': None, 'data_wait': None}
-             for row in read_csv(run / 'train.csv')] for run in (one, other)]
-    assert rows[0] == rows[1] and len(rows[0]) == 3 * 4
+    check_same_run(one, other)
+    assert len(read_csv(one / 'train.csv')) == 3 * 4
 
 
 @pytest.fixture(scope='module')
@@ -505,6 +551,9 @@ def uninterrupted(recipe, tmp_path_factory):
     ('learning_rate', 14, signal.SIGTERM, 143, 2, 5),   # within a print interval
     ('learning_rate', 18, signal.SIGINT, 130, 2, 9),    # the last step of an epoch
     ('evaluate', 3, signal.SIGTERM, 143, 3, 9),
+    ('make_step', 1, signal.SIGTERM, 143, 1, 0),        # warming up
+    ('batches', 1, signal.SIGUSR1, 138, 1, 0),          # starting to load data
+    ('end_epoch', 2, signal.SIGUSR1, 138, 3, 0),
     ('learning_rate', 23, signal.SIGKILL, -9, 3, 0),    # back to what was saved after epoch 2
     ('end_epoch', 2, signal.SIGKILL, -9, 2, 0),
     ('learning_rate', 4, signal.SIGKILL, -9, 1, 0),     # before the first epoch was done
@@ -521,7 +570,52 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert_same_run(run, uninterrupted)
 
 
-def test_a_signal_to_the_whole_group_lets_the_workers_finish(tmp_path):
+@pytest.mark.parametrize('function', ['build_model', 'data.make_loaders'])
+@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_before_there_is_anything_to_save(recipe, tmp_path, function, signum):
+    ended = run_interrupted([*recipe, '--save', str(tmp_path / 'run')], function, 1, signum)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (128 + signum, '', '')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_second_sigint_stops_at_once(recipe, tmp_path):
+    script = interrupted('learning_rate', 5, 'os.kill(os.getpid(), 2); os.kill(os.getpid(), 2)')
+    ended = subprocess.run([sys.executable, '-c', script, *recipe, '--save', tmp_path / 'run'])
+    assert ended.returncode == -signal.SIGINT
+    saved = checkpoint.load(tmp_path / 'run/latest.pth')
+    assert (saved['epoch'], saved['step']) == (1, 0)
+
+
+def test_a_damaged_checkpoint_costs_no_more_than_an_epoch(recipe, uninterrupted, tmp_path, capsys):
+    run = tmp_path / 'run'
+    ended = run_interrupted([*recipe, '--save', str(run)], 'learning_rate', 23, signal.SIGKILL)
+    assert ended.returncode == -signal.SIGKILL
+    latest = run / 'latest.pth'
+    latest.write_bytes(latest.read_bytes()[:-1])
+    assert f'{latest} is damaged' in fails(capsys, *recipe, '--pretrained', latest, '--save',
+                                           tmp_path / 'other')
+    train.main(['--save', str(run), '--resume', '--device', 'cpu'])
+    printed = capsys.readouterr()
+    assert printed.err == (f'train.py: warning: {latest} is damaged: its checksum is not where it '
+                           f'should be; going on from the one before, {latest}.1\n')
+    assert f'resuming {latest}.1 in epoch 2 after step 0' in printed.out
+    assert_same_run(run, uninterrupted)
+    for version in checkpoint.versions(latest):
+        version.write_bytes(b'')
+    assert 'nor is any of the 1 before it sound' in fails(capsys, '--save', run, '--resume')
+
+
+def test_how_often_to_save_and_how_much_to_keep(small, tmp_path):
+    run = ['--save', str(tmp_path / 'run')]
+    train.main([*small, *run, '--epochs', '5', '--save-every', '2', '--keep', '2'])
+    versions = checkpoint.versions(tmp_path / 'run/latest.pth')
+    assert [checkpoint.load(version)['epoch'] for version in versions] == [6, 5, 3]
+    train.main([*small, *run, '--epochs', '1', '--overwrite', '--keep', '0'])
+    assert checkpoint.versions(tmp_path / 'run/latest.pth') == [tmp_path / 'run/latest.pth']
+
+
+@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_whole_group_lets_the_workers_finish(tmp_path, signum):
     write_images(tmp_path, {f'{split}/{c}': n for split, n in (('train', 40), ('val', 2))
                             for c in 'ab'}, (70, 70))
     command = [sys.executable, str(ROOT / 'train.py'), '--dataset', 'folder', '--data',
@@ -535,9 +629,9 @@ def test_a_signal_to_the_whole_group_lets_the_workers_finish(tmp_path):
     while not (rows.exists() and len(rows.read_text().splitlines()) > 5):
         assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, signum)
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == 143 and errors == ''
+    assert process.returncode == 128 + signum and errors == ''
     saved = checkpoint.load(tmp_path / 'run' / 'latest.pth')
     assert 40 * (saved['epoch'] - 1) + saved['step'] >= 5
 
@@ -829,6 +923,140 @@ def test_a_disk_that_cannot_be_written_to(small, tmp_path, monkeypatch, capsys):
     error = fails(capsys, *small, '--save', tmp_path / 'run', '--epochs', 1)
     assert error == (f'train.py: error: {tmp_path}/run/latest.pth cannot be written (No space left '
                      f'on device); what was saved before is untouched')
+
+
+@pytest.mark.parametrize('what, message', [
+    ('gone', 'run is gone: it was deleted or moved'),
+    ('a folder', r'latest.pth cannot be written \(Is a directory\)')])
+def test_a_run_whose_files_are_taken_away(small, tmp_path, monkeypatch, capsys, what, message):
+    run, end_epoch = tmp_path / 'run', train.end_epoch
+
+    def take_away(state, *args):
+        if state.epoch == 3:
+            if what == 'gone':
+                shutil.rmtree(run)
+            else:
+                (run / 'latest.pth').unlink()
+                (run / 'latest.pth').mkdir()
+        return end_epoch(state, *args)
+
+    monkeypatch.setattr(train, 'end_epoch', take_away)
+    assert re.search(message, fails(capsys, *small, '--save', run, '--epochs', 9))
+    if what == 'a folder':
+        monkeypatch.undo()
+        (run / 'latest.pth').rmdir()
+        train.main(['--save', str(run), '--resume', '--epochs', '4'])
+        assert [row['epoch'] for row in read_csv(run / 'test.csv')] == ['1', '2', '3', '4']
+
+
+def test_rows_wait_for_room_on_the_disk(tmp_path, capsys):
+    csv_file = train.runlog.CsvFile(tmp_path / 'x.csv', ('epoch', 'loss'), keep=lambda _: True)
+    csv_file.write(1, 0.5)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))  # in the middle of the second row
+    try:
+        csv_file.write(2, 0.25)
+        csv_file.write(3, 0.125)
+        assert (tmp_path / 'x.csv').read_text() == 'epoch,loss\n1,0.5\n2,0'
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    csv_file.write(4, 0.0)
+    csv_file.close()
+    assert (tmp_path / 'x.csv').read_text() == 'epoch,loss\n1,0.5\n2,0.25\n3,0.125\n4,0.0\n'
+    assert capsys.readouterr().err == (f'train.py: warning: {tmp_path}/x.csv: File too large; its '
+                                       f'rows wait in memory until they can be written\n')
+
+
+def test_output_that_nobody_reads_does_not_end_a_run(small, tmp_path):
+    command = [sys.executable, str(ROOT / 'train.py'), *small, '--epochs', '2', '--save']
+    with open('/dev/full', 'w') as full:
+        ended = subprocess.run([*command, tmp_path / 'run'], stdout=full, stderr=subprocess.PIPE,
+                               text=True)
+        assert ended.stderr == ('train.py: warning: nothing more is printed: No space left on '
+                                'device\n')
+        assert ended.returncode == 0 and len(read_csv(tmp_path / 'run/test.csv')) == 2
+        assert subprocess.run([*command, tmp_path / 'run'], stdout=full, stderr=full) \
+            .returncode == 2  # it is there already
+
+
+def test_tensorboard_on_a_full_disk_does_not_end_a_run(small, tmp_path, monkeypatch, capsys):
+    from torch.utils.tensorboard import SummaryWriter
+
+    monkeypatch.setattr(SummaryWriter, 'add_scalar', Mock(side_effect=OSError(28, 'No space')))
+    train.main([*small, '--epochs', '2', '--tensorboard', '--save', str(tmp_path / 'run')])
+    assert capsys.readouterr().err == ('train.py: warning: no more is written for TensorBoard: '
+                                       'No space\n')
+
+
+def test_what_a_killed_run_has_not_completed_is_taken_out(small, tmp_path):
+    run = tmp_path / 'run'
+    run.mkdir()
+    for name in ('.latest.pth.tmp', '.train.csv.tmp', '.loss.png.123.tmp'):
+        (run / name).write_text('half')
+    train.main([*small, '--epochs', '1', '--save', str(run)])
+    assert not list(run.glob('.*'))
+
+
+def test_no_drawing_process_is_left_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.runlog, '__file__', str(tmp_path / 'runlog.py'))
+    (tmp_path / 'plot.py').write_text('import sys; sys.stderr.write("x" * 1_000_000)')
+    drawer = train.runlog.FigureDrawer(tmp_path)
+    drawer.redraw()
+    drawer.thread.join(30)  # more than a pipe holds does not stop it
+    assert drawer.drawn and subprocess.run(['ps', '--ppid', str(os.getpid()), '-o', 'stat='],
+                                           capture_output=True, text=True).stdout.count('Z') == 0
+
+
+def test_running_out_of_memory_says_what_would_fit(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, 'fit', Mock(side_effect=torch.OutOfMemoryError('CUDA out of memory.'
+                                                                              '\nTried to')))
+    monkeypatch.setattr(train.memory, 'available', lambda device: 10**6)
+    error = fails(capsys, *small, '--depth', 22, '--batch-size', 36, '--save', tmp_path / 'run')
+    found = re.fullmatch(r'train.py: error: out of memory: lower --batch-size, raise --grad-accum '
+                         r'or give --memory-efficient; by estimate (\d+) images fit at once '
+                         r'\(--grad-accum (\d+)\), with --memory-efficient (\d+)', error)
+    n, parts, with_flag = map(int, found.groups())
+    assert n < 36 <= n * parts and n < with_flag
+    state = make_state(num_classes=4, depth=22)
+    with train.memory.Allocations() as allocations:
+        train_step(state, *(tensor[:, :3] if tensor.dim() > 1 else tensor % 4
+                            for tensor in batch(n)), autocast=NO_AUTOCAST)
+    assert 0.7e6 < allocations.peak < 1e6
+
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        monkeypatch.setattr(train, 'evaluate', Mock(side_effect=error))
+        assert fails(capsys, '--evaluate', '--resume', tmp_path / 'run/latest.pth').endswith(
+            'out of memory: lower --batch-size')
+        monkeypatch.setattr(train, 'build_model', Mock(side_effect=error))
+        assert 'out of memory before' in fails(capsys, *small, '--save', tmp_path / 'other')
+        monkeypatch.undo()
+
+
+def test_an_image_reader_that_is_killed_is_one_line(tmp_path):
+    write_images(tmp_path, {'train/a': 40, 'val/a': 2}, (70, 70))
+    script = interrupted('learning_rate', 3, """
+        for child in open(f'/proc/self/task/{os.getpid()}/children').read().split():
+            os.kill(int(child), 9)""")
+    argv = ['--dataset', 'folder', '--data', tmp_path, '--block-config', '1', '1', '--growth-rate',
+            '4', '--batch-size', '2', '--workers', '2', '--device', 'cpu', '--no-plot', '--save',
+            tmp_path / 'run']
+    ended = subprocess.run([sys.executable, '-c', script, *argv], capture_output=True, text=True)
+    assert ended.returncode == 2, ended.stderr
+    line, = ended.stderr.splitlines()
+    assert 'a process that reads images has died' in line and 'fewer --workers than 2' in line
+
+
+def test_deterministic_runs_are_the_same(recipe, uninterrupted, tmp_path, monkeypatch):
+    monkeypatch.delenv('CUBLAS_WORKSPACE_CONFIG', raising=False)
+    run = tmp_path / 'run'
+    try:
+        train.main([*recipe, '--deterministic', '--save', str(run)])
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cudnn.benchmark
+        assert os.environ['CUBLAS_WORKSPACE_CONFIG'] == ':4096:8'
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same_run(run, uninterrupted)
 
 
 def test_a_plot_that_fails_is_one_warning(small, tmp_path, capsys, monkeypatch):
