@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import struct
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -217,7 +218,9 @@ def load(path):
     if sealed and content[-64:] != _checksum(memoryview(content)[:-64]):
         raise CheckpointError(f'{path} is damaged: its checksum is not that of what it holds')
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # timm keeps its flags in one
+        with warnings.catch_warnings(), \
+                torch.serialization.safe_globals([argparse.Namespace]):  # timm keeps its flags so
+            warnings.simplefilter('ignore')  # of a pickle's age: what is wrong is said below
             saved = torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)
     except Exception as error:  # whatever a file that is no checkpoint makes the reader stumble on
         raise CheckpointError(f'{path} is not a checkpoint, or a broken one '

@@ -85,6 +85,9 @@ class DenseNet(nn.Module):
         _check_positive(growth_rate=growth_rate, num_init_features=num_init_features,
                         bn_size=bn_size, num_classes=num_classes, in_channels=in_channels)
         _check_positive(**{f'block_config[{i}]': n for i, n in enumerate(block_config)})
+        for name in ('memory_efficient', 'bottleneck', 'small_inputs'):
+            if not isinstance(self.config[name], int):
+                raise ValueError(f'{name} must be True or False, not {self.config[name]!r}')
         if not block_config:
             raise ValueError('block_config is empty: give the number of layers of each block')
         if not (isinstance(drop_rate, Real) and 0 <= drop_rate < 1):
@@ -149,7 +152,8 @@ class DenseNet(nn.Module):
 
 def _check_positive(**values):
     for name, value in values.items():
-        if not isinstance(value, Integral) or not 1 <= value <= MAX_WEIGHTS:
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if not (whole and 1 <= value <= MAX_WEIGHTS):
             raise ValueError(f'{name} must be a whole number from 1 to {MAX_WEIGHTS:,}, not '
                              f'{value!r}')
 

@@ -122,7 +122,7 @@ def add_recipe_flags(parser):
                        help='run each batch in N parts, for less memory (default: %(default)s)')
     group.add_argument('--optimizer', '--opt', choices=('sgd', 'adam', 'adamw', 'rmsprop'),
                        default='sgd', help='sgd has Nesterov momentum (default: %(default)s)')
-    group.add_argument('--lr', '--learning-rate', '--LR', type=number(float, '(0, inf)'),
+    group.add_argument('--lr', '--learning-rate', '--LR', type=number(float, '(0, 1e30]'),
                        help='at the start (default: sgd 0.1, adam and adamw 0.001, rmsprop 0.01)')
     group.add_argument('--lr-schedule', '--lrShape', choices=('multistep', 'cosine'),
                        default='multistep',
@@ -134,7 +134,7 @@ def add_recipe_flags(parser):
                        'hundredth of it, step by step (default: 0)')
     group.add_argument('--momentum', type=SHARE, default=0.9,
                        help='of sgd and rmsprop (default: %(default)s)')
-    group.add_argument('--weight-decay', '--wd', '--weightDecay', type=number(float, '[0, inf)'),
+    group.add_argument('--weight-decay', '--wd', '--weightDecay', type=number(float, '[0, 1e30]'),
                        default=1e-4, help='on every parameter (default: %(default)s)')
     group.add_argument('--label-smoothing', type=SHARE, default=0.0, help='(default: %(default)s)')
     group.add_argument('--seed', '--manualSeed', type=number(int, '[0, 4294967295]'), default=1,

@@ -155,9 +155,10 @@ def torchvision_weights(arch):
     try:
         weights = torchvision.models.get_model_weights(arch).DEFAULT
         return weights.get_state_dict(weights_only=True)
-    except Exception as error:  # no network, or a broken file in its cache
+    except Exception as error:  # no network, or a broken file in its cache, or a stranger's
+        reason = str(error).partition('\n')[0]
         raise UsageError(f'--pretrained: torchvision could not download or read its weights of '
-                         f'{arch} ({error}); give a file: --pretrained FILE') from error
+                         f'{arch} ({reason}); give a file: --pretrained FILE') from error
 
 
 def load_pretrained(model, args):

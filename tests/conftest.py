@@ -1,3 +1,4 @@
+import os
 import tarfile
 from pathlib import Path
 
@@ -39,12 +40,28 @@ def photographs(tmp_path_factory):
                 return root
 
 
-def cache_densenet121(home, model):
-    """Put a model's weights where, with TORCH_HOME `home`, torchvision's for DenseNet-121 lie."""
+class Opener:
+    """Unpickled by a careless reader, this makes a directory."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def cache_densenet121(home, model, content=None):
+    """Put a model's weights where, with TORCH_HOME `home`, torchvision's for DenseNet-121 lie.
+
+    Or, instead of weights, some bytes.
+    """
     folder = home / 'hub' / 'checkpoints'
     folder.mkdir(parents=True, exist_ok=True)
     file = torchvision.models.DenseNet121_Weights.DEFAULT.url.rpartition('/')[2]
-    torch.save(model.state_dict(), folder / file)
+    if content is None:
+        torch.save(model.state_dict(), folder / file)
+    else:
+        (folder / file).write_bytes(content)
 
 
 def write_images(root, counts, size=(32, 32), mode='RGB', ending='png', seed=0):

@@ -9,20 +9,11 @@ import zipfile
 import pytest
 import torch
 import torchvision
+from conftest import Opener
 
 import checkpoint
 import densenet
 from checkpoint import CheckpointError
-
-
-class Opener:
-    """Unpickled by a careless reader, this makes a directory."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

@@ -1,11 +1,16 @@
 """The loaders against torchvision's transforms, plain loops, and files made in each format."""
 
 import hashlib
+import io
+import os
 import pickle
+import resource
+import struct
 import subprocess
 import sys
 import tarfile
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -372,6 +377,59 @@ def test_missing_or_broken_archives_are_named(tmp_path, monkeypatch, name, files
     assert ', '.join(files) in message and '--dataset shapes' in message
     assert f'{"broken in" if broken else "missing from"} {tmp_path}' in message
     assert '\n' not in message
+
+
+def test_a_strangers_archive_is_not_unpacked_and_its_pickle_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr('urllib.request.urlopen', no_network)
+    root = tmp_path / 'data'
+    root.mkdir()
+    with tarfile.open(root / 'cifar-10-python.tar.gz', 'w:gz') as tar:
+        for name in ('../outside', str(tmp_path / 'absolute'), 'cifar-10-batches-py/data_batch_1'):
+            member = tarfile.TarInfo(name)
+            member.size = 4
+            tar.addfile(member, io.BytesIO(b'harm'))
+    with pytest.raises(DataError, match='cifar-10-python.tar.gz broken in'):
+        load(root, name='cifar10')
+    assert sorted(path.name for path in tmp_path.rglob('*')) == ['cifar-10-python.tar.gz', 'data']
+
+    class Opener:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / 'harm'),)
+
+    (root / 'cifar-10-batches-py').mkdir()
+    for batch in (*(f'data_batch_{i}' for i in range(1, 6)), 'test_batch', 'batches.meta'):
+        (root / 'cifar-10-batches-py' / batch).write_bytes(pickle.dumps(Opener()))
+    with pytest.raises(DataError):
+        load(root, name='cifar10')
+    assert not (tmp_path / 'harm').exists()
+
+
+def bomb(width, height):
+    """A PNG of so many black pixels, compressed as far as they are."""
+    def chunk(kind, content):
+        return struct.pack('>I', len(content)) + kind + content + struct.pack(
+            '>I', zlib.crc32(kind + content))
+    row = bytes(1 + -(-width // 8))  # one bit a pixel
+    lines = zlib.compressobj(9)
+    pixels = b''.join(lines.compress(row) for _ in range(min(height, 20_000)))
+    header = struct.pack('>IIBBBBB', width, height, 1, 0, 0, 0, 0)
+    return (b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header)
+            + chunk(b'IDAT', pixels + lines.flush()) + chunk(b'IEND', b''))
+
+
+@pytest.mark.parametrize('width, height, image_size', [
+    (50_000, 50_000, None), (50_000, 50_000, 70), (2, 10_000, None), (10_000, 2, 70)])
+def test_image_bombs_are_refused_by_name(tmp_path, width, height, image_size):
+    write_images(tmp_path, {'train/a': 2, 'train/b': 2, 'val/a': 1, 'val/b': 1})
+    path = tmp_path / 'train/b/1.png'
+    path.write_bytes(bomb(width, height))
+    assert path.stat().st_size < 200_000
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for use in (lambda: list(load(tmp_path, image_size=image_size)[1]),
+                lambda: data.read_image(path, data.describe('cifar10'))):
+        with pytest.raises(DataError, match='train/b/1.png: cannot be read as an image'):
+            use()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
 
 
 def test_folders_that_are_not_as_they_should_be(tmp_path):

@@ -186,6 +186,34 @@ def test_a_bad_row_is_skipped_with_its_line_number(tmp_path, capsys, line, reaso
     assert reason in warnings[0]
 
 
+@pytest.mark.parametrize('header', ['epxch,loss,error,lr,speed,wait', '', 'epoch,loss,error',
+                                    '\x00\x00,epoch,,,,,,', 'epoch loss error'])
+def test_rows_are_drawn_under_a_damaged_header(tmp_path, capsys, header):
+    path = tmp_path / 'train.csv'
+    path.write_text(header + '\n1,2,30,0.1,500,1\n2,1,20,0.01,500,1\n')
+    assert {name: values.tolist() for name, values in plot.read_table(path).items()} == {
+        'epoch': [1, 2], 'loss': [2, 1], 'error': [30, 20], 'lr': [0.1, 0.01]}
+    assert ('line 1: skipped' in capsys.readouterr().err) == bool(header)
+
+
+@pytest.mark.parametrize('epochs, kept, named', [
+    ([1, 2, 3, 40, 5, 6], [1, 2, 3, 5, 6], [4]),
+    ([7, 8, 9, 1, 11, 12], [7, 8, 9, 11, 12], [4]),
+    ([900, 2, 3], [2, 3], [1]),
+    ([1, 2, 3, 4, 2.5, 3.5, 5], [1, 2, 2.5, 3.5, 5], []),         # resumed after 2
+    ([1, 1.5, 2, 2.5, 2.25, 2.75], [1, 1.5, 2, 2.25, 2.75], []),  # resumed at another interval
+])
+def test_a_row_out_of_order_is_named_and_a_resumed_run_is_not(
+        tmp_path, capsys, epochs, kept, named):
+    path = tmp_path / 'test.csv'
+    path.write_text('epoch,loss,error\n' + ''.join(f'{epoch},1,2\n' for epoch in epochs))
+    assert plot.read_table(path)['epoch'].tolist() == kept
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(named)
+    for line, i in zip(lines, named):
+        assert f'test.csv, line {i + 1}: skipped: epoch {epochs[i - 1]} is out of order' in line
+
+
 def test_many_bad_rows_are_summed_up(tmp_path, capsys):
     path = tmp_path / 'train.csv'
     path.write_text('epoch,loss,error\n1,2,3\n' + 'x\n' * 40)

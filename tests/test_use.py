@@ -1,6 +1,7 @@
 """What is done with weights: fine-tuning, evaluating, predicting, torch.hub, exporting."""
 
 import argparse
+import pickle
 import re
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, cache_densenet121, write_images
+from conftest import ROOT, Opener, cache_densenet121, write_images
 from PIL import Image
 from test_train import SMALL, fails, read_csv
 from torchvision import transforms
@@ -201,6 +202,34 @@ def test_what_cannot_be_predicted(trained, tmp_path, capsys):
     error = fails(capsys, '--predict', 'x.jpg', '--pretrained', trained / 'latest.pth',
                   *NARROW_FLAGS)
     assert 'by --resume' in error
+
+
+# ---- hostile files ---------------------------------------------------------------------------
+
+@pytest.mark.filterwarnings('ignore')  # torch has its doubts about the pickle's version
+@pytest.mark.parametrize('door', [
+    ['--resume'], ['--pretrained'], ['--evaluate', '--resume'], ['--evaluate', '--pretrained'],
+    ['--predict', 'x.jpg', '--resume'], ['--arch', 'densenet121', '--pretrained']])
+@pytest.mark.parametrize('sealed', [True, False])
+def test_a_strangers_file_runs_no_code(photos, tmp_path, monkeypatch, capsys, door, sealed):
+    harm, file = tmp_path / 'harm', tmp_path / 'bad.pth'
+    if sealed:  # with a checksum that is right
+        checkpoint.save(file, {'model': Opener(harm)})
+    else:
+        file.write_bytes(pickle.dumps(Opener(harm)))  # as torch wrote its files before 1.6
+    argv = ['--dataset', 'folder', '--data', photos, '--device', 'cpu', *door]
+    if 'densenet121' not in door:
+        argv += [file]
+    else:
+        cache_densenet121(tmp_path, None, file.read_bytes())
+        monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    fails(capsys, *argv, '--save', tmp_path / 'run')
+    with pytest.raises(Exception, match='Weights only load failed|weights_only'):
+        torch.hub.load(str(ROOT), 'densenet121', source='local', pretrained=True) \
+            if 'densenet121' in door else torch.load(file, weights_only=True)
+    assert not harm.exists()
+    torch.load(file, weights_only=False) if sealed else pickle.loads(file.read_bytes())
+    assert harm.exists()  # elsewhere the same file does it
 
 
 # ---- in other projects -----------------------------------------------------------------------

@@ -1,0 +1,131 @@
+"""Whatever the flags of train.py and the arguments of DenseNet: a result or one clear complaint."""
+
+import argparse
+import contextlib
+import io
+import os
+import tempfile
+
+import pytest
+import torch
+from conftest import write_images
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import densenet
+import flags
+import train
+
+QUICKLY = settings(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+# What people type by mistake; no slash, for it may become the name of a directory.
+WORDS = st.one_of(st.sampled_from(['', ' ', 'yes', 'nan', '-inf', '１２', '1_0', '0x10', '%s', 'π',
+                                   '\udcff', 'x' * 300, '--']),
+                  st.text(st.characters(exclude_characters='/\0'), max_size=8).filter(
+                      lambda word: word.strip('.') and not word.startswith('-')))
+WHOLE = st.sampled_from([-1, 0, 1, 2, 3, 4, 7, 10, 10**8, 2**32, 10**10, 10**400]).map(str)
+NUMBERS = st.sampled_from('-1 0 1e-300 1e-9 0.05 0.5 0.999 1 2 1e30 1e308 1e400 NaN'.split())
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp('folder'), {
+        'train/a': 6, 'train/b': 6, 'val/a': 1, 'val/b': 1}, (8, 8))
+
+
+@st.composite
+def flag_and_values(draw):
+    """One of train.py's own flags, as it is known there, with values that may or may not do."""
+    action = draw(st.sampled_from([
+        action for action in flags.make_parser()._actions
+        if action.dest not in ('data', 'compile')]))  # compiling takes minutes
+    flag = draw(st.sampled_from(action.option_strings))
+    if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
+        return [flag]
+    number = WHOLE if action.type and 'whole' in kind_of(action.type) else NUMBERS
+    choices = [name for name in action.choices or () if 'densenet' not in name] or ['densenet121']
+    value = st.one_of(number, WORDS, st.sampled_from(choices))
+    if action.type:  # mostly numbers, so that some flags get beyond the parser
+        value = st.one_of(number, number, number, value)
+    most = 3 if action.nargs == '+' else 1
+    return [flag, *draw(st.lists(value, min_size=0 if action.nargs == '?' else 1, max_size=most))]
+
+
+def kind_of(parse):
+    try:
+        parse('?')
+    except argparse.ArgumentTypeError as error:
+        return str(error)
+
+
+@settings(QUICKLY, max_examples=100)
+@given(drawn=st.lists(flag_and_values(), max_size=3))
+def test_a_command_is_a_run_or_one_line(folder, drawn):
+    argv = ['--dataset', 'folder', '--data', str(folder), '--growth-rate', '4', '--batch-size', '4',
+            '--device', 'cpu', '--no-plot', '--workers', '0', '--block-config', '1', '1', '1']
+    argv += [word for words in drawn for word in words]
+    printed, errors, here = io.StringIO(), io.StringIO(), os.getcwd()
+    code = None
+    with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, 'fit', one_epoch(train.fit))
+        patch.setattr(torch.hub, 'download_url_to_file', no_network)
+        patch.setattr('urllib.request.urlopen', no_network)
+        os.chdir(directory)
+        try:
+            with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
+                train.cli(argv)
+        except SystemExit as exit_:
+            code = exit_.code
+        finally:
+            os.chdir(here)
+            torch.use_deterministic_algorithms(False)
+    lines = [line for line in errors.getvalue().splitlines() if 'Downloading' not in line]
+    if code == 2:
+        assert len(lines) == 1 and lines[0].startswith('train.py: error: '), lines
+        assert len(lines[0]) < 2000
+    else:
+        assert code in (None, 0) and lines == []
+        assert printed.getvalue()
+
+
+def one_epoch(fit):
+    def fit_briefly(args, *others):
+        return fit(argparse.Namespace(**{**vars(args), 'epochs': 1}), *others)
+    return fit_briefly
+
+
+def no_network(*_, **__):
+    raise OSError('no network')
+
+
+JUNK = st.sampled_from([None, '', 'a', '3', 0, -1, 1.5, 2.0, float('nan'), float('inf'), True, 1j,
+                        (), [1], {}, b'1', 10**8, 10**12, 10**400, torch.ones(2)])
+NAMES = [*densenet.densenet_cifar(10, 4).config]
+SETTINGS = st.fixed_dictionaries({}, optional={
+    'growth_rate': st.integers(1, 8), 'num_init_features': st.integers(1, 9),
+    'bn_size': st.integers(1, 4), 'num_classes': st.integers(1, 12),
+    'block_config': st.lists(st.integers(1, 3), min_size=1, max_size=5),
+    'drop_rate': st.floats(0, 0.99), 'compression': st.floats(0, 1),
+    'in_channels': st.integers(1, 4), 'memory_efficient': st.booleans(),
+    'bottleneck': st.booleans(), 'small_inputs': st.booleans()})
+
+
+@settings(QUICKLY, max_examples=200)
+@given(arguments=SETTINGS, junk=st.dictionaries(st.sampled_from(NAMES), JUNK, max_size=1),
+       build=st.sampled_from([densenet.DenseNet, densenet.densenet_cifar, densenet.densenet121]))
+def test_arguments_are_a_working_model_or_a_value_error(arguments, junk, build):
+    arguments = {'growth_rate': 4, 'block_config': (1, 2), 'num_classes': 3, **arguments, **junk}
+    if build is densenet.densenet_cifar:
+        arguments['depth'] = arguments.pop('block_config')
+        if isinstance(arguments['depth'], list):
+            arguments['depth'] = sum(arguments['depth'])
+    try:
+        model = build(**arguments)
+    except ValueError as error:
+        assert '\n' not in str(error)
+        return
+    config = model.config
+    images = torch.randn(2, config['in_channels'], model.min_size, model.min_size)
+    with torch.no_grad():
+        logits = model.eval()(images)
+    assert logits.shape == (2, config['num_classes']) and logits.isfinite().all()
+    densenet.DenseNet(**config).load_state_dict(model.state_dict())
