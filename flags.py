@@ -313,6 +313,9 @@ def check_training_flags(args, processes):
     if args.warmup_epochs > args.epochs:
         raise UsageError(f'--warmup-epochs {args.warmup_epochs:g} is longer than --epochs '
                          f'{args.epochs}')
+    if not str(run_directory(args)).isprintable():
+        raise UsageError(f'{run_directory(args)} has letters that cannot be printed: name another '
+                         f'directory by --save or --name')
     if args.tensorboard and importlib.util.find_spec('tensorboard') is None:
         raise UsageError('--tensorboard needs a package: pip install tensorboard')
 

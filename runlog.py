@@ -37,7 +37,9 @@ def say(*words):
 
 
 def warn(message, kind='warning'):
-    _print(f'train.py: {kind}: {message}', file=sys.stderr)
+    """One line, whatever the names in it: a file may be called a\\nb."""
+    line = ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in str(message))
+    _print(f'train.py: {kind}: {line}', file=sys.stderr)
 
 
 def _print(*words, file):

@@ -755,4 +755,5 @@ def complain(error):
 
 
 if __name__ == '__main__':
+    sys.stdout.reconfigure(errors='backslashreplace')  # the name of a class may be no text
     cli()

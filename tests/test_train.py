@@ -802,6 +802,8 @@ def test_overwriting_begins_anew(small, tmp_path):
     (['--dataset', 'shapes', '--block-config', '1', '1', '1', '1', '1', '1', '1'], 'at least 64'),
     (['--dataset', 'shapes', '--growth-rate', '100000'], 'no such model: .* weights'),
     (['--precision', 'tf32', '--device', 'cpu'], 'tf32 is for cuda'),
+    (['--name', 'a\nb'], r'a\\nb has letters that cannot be printed'),
+    (['--save', 'caf\udce9'], r'caf\\udce9 has letters that cannot'),
 ])
 def test_wrong_flags(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
