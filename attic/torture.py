@@ -344,7 +344,7 @@ def long_run(lab, rng, epochs=2000):
 
 # name: (function, tries in full, tries in short)
 FAULTS = {
-    'killed': (killed, 25, 3), 'stopped': (stopped, 25, 2), 'disk-full': (disk_full, 25, 2),
+    'killed': (killed, 25, 2), 'stopped': (stopped, 25, 2), 'disk-full': (disk_full, 25, 1),
     'moved-away': (moved_away, 20, 2), 'damaged': (damaged, 400, 60),
     'damaged-and-resumed': (damaged_and_resumed, 20, 1), 'damaged-csv': (damaged_csv, 1000, 100),
     'two-at-once': (two_at_once, 20, 1), 'long-run': (long_run, 1, 0),

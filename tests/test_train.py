@@ -18,6 +18,7 @@ import time
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -523,8 +524,7 @@ train.cli(sys.argv[1:])
 
 
 def run_interrupted(argv, function, when, signum):
-    script = interrupted(function, when, f'os.kill(os.getpid(), {int(signum)})')
-    return subprocess.run([sys.executable, '-c', script, *argv], capture_output=True, text=True)
+    return forked.run(interrupted(function, when, f'os.kill(os.getpid(), {int(signum)})'), argv)
 
 
 def assert_same_run(one, other):
@@ -580,7 +580,7 @@ def test_a_signal_before_there_is_anything_to_save(recipe, tmp_path, function, s
 
 def test_a_second_sigint_stops_at_once(recipe, tmp_path):
     script = interrupted('learning_rate', 5, 'os.kill(os.getpid(), 2); os.kill(os.getpid(), 2)')
-    ended = subprocess.run([sys.executable, '-c', script, *recipe, '--save', tmp_path / 'run'])
+    ended = forked.run(script, [*recipe, '--save', tmp_path / 'run'])
     assert ended.returncode == -signal.SIGINT
     saved = checkpoint.load(tmp_path / 'run/latest.pth')
     assert (saved['epoch'], saved['step']) == (1, 0)
@@ -1042,7 +1042,7 @@ def test_an_image_reader_that_is_killed_is_one_line(tmp_path):
     argv = ['--dataset', 'folder', '--data', tmp_path, '--block-config', '1', '1', '--growth-rate',
             '4', '--batch-size', '2', '--workers', '2', '--device', 'cpu', '--no-plot', '--save',
             tmp_path / 'run']
-    ended = subprocess.run([sys.executable, '-c', script, *argv], capture_output=True, text=True)
+    ended = forked.run(script, argv)
     assert ended.returncode == 2, ended.stderr
     line, = ended.stderr.splitlines()
     assert 'a process that reads images has died' in line and 'fewer --workers than 2' in line
