@@ -134,7 +134,7 @@ class TrainState:
             self.optimizer.load_state_dict({**saved['optimizer'], 'param_groups': groups})
             self.scaler.load_state_dict(saved['scaler'])
             for name in self._plain:
-                setattr(self, name, saved[name])
+                setattr(self, name, type(getattr(self, name))(saved[name]))
             processes = saved['processes']
             if rank < len(processes):
                 self._set_random_state(processes[rank]['rng'])

@@ -205,7 +205,8 @@ def parse_args(argv=None):
     restart = flags_of_a_restart(args)
     start = argparse.Namespace(**{**vars(args), **restart})
     if start.resume is not None:
-        restart['resume'], saved = distributed.of_rank_0(lambda: saved_flags(resume_path(start)))
+        restart['resume'], saved = distributed.of_rank_0(
+            lambda: saved_flags(parser, resume_path(start)))
         own = set(CALL_FLAGS)
         if any(getattr(args, flag) is not None for flag in LAYER_FLAGS):
             own.update(LAYER_FLAGS)
@@ -218,14 +219,33 @@ def parse_args(argv=None):
     return args
 
 
-def saved_flags(path):
+def saved_flags(parser, path):
     """The checkpoint to resume, an older one where that of `path` is damaged, and its flags."""
     path, saved, complaints = checkpoint.load_newest(path)
     for complaint in complaints:
         runlog.warn(f'{complaint}; going on from the one before, {path}')
     if not all(isinstance(saved.get(key), dict) for key in ('args', 'dataset', 'model')):
         raise CheckpointError(f'{path} holds no run to resume; for weights alone --pretrained')
+    for action in parser._actions:
+        value = saved['args'].get(action.dest)
+        if value is not None and not is_value_of(action, value):
+            raise CheckpointError(f'{path} is damaged: its {action.dest} is {value!r}')
     return path, saved['args']
+
+
+def is_value_of(action, value):
+    """Could a flag have this value? A checkpoint may be a stranger's."""
+    if action.nargs == 0:
+        return isinstance(value, (bool, str))  # a flag without a value, and --no-cuda
+    try:
+        for one in value if action.nargs == '+' else [value]:
+            if action.type:
+                action.type(str(one))
+            if action.choices and one not in action.choices:
+                return False
+    except (argparse.ArgumentTypeError, TypeError):
+        return False
+    return True
 
 
 def check_same_flags(args):

@@ -351,13 +351,17 @@ FAULTS = {
 }
 
 
-def main(argv=None):
+def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('--short', action='store_true', help='each fault a few times')
     parser.add_argument('--only', nargs='+', choices=FAULTS, default=[*FAULTS], metavar='FAULT',
                         help=f'some of {", ".join(FAULTS)}')
     parser.add_argument('--seed', type=int, default=1, help='(default: %(default)s)')
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None):
+    args = make_parser().parse_args(argv)
     directory, lost, summary = Path(tempfile.mkdtemp(prefix='torture-')), 0, []
     plot.warn = warnings.append
     os.environ['PYTHONPATH'] = str(ROOT)  # for the process that all others are forked from

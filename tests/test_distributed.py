@@ -205,9 +205,10 @@ def test_one_of_two_is_told_to_stop_and_both_go_on_where_they_were(
 
 def test_another_number_of_processes_goes_on(recipe, uninterrupted, tmp_path):
     script, run = tmp_path / 'script.py', tmp_path / 'run'
-    script.write_text(interrupted('learning_rate', 14, 'os.kill(os.getpid(), 15)'))
-    assert 'saved in epoch 2 after step 5' in torchrun(2, [*recipe, '--save', run],
-                                                       script=script).stdout
+    script.write_text(interrupted('learning_rate', 14, (
+        "os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGUSR1)")))
+    assert 'SIGUSR1: saved in epoch 2 after step 5' in torchrun(2, [*recipe, '--save', run],
+                                                                script=script).stdout
     train.main(['--save', str(run), '--resume', '--device', 'cpu'])
     for name in ('train.csv', 'test.csv'):
         found, expected = (read_csv(directory / name) for directory in (run, uninterrupted))

@@ -9,12 +9,13 @@ from conftest import ROOT
 import bench
 import flags
 import plot
+from attic import torture
 
 PARSERS = {'train.py': flags.make_parser(), 'plot.py': plot.make_parser(),
-           'bench.py': bench.make_parser()}
+           'bench.py': bench.make_parser(), 'attic/torture.py': torture.make_parser()}
 # In blocks of commands, and within sentences.
 COMMANDS = re.findall(r'(?:^ {4}|`)(?:python|torchrun.*?) '
-                      r'((?:train|plot|bench)\.py\b(?! --help)[^`#\n]*)',
+                      r'((?:train|plot|bench|attic/torture)\.py\b(?! --help)[^`#\n]*)',
                       (ROOT / 'README.md').read_text(), re.MULTILINE)
 
 

@@ -848,7 +848,11 @@ def test_files_that_are_no_run(small, tmp_path, capsys):
     assert 'is not a checkpoint' in fails(capsys, *small, '--resume', tmp_path / 'text.pth')
     train.main([*small, '--epochs', '1', '--save', str(tmp_path / 'run')])
     saved = checkpoint.load(tmp_path / 'run/latest.pth')
-    for key, value in (('dataset', {}), ('processes', None), ('args', {})):
+    for key, value in (('dataset', {}), ('processes', None), ('args', {}), ('epoch', 'x'),
+                       ('epoch_sums', None), ('args', {**saved['args'], 'workers': 10**9}),
+                       ('args', {**saved['args'], 'lr': []}),
+                       ('args', {**saved['args'], 'block_config': 3}),
+                       ('args', {**saved['args'], 'optimizer': 'x'})):
         torch.save({**saved, key: value}, tmp_path / 'damaged.pth')
         assert re.search('damaged|cannot be resumed|another architecture', fails(
             capsys, *small, '--resume', tmp_path / 'damaged.pth', '--save', tmp_path / 'new'))
@@ -1113,6 +1117,34 @@ def test_interrupted_on_cuda_goes_on_in_the_same_place(recipe, tmp_path):
     train.main(['--save', str(run), '--resume'])
     assert [row['epoch'] for row in read_csv(run / 'test.csv')] == ['1', '2', '3', '4']
     assert len(read_csv(run / 'train.csv')) == 3 * 4
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('flags', [[], ['--no-cuda-graph'], ['--precision', 'fp16'],
+                                   ['--memory-efficient', '--precision', 'fp32']])
+def test_deterministic_runs_on_cuda_end_with_the_same_bits(recipe, tmp_path, flags):
+    argv = [flag for flag in recipe if flag not in ('--device', 'cpu')]
+    argv += ['--deterministic', *flags, '--save']
+    script = 'import train; train.cli(sys.argv[1:])'
+    ended = forked.run(script, [*argv, tmp_path / 'one'])
+    assert ended.returncode == 0, ended.stderr
+    ended = run_interrupted([*argv, str(tmp_path / 'two')], 'learning_rate', 14, signal.SIGUSR1)
+    assert ended.returncode == 138, ended.stderr
+    ended = forked.run(script, ['--save', tmp_path / 'two', '--resume'])
+    assert ended.returncode == 0, ended.stderr
+    assert_same_run(tmp_path / 'one', tmp_path / 'two')
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('flag', ['--cuda-graph', '--no-cuda-graph'])
+def test_a_gpu_without_room_says_what_would_fit(tmp_path, flag):
+    script = ('import torch, train; torch.cuda.set_per_process_memory_fraction(0.02); '
+              'train.cli(sys.argv[1:])')
+    ended = forked.run(script, ['--dataset', 'shapes', '--batch-size', '3000', flag, '--no-plot',
+                                '--save', tmp_path / 'run'])
+    assert ended.returncode == 2
+    assert re.fullmatch(r'train.py: error: out of memory: lower --batch-size, .*; by estimate \d+ '
+                        r'images fit at once .*\n', ended.stderr)
 
 
 @pytest.fixture
