@@ -890,7 +890,7 @@ def test_a_broken_test_image_does_not_cost_the_epoch(tmp_path, capsys):
     broken.write_bytes(whole[:500])
     argv = ['--dataset', 'folder', '--data', tmp_path, '--block-config', 1, 1, '--growth-rate', 4,
             '--batch-size', 4, '--epochs', 1, '--device', 'cpu', '--save', tmp_path / 'run',
-            '--no-plot']
+            '--no-plot', '--workers', 0]
     assert 'val/b/0.png: cannot be read' in fails(capsys, *argv)
     saved = checkpoint.load(tmp_path / 'run/latest.pth')
     assert (saved['epoch'], saved['step']) == (1, 2)
