@@ -17,6 +17,7 @@ import csv
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -108,21 +109,29 @@ class Lab:
     def log(self, run):
         return run.parent / 'log'
 
-    def start(self, run, *flags):
+    def start(self, run, *flags, log=None):
         """A process that begins the run, or goes on with it if there is something to go on from."""
+        log = log or self.log(run)
         has_begun = any(version.exists() for version in checkpoint.versions(run / 'latest.pth'))
         argv = [*(['--resume'] if has_begun else self.recipe), '--save', str(run), *flags]
-        self.log(run).touch()
-        size = self.log(run).stat().st_size
-        process = self.context.Process(target=_train, args=(argv, str(self.log(run))))
+        log.touch()
+        size = log.stat().st_size
+        process = self.context.Process(target=_train, args=(argv, str(log)))
         process.start()
-        wait_for(lambda: self.log(run).stat().st_size > size, process)
+        wait_for(lambda: log.stat().st_size > size, process)
         return process
 
     def finish(self, run, *flags):
         process = self.start(run, *flags)
         process.join(120)
         return process.exitcode
+
+    def check_ended(self, process, run):
+        """It has ended well or, with one line that says why, by itself."""
+        process.join(60)
+        check(process.exitcode in (0, 2), f'exit code {process.exitcode}')
+        check(process.exitcode == 0 or is_one_line(self.log(run)), 'more than one line')
+        self.log(run).unlink()
 
     def check_survived(self, run):
         code = self.finish(run)
@@ -159,11 +168,11 @@ def wait_for(condition, process):
         time.sleep(0.002)
 
 
-def is_one_line(log):
+def is_one_line(log, reason=''):
     """Does a run's output end with one line of an error, and nothing like it before?"""
-    lines = log.read_text().splitlines()
-    return lines[-1].startswith('train.py: error: ') and 'Traceback' not in '\n'.join(lines) and \
-        sum(line.startswith('train.py: error: ') for line in lines) == 1
+    text = log.read_text()
+    return (text.count('train.py: error: ') == 1 and 'Traceback' not in text
+            and re.match(f'train.py: error: .*{reason}', text.splitlines()[-1]))
 
 
 # ---- faults --------------------------------------------------------------------------------
@@ -215,27 +224,30 @@ def disk_full(lab, rng):
 
 
 def moved_away(lab, rng):
-    """The directory is renamed, or latest.pth made a folder, under the run."""
-    run, folder_instead = lab.new_run(), rng.random() < 0.5
+    """The directory is renamed under the run: it ends with one line, and goes on where it was."""
+    run = lab.new_run()
     process = lab.start(run)
     wait_for((run / 'latest.pth').exists, process)
     process.join(rng.uniform(0, lab.seconds))
-    if folder_instead:
-        os.replace(run / 'latest.pth', run.parent / 'elsewhere')
-        (run / 'latest.pth').mkdir()
-    else:
-        os.rename(run, run.parent / 'moved')
-    process.join(60)
-    check(process.exitcode in (0, 2), f'exit code {process.exitcode}')
-    check(process.exitcode == 0 or is_one_line(lab.log(run)), 'more than one line')
-    if folder_instead:
-        shutil.rmtree(run / 'latest.pth') if (run / 'latest.pth').is_dir() else None
-        if not (run / 'latest.pth').exists() and not (run / 'latest.pth.1').exists():
-            os.replace(run.parent / 'elsewhere', run / 'latest.pth')
-    else:
-        shutil.rmtree(run, ignore_errors=True)  # a plot may have made it again
-        os.rename(run.parent / 'moved', run)
-    lab.log(run).unlink()
+    os.rename(run, run.parent / 'moved')
+    lab.check_ended(process, run)
+    shutil.rmtree(run, ignore_errors=True)  # a figure may have made it again
+    os.rename(run.parent / 'moved', run)
+    lab.check_survived(run)
+
+
+def folder_instead(lab, rng):
+    """A folder is put in the place of latest.pth: the one before is there to go on from."""
+    run = lab.new_run()
+    process = lab.start(run)
+    wait_for((run / 'latest.pth.1').exists, process)
+    process.join(rng.uniform(0, lab.seconds))
+    while not (run / 'latest.pth').is_dir():
+        (run / 'latest.pth').unlink(missing_ok=True)
+        with contextlib.suppress(FileExistsError):  # the run has written it again
+            (run / 'latest.pth').mkdir()
+    lab.check_ended(process, run)
+    (run / 'latest.pth').rmdir()
     lab.check_survived(run)
 
 
@@ -299,17 +311,14 @@ def damaged_csv(lab, rng):
 def two_at_once(lab, rng):
     """Two processes begin the same run: one has it, and the other says so in a line."""
     run = lab.new_run()
-    other = Path(f'{run.parent}-other') / 'run'
-    other.parent.mkdir()
-    second = other.parent / 'run'
-    second.symlink_to(run)
-    processes = [lab.start(run, '--no-plot'), lab.start(second, '--no-plot')]
+    logs = run.parent / 'log', run.parent / 'log2'
+    with ThreadPoolExecutor(2) as pool:
+        processes = list(pool.map(lambda log: lab.start(run, '--no-plot', log=log), logs))
     for process in processes:
         process.join(60)
-    codes = sorted(process.exitcode for process in processes)
-    check(codes == [0, 2], f'exit codes {codes}')
-    loser = lab.log(run) if processes[0].exitcode else lab.log(second)
-    check(is_one_line(loser), 'more than one line')
+    (won, _), (lost, log) = sorted((process.exitcode, log) for process, log in zip(processes, logs))
+    check((won, lost) == (0, 2), f'exit codes {won} and {lost}')
+    check(is_one_line(log, '(is in use by another|holds a) run'), 'more than one line')
     check_same_run(run, lab.untouched)
 
 
@@ -323,7 +332,7 @@ def long_run(lab, rng, epochs=2000):
         time.sleep(0.2)
         with contextlib.suppress(OSError):
             epoch = (run / 'test.csv').read_bytes().count(b'\n')
-            if (epoch < epochs):
+            if epoch <= epochs:  # and not at its end
                 memory[epoch] = int((proc / 'statm').read_text().split()[1])
                 files[epoch] = len(os.listdir(proc / 'fd'))
             for child in (proc / 'task' / proc.name / 'children').read_text().split():
@@ -345,7 +354,8 @@ def long_run(lab, rng, epochs=2000):
 # name: (function, tries in full, tries in short)
 FAULTS = {
     'killed': (killed, 25, 2), 'stopped': (stopped, 25, 2), 'disk-full': (disk_full, 25, 1),
-    'moved-away': (moved_away, 20, 2), 'damaged': (damaged, 400, 60),
+    'moved-away': (moved_away, 20, 1), 'folder-instead': (folder_instead, 20, 1),
+    'damaged': (damaged, 400, 60),
     'damaged-and-resumed': (damaged_and_resumed, 20, 1), 'damaged-csv': (damaged_csv, 1000, 100),
     'two-at-once': (two_at_once, 20, 1), 'long-run': (long_run, 1, 0),
 }
