@@ -21,6 +21,7 @@ import re
 import shutil
 import struct
 import warnings
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -218,6 +219,10 @@ def load(path):
     if sealed and content[-64:] != _checksum(memoryview(content)[:-64]):
         raise CheckpointError(f'{path} is damaged: its checksum is not that of what it holds')
     try:
+        if zipfile.is_zipfile(io.BytesIO(content)):
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                if sum(record.file_size for record in archive.infolist()) > len(content):
+                    raise ValueError('records that are compressed')  # torch writes none: a bomb
         with warnings.catch_warnings(), \
                 torch.serialization.safe_globals([argparse.Namespace]):  # timm keeps its flags so
             warnings.simplefilter('ignore')  # of a pickle's age: what is wrong is said below

@@ -21,6 +21,8 @@ from data import DataError
 from distributed import PeerError
 from flags import UsageError
 
+REMEDY = 'try a lower --lr; the last good checkpoint is untouched'
+
 
 class TrainingError(Exception):
     """Training that cannot go on, said in one line."""
@@ -108,7 +110,11 @@ def suspects(state):
 
 
 def check_finite(state):
-    """Loss and errors of all processes since the last row of train.csv, if all was finite."""
+    """Loss and errors of all processes since the last row of train.csv, if all was finite.
+
+    Raises:
+        TrainingError: it was not, or the weights are not: names the step and the parameter.
+    """
     sums = distributed.all_gather(state.interval.tolist())  # waits for the device
     odd = [(finite_steps, int(culprit)) for *_, finite_steps, culprit in sums if culprit]
     if odd:
@@ -119,10 +125,21 @@ def check_finite(state):
             name = next(name for name, known in state.model.named_parameters() if known is weight)
             what = what if culprit < 0 else f'a {kind}'
             by = f' the first bad parameter is {name}, by its {kind};'
-        raise TrainingError(f'{what} is not finite at epoch {state.epoch}, step {step}:{by} try a '
-                            f'lower --lr; the last good checkpoint is untouched')
+        raise TrainingError(f'{what} is not finite at epoch {state.epoch}, step {step}:{by} '
+                            f'{REMEDY}')
+    check_tensors(dict(state.model.named_parameters()),
+                  f'a value is not finite after epoch {state.epoch}, step {state.step}')
     loss, errors, *_ = zip(*sums)
     return sum(loss), sum(errors)
+
+
+@torch.no_grad()
+def check_tensors(tensors, message):
+    """Raises a TrainingError with the message, and a name, if one of some tensors isn't finite."""
+    bad = ~torch.stack(torch._foreach_norm([*tensors.values()])).isfinite()
+    if bad.any():
+        name = [*tensors][bad.int().argmax()]
+        raise TrainingError(f'{message}: the first bad parameter is {name}; {REMEDY}')
 
 
 @contextlib.contextmanager
@@ -143,7 +160,7 @@ def explained(args, remedy=lambda: 'lower --batch-size'):
         if 'DataLoader worker' in text:
             raise DataError(f'a process that reads images has died ({text}): if it was for lack of '
                             f'memory, give fewer --workers than {args.workers}') from error
-        if 'deterministic' in text:
+        if args.deterministic and 'deterministic' in text:
             raise UsageError(f'--deterministic: {text}') from error
         if not memory.ran_out(error):
             raise

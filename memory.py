@@ -29,7 +29,7 @@ class Allocations(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.made, self.size, self.peak = {}, 0, 0
+        self.made, self.peak = {}, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))

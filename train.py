@@ -463,12 +463,12 @@ def fit(args, state, step, train_loader, test_loader, log, save, stop, autocast)
 def end_epoch(state, test, log):
     """Note the test results and go to the next epoch; is this one the best?"""
     loss, error, error5 = test
+    faults.check_tensors({name: value for name, value in state.model.state_dict().items()
+                          if value.is_floating_point()},
+                         f'the model is not finite after epoch {state.epoch}')
     if not math.isfinite(loss):
-        bad = [name for name, value in state.model.state_dict().items()
-               if not value.isfinite().all()]
-        by = f' the first bad parameter is {bad[0]};' if bad else ''
-        raise TrainingError(f'the test loss is not finite after epoch {state.epoch}:{by} try a '
-                            f'lower --lr; the last good checkpoint is untouched')
+        raise TrainingError(f'the test loss is not finite after epoch {state.epoch}: '
+                            f'{faults.REMEDY}')
     log.test_row(state.epoch, loss, error, error5)
     state.last_error = error
     improved = error < state.best_error

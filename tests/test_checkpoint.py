@@ -154,6 +154,15 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match=f'{name} is not a checkpoint'):
             checkpoint.load(path)
+    checkpoint.save(tmp_path / 'whole', {'model': {'weight': torch.zeros(10**6)}})
+    with zipfile.ZipFile(tmp_path / 'whole') as whole, \
+            zipfile.ZipFile(tmp_path / 'bomb', 'w', zipfile.ZIP_DEFLATED) as bomb:
+        for record in whole.namelist():
+            bomb.writestr(record, whole.read(record))
+    assert (tmp_path / 'bomb').stat().st_size < 10**5
+    assert torch.load(tmp_path / 'bomb', weights_only=True)['model']['weight'].numel() == 10**6
+    with pytest.raises(CheckpointError, match='bomb is not a checkpoint'):
+        checkpoint.load(tmp_path / 'bomb')
     with pytest.raises(CheckpointError, match='nowhere.pth is not there'):
         checkpoint.load(tmp_path / 'nowhere.pth')
     torch.save([1, 2], tmp_path / 'list')

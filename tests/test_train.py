@@ -883,6 +883,28 @@ def test_a_signal_does_not_save_a_loss_that_is_not_finite(small, tmp_path):
     assert len(read_csv(run / 'train.csv')) == 3  # nor are rows lost that nothing replaces
 
 
+@pytest.mark.parametrize('what', ['weight', 'running_var'])
+def test_a_model_that_is_not_finite_is_not_saved(small, tmp_path, monkeypatch, capsys, what):
+    evaluate, run = train.evaluate, tmp_path / 'run'
+
+    def spoil(model, *args):
+        results = evaluate(model, *args)
+        if model.training is False and (run / 'best.pth').exists():
+            getattr(model.features.norm5, what).data[1] = math.inf
+        return results
+
+    monkeypatch.setattr(train, 'evaluate', spoil)
+    error = fails(capsys, *small, '--save', run, '--epochs', 3)
+    assert f'after epoch 2: the first bad parameter is features.norm5.{what};' in error
+    assert checkpoint.load(run / 'latest.pth')['epoch'] == 2
+    state = make_state()
+    state.epoch, state.step = 3, 7
+    state.model.features.norm5.weight.data[1] = math.nan
+    with pytest.raises(train.TrainingError, match='a value is not finite after epoch 3, step 7: '
+                                                  'the first bad parameter is features.norm5.wei'):
+        train.check_finite(state)
+
+
 def test_a_broken_test_image_does_not_cost_the_epoch(tmp_path, capsys):
     write_images(tmp_path, {'train/a': 4, 'train/b': 4, 'val/a': 1, 'val/b': 1}, (65, 65))
     broken = tmp_path / 'val/b/0.png'
