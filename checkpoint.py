@@ -12,7 +12,6 @@ torch writes it, whose comment is the SHA-256 of all that comes before: no damag
 
 import argparse
 import contextlib
-import glob
 import hashlib
 import io
 import math
@@ -136,6 +135,7 @@ class TrainState:
             self.scaler.load_state_dict(saved['scaler'])
             for name in self._plain:
                 setattr(self, name, type(getattr(self, name))(saved[name]))
+            self._check_values()
             processes = saved['processes']
             if rank < len(processes):
                 self._set_random_state(processes[rank]['rng'])
@@ -145,9 +145,23 @@ class TrainState:
             else:
                 loss, errors, *_ = sums.sum(0) if rank == 0 else sums.new_zeros(4)
                 self.interval.copy_(torch.stack([loss, errors, *sums[:, 2:].amin(0)]))
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError,
+                RuntimeError) as error:
             raise CheckpointError(f'{source} cannot be resumed from: '
                                   f'{type(error).__name__}: {_one_line(error)}') from error
+
+
+    def _check_values(self):
+        """Raises ValueError for what no run can have saved."""
+        if not (1 <= self.epoch <= 10**9 and self.step >= 0 and self.interval_steps >= 0
+                and len(self.epoch_sums) == 3 and sum(self.epoch_sums) >= 0):
+            raise ValueError(f'epoch {self.epoch}, step {self.step}, sums {self.epoch_sums}')
+        for parameter, values in self.optimizer.state.items():
+            for name, value in values.items():
+                if torch.is_tensor(value) and value.shape not in (parameter.shape, torch.Size()):
+                    raise ValueError(f'a {name} of another shape')
+                if isinstance(value, str):
+                    raise ValueError(f'a {name} that is no number')
 
 
 def save(path, state, keep=0, **extra):
@@ -179,6 +193,9 @@ def save(path, state, keep=0, **extra):
 def _shift(path, before, keep):
     """Let `before` be path.1, what was that be path.2, and so on, until there are `keep`."""
     older = versions(path)[1:]
+    for i, version in enumerate(older, start=1):  # if one in between was taken away
+        os.replace(version, f'{path}.{i}')
+    older = versions(path)[1:]
     if before.exists():
         for i, version in reversed(list(enumerate(older[:keep - 1], start=2))):
             os.replace(version, f'{path}.{i}')
@@ -189,9 +206,21 @@ def _shift(path, before, keep):
 
 def versions(path):
     """The checkpoints of that name, whether or not it is there, and then path.1, path.2, ..."""
-    older = {int(name.rpartition('.')[2]): Path(name) for name in glob.glob(
-        f'{glob.escape(str(path))}.*') if name.rpartition('.')[2].isdecimal()}
-    return [Path(path), *(older[i] for i in sorted(older))]
+    path = Path(path)
+    older = [version for version in path.parent.glob('*') if version.stem == path.name
+             and re.fullmatch(r'\.[1-9]\d{0,2}', version.suffix)]  # and not those of other people
+    return [path, *sorted(older, key=lambda version: int(version.suffix[1:]))]
+
+
+def set_aside_damaged(path):
+    """Rename what `load_newest` found damaged, lest it be kept instead of what is sound."""
+    for version in versions(path):
+        try:
+            load(version)
+            return
+        except CheckpointError:
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(version, f'{version}.damaged')
 
 
 def _checksum(*parts):
@@ -228,6 +257,8 @@ def load(path):
             warnings.simplefilter('ignore')  # of a pickle's age: what is wrong is said below
             saved = torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)
     except Exception as error:  # whatever a file that is no checkpoint makes the reader stumble on
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            raise  # that is not the file's fault
         raise CheckpointError(f'{path} is not a checkpoint, or a broken one '
                               f'({type(error).__name__})') from error
     if not isinstance(saved, dict):

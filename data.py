@@ -12,6 +12,7 @@ processes that share each batch see together what one alone would.
 """
 
 import dataclasses
+import math
 import os
 import signal
 import sys
@@ -90,6 +91,18 @@ class Description:
     @property
     def in_memory(self):
         return self.image_size <= SMALL
+
+    def check(self):
+        """Raises TypeError if it can't be so; of what comes from a file there is no telling."""
+        classes, statistics = self.classes, (self.mean, self.std)
+        if not (isinstance(classes, (tuple, list)) and all(isinstance(c, str) for c in classes)):
+            raise TypeError('its classes are not names')
+        if not (isinstance(self.image_size, int) and 1 <= self.image_size <= 4096):
+            raise TypeError(f'its image_size is {self.image_size!r}')
+        if not (all(isinstance(values, (tuple, list)) and len(values) == 3 and
+                    all(isinstance(value, float) and math.isfinite(value) for value in values)
+                    for values in statistics) and min(self.std) > 0):
+            raise TypeError(f'its mean and std are {statistics}')
 
     def plain(self):
         """All but the folder, as plain values: what a trained model goes with."""

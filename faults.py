@@ -65,7 +65,7 @@ class StopSignals:
         if not self.in_training:
             distributed.leave(128 + signum)
         self.received = signum
-        if distributed.launcher() is None:
+        if signum == signal.SIGINT and distributed.launcher() is None:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def check(self, error=None):
@@ -89,7 +89,7 @@ def note_what_is_not_finite(state):
     """
     loss, _, finite_steps, culprit = state.interval
     norms = torch._foreach_norm([weight.grad if kind == 'gradient' else weight
-                                 for weight, kind in suspects(state)])
+                                 for weight, kind in suspects(state)], 1)  # squares overflow
     bad = ~torch.stack(norms).isfinite()
     number = torch.where(bad.any(), bad.int().argmax() + 1, 0)
     with_loss = -torch.where(bad.any(), number, len(bad) + 1)
@@ -113,7 +113,7 @@ def check_finite(state):
     """Loss and errors of all processes since the last row of train.csv, if all was finite.
 
     Raises:
-        TrainingError: it was not, or the weights are not: names the step and the parameter.
+        TrainingError: it was not; names the epoch, the step and the first bad parameter.
     """
     sums = distributed.all_gather(state.interval.tolist())  # waits for the device
     odd = [(finite_steps, int(culprit)) for *_, finite_steps, culprit in sums if culprit]
@@ -127,19 +127,20 @@ def check_finite(state):
             by = f' the first bad parameter is {name}, by its {kind};'
         raise TrainingError(f'{what} is not finite at epoch {state.epoch}, step {step}:{by} '
                             f'{REMEDY}')
-    check_tensors(dict(state.model.named_parameters()),
-                  f'a value is not finite after epoch {state.epoch}, step {state.step}')
     loss, errors, *_ = zip(*sums)
     return sum(loss), sum(errors)
 
 
 @torch.no_grad()
-def check_tensors(tensors, message):
-    """Raises a TrainingError with the message, and a name, if one of some tensors isn't finite."""
-    bad = ~torch.stack(torch._foreach_norm([*tensors.values()])).isfinite()
+def check_model(state):
+    """Raises a TrainingError if a weight or a running statistic, to be saved, is not finite."""
+    tensors = {name: value for name, value in state.model.state_dict().items()
+               if value.is_floating_point()}
+    bad = ~torch.stack(torch._foreach_norm([*tensors.values()], 1)).isfinite()
     if bad.any():
         name = [*tensors][bad.int().argmax()]
-        raise TrainingError(f'{message}: the first bad parameter is {name}; {REMEDY}')
+        raise TrainingError(f'the model is not finite in epoch {state.epoch} after step '
+                            f'{state.step}: the first bad parameter is {name}; {REMEDY}')
 
 
 @contextlib.contextmanager

@@ -228,7 +228,9 @@ def saved_flags(parser, path):
         raise CheckpointError(f'{path} holds no run to resume; for weights alone --pretrained')
     for action in parser._actions:
         value = saved['args'].get(action.dest)
-        if value is not None and not is_value_of(action, value):
+        needed = action.default is not None or action.dest == 'lr'
+        is_missing = value is None and needed and action.dest in saved['args']
+        if is_missing or (value is not None and not is_value_of(action, value)):
             raise CheckpointError(f'{path} is damaged: its {action.dest} is {value!r}')
     return path, saved['args']
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 
@@ -102,7 +103,6 @@ def claim(directory, *, may_hold_run=False):
 def clear(directory):
     """Take out the files of an earlier run; figures are left until they are drawn again."""
     for path in (*(directory / name for name in RUN_FILES),
-                 *directory.glob('latest.pth.*'),
                  *directory.glob('tensorboard/events.out.tfevents.*')):
         path.unlink(missing_ok=True)
 
@@ -252,6 +252,7 @@ class CsvFile:
         temporary = self.path.with_name(f'.{self.path.name}.tmp')
         with open(temporary, 'wb', buffering=0) as file:
             _write_all(file, kept)
+            os.fsync(file.fileno())
         os.replace(temporary, self.path)  # the file is never without the rows to keep
         # Without a buffer: a row that is written stays written when the process is killed.
         self.file, self.size = open(self.path, 'ab', buffering=0), len(kept)
@@ -261,11 +262,14 @@ class CsvFile:
             return []
         # Not by the csv module, to which a stray quote makes one field of the rest of the file.
         with open(self.path, errors='replace', newline='\n') as file:
-            header, *rows = (line.split(',') for line in file.read().split('\n'))
-        older = tuple(header) == self.columns[:len(header)]  # a version that had fewer columns
-        missing = len(self.columns) - len(header) if older else 0
-        return [row + ['nan'] * missing for row in rows
-                if _is_row(row, len(self.columns) - missing) and self.keep(float(row[0]))]
+            rows = [line.split(',') for line in file.read().split('\n') if line]
+        # As wide as most rows, for the header may be damaged, and an older version had fewer.
+        widths = Counter(len(row) for row in rows
+                         if _is_row(row, len(row)) or tuple(row) == self.columns[:len(row)])
+        width = max(widths, key=lambda width: (widths[width], width), default=0)
+        missing = ['nan'] * (len(self.columns) - width)
+        return [row[:len(self.columns)] + missing for row in rows
+                if _is_row(row, width) and self.keep(float(row[0]))]
 
     def sync(self):
         if self.waiting:

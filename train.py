@@ -463,10 +463,8 @@ def fit(args, state, step, train_loader, test_loader, log, save, stop, autocast)
 def end_epoch(state, test, log):
     """Note the test results and go to the next epoch; is this one the best?"""
     loss, error, error5 = test
-    faults.check_tensors({name: value for name, value in state.model.state_dict().items()
-                          if value.is_floating_point()},
-                         f'the model is not finite after epoch {state.epoch}')
     if not math.isfinite(loss):
+        faults.check_model(state)
         raise TrainingError(f'the test loss is not finite after epoch {state.epoch}: '
                             f'{faults.REMEDY}')
     log.test_row(state.epoch, loss, error, error5)
@@ -520,6 +518,8 @@ def resume(args, state, saved, num_images):
         state.begin_epoch(args.start_epoch)
     before = saved['args'].get('batch_size'), saved.get('num_images')
     now = args.batch_size, num_images
+    if state.step * args.batch_size >= num_images + args.batch_size and before == now:
+        raise CheckpointError(f'{args.resume} is damaged: its epoch has {state.step} steps')
     if state.step and before != now:
         raise CheckpointError(f'{args.resume} was written within an epoch of {before[1]} images in '
                               f'batches of {before[0]}, and cannot go on in one of {now[1]} in '
@@ -549,6 +549,7 @@ def make_save(args, state, dataset, num_images, directory):
         with distributed.all_or_none():
             try:
                 if distributed.rank() == 0:
+                    faults.check_model(state)
                     checkpoint.save(directory / name, state.state_dict(own_states),
                                     keep=args.keep if name == 'latest.pth' else 0, args=vars(args),
                                     num_images=num_images, dataset=dataset.plain(),
@@ -565,10 +566,15 @@ def make_save(args, state, dataset, num_images, directory):
 
 def open_directory(args, directory, record, save, **log_settings):
     """Make the directory that of this run, from now on, and open its log."""
+    latest = directory / 'latest.pth'
     with distributed.all_or_none():
         if args.overwrite and distributed.rank() == 0:
             runlog.clear(directory)
-    goes_on = args.resume and Path(args.resume).resolve() == (directory / 'latest.pth').resolve()
+            for version in checkpoint.versions(latest):
+                version.unlink(missing_ok=True)
+        if args.resume and distributed.rank() == 0 and Path(args.resume) != latest:
+            checkpoint.set_aside_damaged(latest)
+    goes_on = args.resume and Path(args.resume).resolve() == latest.resolve()
     if not goes_on or args.start_epoch:  # what is killed in its first epoch can be resumed, too
         save('latest.pth')
     with distributed.all_or_none():
@@ -629,6 +635,8 @@ def choose_dataset(args, saved):
     """What is trained or tested on; with --predict, what the model was trained on."""
     try:
         known = saved and data.Description(root=Path(args.data), **saved['dataset'])
+        if known:
+            known.check()
     except TypeError as error:
         raise CheckpointError(f'{args.resume} is damaged: {error}') from error
     if args.predict:
@@ -755,5 +763,8 @@ def complain(error):
 
 
 if __name__ == '__main__':
+    for name in ('stdout', 'stderr'):
+        if getattr(sys, name) is None:  # closed, and its number free for the next file
+            setattr(sys, name, open(os.devnull, 'w'))
     sys.stdout.reconfigure(errors='backslashreplace')  # the name of a class may be no text
     cli()

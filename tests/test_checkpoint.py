@@ -5,6 +5,7 @@ import random
 import re
 import shutil
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,7 +44,8 @@ def test_a_new_file_has_its_name_only_once_it_is_whole(tmp_path):
 
 
 def test_the_files_before_are_kept(tmp_path):
-    path = tmp_path / 'latest.pth'
+    path = tmp_path / 'run[1] of 2' / 'latest.pth'
+    path.parent.mkdir()
 
     def saved():
         return [checkpoint.load(version)['value'] for version in checkpoint.versions(path)]
@@ -54,7 +56,18 @@ def test_the_files_before_are_kept(tmp_path):
     checkpoint.save(path, {'value': 5}, keep=1)
     assert saved() == [5, 4]
     checkpoint.save(path, {'value': 6})
-    assert saved() == [6] and os.listdir(tmp_path) == ['latest.pth']
+    assert saved() == [6] and os.listdir(path.parent) == ['latest.pth']
+    for value in range(5):
+        checkpoint.save(path, {'value': value}, keep=5)
+    others = {'latest.pth.20261122', 'latest.pth.bak', 'latest.pth.01', 'best.pth.1'}
+    for name in others:  # somebody's own
+        shutil.copy(path, path.parent / name)
+    for i in (1, 2):
+        Path(f'{path}.{i}').unlink()
+    checkpoint.save(path, {'value': 'new'}, keep=2)
+    assert saved() == ['new', 4, 1]
+    assert others == {version.name for version in path.parent.iterdir()} - {
+        'latest.pth', 'latest.pth.1', 'latest.pth.2'}
 
 
 @pytest.mark.parametrize('links', [True, False])

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -600,6 +601,7 @@ def test_a_damaged_checkpoint_costs_no_more_than_an_epoch(recipe, uninterrupted,
                            f'should be; going on from the one before, {latest}.1\n')
     assert f'resuming {latest}.1 in epoch 2 after step 0' in printed.out
     assert_same_run(run, uninterrupted)
+    assert latest.with_name('latest.pth.damaged').exists()
     for version in checkpoint.versions(latest):
         version.write_bytes(b'')
     assert 'nor is any of the 1 before it sound' in fails(capsys, '--save', run, '--resume')
@@ -848,14 +850,23 @@ def test_files_that_are_no_run(small, tmp_path, capsys):
     assert 'is not a checkpoint' in fails(capsys, *small, '--resume', tmp_path / 'text.pth')
     train.main([*small, '--epochs', '1', '--save', str(tmp_path / 'run')])
     saved = checkpoint.load(tmp_path / 'run/latest.pth')
-    for key, value in (('dataset', {}), ('processes', None), ('args', {}), ('epoch', 'x'),
-                       ('epoch_sums', None), ('args', {**saved['args'], 'workers': 10**9}),
-                       ('args', {**saved['args'], 'lr': []}),
-                       ('args', {**saved['args'], 'block_config': 3}),
-                       ('args', {**saved['args'], 'optimizer': 'x'})):
+    dataset, optimizer = saved['dataset'], saved['optimizer']
+    for key, value in (
+            ('dataset', {}), *(('dataset', {**dataset, key: value}) for key, value in (
+                ('classes', 5), ('classes', ['a', 2]), ('image_size', 10**9), ('mean', ('a',) * 3),
+                ('std', None), ('std', (0.0, 1.0, 1.0)))),
+            ('args', {}), *(('args', {**saved['args'], key: value}) for key, value in (
+                ('workers', 10**9), ('lr', []), ('lr', None), ('epochs', None),
+                ('block_config', 3), ('optimizer', 'x'))),
+            ('processes', None), ('epoch', 'x'), ('epoch', -5), ('epoch', math.inf),
+            ('step', 10**9), ('epoch_sums', None), ('epoch_sums', (1,)), ('epoch_sums', 'abc'),
+            ('optimizer', {**optimizer, 'state': 5}),
+            ('optimizer', {**optimizer, 'state': {0: {'momentum_buffer': 'x'}}}),
+            ('optimizer', {**optimizer, 'state': {0: {'momentum_buffer': torch.ones(7)}}})):
         torch.save({**saved, key: value}, tmp_path / 'damaged.pth')
         assert re.search('damaged|cannot be resumed|another architecture', fails(
-            capsys, *small, '--resume', tmp_path / 'damaged.pth', '--save', tmp_path / 'new'))
+            capsys, '--resume', tmp_path / 'damaged.pth', '--save', tmp_path / 'new', '--epochs',
+            2)), (key, value)
     torch.save(densenet.densenet_cifar(10, 4).state_dict(), tmp_path / 'weights.pth')
     assert '--pretrained' in fails(capsys, *small, '--resume', tmp_path / 'weights.pth')
     (tmp_path / 'file').write_text('')
@@ -895,14 +906,30 @@ def test_a_model_that_is_not_finite_is_not_saved(small, tmp_path, monkeypatch, c
 
     monkeypatch.setattr(train, 'evaluate', spoil)
     error = fails(capsys, *small, '--save', run, '--epochs', 3)
-    assert f'after epoch 2: the first bad parameter is features.norm5.{what};' in error
+    assert (f'the model is not finite in epoch 3 after step 0: the first bad parameter is '
+            f'features.norm5.{what};') in error
     assert checkpoint.load(run / 'latest.pth')['epoch'] == 2
+
+
+def test_a_signal_does_not_save_weights_that_have_just_gone_wrong(small, tmp_path):
+    run = tmp_path / 'run'
+    ended = run_interrupted([*small, '--save', str(run), '--lr', '1e15', '--weight-decay', '1e30'],
+                            'learning_rate', 1, signal.SIGTERM)
+    assert ended.returncode == 2 and 'in epoch 1 after step 1: the first bad' in ended.stderr
+    weights = checkpoint.load(run / 'latest.pth')['model'].values()
+    assert all(weight.isfinite().all() for weight in weights)
+
+
+def test_finite_weights_are_not_blamed_however_large():
     state = make_state()
-    state.epoch, state.step = 3, 7
-    state.model.features.norm5.weight.data[1] = math.nan
-    with pytest.raises(train.TrainingError, match='a value is not finite after epoch 3, step 7: '
-                                                  'the first bad parameter is features.norm5.wei'):
-        train.check_finite(state)
+    for weight in state.model.parameters():
+        weight.data.mul_(1e20)
+    with torch.no_grad():  # the normalisation makes them small again
+        loss = F.cross_entropy(state.model(batch()[0]), batch()[1])
+    assert loss.isfinite() and not torch.stack([
+        weight.norm() for weight in state.model.parameters()]).isfinite().all()
+    take_steps(state, 1, lambda i: None)
+    train.check_finite(state)
 
 
 def test_a_broken_test_image_does_not_cost_the_epoch(tmp_path, capsys):
@@ -997,6 +1024,9 @@ def test_rows_wait_for_room_on_the_disk(tmp_path, capsys):
 
 def test_output_that_nobody_reads_does_not_end_a_run(small, tmp_path):
     command = [sys.executable, str(ROOT / 'train.py'), *small, '--epochs', '2', '--save']
+    closed = f'{shlex.join(command)} {tmp_path}/r1 1>&- 2>&-'
+    ended = subprocess.run(['sh', '-c', closed])
+    assert ended.returncode == 0 and len(read_csv(tmp_path / 'r1/test.csv')) == 2
     with open('/dev/full', 'w') as full:
         ended = subprocess.run([*command, tmp_path / 'run'], stdout=full, stderr=subprocess.PIPE,
                                text=True)
@@ -1107,6 +1137,17 @@ def test_a_torn_row_is_mended_on_resuming(small, tmp_path):
     train.main(['--save', str(run), '--resume', '--epochs', '3'])
     assert (run / 'train.csv').read_text().startswith(whole)
     assert len(read_csv(run / 'train.csv')) == 3 * 3
+
+
+def test_rows_under_a_damaged_header_are_kept(small, tmp_path):
+    run = tmp_path / 'run'
+    train.main([*small, '--save', str(run), '--epochs', '2'])
+    before = {name: (run / name).read_text() for name in ('train.csv', 'test.csv')}
+    for name, text in before.items():
+        (run / name).write_text(text.replace(',error', '\nerror', 1))
+    train.main(['--save', str(run), '--resume', '--epochs', '3'])
+    for name, text in before.items():
+        assert (run / name).read_text().startswith(text)
 
 
 def test_rows_of_an_older_version_are_kept(small, tmp_path):
