@@ -91,10 +91,10 @@ def note_what_is_not_finite(state):
     norms = torch._foreach_norm([weight.grad if kind == 'gradient' else weight
                                  for weight, kind in suspects(state)], 1)  # squares overflow
     bad = ~torch.stack(norms).isfinite()
-    number = torch.where(bad.any(), bad.int().argmax() + 1, 0)
-    with_loss = -torch.where(bad.any(), number, len(bad) + 1)
-    number = torch.where(loss.isfinite(), number, with_loss)
-    culprit.copy_(torch.where(culprit == 0, number, culprit))
+    any_bad, loss_is_bad = bad.any(), ~loss.isfinite()
+    # No torch.where, which would send its constants to the device: a CUDA graph can't have that.
+    number = any_bad * (bad.int().argmax() + 1) + (~any_bad & loss_is_bad) * (len(bad) + 1)
+    culprit.add_((culprit == 0) * number * (1 - 2 * loss_is_bad.int()))
     finite_steps.add_(culprit == 0)
 
 
