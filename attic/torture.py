@@ -24,6 +24,7 @@ import signal
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -88,6 +89,27 @@ def _train(argv, output):
     train.cli(argv)
 
 
+class Life:
+    """A process of train.py; multiprocessing's are not to be asked by several threads at once."""
+
+    lock = threading.Lock()
+
+    def __init__(self, process):
+        self.process = process
+        with self.lock:
+            process.start()
+        self.pid, self.kill = process.pid, process.kill
+
+    @property
+    def exitcode(self):
+        with self.lock:
+            return self.process.exitcode
+
+    def join(self, seconds=60):
+        ends = time.monotonic() + seconds
+        wait_for(lambda: time.monotonic() > ends, self)
+
+
 class Lab:
     """A temporary directory with images and a run that nothing happens to."""
 
@@ -116,8 +138,7 @@ class Lab:
         argv = [*(['--resume'] if has_begun else self.recipe), '--save', str(run), *flags]
         log.touch()
         size = log.stat().st_size
-        process = self.context.Process(target=_train, args=(argv, str(log)))
-        process.start()
+        process = Life(self.context.Process(target=_train, args=(argv, str(log))))
         wait_for(lambda: log.stat().st_size > size, process)
         return process
 
@@ -128,7 +149,7 @@ class Lab:
 
     def check_ended(self, process, run):
         """It has ended well or, with one line that says why, by itself."""
-        process.join(60)
+        process.join()
         check(process.exitcode in (0, 2), f'exit code {process.exitcode}')
         check(process.exitcode == 0 or is_one_line(self.log(run)), 'more than one line')
         self.log(run).unlink()
@@ -198,7 +219,7 @@ def stopped(lab, rng):
         if process.exitcode is None:
             number = rng.choice(STOP_SIGNALS)
             os.kill(process.pid, number)
-            process.join(60)
+            process.join()
             check(process.exitcode in (128 + number, 0), f'exit code {process.exitcode}')
         if process.exitcode == 0:  # the signal came too late
             break
@@ -217,7 +238,7 @@ def disk_full(lab, rng):
             process.join(rng.uniform(0, lab.seconds))
             resource.prlimit(process.pid, resource.RLIMIT_FSIZE,
                              (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        process.join(60)
+        process.join()
         check(process.exitcode in (0, 2), f'exit code {process.exitcode}')
         lab.log(run).unlink()  # which could not grow, either
     lab.check_survived(run)
@@ -315,7 +336,7 @@ def two_at_once(lab, rng):
     with ThreadPoolExecutor(2) as pool:
         processes = list(pool.map(lambda log: lab.start(run, '--no-plot', log=log), logs))
     for process in processes:
-        process.join(60)
+        process.join()
     (won, _), (lost, log) = sorted((process.exitcode, log) for process, log in zip(processes, logs))
     check((won, lost) == (0, 2), f'exit codes {won} and {lost}')
     check(is_one_line(log, '(is in use by another|holds a) run'), 'more than one line')
@@ -341,8 +362,8 @@ def long_run(lab, rng, epochs=2000):
     check(process.exitcode == 0, f'exit code {process.exitcode}')
     early = statistics.median(size for epoch, size in memory.items() if 100 <= epoch <= 200)
     late = statistics.median(size for epoch, size in memory.items() if epoch > epochs - 100)
-    print(f'long-run: {early / 256:.1f} MiB in epochs 100 to 200, {late / 256:.1f} MiB in the last '
-          f'100 of {epochs}; {files[min(files)]} to {max(files.values())} open files')
+    print(f'{early / 256:.1f} MiB in epochs 100 to 200, {late / 256:.1f} MiB in the last 100 of '
+          f'{epochs}; {files[min(files)]} to {max(files.values())} open files:')
     check(late < 1.02 * early, f'memory grew from {early} to {late} pages')
     check(max(files[epoch] for epoch in files if epoch > epochs - 100)
           <= max(files[epoch] for epoch in files if 100 <= epoch <= 200), 'open files')
@@ -372,7 +393,7 @@ def make_parser():
 
 def main(argv=None):
     args = make_parser().parse_args(argv)
-    directory, lost, summary = Path(tempfile.mkdtemp(prefix='torture-')), 0, []
+    directory, lost = Path(tempfile.mkdtemp(prefix='torture-')), 0
     plot.warn = warnings.append
     os.environ['PYTHONPATH'] = str(ROOT)  # for the process that all others are forked from
     lab = Lab(directory)
@@ -383,6 +404,7 @@ def main(argv=None):
         except Exception as error:
             return f'{type(error).__name__}: {error}'
 
+    print(f'{"fault":<20}{"tried":>6}{"survived":>10}{"lost":>6}', flush=True)
     for name in args.only:
         function, *counts = FAULTS[name]
         tries, started = counts[args.short], time.monotonic()
@@ -394,9 +416,8 @@ def main(argv=None):
             print(f'{name}: {failure}', file=sys.stderr)
         lost += len(failures)
         if tries:
-            summary.append(f'{name:<20}{tries:>6}{tries - len(failures):>10}{len(failures):>6}'
-                           f'{time.monotonic() - started:>8.0f} s')
-    print(f'{"fault":<20}{"tried":>6}{"survived":>10}{"lost":>6}', *summary, sep='\n')
+            print(f'{name:<20}{tries:>6}{tries - len(failures):>10}{len(failures):>6}'
+                  f'{time.monotonic() - started:>8.0f} s', flush=True)
     if lost:
         sys.exit(f'what was lost is in {directory}')
     shutil.rmtree(directory)
