@@ -150,7 +150,6 @@ class TrainState:
             raise CheckpointError(f'{source} cannot be resumed from: '
                                   f'{type(error).__name__}: {_one_line(error)}') from error
 
-
     def _check_values(self):
         """Raises ValueError for what no run can have saved."""
         if not (1 <= self.epoch <= 10**9 and self.step >= 0 and self.interval_steps >= 0

@@ -33,6 +33,7 @@ from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
 SMALL = 64  # pixels: images up to this size are held in memory, larger ones are read by workers
+MAX_SIZE = 4096  # pixels: a longer side is taken for a mistake
 PAD = 4     # pixels: the paper's crop for CIFAR is of the image with this border of zeros
 NO_LABEL = -100  # F.cross_entropy leaves out what is labelled so
 
@@ -97,7 +98,7 @@ class Description:
         classes, statistics = self.classes, (self.mean, self.std)
         if not (isinstance(classes, (tuple, list)) and all(isinstance(c, str) for c in classes)):
             raise TypeError('its classes are not names')
-        if not (isinstance(self.image_size, int) and 1 <= self.image_size <= 4096):
+        if not (isinstance(self.image_size, int) and 1 <= self.image_size <= MAX_SIZE):
             raise TypeError(f'its image_size is {self.image_size!r}')
         if not (all(isinstance(values, (tuple, list)) and len(values) == 3 and
                     all(isinstance(value, float) and math.isfinite(value) for value in values)

@@ -77,7 +77,7 @@ def add_data_and_model_flags(parser):
     group.add_argument('--dataset', choices=data.NAMES, default='cifar10')
     group.add_argument('--data', metavar='DIR', default='work/data',
                        help='where the data are or go (default: %(default)s)')
-    group.add_argument('--image-size', type=number(int, '[1, 4096]'), metavar='PIXELS',
+    group.add_argument('--image-size', type=number(int, f'[1, {data.MAX_SIZE}]'), metavar='PIXELS',
                        help='folder, imagenet (default: 224, or that of small images)')
     group.add_argument('--augment', action=argparse.BooleanOptionalAction, default=True,
                        help='crop and mirror (default: yes, svhn: no)')
