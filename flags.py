@@ -132,8 +132,8 @@ def add_recipe_flags(parser):
     group.add_argument('--warmup-epochs', type=number(float, '[0, inf)'), default=0.0,
                        metavar='EPOCHS', help='let the rate rise to that of the schedule, from a '
                        'hundredth of it, step by step (default: 0)')
-    group.add_argument('--momentum', type=SHARE, default=0.9,
-                       help='of sgd and rmsprop (default: %(default)s)')
+    group.add_argument('--momentum', type=SHARE,
+                       help='of sgd and rmsprop (default: sgd 0.9, rmsprop 0)')
     group.add_argument('--weight-decay', '--wd', '--weightDecay', type=number(float, '[0, 1e30]'),
                        default=1e-4, help='on every parameter (default: %(default)s)')
     group.add_argument('--label-smoothing', type=SHARE, default=0.0, help='(default: %(default)s)')
@@ -228,7 +228,7 @@ def saved_flags(parser, path):
         raise CheckpointError(f'{path} holds no run to resume; for weights alone --pretrained')
     for action in parser._actions:
         value = saved['args'].get(action.dest)
-        needed = action.default is not None or action.dest == 'lr'
+        needed = action.default is not None or action.dest in ('lr', 'momentum')
         is_missing = value is None and needed and action.dest in saved['args']
         if is_missing or (value is not None and not is_value_of(action, value)):
             raise CheckpointError(f'{path} is damaged: its {action.dest} is {value!r}')
@@ -288,13 +288,14 @@ def saved_by(launchers, path):
 def recipe(args):
     """Defaults that depend on other flags: the paper's (section 4.2), those of the optimizers."""
     lr = {'sgd': 0.1, 'adam': 1e-3, 'adamw': 1e-3, 'rmsprop': 1e-2}[args.optimizer]
+    common = dict(lr=lr, momentum=0.9 if args.optimizer == 'sgd' else 0.0)
     if args.dataset == 'svhn':
-        return dict(lr=lr, epochs=40, drop_rate=0.2, augment=False)
+        return dict(**common, epochs=40, drop_rate=0.2, augment=False)
     if args.dataset == 'imagenet':
-        return dict(lr=lr, epochs=90, batch_size=256)
+        return dict(**common, epochs=90, batch_size=256)
     if args.dataset in ('cifar10', 'cifar100') and not args.augment:
-        return dict(lr=lr, drop_rate=0.2)
-    return dict(lr=lr)
+        return dict(**common, drop_rate=0.2)
+    return common
 
 
 def check_flags(args):

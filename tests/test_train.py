@@ -119,6 +119,12 @@ def test_the_recipes_of_the_paper():
     svhn = parse_args(['--dataset', 'svhn'])
     assert (svhn.epochs, svhn.drop_rate, svhn.augment) == (40, 0.2, False)
     assert parse_args(['--no-augment']).drop_rate == 0.2
+    # RMSprop and Adam as torch has them, which is how bamos/densenet.pytorch compared them.
+    for name, theirs in (('rmsprop', torch.optim.RMSprop), ('adam', torch.optim.Adam)):
+        weights = [torch.nn.Parameter(torch.zeros(2))]
+        ours = train.make_optimizer(parse_args(['--opt', name]), torch.nn.Linear(2, 2))
+        its = {**ours.defaults, 'weight_decay': 0, 'fused': None}
+        assert its == {**theirs(weights, weight_decay=0).defaults, 'fused': None}
     imagenet = parse_args(['--dataset', 'imagenet'])
     assert (imagenet.epochs, imagenet.batch_size) == (90, 256)
     given = parse_args('--dataset svhn --epochs 7 --drop-rate 0 --augment'.split())
