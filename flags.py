@@ -187,18 +187,23 @@ def add_run_flags(parser):
     group.add_argument('--print-freq', '-p', type=POSITIVE, default=50, metavar='STEPS',
                        help='steps to a row of train.csv (default: %(default)s)')
     group.add_argument('--tensorboard', action='store_true', help='write event files as well')
+    group.add_argument('--tensorboard-graph', action='store_true',
+                       help='and into them the network as a graph')
     group.add_argument('--no-plot', dest='plot', action='store_false',
                        help='draw no figures after each epoch')
 
 
-def parse_args(argv=None):
+def parse_args(argv=None, parser=None):
     """The flags; what is not given comes from the resumed checkpoint, else from the data set.
+
+    Args:
+        parser: that of `make_parser`, to which others may have been added.
 
     Raises:
         UsageError: flags that are wrong, don't go together, or differ between processes.
         CheckpointError: nothing to resume.
     """
-    parser = make_parser()
+    parser = parser or make_parser()
     with distributed.all_or_none():
         args = parser.parse_args(argv)
     check_same_flags(args)
@@ -298,6 +303,15 @@ def recipe(args):
     return common
 
 
+def hyper_parameters(args):
+    """{flag: value} of data, model and recipe: of all that has a part in what is learnt."""
+    parser = Parser()
+    add_data_and_model_flags(parser)
+    add_recipe_flags(parser)
+    return {flag: getattr(args, flag) for flag in vars(parser.parse_args([]))
+            if flag not in MACHINE_FLAGS}
+
+
 def check_flags(args):
     processes = distributed.world_size()
     for flag in ('evaluate', 'predict', 'freeze_features'):
@@ -339,6 +353,8 @@ def check_training_flags(args, processes):
     if not str(run_directory(args)).isprintable():
         raise UsageError(f'{run_directory(args)} has letters that cannot be printed: name another '
                          f'directory by --save or --name')
+    if args.tensorboard_graph and not args.tensorboard:
+        raise UsageError('--tensorboard-graph is a part of --tensorboard: give both')
     if args.tensorboard and importlib.util.find_spec('tensorboard') is None:
         raise UsageError('--tensorboard needs a package: pip install tensorboard')
 

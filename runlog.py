@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
@@ -178,16 +179,36 @@ class RunLog:
             f'train loss {train[0]:.4f}, error {train[1]:.2f}%  '
             f'test loss {test[0]:.4f}, error {test[1]:.2f}%, top-5 {test[2]:.2f}%  '
             f'best {best[0]:.2f}% (epoch {best[1]})')
-        if self.tensorboard:
-            try:
-                for tag, value in (('train_loss', train[0]), ('train_acc', 100 - train[1]),
-                                   ('val_loss', test[0]), ('val_acc', 100 - test[1])):
-                    self.tensorboard.add_scalar(tag, value, self.epoch)
-            except OSError as error:  # of its thread, which has then ended
-                warn(f'no more is written for TensorBoard: {error.strerror}')
-                self.tensorboard = None
+        with self._events() as tensorboard:
+            for tag, value in (('train_loss', train[0]), ('train_acc', 100 - train[1]),
+                               ('val_loss', test[0]), ('val_acc', 100 - test[1])):
+                tensorboard.add_scalar(tag, value, self.epoch)
         if self.figures:
             self.figures.redraw()
+
+    @contextlib.contextmanager
+    def _events(self):
+        """Its writer, or if there is none, or none any more, what takes everything in its place."""
+        try:
+            yield self.tensorboard or NoLog()
+        except OSError as error:  # of its thread, which has then ended
+            warn(f'no more is written for TensorBoard: {error.strerror}')
+            self.tensorboard = None
+
+    def graph(self, model, images):
+        """For TensorBoard: the operations of a model in eval mode on images [N, C, H, W]."""
+        with self._events() as tensorboard, warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # it traces, and torch would have us export
+            tensorboard.add_graph(model, images)
+
+    def end_run(self, hyper_parameters, errors):
+        """For TensorBoard's HParams tab: {name: value}, and final and best error in percent."""
+        known = {name: value if isinstance(value, (bool, int, float)) else str(value)
+                 for name, value in hyper_parameters.items() if value is not None}
+        with self._events() as tensorboard:
+            # '.': by default it would be a run beside this one, named by the time.
+            tensorboard.add_hparams(known, dict(zip(('final_error', 'best_error'), errors)),
+                                    run_name='.', global_step=self.epochs)
 
     def sync(self):
         """Have all rows on the disk before a checkpoint that counts on them."""

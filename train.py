@@ -614,6 +614,9 @@ def train(args, dataset, model, loaders, directory, stop, *, device, precision, 
         f'{dataset.name}: {train_loader.num_images:,} training and {test_loader.num_images:,} '
         f'test images of {dataset.image_size} pixels, {len(dataset.classes)} classes; '
         f'{hardware}, {precision}{", CUDA graph" * graphed}')
+    if args.tensorboard_graph:
+        with torch.random.fork_rng(devices=[]):  # its weights are of no interest
+            log.graph(densenet.DenseNet(**model.config).eval(), torch.zeros(1, *image))
     with contextlib.closing(log):
         try:
             with explained(args, remedy):
@@ -622,6 +625,7 @@ def train(args, dataset, model, loaders, directory, stop, *, device, precision, 
             say(f'{interrupted}: saved in epoch {state.epoch} after step {state.step}; --resume '
                 f'goes on from {directory / "latest.pth"}')
             sys.exit(128 + interrupted.signum)
+        log.end_run(flags.hyper_parameters(args), (state.last_error, state.best_error))
         log.finish_figures()
     say(f'final error {state.last_error:.2f}% (epoch {state.epoch - 1}), best '
         f'{state.best_error:.2f}% (epoch {state.best_epoch}); everything is in {directory}')

@@ -483,7 +483,7 @@ def test_learns_64_photographs_by_heart(photographs, tmp_path):
 def test_a_small_net_learns_the_shapes_and_says_where_everything_is(tmp_path, capsys):
     run = tmp_path / 'demo'
     train.main(['--dataset', 'shapes', '--depth', '16', '--growth-rate', '8', '--epochs', '5',
-                '--save', str(run), '--tensorboard', '--device', 'cpu'])
+                '--save', str(run), '--device', 'cpu'])
     rows = read_csv(run / 'test.csv')
     assert [row['epoch'] for row in rows] == ['1', '2', '3', '4', '5']
     assert float(rows[-1]['error']) < 10
@@ -491,7 +491,7 @@ def test_a_small_net_learns_the_shapes_and_says_where_everything_is(tmp_path, ca
     assert [row['epoch'] for row in train_rows[:3]] == ['0.53191', '1.00000', '1.53191']
     assert set(os.listdir(run)) == {'args.json', 'train.csv', 'test.csv', 'latest.pth',
                                     'latest.pth.1', 'best.pth', 'loss.png', 'error.png',
-                                    'loss-error.png', 'tensorboard'}
+                                    'loss-error.png'}
     output = capsys.readouterr().out.splitlines()
     best = min(rows, key=lambda row: float(row['error']))
     assert output[-1] == (f'final error {float(rows[-1]["error"]):.2f}% (epoch 5), best '
@@ -499,12 +499,6 @@ def test_a_small_net_learns_the_shapes_and_says_where_everything_is(tmp_path, ca
                           f'{run}')
     assert output[-2].split()[1:] == [str(run / f'{name}.png')
                                       for name in ('loss', 'error', 'loss-error')]
-
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    events = EventAccumulator(str(run / 'tensorboard')).Reload()
-    assert set(events.Tags()['scalars']) == {'train_loss', 'train_acc', 'val_loss', 'val_acc'}
-    accuracy = [event.value for event in events.Scalars('val_acc')]
-    np.testing.assert_allclose(accuracy, [100 - float(row['error']) for row in rows], rtol=1e-4)
 
     train.main(['--evaluate', '--resume', str(run / 'latest.pth'), '--device', 'cpu'])
     printed = capsys.readouterr().out
@@ -1041,6 +1035,38 @@ def test_output_that_nobody_reads_does_not_end_a_run(small, tmp_path):
         assert ended.returncode == 0 and len(read_csv(tmp_path / 'run/test.csv')) == 2
         assert subprocess.run([*command, tmp_path / 'run'], stdout=full, stderr=full) \
             .returncode == 2  # it is there already
+
+
+def test_tensorboard_has_the_curves_the_graph_and_the_hyper_parameters(small, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    run, plain = tmp_path / 'run', tmp_path / 'plain'
+    argv = [*small, '--epochs', '2', '--drop-rate', '0.2']
+    train.main([*argv, '--tensorboard', '--tensorboard-graph', '--lr', '0.05', '--save', str(run)])
+    train.main([*argv, '--lr', '0.05', '--save', str(plain)])
+    check_same_run(run, plain)  # no random number is spent on the graph
+
+    events = EventAccumulator(str(run / 'tensorboard')).Reload()
+    curves = {'train_loss', 'train_acc', 'val_loss', 'val_acc'}
+    assert set(events.Tags()['scalars']) == curves | {'final_error', 'best_error'}
+    rows = read_csv(run / 'test.csv')
+    errors = [float(row['error']) for row in rows]
+    np.testing.assert_allclose([e.value for e in events.Scalars('val_loss')],
+                               [float(row['loss']) for row in rows], rtol=1e-4)
+    np.testing.assert_allclose([100 - e.value for e in events.Scalars('val_acc')], errors,
+                               rtol=1e-4)
+    assert math.isclose(events.Scalars('final_error')[-1].value, errors[-1], rel_tol=1e-4)
+    assert math.isclose(events.Scalars('best_error')[-1].value, min(errors), rel_tol=1e-4)
+
+    operations = [node.op for node in events.Graph().node]
+    model = densenet.DenseNet(**torch.load(run / 'latest.pth', weights_only=True)['config'])
+    assert operations.count('aten::_convolution') == sum(
+        isinstance(module, torch.nn.Conv2d) for module in model.modules())
+    content = events.SummaryMetadata('_hparams_/session_start_info').plugin_data.content
+    values = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert values['lr'].number_value == 0.05 and values['optimizer'].string_value == 'sgd'
+    assert 'save' not in values and 'workers' not in values
 
 
 def test_tensorboard_on_a_full_disk_does_not_end_a_run(small, tmp_path, monkeypatch, capsys):

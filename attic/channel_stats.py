@@ -1,0 +1,74 @@
+"""Means and standard deviations of the channels of a data set: where those in data.py come from.
+
+    python attic/channel_stats.py                                    # CIFAR-10
+    python attic/channel_stats.py --dataset cifar100
+    python attic/channel_stats.py --dataset imagenet --data /data/imagenet --workers 16
+
+Of the training images, on the scale 0..255; ImageNet's are scaled and cropped as for testing. Two
+standard deviations are in use: CIFAR is normalised by that of all pixels together, ImageNet by the
+mean of what each image has by itself. The first is larger: it counts, too, how images differ from
+each other in brightness.
+"""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+import data  # noqa: E402
+import flags  # noqa: E402
+from data import DataError  # noqa: E402
+
+
+def channel_statistics(dataset, workers=0):
+    """The number of training images, and three rows of a number a channel, float64.
+
+    They are the mean, the standard deviation of all pixels, and the mean of the images' own.
+    """
+    raw = dataclasses.replace(dataset, mean=(0.0,) * 3, std=(1.0,) * 3)
+    _, loader, _ = data.make_loaders(raw, batch_size=100, device=torch.device('cpu'),
+                                     augment=False, workers=workers)
+    sums = torch.zeros(3, 3, dtype=torch.float64)
+    for images, _ in loader:
+        pixels = images.flatten(2).double()  # [B, 3, H * W]
+        sums += torch.stack([pixels.mean(2).sum(0), pixels.square().mean(2).sum(0),
+                             pixels.std(2, correction=0).sum(0)])
+    mean, square, own_std = sums / loader.num_images
+    return loader.num_images, torch.stack([mean, (square - mean**2).sqrt(), own_std])
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--dataset', choices=data.NAMES, default='cifar10',
+                        help='(default: %(default)s)')
+    parser.add_argument('--data', metavar='DIR', default='work/data',
+                        help='where the data are or go (default: %(default)s)')
+    parser.add_argument('--workers', type=flags.number(int, '[0, 1024]'), default=0,
+                        help='processes that read images over 64 pixels (default: 0)')
+    return parser
+
+
+def main(argv=None):
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        dataset = data.describe(args.dataset, args.data)
+        count, rows = channel_statistics(dataset, args.workers)
+    except DataError as error:
+        parser.exit(2, f'channel_stats.py: error: {error}\n')
+    print(f'{args.dataset}: {count:,} training images of {dataset.image_size} pixels')
+    table = dict(zip(('mean', 'std of all pixels', 'mean std of an image'), rows.tolist()))
+    if dataset.mean is not None:
+        table.update({'mean in data.py': dataset.mean, 'std in data.py': dataset.std})
+    for name, values in table.items():
+        print(f'{name:<22}' + ''.join(f'{value:>10.3f}' for value in values))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,90 @@
+"""Draw the paper's test errors over the number of parameters, and those of our runs beside them.
+
+    python images/error_vs_parameters.py                        # images/error-vs-parameters.png
+    python images/error_vs_parameters.py work/optimizers/sgd    # with a point for that run
+
+DenseNet and DenseNet-BC are of the paper's table 2, Wide-DenseNet-BC is of the README of the
+official repository, all with augmentation. A run's error is that of its final epoch.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+import plot  # noqa: E402
+from densenet import densenet_cifar  # noqa: E402
+
+# (L, k): test error in percent on CIFAR-10+ and CIFAR-100+
+DENSENET = {(40, 12): (5.24, 24.42), (100, 12): (4.10, 20.20), (100, 24): (3.74, 19.25)}
+DENSENET_BC = {(100, 12): (4.51, 22.27), (250, 24): (3.62, 17.60), (190, 40): (3.46, 17.18)}
+WIDE_DENSENET_BC = {(40, 36): (4.58, 22.30), (40, 48): (3.99, 20.29), (40, 60): (4.01, 19.99)}
+CURVES = {'DenseNet': DENSENET, 'DenseNet-BC': DENSENET_BC, 'Wide-DenseNet-BC': WIDE_DENSENET_BC}
+
+
+def millions_of_parameters(depth, growth_rate, classes, **settings):
+    with torch.device('meta'):
+        model = densenet_cifar(depth, growth_rate, num_classes=classes, **settings)
+    return sum(parameter.numel() for parameter in model.parameters()) / 1e6
+
+
+def draw_paper(axes, column, classes):
+    for (name, errors), color, marker in zip(CURVES.items(), plot.COLORS, 'os^'):
+        plain = dict(bottleneck=False, compression=1.0) if name == 'DenseNet' else {}
+        sizes = [millions_of_parameters(*key, classes, **plain) for key in errors]
+        values = [pair[column] for pair in errors.values()]
+        axes.plot(sizes, values, color=color, marker=marker, markersize=5, label=name)
+        for (depth, growth_rate), size, value in zip(errors, sizes, values):
+            axes.annotate(f'{depth}-{growth_rate}', (size, value), fontsize=8, color=color,
+                          xytext=(0, 6 if name == 'DenseNet' else -13),
+                          ha='right' if depth == 250 else 'center',
+                          textcoords='offset points')
+
+
+def draw_run(axes, directory):
+    """A CIFAR-10 run of ours: of the final epoch in its test.csv."""
+    args = json.loads((directory / 'args.json').read_text())['args']
+    settings = dict(bottleneck=args['bottleneck'], compression=args['compression'])
+    size = millions_of_parameters(args['depth'], args['growth_rate'], 10, **settings)
+    error = plot.read_table(directory / 'test.csv')['error'][-1]
+    data = 'JPEG copy, ' * (args['dataset'] == 'folder')
+    axes.plot(size, error, color=plot.COLORS[3], marker='D', linestyle='', markersize=6,
+              label=f'ours: {args["depth"]}-{args["growth_rate"]}, {data}{args["epochs"]} epochs')
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('runs', metavar='RUN', nargs='*', type=Path,
+                        help='directories of runs on CIFAR-10')
+    args = parser.parse_args(argv)
+    with rc_context(plot.STYLE):
+        figure = Figure(figsize=(10, 4.4), layout='constrained')
+        for i, (axes, classes) in enumerate(zip(figure.subplots(1, 2), (10, 100))):
+            draw_paper(axes, i, classes)
+            for directory in args.runs if classes == 10 else ():
+                draw_run(axes, directory)
+            axes.set(xscale='log', xlabel='parameters (millions)', yscale='log',
+                     ylabel=f'test error on CIFAR-{classes}+ (%)')
+            axes.margins(0.09)
+            axes.yaxis.set_major_locator(LogLocator(subs=range(1, 10)))
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_formatter('{x:g}')
+                axis.set_minor_formatter(NullFormatter())
+            axes.legend(loc='upper right')
+    path = ROOT / 'images' / 'error-vs-parameters.png'
+    plot.save_figure(figure, path)
+    print(path.relative_to(ROOT))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,278 @@
+"""Draw the network that train.py would train with the same flags.
+
+    python make_graph.py                                         # draws work/graph.png
+    python make_graph.py --depth 40 --growth-rate 12 --output bc-40-12.svg
+    python make_graph.py --arch densenet121 --output densenet121.pdf
+    python make_graph.py --depth 22 --view autograd --output backward.png
+    python make_graph.py --resume work/demo/best.pth
+
+Views: `blocks`, as the paper draws its networks (figures 1 and 2), and `autograd`, the functions
+that backward goes through. An --arch is ImageNet's network, unless a --dataset is given. The
+program `dot` of graphviz draws; where it is missing, its input is written, a .dot file. (It takes
+minutes to lay out the autograd view of hundreds of layers.)
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import graphviz
+import torch
+
+import checkpoint
+import data
+import flags
+import plot
+import train
+from checkpoint import CheckpointError
+from data import DataError
+from densenet import DenseBlock, DenseNet, Transition
+from flags import UsageError
+
+FORMATS = ('.png', '.svg', '.pdf', '.dot')
+FONT = dict(fontname='Helvetica,Arial,sans-serif', fontsize='12')
+COLORS = [plot.GREY, *plot.COLORS[:-1]]  # of a block's input, and of its layers' maps
+BLUE, ORANGE, GREEN = '#d6e8f5', '#fbe3cf', '#d5eee5'  # lighter ones, to fill boxes with
+
+
+# ---- the view of blocks -------------------------------------------------------------------
+
+def block_graph(model, image_size, title, max_layers=6):
+    """Stem, dense blocks, transitions and classifier: a column for each block.
+
+    Each box in a block, and the one before it, has an edge to every later box in the block.
+
+    Args:
+        model: a DenseNet on torch's meta device, where it computes nothing but shapes.
+        max_layers: blocks of more layers are folded, but for the first two and the last.
+    """
+    dropout = ', dropout' * (model.config['drop_rate'] > 0)
+    layer = '; '.join(f'BN, ReLU, {" × ".join(map(str, conv.kernel_size))} convolution to '
+                      f'{conv.out_channels}{dropout}'
+                      for conv in model.features.denseblock1.denselayer1.convs())
+    graph = new_graph(f'{title}\nLayer: {layer}\nAn edge carries all the feature maps of the box '
+                      f'that it leaves, channels × height × width; edges of one colour carry the '
+                      f'same.')
+    shapes = shapes_after(model, image_size)
+    graph.node('images', 'images', fillcolor='white')
+    small = model.config['small_inputs']
+    graph.node('stem', '3 × 3 convolution' if small else
+               '7 × 7 convolution, stride 2\nBN, ReLU\n3 × 3 max pool, stride 2', fillcolor=GREEN)
+    add_edge(graph, 'images', 'stem', shapes['images'])
+    before = 'stem'
+    shapes['stem'] = shapes['conv0' if small else 'pool0']
+    for name, module in model.features.named_children():
+        if isinstance(module, DenseBlock):
+            add_block(graph, name, module, before, shapes, max_layers)
+            before = f'{name}.output'
+            shapes[before] = shapes[name]
+        elif isinstance(module, Transition):
+            convolution = f'1 × 1 convolution: {module.conv.in_channels} to ' \
+                          f'{module.conv.out_channels}{dropout}'
+            graph.node(name, f'transition {number_of(name)}\nBN, ReLU, {convolution}\n'
+                       f'2 × 2 average pool', fillcolor=ORANGE)
+            add_way_up(graph, before, name, shapes[before])
+            before = name
+    linear = f'linear: {model.classifier.in_features} to {model.classifier.out_features} classes'
+    graph.node('classifier', f'BN, ReLU, global average pool\n{linear}', fillcolor=GREEN)
+    add_edge(graph, before, 'classifier', shapes[before])
+    return graph
+
+
+def shapes_after(model, image_size):
+    """{module of model.features, or 'images': (channels, height, width)}"""
+    x = torch.empty(1, model.in_channels, image_size, image_size, device='meta')
+    shapes = {'images': tuple(x.shape[1:])}
+    model.eval()
+    for name, module in model.features.named_children():
+        x = module(x)
+        shapes[name] = tuple(x.shape[1:])
+    return shapes
+
+
+def add_block(graph, name, block, before, shapes, max_layers):
+    """A dense block, which reads what the node `before` puts out."""
+    layers = list(block.values())
+    growth_rate = layers[0].convs()[-1].out_channels
+    nodes = [(before, shapes[before][0])]
+    with graph.subgraph(name=f'cluster_{name}') as cluster:
+        cluster.attr(label=f'  block {number_of(name)}', style='rounded', labelloc='t',
+                     labeljust='l', color=plot.GREY)
+        for group in group_layers(len(layers), max_layers):
+            node = f'{name}.layer{group[0] + 1}'
+            first, last = (layers[i].norm1.num_features for i in (group[0], group[-1]))
+            text = (f'layer {group[0] + 1}: {first} to {growth_rate}' if first == last else
+                    f'layers {group[0] + 1} to {group[-1] + 1}:\n{first}, {first + growth_rate}, '
+                    f'..., {last}\nto {growth_rate} each')
+            cluster.node(node, text, fillcolor=BLUE, peripheries='1' if first == last else '2')
+            nodes.append((node, growth_rate * len(group)))
+        cluster.node(f'{name}.output', 'all maps', fillcolor='white', style='filled,rounded')
+    nodes.append((f'{name}.output', 0))
+    for i, (source, channels) in enumerate(nodes[:-1]):
+        for target, _ in nodes[i + 1:]:
+            add_edge(graph, source, target, (channels, *shapes[name][1:]),
+                     labelled=target == nodes[i + 1][0], color=COLORS[i % len(COLORS)])
+
+
+def add_edge(graph, source, target, shape, labelled=True, **style):
+    """One that is labelled keeps its ends together, so that these make a straight line."""
+    graph.edge(source, target, tooltip=f'{source} to {target}: {show(shape)}',
+               label=f'  {show(shape)}' * labelled, weight='9' if labelled else '1', **style)
+
+
+def add_way_up(graph, source, target, shape):
+    """An edge from the foot of a column to `target`, the head of the next.
+
+    dot draws from above to below, and so this in two parts: down to a bend, and back from there.
+    """
+    bend = f'{source}.bend'
+    graph.node(bend, '', shape='point', width='0')
+    add_edge(graph, source, bend, shape, arrowhead='none')
+    graph.edge(f'{target}:w', bend, dir='back', weight='0')
+    with graph.subgraph() as top:
+        top.attr(rank='min')
+        top.node('images')
+        top.node(target)
+
+
+def number_of(name):
+    return re.search(r'\d+$', name)[0]
+
+
+def group_layers(num_layers, max_layers):
+    """The layers 0, 1, ... in lists: one for each box that is drawn."""
+    if num_layers <= max_layers:
+        return [[i] for i in range(num_layers)]
+    return [[0], [1], list(range(2, num_layers - 1)), [num_layers - 1]]
+
+
+def show(shape):
+    return ' × '.join(map(str, shape))
+
+
+# ---- the view of autograd -----------------------------------------------------------------
+
+def autograd_graph(model, image_size, title):
+    """The functions that backward goes through, from the logits on.
+
+    Each points to what reads its result in the forward pass. The model is on torch's meta device,
+    where, as on a GPU, its blocks are single functions with memory_efficient=True alone.
+    """
+    images = torch.empty(2, model.in_channels, image_size, image_size, device='meta')
+    logits = model.train()(images)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    graph = new_graph(title + '\nThe functions of autograd, with the parameters that they read.')
+    graph.attr(nslimit='1', nslimit1='1')  # to lay out a thousand functions in seconds
+    graph.node('logits', f'logits {show(logits.shape[1:])}', fillcolor=ORANGE)
+    nodes, waiting = {}, [(logits.grad_fn, 'logits')]
+    while waiting:
+        function, reader = waiting.pop()
+        if function not in nodes:
+            node = nodes[function] = f'function{len(nodes)}'
+            sources = [source for source, _ in function.next_functions if source]
+            parameters = [source.variable for source in sources if hasattr(source, 'variable')]
+            lines = [re.sub(r'Backward\d*$', '', function.name())]
+            lines += [f'{names[parameter]} {show(parameter.shape)}' for parameter in parameters]
+            graph.node(node, '\n'.join(lines), fillcolor=BLUE if parameters else 'white')
+            waiting += [(source, node) for source in sources if not hasattr(source, 'variable')]
+        graph.edge(nodes[function], reader)
+    return graph
+
+
+# ---- command line -------------------------------------------------------------------------
+
+def new_graph(title):
+    graph = graphviz.Digraph()
+    graph.attr(label=title, labelloc='b', bgcolor='white', nodesep='0.3', ranksep='0.4',
+               newrank='true', **FONT)
+    graph.attr('node', shape='box', style='filled', margin='0.12,0.06', height='0.3', **FONT)
+    graph.attr('edge', arrowsize='0.6', **{**FONT, 'fontsize': '11'})
+    return graph
+
+
+def make_parser():
+    parser = flags.make_parser()
+    parser.prog, parser.description, parser.epilog = 'make_graph.py', __doc__, None
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    group = parser.add_argument_group('picture')
+    group.add_argument('--view', choices=('blocks', 'autograd'), default='blocks',
+                       help='(default: %(default)s)')
+    group.add_argument('--output', type=Path, metavar='FILE', default=Path('work/graph.png'),
+                       help=f'one of {", ".join(FORMATS)} (default: %(default)s)')
+    group.add_argument('--max-layers', type=flags.POSITIVE, default=6, metavar='N',
+                       help='of the view blocks: a block of more layers is folded '
+                            '(default: %(default)s)')
+    return parser
+
+
+def build_model(argv):
+    """The flags, the network on torch's meta device, and the pixels of its images."""
+    parser = make_parser()
+    parser.set_defaults(dataset=None)
+    args = flags.parse_args(argv, parser)
+    if args.output.suffix not in FORMATS:
+        raise UsageError(f'--output {args.output}: its name must end in {", ".join(FORMATS)}')
+    if args.dataset is None:
+        args.dataset = 'imagenet' if args.arch else 'cifar10'
+    if args.resume:
+        return args, *saved_network(args.resume)
+    if args.dataset == 'imagenet':  # its classes are known, and nothing of it has to be there
+        dataset = data.Description('imagenet', Path(args.data), train.imagenet_classes(),
+                                   args.image_size or 224)
+    else:
+        dataset = data.describe(args.dataset, args.data, args.image_size)
+    args = train.choose_model(args, dataset.image_size)
+    with torch.device('meta'):
+        return args, train.build_model(args, dataset), dataset.image_size
+
+
+def saved_network(path):
+    saved = checkpoint.load(path)
+    try:
+        with torch.device('meta'):
+            model = DenseNet(**saved['config'])
+        shapes_after(model, saved['dataset']['image_size'])
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f'{path} is damaged: {error}') from error
+    return model, saved['dataset']['image_size']
+
+
+def write(graph, path):
+    """The picture, or where dot is missing its input. Returns what was written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix != '.dot':
+        try:
+            picture = graph.pipe(format=path.suffix[1:], quiet=True)
+            path.write_bytes(picture)
+            return path
+        except graphviz.CalledProcessError as error:
+            raise UsageError(f'dot failed: {error.stderr.decode(errors="replace").strip()}; '
+                             f'--output FILE.dot keeps its input') from error
+        except graphviz.ExecutableNotFound:
+            dot = path.with_suffix('.dot')
+            print(f'make_graph.py: warning: the program dot is missing (apt install graphviz, '
+                  f'brew install graphviz); with it, dot -T{path.suffix[1:]} {dot} -o {path}',
+                  file=sys.stderr)
+            path = dot
+    path.write_text(graph.source)
+    return path
+
+
+def main(argv=None):
+    try:
+        args, model, image_size = build_model(argv)
+        count = sum(parameter.numel() for parameter in model.parameters())
+        title = f'{train.model_name(args)}, {count:,} parameters'
+        if args.view == 'autograd':
+            graph = autograd_graph(model, image_size, title)
+        else:
+            graph = block_graph(model, image_size, title, args.max_layers)
+        print(write(graph, args.output))
+    except (UsageError, CheckpointError, DataError, OSError) as error:
+        print(f'make_graph.py: error: {error}', file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == '__main__':
+    main()

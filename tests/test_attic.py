@@ -1,0 +1,84 @@
+"""The scripts of attic/: each runs, and notices what it is there to notice."""
+
+import numpy as np
+import pytest
+import torchvision
+from conftest import write_images
+from PIL import Image
+
+import densenet
+from attic import channel_stats, compare_grads, numcheck_grads
+
+
+def test_gradients_are_those_of_finite_differences(capsys):
+    numcheck_grads.main([])
+    rows = capsys.readouterr().out.splitlines()[1:]
+    assert len(rows) == len(list(numcheck_grads.cases())) == 10
+    for row in rows:
+        count, difference = row.split()[-2:]
+        assert int(count) > 50 and float(difference) < 1e-6, row
+
+
+@pytest.mark.parametrize('name, replacement', [
+    ('_relu_backward_', lambda grad, output: None),
+    ('_channel_sum', lambda x, dtype: x.mean((0, 2, 3), keepdim=True, dtype=dtype)[0])])
+def test_finite_differences_notice_a_wrong_backward(name, replacement, monkeypatch, capsys):
+    cases = [case for case in numcheck_grads.cases() if case[0] == 'dense block, linear']
+    monkeypatch.setattr(numcheck_grads, 'cases', lambda: cases)
+    monkeypatch.setattr(densenet, name, replacement)
+    with pytest.raises(SystemExit) as exit_:
+        numcheck_grads.main([])
+    assert exit_.value.code == 'wrong: dense block, linear'
+
+
+@pytest.mark.parametrize('argv', [[], ['--memory-efficient']])
+def test_hidden_states_and_gradients_are_torchvisions(argv, capsys):
+    compare_grads.main(argv)
+    _, _, *rows, last = capsys.readouterr().out.splitlines()
+    theirs = torchvision.models.densenet121(weights=None)
+    layers = [name for name, module in theirs.named_modules()
+              if type(module).__name__ == '_DenseLayer']
+    assert [row.split()[0] for row in rows if 'denselayer' in row] == \
+        [name.removeprefix('features.') for name in layers]
+    assert len(rows) == 4 + len(layers) + 3 + 2
+    assert last.startswith('dense blocks: linear; ') and float(last.split()[-1]) < 1e-10
+
+
+def test_another_gradient_than_torchvisions_is_noticed(monkeypatch, capsys):
+    backward = densenet._second_half_backward
+
+    def wrong(*args, **kwargs):
+        dz, *others = backward(*args, **kwargs)
+        return dz * (1 + 1e-6), *others
+
+    monkeypatch.setattr(densenet, '_second_half_backward', wrong)
+    with pytest.raises(SystemExit) as exit_:
+        compare_grads.main([])
+    assert exit_.value.code == 1
+
+
+@pytest.mark.parametrize('size', [(32, 32), (300, 260)])
+def test_channel_statistics_are_numpys(size, tmp_path, capsys):
+    root = write_images(tmp_path, {f'{split}/{label}': 3 for split in ('train', 'val')
+                                   for label in 'ab'}, size)
+    channel_stats.main(['--dataset', 'folder', '--data', str(root)])
+    rows = [[float(value) for value in line.split()[-3:]]
+            for line in capsys.readouterr().out.splitlines()[1:4]]
+    images = []
+    for path in sorted((root / 'train').glob('*/*.png')):
+        image = Image.open(path)
+        if size != (32, 32):  # as for testing
+            image = torchvision.transforms.functional.resize(image, 256)
+            image = torchvision.transforms.functional.center_crop(image, 224)
+        images.append(np.asarray(image, dtype=np.float64))
+    images = np.stack(images)
+    expected = [images.mean((0, 1, 2)), images.std((0, 1, 2)), images.std((1, 2)).mean(0)]
+    np.testing.assert_allclose(rows, expected, atol=6e-4)
+
+
+def test_missing_data_are_said_in_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        channel_stats.main(['--dataset', 'imagenet', '--data', str(tmp_path)])
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and error.startswith('channel_stats.py: error: no train in ')
+    assert error.count('\n') == 1

@@ -1,0 +1,155 @@
+"""make_graph.py: what it draws is the network that is trained."""
+
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import write_images
+from torch import nn
+
+import checkpoint
+import make_graph
+import train
+from densenet import DenseBlock, densenet121, densenet_cifar
+
+EDGE = re.compile(r'tooltip="(\S+) to (\S+): (\d+) × (\d+) × (\d+)"')
+NETWORKS = ('--depth 22 --growth-rate 4', '--depth 40 --no-bottleneck --compression 1',
+            '--block-config 3', '--arch densenet121', '--dataset cifar100 --max-layers 16',
+            '--arch densenet161 --dataset cifar10 --drop-rate 0.2 --memory-efficient')
+
+
+def draw(argv, tmp_path, name='graph.dot'):
+    """The text that dot would get."""
+    make_graph.main([*argv, '--output', str(tmp_path / name)])
+    return (tmp_path / name).read_text()
+
+
+def run_network(model, image_size):
+    """{module: shape of its output without the batch} of a real forward pass."""
+    shapes, hooks = {}, []
+    for name, module in model.features.named_children():
+        hooks.append(module.register_forward_hook(
+            lambda module, inputs, output, name=name:
+                shapes.__setitem__(name, tuple(output.shape[1:]))))
+    model.eval()(torch.zeros(1, 3, image_size, image_size))
+    for hook in hooks:
+        hook.remove()
+    return shapes
+
+
+@pytest.mark.parametrize('argv', NETWORKS)
+def test_each_layer_gets_what_its_norm_reads(argv, tmp_path):
+    args, model, image_size = make_graph.build_model(argv.split())
+    shapes = run_network(model.to_empty(device='cpu'), image_size)
+    edges = [(source, target, (int(c), int(h), int(w)))
+             for source, target, c, h, w in EDGE.findall(draw(argv.split(), tmp_path))]
+    read = {}
+    for _, target, (channels, *_) in edges:
+        read[target] = read.get(target, 0) + channels
+    before = None
+    for name, module in model.features.named_children():
+        if not isinstance(module, DenseBlock):
+            before = name
+            continue
+        drawn = [target for target in read if target.startswith(f'{name}.layer')]
+        for target in drawn:
+            layer = module[f'denselayer{target.rpartition("layer")[2]}']
+            assert read[target] == layer.norm1.num_features
+        assert len(drawn) == (len(module) if len(module) <= args.max_layers else 4)
+        assert read[f'{name}.output'] == shapes[name][0]
+        # All sources with all that comes after them, and their maps have the block's size.
+        inside = [shape for _, target, shape in edges
+                  if target.startswith((f'{name}.layer', f'{name}.output'))
+                  and not target.endswith('.bend')]
+        assert len(inside) == (len(drawn) + 1) * (len(drawn) + 2) // 2
+        assert {shape[1:] for shape in inside} == {shapes[name][1:]}
+        source = 'stem' if name == 'denseblock1' else before
+        assert (source, f'{name}.layer1', shapes[before]) in edges
+    last = f'denseblock{len(model.config["block_config"])}'
+    assert (f'{last}.output', 'classifier', shapes['norm5']) in edges
+
+
+@pytest.mark.parametrize('argv', NETWORKS[:4])
+def test_the_autograd_view_has_every_parameter_and_function_of_a_real_step(argv, tmp_path):
+    _, model, image_size = make_graph.build_model(argv.split())
+    model = model.to_empty(device='cpu').train()
+    for block in model.modules():
+        if isinstance(block, DenseBlock):
+            block.linear_memory = False
+    functions, waiting = set(), [model(torch.zeros(2, 3, image_size, image_size)).grad_fn]
+    while waiting:
+        function = waiting.pop()
+        if function is not None and function not in functions:
+            functions.add(function)
+            waiting += [source for source, _ in function.next_functions]
+    text = draw([*argv.split(), '--view', 'autograd'], tmp_path)
+    for name in dict(model.named_parameters()):
+        assert text.count(f'\n{name} ') == 1, name
+    own = [function for function in functions if not hasattr(function, 'variable')]
+    assert len(re.findall(r'^\tfunction\d+ \[', text, re.MULTILINE)) == len(own)
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    assert len(re.findall(r'label="Convolution\b', text)) == convolutions
+
+
+def test_a_memory_efficient_block_is_one_function_of_autograd(tmp_path):
+    text = draw('--depth 22 --view autograd --memory-efficient'.split(), tmp_path)
+    assert text.count('label="_LinearMemoryBlock\n') == 3 and 'Cat' not in text
+
+
+def test_an_architecture_is_imagenets_unless_a_data_set_is_given():
+    for argv, size, count in (([], 224, densenet121), (['--dataset', 'cifar10'], 32, None)):
+        _, model, image_size = make_graph.build_model(['--arch', 'densenet121', *argv])
+        assert image_size == size and model.config['small_inputs'] == (size == 32)
+        assert model.classifier.out_features == (1000 if count else 10)
+
+
+def test_of_a_checkpoint_its_own_network_is_drawn(tmp_path, capsys):
+    root = write_images(tmp_path / 'images', {f'{split}/{label}': 2 for split in ('train', 'val')
+                                              for label in 'ab'}, (8, 8))
+    train.main(['--dataset', 'folder', '--data', str(root), '--depth', '10', '--growth-rate', '4',
+                '--epochs', '1', '--batch-size', '2', '--no-plot', '--save', str(tmp_path / 'run')])
+    latest = tmp_path / 'run/latest.pth'
+    text = draw(['--resume', str(latest)], tmp_path)
+    assert f'{sum(p.numel() for p in densenet_cifar(10, 4, num_classes=2).parameters()):,}' in text
+    assert '3 × 8 × 8' in text and '2 classes' in text
+
+    saved = checkpoint.load(latest)
+    checkpoint.save(latest, {**saved, 'config': {**saved['config'], 'growth_rate': -1}})
+    assert 'damaged: growth_rate must be' in refused(capsys, '--resume', str(latest))
+
+
+def refused(capsys, *argv):
+    with pytest.raises(SystemExit) as exit_:
+        make_graph.main(list(argv))
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and error.startswith('make_graph.py: error: ')
+    assert error.count('\n') == 1
+    return error
+
+
+def test_wrong_flags(capsys, tmp_path):
+    assert 'must end in .png' in refused(capsys, '--output', str(tmp_path / 'graph.gif'))
+    assert 'nearest 40 and 46' in refused(capsys, '--depth', '41')
+    assert 'invalid choice' in refused(capsys, '--view', 'tree')
+    (tmp_path / 'file').touch()
+    assert 'file' in refused(capsys, '--output', str(tmp_path / 'file' / 'graph.dot'))
+
+
+def test_without_the_program_dot_its_input_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('PATH', str(tmp_path))
+    make_graph.main(['--depth', '10', '--output', str(tmp_path / 'new' / 'graph.png')])
+    output = capsys.readouterr()
+    written = tmp_path / 'new' / 'graph.dot'
+    assert output.out == f'{written}\n' and written.read_text().startswith('digraph')
+    assert output.err.count('\n') == 1 and 'apt install graphviz' in output.err
+    assert f'dot -Tpng {written} -o {written.with_suffix(".png")}' in output.err
+
+
+@pytest.mark.skipif(shutil.which('dot') is None, reason='needs the program dot of graphviz')
+@pytest.mark.parametrize('suffix, start', [('.png', b'\x89PNG'), ('.svg', b'<?xml'),
+                                           ('.pdf', b'%PDF')])
+def test_formats(suffix, start, tmp_path):
+    path = tmp_path / f'graph{suffix}'
+    make_graph.main(['--depth', '16', '--output', str(path)])
+    assert path.read_bytes().startswith(start)
