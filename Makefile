@@ -1,17 +1,32 @@
-# make demo   train a small DenseNet on drawn shapes and show its figures
-# make test   run the test suite
-# Both install what they need into .venv, once; PYTHON=python3.12 chooses another Python.
+# make demo      train a small DenseNet on drawn shapes and show its figures
+# make test      run the test suite
+# make figures   draw the README's figures again, and measure for some of them: ten minutes
+# All install what they need into .venv, once; PYTHON=python3.12 chooses another Python.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test
+.PHONY: demo test figures
 
 demo: .venv/.installed
 	$(BIN)/python train.py --dataset shapes --depth 16 --growth-rate 8 --epochs 6 --print-freq 10 --name demo --overwrite
 
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest
+
+figures: .venv/.installed-dev
+	$(BIN)/python images/dense_block.py
+	$(BIN)/python images/error_vs_parameters.py work/optimizers/sgd
+	$(BIN)/python plot.py work/optimizers/sgd
+	$(BIN)/python plot.py work/optimizers/sgd work/optimizers/adam work/optimizers/rmsprop
+	$(BIN)/python bench.py --memory-vs-depth --batch-size 8 --device cpu
+	$(BIN)/python bench.py --depth 40 --rounds 20 --device cpu --plot images/speed.png
+	@if command -v dot; \
+	then $(BIN)/python make_graph.py --depth 22 --output images/densenet-bc-22-12.png; \
+	else echo 'left: images/densenet-bc-22-12.png needs the program dot (apt install graphviz)'; fi
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
+	then $(BIN)/python bench.py --arch densenet121 --batch-size 256 --plot images/speed-gpu.png; \
+	else echo 'left: images/speed-gpu.png needs a GPU'; fi
 
 .venv/.installed: requirements.txt
 	$(PYTHON) -m venv .venv

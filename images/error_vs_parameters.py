@@ -44,9 +44,9 @@ def draw_paper(axes, column, classes):
         values = [pair[column] for pair in errors.values()]
         axes.plot(sizes, values, color=color, marker=marker, markersize=5, label=name)
         for (depth, growth_rate), size, value in zip(errors, sizes, values):
-            axes.annotate(f'{depth}-{growth_rate}', (size, value), fontsize=8, color=color,
+            axes.annotate(f'{depth}-{growth_rate}', (size, value), color=color,
                           xytext=(0, 6 if name == 'DenseNet' else -13),
-                          ha='right' if depth == 250 else 'center',
+                          ha='right' if growth_rate in (24, 48) and depth != 100 else 'center',
                           textcoords='offset points')
 
 
@@ -61,15 +61,25 @@ def draw_run(axes, directory):
               label=f'ours: {args["depth"]}-{args["growth_rate"]}, {data}{args["epochs"]} epochs')
 
 
-def main(argv=None):
+def make_parser():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('runs', metavar='RUN', nargs='*', type=Path,
                         help='directories of runs on CIFAR-10')
+    return parser
+
+
+def main(argv=None):
+    parser = make_parser()
     args = parser.parse_args(argv)
+    for directory in args.runs:
+        if not (directory / 'args.json').exists() or not plot.read_table(directory / 'test.csv'):
+            parser.exit(2, f'error_vs_parameters.py: error: {directory} is no directory of a run, '
+                           f'with args.json and test.csv\n')
     with rc_context(plot.STYLE):
-        figure = Figure(figsize=(10, 4.4), layout='constrained')
-        for i, (axes, classes) in enumerate(zip(figure.subplots(1, 2), (10, 100))):
+        figure = Figure(figsize=(10, 4.2), layout='constrained')
+        panels = figure.subplots(1, 2, width_ratios=(1.5, 1))
+        for i, (axes, classes) in enumerate(zip(panels, (10, 100))):
             draw_paper(axes, i, classes)
             for directory in args.runs if classes == 10 else ():
                 draw_run(axes, directory)

@@ -1,39 +1,101 @@
-"""The README's commands are commands of these scripts."""
+"""What the README and the pages of attic/ say: commands, flags, links and the paper's numbers."""
 
+import importlib
 import re
 import shlex
+import subprocess
 
 import pytest
 from conftest import ROOT
 
-import bench
-import flags
-import plot
-from attic import torture
+from images import error_vs_parameters
 
-PARSERS = {'train.py': flags.make_parser(), 'plot.py': plot.make_parser(),
-           'bench.py': bench.make_parser(), 'attic/torture.py': torture.make_parser()}
+README = (ROOT / 'README.md').read_text()
+PAGES = {path.relative_to(ROOT): path.read_text()
+         for path in (ROOT / 'README.md', *sorted((ROOT / 'attic').glob('*.md')))}
 # In blocks of commands, and within sentences.
-COMMANDS = re.findall(r'(?:^ {4}|`)(?:python|torchrun.*?) '
-                      r'((?:train|plot|bench|attic/torture)\.py\b(?! --help)[^`#\n]*)',
-                      (ROOT / 'README.md').read_text(), re.MULTILINE)
+COMMANDS = [(str(page), command) for page, text in PAGES.items() for command in re.findall(
+    r'(?:^ {4}|`)(?:python|torchrun.*?) ((?:\w+/)?\w+\.py\b[^`#\n]*)', text, re.MULTILINE)]
 
 
-@pytest.mark.parametrize('command', COMMANDS)
-def test_a_command_of_the_readme_is_understood(command):
+def make_parser(script):
+    return importlib.import_module(script.removesuffix('.py').replace('/', '.')).make_parser()
+
+
+@pytest.mark.parametrize('page, command', COMMANDS)
+def test_a_command_is_understood(page, command):
     script, *argv = shlex.split(command)
-    PARSERS[script].parse_args(argv)
+    if argv == ['--help']:
+        assert (ROOT / script).exists()
+    elif script == 'images/dense_block.py':
+        assert not argv  # and tests/test_images.py runs it
+    else:
+        parser = flags_parser() if script == 'train.py' else make_parser(script)
+        parser.parse_args(argv)
 
 
-def test_the_readme_has_commands_and_make_demo_runs_the_one_it_gives():
-    assert len(COMMANDS) > 10
+def flags_parser():
+    return importlib.import_module('flags').make_parser()
+
+
+def test_make_runs_the_commands_that_the_readme_gives():
     makefile = (ROOT / 'Makefile').read_text()
-    demo = next(command for command in COMMANDS if '--dataset shapes' in command)
-    assert demo.strip() in makefile
+    commands = [command.strip() for page, command in COMMANDS if page == 'README.md']
+    figures = README.partition('## Figures')[2].partition('\n## ')[0]
+    drawing = {command for command in commands if f'    python {command}\n' in figures}
+    assert len(commands) > 30 and len(drawing) == 7
+    for command in (*drawing, next(c for c in commands if '--dataset shapes' in c)):
+        assert f'$(BIN)/python {command}' in makefile, command
 
 
-def test_every_flag_of_the_readme_exists():
-    flags = set(re.findall(r'`(--[a-zA-Z-]+)', (ROOT / 'README.md').read_text()))
-    known = {option for parser in PARSERS.values() for action in parser._actions
-             for option in action.option_strings}
-    assert flags <= known
+def test_every_flag_exists():
+    named = {flag for text in PAGES.values() for flag in re.findall(r'`(--[a-zA-Z-]+)', text)}
+    scripts = {command.split()[0] for _, command in COMMANDS} - {'images/dense_block.py', 'train.py'}
+    known = {option for parser in (flags_parser(), *map(make_parser, scripts))
+             for action in parser._actions for option in action.option_strings}
+    assert named - known <= {'--max-restarts'}  # torchrun's
+
+
+@pytest.mark.parametrize('page', PAGES, ids=str)
+def test_links_and_images_resolve(page):
+    tracked = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True,
+                             check=True).stdout.splitlines()
+    links = re.findall(r'\]\(([^)\s]+)\)', PAGES[page])
+    assert links or str(page) != 'README.md'
+    for link in links:
+        if link.startswith('https://'):
+            continue
+        path, _, anchor = link.partition('#')
+        target = ((ROOT / page).parent / path).resolve().relative_to(ROOT) if path else page
+        assert any(f'{file}/'.startswith(f'{target}/') for file in tracked), link
+        if anchor:
+            assert anchor in {slug(title) for title in re.findall(r'^#+ (.+)$', PAGES[target],
+                                                                  re.MULTILINE)}, link
+
+
+def slug(title):
+    """GitHub's name of a heading."""
+    return re.sub(r'[^\w -]', '', title.lower()).replace(' ', '-')
+
+
+def test_the_papers_table_is_what_the_figure_draws():
+    rows = {cells[0]: cells[1:] for line in README.splitlines() if line.startswith('|')
+            for cells in [[cell.strip() for cell in line.strip('|').split('|')]] if len(cells) == 8}
+    for name, errors in error_vs_parameters.CURVES.items():
+        plain = dict(bottleneck=False, compression=1.0) if name == 'DenseNet' else {}
+        for (depth, growth_rate), (cifar10, cifar100) in errors.items():
+            parameters, _, c10, _, c100, *_ = rows[f'{name} {depth}-{growth_rate}']
+            assert (float(c10), float(c100)) == (cifar10, cifar100)
+            size = error_vs_parameters.millions_of_parameters(depth, growth_rate, 10, **plain)
+            assert f'{size:.1f}M' == parameters
+
+
+def test_the_results_are_those_of_the_runs_that_are_here():
+    """Each row that names a directory of a run: final and best error, and the epochs."""
+    rows = re.findall(r'^\|.*\(work/(\S+)\).*\| ([\d.]+)% \| ([\d.]+)% \| (\d+) \|', README,
+                      re.MULTILINE)
+    assert rows
+    for run, *said in rows:
+        lines = (ROOT / 'work' / run / 'test.csv').read_text().splitlines()[1:]
+        errors = [float(line.split(',')[2]) for line in lines]
+        assert said == [f'{errors[-1]:.2f}', f'{min(errors):.2f}', str(len(errors))], run

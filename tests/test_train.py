@@ -473,20 +473,20 @@ def test_precisions_that_autocast(small, tmp_path, precision):
 # ---- whole runs ------------------------------------------------------------------------------
 
 def test_learns_64_photographs_by_heart(photographs, tmp_path):
-    train.main(['--dataset', 'folder', '--data', str(photographs), '--no-augment', '--depth', '16',
+    train.main(['--dataset', 'folder', '--data', str(photographs), '--no-augment', '--depth', '10',
                 '--epochs', '100', '--batch-size', '16', '--save', str(tmp_path), '--no-plot',
-                '--device', 'cpu'])
+                '--save-every', '100', '--device', 'cpu'])
     assert float(read_csv(tmp_path / 'train.csv')[-1]['error']) == 0
     assert float(read_csv(tmp_path / 'test.csv')[-1]['error']) == 0
 
 
 def test_a_small_net_learns_the_shapes_and_says_where_everything_is(tmp_path, capsys):
     run = tmp_path / 'demo'
-    train.main(['--dataset', 'shapes', '--depth', '16', '--growth-rate', '8', '--epochs', '5',
+    train.main(['--dataset', 'shapes', '--depth', '10', '--growth-rate', '8', '--epochs', '5',
                 '--save', str(run), '--device', 'cpu'])
     rows = read_csv(run / 'test.csv')
     assert [row['epoch'] for row in rows] == ['1', '2', '3', '4', '5']
-    assert float(rows[-1]['error']) < 10
+    assert float(rows[-1]['error']) < 15  # by chance 90; linear classifiers: tests/test_data.py
     train_rows = read_csv(run / 'train.csv')
     assert [row['epoch'] for row in train_rows[:3]] == ['0.53191', '1.00000', '1.53191']
     assert set(os.listdir(run)) == {'args.json', 'train.csv', 'test.csv', 'latest.pth',

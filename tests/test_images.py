@@ -1,0 +1,51 @@
+"""images/: the figures that are drawn and not measured."""
+
+import json
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, Polygon
+from PIL import Image
+
+from images import dense_block, error_vs_parameters
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    (tmp_path / 'images').mkdir()
+    for script in (dense_block, error_vs_parameters):
+        monkeypatch.setattr(script, 'ROOT', tmp_path)
+    return tmp_path / 'images'
+
+
+def test_the_dense_block_has_all_connections_and_is_transparent(elsewhere, capsys):
+    axes = Figure().subplots()
+    dense_block.draw_block(axes)
+    patches = axes.patches
+    # L(L+1)/2 connections into the layers (paper, section 3), one into the transition from each of
+    # L+1 groups of maps, and one out of each layer.
+    assert sum(isinstance(patch, FancyArrowPatch) for patch in patches) == 15 + 6 + 5
+    assert sum(type(patch) is Polygon for patch in patches) == 8 + 5 * 4
+    dense_block.main()
+    assert capsys.readouterr().out == 'images/dense-block.png\n'
+    alpha = np.asarray(Image.open(elsewhere / 'dense-block.png'))[..., 3]
+    assert alpha[0, 0] == 0 and 0.1 < (alpha == 255).mean() < 0.9
+
+
+def test_the_errors_of_the_paper_and_of_a_run(elsewhere, tmp_path, capsys, monkeypatch):
+    run = tmp_path / 'run'
+    run.mkdir()
+    (run / 'args.json').write_text(json.dumps({'args': dict(
+        depth=22, growth_rate=12, bottleneck=True, compression=0.5, dataset='cifar10', epochs=2)}))
+    (run / 'test.csv').write_text('epoch,loss,error,error5\n1,1,20,1\n2,1,30,1\n')
+    figures = []
+    monkeypatch.setattr(error_vs_parameters.plot, 'save_figure',
+                        lambda figure, path: figures.append(figure))
+    error_vs_parameters.main([str(run)])
+    cifar10, cifar100 = figures[0].axes
+    lines = {line.get_label(): line.get_xydata() for line in cifar10.lines}
+    np.testing.assert_allclose(lines['ours: 22-12, 2 epochs'], [[0.071686, 30]])
+    np.testing.assert_allclose(lines['DenseNet'], [[1.019722, 5.24], [6.979642, 4.10],
+                                                   [27.249082, 3.74]])
+    assert len(cifar100.lines) == 3
