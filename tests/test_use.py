@@ -259,7 +259,7 @@ def test_the_readmes_code_loads_and_exports(trained, photos, tmp_path, monkeypat
     (tmp_path / 'work/flowers').symlink_to(trained)
     (tmp_path / 'photo.jpg').symlink_to(photos / 'val/dark/0.png')
     names = {}
-    section = (ROOT / 'README.md').read_text().split('## Use what was trained\n')[1]
+    section = (ROOT / 'README.md').read_text().split('A checkpoint holds all that')[1]
     loading, preparing, exporting, *_ = re.findall(r'```python\n(.*?)```', section, re.DOTALL)
     exec(loading + preparing, names)
     model, image = names['model'], names['image']
