@@ -45,7 +45,7 @@ def block_graph(model, image_size, title, max_layers=6):
 
     Args:
         model: a DenseNet on torch's meta device, where it computes nothing but shapes.
-        max_layers: blocks of more layers are folded, but for the first two and the last.
+        max_layers: blocks of more layers are folded, but for the first two and the last; 4 or more.
     """
     dropout = ', dropout' * (model.config['drop_rate'] > 0)
     layer = '; '.join(f'BN, ReLU, {" × ".join(map(str, conv.kernel_size))} convolution to '
@@ -97,15 +97,17 @@ def add_block(graph, name, block, before, shapes, max_layers):
     growth_rate = layers[0].convs()[-1].out_channels
     nodes = [(before, shapes[before][0])]
     with graph.subgraph(name=f'cluster_{name}') as cluster:
-        cluster.attr(label=f'  block {number_of(name)}', style='rounded', labelloc='t',
+        cluster.attr(label=f'   block {number_of(name)}', style='rounded', labelloc='b',
                      labeljust='l', color=plot.GREY)
         for group in group_layers(len(layers), max_layers):
             node = f'{name}.layer{group[0] + 1}'
-            first, last = (layers[i].norm1.num_features for i in (group[0], group[-1]))
-            text = (f'layer {group[0] + 1}: {first} to {growth_rate}' if first == last else
-                    f'layers {group[0] + 1} to {group[-1] + 1}:\n{first}, {first + growth_rate}, '
-                    f'..., {last}\nto {growth_rate} each')
-            cluster.node(node, text, fillcolor=BLUE, peripheries='1' if first == last else '2')
+            reads = [str(layers[i].norm1.num_features) for i in group]
+            if len(reads) > 3:
+                reads[2:-1] = ['...']
+            text = (f'layer {group[0] + 1}: {reads[0]} to {growth_rate}' if len(group) == 1 else
+                    f'layers {group[0] + 1} to {group[-1] + 1}:\n{", ".join(reads)}\n'
+                    f'to {growth_rate} each')
+            cluster.node(node, text, fillcolor=BLUE, peripheries='1' if len(group) == 1 else '2')
             nodes.append((node, growth_rate * len(group)))
         cluster.node(f'{name}.output', 'all maps', fillcolor='white', style='filled,rounded')
     nodes.append((f'{name}.output', 0))
@@ -200,9 +202,9 @@ def make_parser():
                        help='(default: %(default)s)')
     group.add_argument('--output', type=Path, metavar='FILE', default=Path('work/graph.png'),
                        help=f'one of {", ".join(FORMATS)} (default: %(default)s)')
-    group.add_argument('--max-layers', type=flags.POSITIVE, default=6, metavar='N',
-                       help='of the view blocks: a block of more layers is folded '
-                            '(default: %(default)s)')
+    group.add_argument('--max-layers', type=flags.number(int, '[4, 1000000000]'), default=6,
+                       metavar='N', help='of the view blocks: a block of more layers is folded to '
+                       'four boxes (default: %(default)s)')
     return parser
 
 
@@ -275,4 +277,7 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # dot may take long
+        sys.exit(130)

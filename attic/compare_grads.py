@@ -91,7 +91,10 @@ def make_parser():
 
 
 def main(argv=None):
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        parser.exit(2, f'{parser.prog}: error: --device cuda: torch finds none here\n')
     torch.manual_seed(1)
     theirs = getattr(torchvision.models, args.arch)(weights=None)
     ours = getattr(densenet, args.arch)(memory_efficient=args.memory_efficient)

@@ -121,7 +121,10 @@ def make_parser():
 
 
 def main(argv=None):
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        parser.exit(2, f'{parser.prog}: error: --device cuda: torch finds none here\n')
     print(f'{"":<50}{"gradients":>10}{"difference":>12}')
     wrong = []
     for name, module in cases():

@@ -15,7 +15,7 @@ from densenet import DenseBlock, densenet121, densenet_cifar
 
 EDGE = re.compile(r'tooltip="(\S+) to (\S+): (\d+) × (\d+) × (\d+)"')
 NETWORKS = ('--depth 22 --growth-rate 4', '--depth 40 --no-bottleneck --compression 1',
-            '--block-config 3', '--arch densenet121', '--dataset cifar100 --max-layers 16',
+            '--block-config 3', '--arch densenet121', '--dataset cifar100 --max-layers 16', '--block-config 4 5 6 7 --max-layers 4',
             '--arch densenet161 --dataset cifar10 --drop-rate 0.2 --memory-efficient')
 
 
@@ -132,6 +132,7 @@ def test_wrong_flags(capsys, tmp_path):
     assert 'must end in .png' in refused(capsys, '--output', str(tmp_path / 'graph.gif'))
     assert 'nearest 40 and 46' in refused(capsys, '--depth', '41')
     assert 'invalid choice' in refused(capsys, '--view', 'tree')
+    assert 'in [4, ' in refused(capsys, '--max-layers', '3')
     (tmp_path / 'file').touch()
     assert 'file' in refused(capsys, '--output', str(tmp_path / 'file' / 'graph.dot'))
 
