@@ -14,6 +14,7 @@ from pathlib import Path
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullFormatter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +48,8 @@ def draw_paper(axes, column, classes):
             axes.annotate(f'{depth}-{growth_rate}', (size, value), color=color,
                           xytext=(0, 6 if name == 'DenseNet' else -13),
                           ha='right' if growth_rate in (24, 48) and depth != 100 else 'center',
-                          textcoords='offset points')
+                          textcoords='offset points', path_effects=[withStroke(
+                              linewidth=2.5, foreground='white')])  # readable over a line
 
 
 def draw_run(axes, directory):
