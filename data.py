@@ -39,9 +39,9 @@ NO_LABEL = -100  # F.cross_entropy leaves out what is labelled so
 
 HINT = 'to train without any data: --dataset shapes'
 
-# Channel means and standard deviations on the scale 0..255, as in the official code, and measured
-# by attic/channel_stats.py; SVHN is only divided by 255 (paper, section 4.1). None: of the training
-# images.
+# Channel means and standard deviations on the scale 0..255, as in the official code
+# (attic/channel_stats.py measures them); SVHN is only divided by 255 (paper, section 4.1). None:
+# measured on the training images.
 STATISTICS = {
     'cifar10': ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
     'cifar100': ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),
