@@ -253,9 +253,8 @@ def write(graph, path):
                              f'--output FILE.dot keeps its input') from error
         except graphviz.ExecutableNotFound:
             dot = path.with_suffix('.dot')
-            print(f'make_graph.py: warning: the program dot is missing (apt install graphviz, '
-                  f'brew install graphviz); with it, dot -T{path.suffix[1:]} {dot} -o {path}',
-                  file=sys.stderr)
+            complain(f'the program dot is missing (apt install graphviz, brew install graphviz); '
+                     f'with it, dot -T{path.suffix[1:]} {dot} -o {path}', 'warning')
             path = dot
     path.write_text(graph.source)
     return path
@@ -271,9 +270,15 @@ def main(argv=None):
         else:
             graph = block_graph(model, image_size, title, args.max_layers)
         print(write(graph, args.output))
-    except (UsageError, CheckpointError, DataError, OSError) as error:
-        print(f'make_graph.py: error: {error}', file=sys.stderr)
-        sys.exit(2)
+    except OSError as error:
+        sys.exit(complain(f'{error.filename}: {error.strerror}'))
+    except (UsageError, CheckpointError, DataError) as error:
+        sys.exit(complain(error))
+
+
+def complain(message, kind='error'):
+    print(f'make_graph.py: {kind}: {message}', file=sys.stderr)
+    return 2
 
 
 if __name__ == '__main__':
