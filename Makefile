@@ -1,6 +1,6 @@
 # make demo      train a small DenseNet on drawn shapes and show its figures
 # make test      run the test suite
-# make figures   draw the README's figures again, and measure for some of them: ten minutes
+# make figures   draw the README's figures again, and measure for some of them: three minutes
 # All install what they need into .venv, once; PYTHON=python3.12 chooses another Python.
 
 PYTHON ?= python3
@@ -21,7 +21,7 @@ figures: .venv/.installed-dev
 	$(BIN)/python plot.py work/optimizers/sgd work/optimizers/adam work/optimizers/rmsprop
 	$(BIN)/python bench.py --memory-vs-depth --batch-size 8 --device cpu
 	$(BIN)/python bench.py --depth 40 --rounds 20 --device cpu --plot images/speed.png
-	@if command -v dot; \
+	@if command -v dot > /dev/null; \
 	then $(BIN)/python make_graph.py --depth 22 --output images/densenet-bc-22-12.png; \
 	else echo 'left: images/densenet-bc-22-12.png needs the program dot (apt install graphviz)'; fi
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \

@@ -15,7 +15,8 @@ from densenet import DenseBlock, densenet121, densenet_cifar
 
 EDGE = re.compile(r'tooltip="(\S+) to (\S+): (\d+) × (\d+) × (\d+)"')
 NETWORKS = ('--depth 22 --growth-rate 4', '--depth 40 --no-bottleneck --compression 1',
-            '--block-config 3', '--arch densenet121', '--dataset cifar100 --max-layers 16', '--block-config 4 5 6 7 --max-layers 4',
+            '--block-config 3', '--arch densenet121', '--dataset cifar100 --max-layers 16',
+            '--block-config 4 5 6 7 --max-layers 4',
             '--arch densenet161 --dataset cifar10 --drop-rate 0.2 --memory-efficient')
 
 
