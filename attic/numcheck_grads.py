@@ -11,8 +11,8 @@ networks by the plain way and by the hand-written backward of densenet.py.
 
 Each number of the input and of the parameters is moved by +-h, and the change of a random
 combination of the outputs is compared with what autograd says. The last column is the largest
-difference, as a share of the largest gradient. ReLUs have kinks: where one lies
-within h, the difference quotient means nothing, so one that is off is taken again with smaller h.
+difference, as a share of the largest gradient. ReLUs have kinks: where one lies within h, the
+difference quotient means nothing, so one that is off is taken again with other h.
 """
 
 import argparse
