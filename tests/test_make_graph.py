@@ -43,14 +43,18 @@ def run_network(model, image_size):
 def test_each_layer_gets_what_its_norm_reads(argv, tmp_path):
     args, model, image_size = make_graph.build_model(argv.split())
     shapes = run_network(model.to_empty(device='cpu'), image_size)
+    text = draw(argv.split(), tmp_path)
     edges = [(source, target, (int(c), int(h), int(w)))
-             for source, target, c, h, w in EDGE.findall(draw(argv.split(), tmp_path))]
+             for source, target, c, h, w in EDGE.findall(text)]
     read = {}
     for _, target, (channels, *_) in edges:
         read[target] = read.get(target, 0) + channels
     before = None
     for name, module in model.features.named_children():
         if not isinstance(module, DenseBlock):
+            if name.startswith('transition'):
+                channels = f'{module.conv.in_channels} to {module.conv.out_channels}'
+                assert re.search(rf'label="transition {name[-1]}\n[^"]*: {channels}\b', text)
             before = name
             continue
         drawn = [target for target in read if target.startswith(f'{name}.layer')]
@@ -67,6 +71,8 @@ def test_each_layer_gets_what_its_norm_reads(argv, tmp_path):
         assert {shape[1:] for shape in inside} == {shapes[name][1:]}
         source = 'stem' if name == 'denseblock1' else before
         assert (source, f'{name}.layer1', shapes[before]) in edges
+    linear = f'{model.classifier.in_features} to {model.classifier.out_features} classes'
+    assert f'linear: {linear}"' in text
     last = f'denseblock{len(model.config["block_config"])}'
     assert (f'{last}.output', 'classifier', shapes['norm5']) in edges
 
@@ -88,9 +94,18 @@ def test_the_autograd_view_has_every_parameter_and_function_of_a_real_step(argv,
     for name in dict(model.named_parameters()):
         assert text.count(f'\n{name} ') == 1, name
     own = [function for function in functions if not hasattr(function, 'variable')]
+    readings = sum(source in own for function in own for source, _ in function.next_functions)
+    assert text.count(' -> ') == readings + 1  # and the logits read the last
     assert len(re.findall(r'^\tfunction\d+ \[', text, re.MULTILINE)) == len(own)
     convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
     assert len(re.findall(r'label="Convolution\b', text)) == convolutions
+
+
+def test_a_folded_box_says_what_its_layers_read(tmp_path):
+    text = draw('--block-config 5 6 7 12 --max-layers 4'.split(), tmp_path)
+    for name, reads in (('layers 3 to 4', '48, 60'), ('layers 3 to 5', '66, 78, 90'),
+                        ('layers 3 to 6', '81, 93, ..., 117'), ('layers 3 to 11', '94, 106, ..., 190')):
+        assert f'label="{name}:\n{reads}' in text
 
 
 def test_a_memory_efficient_block_is_one_function_of_autograd(tmp_path):
