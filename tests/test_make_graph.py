@@ -104,7 +104,8 @@ def test_the_autograd_view_has_every_parameter_and_function_of_a_real_step(argv,
 def test_a_folded_box_says_what_its_layers_read(tmp_path):
     text = draw('--block-config 5 6 7 12 --max-layers 4'.split(), tmp_path)
     for name, reads in (('layers 3 to 4', '48, 60'), ('layers 3 to 5', '66, 78, 90'),
-                        ('layers 3 to 6', '81, 93, ..., 117'), ('layers 3 to 11', '94, 106, ..., 190')):
+                        ('layers 3 to 6', '81, 93, ..., 117'),
+                        ('layers 3 to 11', '94, 106, ..., 190')):
         assert f'label="{name}:\n{reads}' in text
 
 
