@@ -5,11 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torchvision
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / 'shared' / 'data'
+
+if not torch.cuda.is_available():
+    os.environ['TRITON_INTERPRET'] = '1'  # before anybody imports triton, as torchvision does
 
 
 def pytest_collection_modifyitems(items):
@@ -55,6 +57,7 @@ def cache_densenet121(home, model, content=None):
 
     Or, instead of weights, some bytes.
     """
+    import torchvision
     folder = home / 'hub' / 'checkpoints'
     folder.mkdir(parents=True, exist_ok=True)
     file = torchvision.models.DenseNet121_Weights.DEFAULT.url.rpartition('/')[2]

@@ -1,0 +1,445 @@
+"""The Triton kernels against float64: on a GPU for real, elsewhere under Triton's interpreter."""
+
+import functools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from conftest import ROOT
+from torch import nn
+
+import densenet
+import flags
+import train
+from densenet import DenseBlock, densenet_cifar
+
+triton = pytest.importorskip('triton', reason='Triton is not made for this machine')
+kernels = pytest.importorskip('densenet_triton')
+
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+# The interpreter rounds bf16 towards zero, so that only a GPU can tell how exact that is.
+HALF = torch.bfloat16 if DEVICE == 'cuda' else torch.float16
+
+
+@pytest.fixture(scope='module', autouse=True)
+def working_interpreter():
+    try:
+        kernels.copy(torch.ones(2, 1, 1, 1, device=DEVICE), new_maps(2, 1, 1, 1), 0, 1e-5, 1)
+    except Exception as error:
+        if 'only 0-dimensional arrays' in str(error):
+            pytest.skip('the interpreter of this Triton is too old for this NumPy')
+        raise
+
+
+def new_maps(n, c, h, w, dtype=torch.float32):
+    """Maps full of NaN: what a kernel leaves unwritten, or reads too much, is seen."""
+    maps = kernels.new_maps(torch.empty(n, 1, h, w, dtype=dtype, device=DEVICE), c)
+    for tensor in maps[:4]:
+        tensor.fill_(torch.nan)
+    return maps
+
+
+def random_maps(n, c, h, w, unused=0, mean=2.0):
+    """Maps of random numbers with their statistics; the last channels are `unused`: NaN."""
+    maps = new_maps(n, c + unused, h, w)
+    x = torch.randn(n, c, h, w, device=DEVICE) + mean * torch.randn(c, 1, 1, device=DEVICE)
+    maps.data[:, :c] = x
+    maps.mean[:c] = x.mean((0, 2, 3))
+    maps.invstd[:c] = (x.var((0, 2, 3), correction=0) + 1e-5).rsqrt()
+    return maps
+
+
+def random_half(c, out, side, unit, fused):
+    kernel = torch.randn(out, c, side, side, device=DEVICE) / (c * side * side) ** 0.5
+    return kernels.Half(torch.randn(c, device=DEVICE), torch.randn(c, device=DEVICE),
+                        kernel.contiguous(memory_format=torch.channels_last), 1e-5, unit, fused)
+
+
+def conv_of(x, mean, invstd, weight, bias, kernel):
+    """conv(relu(norm(x))), norm's statistics taken for constants."""
+    channel = lambda vector: vector.view(-1, 1, 1)
+    y = (x - channel(mean)) * channel(invstd * weight) + channel(bias)
+    return F.conv2d(y.relu(), kernel, padding=kernel.shape[-1] // 2)
+
+
+def assert_close(found, truth, tolerance=2e-5):
+    assert found.shape == truth.shape
+    assert (found.double() - truth).norm() <= tolerance * truth.norm(), 'or NaN'
+
+
+# Images; channels read, of so many; channels written, of so many; what divides all of these.
+SHAPES = [((3, 5, 7), (1, 1), (1, 1), 1),
+          ((1, 1, 2), (3, 5), (2, 3), 1),
+          ((1, 3, 43), (12, 24), (12, 24), 4),       # 129 rows: tiles of 128 and of one row
+          ((2, 9, 5), (200, 212), (48, 48), 4),
+          ((1, 13, 5), (150, 342), (12, 342), 2),    # 65 rows
+          ((4, 2, 2), (64, 96), (32, 96), 8),
+          ((1, 1, 33), (40, 40), (160, 160), 8)]     # 33 rows, two programs for the channels
+FUSED = pytest.mark.parametrize('fused', [False, True])
+
+
+@FUSED
+@pytest.mark.parametrize('side', [1, 3])
+@pytest.mark.parametrize('images, ins, outs, unit', SHAPES)
+def test_forward_of_half_a_layer(images, ins, outs, unit, side, fused):
+    torch.manual_seed(0)
+    n, h, w = images
+    (c, channels), (out, out_channels), start = ins, outs, outs[1] - outs[0]
+    x = random_maps(n, c, h, w, unused=channels - c)
+    y = new_maps(n, out_channels, h, w)
+    half = random_half(c, out, side, unit, fused)
+    kernels.forward_half(half, x, y, start)
+    truth = conv_of(*(tensor.double() for tensor in (
+        x.data[:, :c], x.mean[:c], x.invstd[:c], half.weight, half.bias, half.kernel)))
+    assert_close(y.data[:, start:], truth)
+    assert_close(y.mean[start:], truth.mean((0, 2, 3)))
+    assert_close(y.var[start:], truth.var((0, 2, 3)))
+    assert_close(y.invstd[start:], (truth.var((0, 2, 3), correction=0) + 1e-5).rsqrt())
+    assert all(tensor[:start].isnan().all() for tensor in (y.mean, y.var, y.invstd))
+    assert y.data[:, :start].isnan().all()
+
+
+@FUSED
+@pytest.mark.parametrize('accumulate', [False, True])
+@pytest.mark.parametrize('side', [1, 3])
+@pytest.mark.parametrize('images, ins, outs, unit', SHAPES)
+def test_backward_of_half_a_layer(images, ins, outs, unit, side, accumulate, fused):
+    torch.manual_seed(0)
+    n, h, w = images
+    (c, channels), (out, out_channels), start = ins, outs, outs[1] - outs[0]
+    vectors = lambda size: torch.randn(2, size, device=DEVICE)
+    x = random_maps(n, c, h, w, unused=channels - c)
+    before = torch.randn(n, channels, h, w, device=DEVICE).contiguous(
+        memory_format=torch.channels_last)
+    a, b = vectors(channels)
+    x = x._replace(grad=before.clone(memory_format=torch.preserve_format), a=a.clone(),
+                   b=b.clone())
+    y = random_maps(n, out_channels, h, w)
+    a_of_y, b_of_y = vectors(out_channels)
+    y = y._replace(grad=torch.randn_like(y.data), a=a_of_y, b=b_of_y)
+    half = random_half(c, out, side, unit, fused)
+    found = kernels.backward_half(half, x, y, start, accumulate)
+
+    inputs = [tensor.detach().double() for tensor in (
+        x.data[:, :c], x.mean[:c], x.invstd[:c], half.weight, half.bias, half.kernel)]
+    channel = lambda vector: vector[start:].double().view(-1, 1, 1)
+    rest = channel(y.a) + (y.data[:, start:] - channel(y.mean)) * channel(y.b)
+    g = y.grad[:, start:] - rest / (n * h * w)
+    for i in (0, 3, 4, 5):
+        inputs[i].requires_grad_()
+    dx, *truth = torch.autograd.grad(conv_of(*inputs), [inputs[i] for i in (0, 3, 4, 5)], g)
+    for result, expected in zip(found, truth):
+        assert_close(result, expected)
+    s, r = (half.weight * x.invstd[:c]).double(), x.invstd[:c].double()
+    share = float(accumulate)
+    assert_close(x.grad[:, :c], share * before[:, :c] + dx)
+    assert_close(x.a[:c], share * a[:c] + s * truth[1])
+    assert_close(x.b[:c], share * b[:c] + s * r * truth[0])
+    assert torch.equal(x.grad[:, c:], before[:, c:])
+    assert torch.equal(x.a[c:], a[c:]) and torch.equal(x.b[c:], b[c:])
+
+
+@pytest.mark.parametrize('n, c, h, w, unit', [(1, 1, 1, 2, 1), (1, 200, 3, 43, 8), (2, 5, 8, 8, 1)])
+def test_statistics_keep_their_digits_where_the_mean_is_far_from_zero(n, c, h, w, unit):
+    torch.manual_seed(0)
+    maps = new_maps(n, c + 8, h, w)
+    x = torch.randn(n, c, h, w, device=DEVICE) + 1000
+    kernels.copy(x.contiguous(memory_format=torch.channels_last), maps, 8, 1e-5, unit)
+    assert torch.equal(maps.data[:, 8:], x)
+    assert_close(maps.mean[8:], x.double().mean((0, 2, 3)), 1e-6)
+    assert_close(maps.var[8:], x.double().var((0, 2, 3)), 1e-4)
+
+
+def test_gradient_of_some_channels():
+    y = random_maps(2, 20, 5, 7)
+    a, b = torch.randn(2, 20, device=DEVICE)
+    y = y._replace(grad=torch.randn_like(y.data), a=a, b=b)
+    channel = lambda vector: vector[8:12].double().view(-1, 1, 1)
+    rest = channel(a) + (y.data[:, 8:12] - channel(y.mean)) * channel(b)
+    assert_close(kernels.gradient(y, 8, 4, 4), y.grad[:, 8:12] - rest / 70)
+
+
+@FUSED
+def test_what_is_no_number_passes_the_relu(fused):
+    x, y = random_maps(1, 4, 3, 3), new_maps(1, 2, 3, 3)
+    x.data[0, 1, 1, 1] = torch.nan
+    kernels.forward_half(random_half(4, 2, 1, 1, fused), x, y, 0)
+    assert y.data[0, :, 1, 1].isnan().all() and y.data.isnan().sum() == 2
+
+
+# ---- a whole block ---------------------------------------------------------------------------
+
+def blocks_of(model):
+    return [module for module in model.modules() if isinstance(module, DenseBlock)]
+
+
+def net(level, **kwargs):
+    """DenseNet-BC 10-12 (three blocks of one layer), or as the arguments say."""
+    torch.manual_seed(0)
+    model = densenet_cifar(**{'depth': 10, **kwargs}).to(DEVICE, memory_format=torch.channels_last)
+    for block in blocks_of(model):
+        block.kernels = level
+        block.linear_memory = level is not None
+    return model.train()
+
+
+def batch(n=4, size=8):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(n, 3, size, size, generator=generator).to(DEVICE)
+    return images.contiguous(memory_format=torch.channels_last), (torch.arange(n) % 10).to(DEVICE)
+
+
+def paths(model):
+    return {(block.path, block.obstacle) for block in blocks_of(model)}
+
+
+def gradients(model, dtype=HALF):
+    """Of all parameters, in one vector of float64."""
+    images, labels = batch()
+    with torch.autocast(DEVICE, dtype, enabled=dtype == HALF):
+        loss = F.cross_entropy(model(images.to(torch.promote_types(dtype, torch.float32))), labels)
+    model.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten().double() for p in model.parameters()])
+
+
+SETTINGS = pytest.mark.parametrize('settings', [
+    {'depth': 16}, {'depth': 10, 'bottleneck': False, 'compression': 1.0, 'growth_rate': 10}],
+    ids=['bottleneck', 'plain'])
+
+
+@SETTINGS
+@pytest.mark.parametrize('level', kernels.LEVELS)
+def test_gradients_of_a_network_are_as_close_to_float64_as_the_plain_ones(level, settings):
+    truth = gradients(net(None, **settings).double(), torch.float64)
+    distance = {}
+    for name in (None, level):
+        model = net(name, **settings)
+        distance[name] = (gradients(model) - truth).norm()
+        assert paths(model) == {('triton' if name else 'plain', None)}
+    assert 0 < distance[level] <= 1.1 * distance[None]
+
+
+@SETTINGS
+@pytest.mark.parametrize('level', ['elementwise', '3x3'])
+def test_memory_efficient_and_a_second_run_give_the_same_bits(level, settings):
+    runs = []
+    for efficient in (False, False, True):
+        model = net(level, memory_efficient=efficient, **settings)
+        runs.append((gradients(model), model.state_dict()))
+        assert paths(model) == {('triton', None)}
+    torch.testing.assert_close(runs[1:], [runs[0]] * 2, rtol=0, atol=0)
+
+
+@SETTINGS
+def test_running_statistics_are_the_linear_ways(settings):
+    states = []
+    for level in (None, '3x3'):
+        model = net(level, **settings)
+        for block in blocks_of(model):
+            block.linear_memory = True
+            block.denselayer1.norm1.momentum = None  # the average
+            if len(block) > 1:
+                block.denselayer2.norm1.momentum = 0.3
+        for _ in range(2):
+            gradients(model)
+        assert paths(model) == {('triton' if level else 'linear', None)}
+        states.append(dict(model.named_buffers()))
+    torch.testing.assert_close(states[1], states[0], rtol=2e-2, atol=2e-3)
+    assert int(states[1]['features.denseblock1.denselayer1.norm1.num_batches_tracked']) == 2
+
+
+def test_a_block_of_maps_of_one_pixel():
+    for level in (None, '3x3'):
+        torch.manual_seed(0)
+        block = DenseBlock(2, 4, 4, 2, 0.0, True, False).to(DEVICE).train()
+        block.kernels, block.linear_memory = level, level is not None
+        x = torch.randn(5, 4, 1, 1, generator=torch.Generator().manual_seed(1)).to(DEVICE, HALF)
+        x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+        with torch.autocast(DEVICE, HALF):
+            output = block(x)
+        output.float().square().sum().backward()
+        if level is None:
+            truth = output.double(), x.grad.double()
+    assert block.path == 'triton'
+    assert_close(output, truth[0], 0.01)
+    assert_close(x.grad, truth[1], 0.05)
+
+
+def test_frozen_parameters_get_no_gradient():
+    model = net('3x3')
+    frozen = model.features.denseblock1.denselayer1.conv1.weight
+    frozen.requires_grad = False
+    images, labels = batch()
+    with torch.autocast(DEVICE, HALF):
+        F.cross_entropy(model(images), labels).backward()
+    assert frozen.grad is None and model.features.conv0.weight.grad is not None
+
+
+def test_a_gradient_penalty_is_the_linear_ways():
+    penalties = []
+    for level in (None, '3x3'):
+        model = net(level)
+        for block in blocks_of(model):
+            block.linear_memory = True
+        images, labels = batch()
+        images.requires_grad_()
+        with torch.autocast(DEVICE, HALF):
+            loss = F.cross_entropy(model(images), labels)
+        gradient, = torch.autograd.grad(loss, images, create_graph=True)
+        gradient.square().sum().backward()
+        penalties.append(torch.cat([p.grad.flatten().double() for p in model.parameters()
+                                    if p.grad is not None]))
+    assert_close(penalties[1], penalties[0], 0.1)
+
+
+def test_training_follows_the_plain_way():
+    steps, n, size = (200, 64, 32) if DEVICE == 'cuda' else (8, 8, 8)
+    curves = []
+    for model in (net(None), net('3x3')):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True)
+        losses = []
+        for step in range(steps):
+            images, labels = batch(n, size)
+            with torch.autocast(DEVICE, HALF):
+                loss = F.cross_entropy(model(images.roll(step, 3)), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        curves.append(torch.tensor(losses))
+    assert paths(model) == {('triton', None)}
+    assert curves[0][-1] < 0.9 * curves[0][0]
+    assert (curves[1] - curves[0]).abs().mean() < 0.02 * curves[0].mean()
+
+
+def test_under_ddp(tmp_path):
+    alone, shared = net('3x3'), net('3x3')
+    torch.distributed.init_process_group('nccl' if DEVICE == 'cuda' else 'gloo', world_size=1,
+                                         rank=0, init_method=f'file://{tmp_path}/rendezvous')
+    try:
+        found = gradients(nn.parallel.DistributedDataParallel(shared))
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(found, gradients(alone), rtol=0, atol=0)
+
+
+# ---- which way -------------------------------------------------------------------------------
+
+def way_of(block, dtype=HALF, layout=torch.channels_last):
+    x = torch.randn(2, 4, 4, 4).to(DEVICE, dtype, memory_format=layout)
+    with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
+        block(x)
+    return block.path, block.obstacle
+
+
+def small_block(level='3x3', drop_rate=0.0):
+    block = DenseBlock(1, 4, 4, 2, drop_rate, True, False).to(DEVICE).train()
+    block.kernels = level
+    return block
+
+
+def test_where_the_kernels_cannot_compute_the_library_does():
+    assert way_of(small_block()) == ('triton', None)
+    assert way_of(small_block(drop_rate=0.1)) == ('linear', 'kernels have no dropout')
+    assert way_of(small_block(), torch.float32) == (
+        'linear', 'kernels compute in bf16 and fp16, not in torch.float32')
+    assert way_of(small_block(), layout=torch.contiguous_format) == (
+        'linear', 'kernels read channels_last')
+    block = small_block()
+    block.denselayer1.norm2.register_forward_hook(lambda *_: None)
+    assert way_of(block) == ('plain', 'denselayer1: norm2 has hooks')
+    assert way_of(small_block().eval()) == ('plain', None)
+    block = small_block()
+    block.linear_memory = False
+    assert way_of(block) == ('plain', None)
+
+
+def test_kernels_that_there_are_not():
+    with pytest.raises(ValueError, match="kernels must be None or one of .*, not '5x5'"):
+        way_of(small_block('5x5'))
+
+
+def test_without_triton_a_block_says_so(monkeypatch):
+    monkeypatch.delitem(sys.modules, 'densenet_triton')
+    monkeypatch.setitem(sys.modules, 'triton', None)
+    path, obstacle = way_of(small_block())
+    assert path == 'linear' and obstacle.startswith('no kernels: ') and 'triton' in obstacle
+
+
+def test_beside_densenet_in_a_package_they_are_found(tmp_path):
+    package = tmp_path / 'package'
+    package.mkdir()
+    (package / '__init__.py').touch()
+    for module in (densenet, kernels):
+        shutil.copy(module.__file__, package)
+    script = ('import torch; from package.densenet import DenseBlock\n'
+              'block = DenseBlock(1, 4, 4, 2, 0.0, True, False).train()\n'
+              'block.kernels = "3x3"\n'
+              'x = torch.randn(2, 4, 4, 4).to(torch.float16, memory_format=torch.channels_last)\n'
+              'with torch.autocast("cpu", torch.float16): block(x)\n'
+              'print(block.path, block.obstacle)')
+    result = subprocess.run([sys.executable, '-c', script], cwd=tmp_path, capture_output=True,
+                            text=True, env={'TRITON_INTERPRET': '1', 'PATH': ''})
+    assert result.stdout == 'triton None\n', result.stderr
+
+
+# ---- on a GPU --------------------------------------------------------------------------------
+
+@pytest.mark.skipif(tuple(map(int, triton.__version__.split('.')[:2])) < (3, 3),
+                    reason='compiling without a GPU was another interface before Triton 3.3')
+def test_the_compiler_finds_room_for_all_and_loads_neighbours_together():
+    environment = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
+    result = subprocess.run(
+        [sys.executable, ROOT / 'tests' / 'compile_kernels.py', '80', '90'], capture_output=True,
+        text=True, cwd=ROOT, env=environment | {'PYTHONPATH': str(ROOT)})
+    assert result.returncode == 0, result.stderr
+    for line in result.stdout.splitlines():
+        report = json.loads(line)
+        assert report['shared'] <= 99 * 1024, report
+        assert report['spilled'] <= (64 if report['capability'] == 80 else 0), report
+        instructions = ' '.join(report['instructions'])
+        assert '.U16' not in instructions, report  # one channel at a time
+        width = {2: 'LDG(STS)?.E ', 4: 'LDG(STS)?.E.64', 8: 'LDG(STS)?.E.*128'}
+        assert 'UNIT' not in report or re.search(width[report['UNIT']], instructions + ' '), report
+        assert 'conv' not in report['kernel'] or 'MMA' in instructions, report
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('efficient', [False, True])
+def test_in_a_cuda_graph_steps_end_with_the_bits_of_steps_without(efficient):
+    """After three steps of train.py's own."""
+    device, results = torch.device('cuda'), []
+    images, labels = batch(16, 32)
+    for graph in (False, True):
+        model = net('3x3', memory_efficient=efficient)
+        autocast = train.make_autocast('bf16', device)
+        state = train.make_state(flags.parse_args(['--lr', '0.1']), model, device, 'bf16')
+        step = functools.partial(train.train_step, state, autocast=autocast)
+        if graph:
+            step = train.CudaGraphStep(step, state, [images.shape])
+        for i in range(3):
+            step(images.roll(i, 3), labels)
+        assert paths(model) == {('triton', None)}
+        results.append(model.state_dict())
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(shutil.which('compute-sanitizer') is None, reason='needs compute-sanitizer')
+def test_compute_sanitizer_finds_nothing_in_a_step():
+    script = ('import sys; sys.path.insert(0, "tests")\n'
+              'from test_densenet_triton import *\n'
+              'gradients(net("3x3"))\n'
+              'gradients(net("3x3", bottleneck=False, compression=1.0, growth_rate=10))')
+    result = subprocess.run(['compute-sanitizer', '--error-exitcode', '99', sys.executable, '-c',
+                             script], capture_output=True, text=True, cwd=ROOT,
+                            env=os.environ | {'PYTORCH_NO_CUDA_MEMORY_CACHING': '1'})
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
