@@ -588,7 +588,7 @@ class _LinearMemoryBlock(torch.autograd.Function):
 
 def _forward_by_kernels(ctx, layers, keep_bottlenecks, x, parameters):
     features, bottlenecks = _densenet_triton().forward(
-        x, _split(parameters, ctx.num_layers), ctx.eps, ctx.kernels)
+        x, _split(parameters, ctx.num_layers), ctx.eps, keep_bottlenecks, ctx.kernels)
     kept, statistics = [], []
     for layer, z in zip(layers, bottlenecks):
         statistics.append((layer.norm1, features.mean, features.var))
@@ -596,7 +596,7 @@ def _forward_by_kernels(ctx, layers, keep_bottlenecks, x, parameters):
             kept += _Kept(None, None, None, None, None)
         else:
             statistics.append((layer.norm2, z.mean, z.var))
-            kept += _Kept(None, z.data if keep_bottlenecks else None, z.mean, z.invstd, None)
+            kept += _Kept(None, z.data, z.mean, z.invstd, None)
     _count_batch(layers, statistics)
     ctx.save_for_backward(features.data, features.mean, features.invstd, *parameters, *kept)
     return features.data

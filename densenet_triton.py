@@ -603,18 +603,19 @@ def backward_half(half, x, y, start, accumulate):
 
 # ---- a dense block ------------------------------------------------------------------------
 
-def forward(x, layer_weights, eps, level):
+def forward(x, layer_weights, eps, keep_bottlenecks, level):
     """A dense block in training.
 
     Args:
         x: [N, C, H, W], one for which `find_obstacle` finds nothing.
         layer_weights: for each layer weight, bias and kernel of one half or of two, float32.
         eps: of the norms.
+        keep_bottlenecks: keep the feature maps between the two halves of a layer for backward.
         level: one of LEVELS.
 
     Returns:
-        The block's feature maps, as Maps, and a list of what is between the halves of each layer:
-        Maps, or None for a layer of one half.
+        The block's feature maps, as Maps, and a list of those between the halves of each layer:
+        Maps, whose data are None if they are not kept, or None for a layer of one half.
     """
     layers = _halves(x, layer_weights, eps, level)
     features = new_maps(x, x.shape[1] + sum(len(halves[-1].kernel) for halves in layers))
@@ -627,10 +628,10 @@ def forward(x, layer_weights, eps, level):
                 z = new_maps(x, len(first.kernel))
                 forward_half(first, features, z, 0)
                 forward_half(*second, z, features, start)
+                bottlenecks.append(z if keep_bottlenecks else z._replace(data=None))
             else:
-                z = None
                 forward_half(first, features, features, start)
-            bottlenecks.append(z)
+                bottlenecks.append(None)
     return features, bottlenecks
 
 
@@ -639,8 +640,7 @@ def backward(grad, features, bottlenecks, layer_weights, in_channels, eps, level
 
     Args:
         grad: that of the block's feature maps.
-        features, bottlenecks: what `forward` returned; the latter's data may be None, and are then
-            computed again.
+        features, bottlenecks: what `forward` returned; data that are None are computed again.
         in_channels: C.
         other arguments: as for `forward`.
     """

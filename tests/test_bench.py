@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 
 import numpy as np
 import pytest
@@ -133,9 +134,9 @@ def test_every_row_takes_the_training_step_of_train(monkeypatch):
     assert paths == {'linear'}
 
 
-def runner(*row, inference=False, **settings):
+def runner(*row, inference=False, device='cpu', **settings):
     return bench.Runner(Row(*row, **settings), Workload('', 4, (2, 2), 8, 8, 4),
-                        torch.device('cpu'), inference)
+                        torch.device(device), inference)
 
 
 @pytest.mark.parametrize('mode, path', [
@@ -208,7 +209,7 @@ def test_a_failing_row_is_said_and_the_others_are_shown(capsys, monkeypatch):
     with pytest.raises(SystemExit) as exit_:
         bench.main([*TINY, '--rows', 'ours plain', 'ours block'])
     table = capsys.readouterr().out
-    assert exit_.value.code == 1 and 'failed: IndexError' in table and '1.00x' in table
+    assert exit_.value.code == 1 and 'failed: ValueError' in table and '1.00x' in table
 
 
 def test_what_was_measured_before_an_interruption_is_shown(capsys, monkeypatch):
@@ -259,7 +260,29 @@ def test_the_loader_is_timed_by_the_images_that_arrive(tmp_path, monkeypatch, ca
         '--workers 2: 3 images/s (3-3), 2 for each of them']
 
 
+def test_a_row_whose_blocks_fall_back_is_no_row(monkeypatch):
+    pytest.importorskip('triton')
+    on_cpu = not torch.cuda.is_available()  # where the kernels are interpreted
+    model = runner('ours', '3x3 kernels', 'bf16', device='cpu' if on_cpu else 'cuda').model
+    assert {block.path for block in bench.blocks_of(model)} == {'triton'}
+    with pytest.raises(RuntimeError, match='a block went the linear way: kernels compute in bf16'):
+        runner('ours', '3x3 kernels', 'fp32', device='cpu' if on_cpu else 'cuda')
+
+
+def test_each_operation_of_a_layer_is_timed_with_the_kernels_and_the_library(capsys):
+    pytest.importorskip('triton')
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    bench.main([*TINY, '--device', device, '--kernels', '--precision', 'fp16'])
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line.split(':')[0] for line in lines] == [
+        f'{side}x{side} pixels, {name}' for side in (8, 4, 2)
+        for name in ('1x1 forward', '3x3 forward', '3x3 backward', '1x1 backward')]
+    assert all(re.search(r': [\d.,]+ us, .* with the library [\d.,]+ us', line) for line in lines)
+
+
 @pytest.mark.parametrize('argv, complaint', [
+    (['--kernels', '--inference'], '--kernels has no use for --inference'),
+    (['--kernels', '--precision', 'fp32'], '--kernels is for one --precision, bf16 or fp16'),
     (['--rows', 'mine'], "no row is called that; here there are 'torchvision plain, NCHW'"),
     (['--rows', 'ours*', '--baseline', 'timm plain'], "--baseline: no row is called that; here"),
     (['--precision', 'tf32', '--device', 'cpu'], 'tf32 is for cuda'),
@@ -296,7 +319,8 @@ def test_all_rows_run_on_cuda(inference, tmp_path):
     bench.main([*argv, '--precision', 'fp32', 'tf32', 'bf16', 'fp16', '--csv',
                 str(tmp_path / 'bench.csv'), *['--inference'] * inference])
     rows = read_csv(tmp_path / 'bench.csv')
-    assert sum('CUDA graph' in row['row'] for row in rows) == 4 * (1 if inference else 3)
+    graphed = 4 * 1 if inference else 4 * 3 + 2 * len(bench.KERNEL_MODES)
+    assert sum('CUDA graph' in row['row'] for row in rows) == graphed
     assert all(not row['failure'] or 'needs a package' in row['failure'] for row in rows)
     for row in rows:
         if not row['failure']:

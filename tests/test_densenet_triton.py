@@ -19,6 +19,7 @@ import densenet
 import flags
 import train
 from densenet import DenseBlock, densenet_cifar
+from memory import Allocations
 
 triton = pytest.importorskip('triton', reason='Triton is not made for this machine')
 kernels = pytest.importorskip('densenet_triton')
@@ -236,6 +237,28 @@ def test_memory_efficient_and_a_second_run_give_the_same_bits(level, settings):
         runs.append((gradients(model), model.state_dict()))
         assert paths(model) == {('triton', None)}
     torch.testing.assert_close(runs[1:], [runs[0]] * 2, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('efficient', [False, True])
+def test_no_more_memory_is_taken_than_by_the_linear_way(efficient):
+    held, forward_peak, peak = {}, {}, {}
+    for level in (None, '3x3'):
+        block = DenseBlock(4, 8, 4, 4, 0.0, True, efficient).to(DEVICE).train()
+        block.kernels, block.linear_memory = level, True
+        x = torch.randn(4, 8, 16, 16, device=DEVICE, dtype=HALF).contiguous(
+            memory_format=torch.channels_last).requires_grad_()
+        with Allocations() as allocations:
+            with torch.autocast(DEVICE, HALF):
+                output = block(x)
+            held[level] = allocations.held(but=(x, output))
+            forward_peak[level] = allocations.peak
+            output.sum().backward()
+        peak[level] = allocations.peak
+        assert block.path == ('triton' if level else 'linear')
+    maps_of_a_bottleneck = 4 * 16 * 16 * 16 * x.element_size()  # all else is vectors and weights
+    assert held['3x3'] < held[None] + maps_of_a_bottleneck / 4
+    assert forward_peak['3x3'] < forward_peak[None] + maps_of_a_bottleneck / 2
+    assert peak['3x3'] < peak[None] + maps_of_a_bottleneck / 2
 
 
 @SETTINGS
