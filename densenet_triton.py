@@ -333,7 +333,7 @@ def _finish_kernel(sums_ptr, partial_ptr, invstd_ptr, weight_ptr, a_ptr, b_ptr, 
             b += tl.load(b_ptr + ins, mask=valid, other=0.0)
         tl.store(a_ptr + ins, a, mask=valid)
         tl.store(b_ptr + ins, b, mask=valid)
-    else:
+    elif partial_ptr is not None:
         size = taps * out_channels * in_channels
         places = (block - vector_blocks) * BLOCK + tl.arange(0, BLOCK)
         kernel_grad = _sum_of_splits(partial_ptr, places, size, num_splits, SPLITS, BLOCK)
@@ -417,7 +417,7 @@ def _tile(num_warps, num_stages=2, **sizes):
 
 
 TILES = {'copy': _tile(4, ROWS=128, CHANNELS=32),
-         'merge': _tile(4, TILES=256, CHANNELS=8),
+         'merge': _tile(8, TILES=512, CHANNELS=8),
          'elementwise': _tile(4, ROWS=64, CHANNELS=64),
          'finish': _tile(4, SPLITS=16, BLOCK=128)}
 MAX_TAPS_OUT = 512  # the widest that a convolution's backward can take on
@@ -425,10 +425,10 @@ MAX_TAPS_OUT = 512  # the widest that a convolution's backward can take on
 
 def conv_tile(rows, out_channels, processors):
     out = min(256, max(16, triton.next_power_of_2(out_channels)))
-    fewest = 64 if out > 128 else 128
-    while fewest > 32 and rows < fewest * processors:  # small maps are for all processors, too
-        fewest //= 2
-    return _tile(8 if fewest * out >= 8192 else 4, 3, ROWS=fewest, IN=32, OUT=out)
+    tile_rows = 64 if out > 128 else 128
+    while tile_rows > 32 and rows < tile_rows * processors:  # so that all of them have work
+        tile_rows //= 2
+    return _tile(8 if tile_rows * out >= 8192 else 4, 3, ROWS=tile_rows, IN=32, OUT=out)
 
 
 def conv_backward_tile(side, out_channels):
@@ -445,12 +445,12 @@ def num_processors(device):
     return 4
 
 
-def _split_rows(x, num_blocks, tile_rows):
-    """How many splits, and rows in each, keep the device busy together with a number of blocks."""
-    tiles = triton.cdiv(x.rows, tile_rows)
+def _split_rows(x, channels, tile_rows, tile_channels):
+    """A grid that keeps the device busy: blocks of channels, splits of rows, and rows in each."""
+    num_blocks, tiles = triton.cdiv(channels, tile_channels), triton.cdiv(x.rows, tile_rows)
     wanted = max(1, 2 * num_processors(x.data.device) // num_blocks)
     tiles_each = triton.cdiv(tiles, wanted)
-    return triton.cdiv(tiles, tiles_each), tiles_each * tile_rows
+    return num_blocks, triton.cdiv(tiles, tiles_each), tiles_each * tile_rows
 
 
 # ---- launching them -----------------------------------------------------------------------
@@ -526,8 +526,9 @@ def _merge(partial, y, start, tile_rows, eps):
 def forward_half(half, x, y, start):
     """The channels of Maps y from `start` on become conv(relu(norm(x))); with statistics."""
     if not half.fused:
-        y_here = F.conv2d(_norm_relu(half, x), half.kernel, padding=half.side // 2)
-        return copy(y_here, y, start, half.eps, half.unit)
+        maps = F.conv2d(_norm_relu(half, x), half.kernel, padding=half.side // 2)
+        return copy(maps.contiguous(memory_format=torch.channels_last), y, start, half.eps,
+                    half.unit)
     in_channels, out_channels = len(half.weight), len(half.kernel)
     tile = conv_tile(x.rows, out_channels, num_processors(x.data.device))
     grid, partial = _tiles_and_partial(y, out_channels, tile['ROWS'], tile['OUT'])
@@ -562,43 +563,48 @@ def backward_half(half, x, y, start, accumulate):
 
     Returns the gradients of weight, bias and kernel, float32.
     """
-    in_channels, out_channels, side = len(half.weight), len(half.kernel), half.side
-    new = functools.partial(torch.empty, dtype=torch.float32, device=x.data.device)
-    norm = x.mean, x.invstd, half.weight, half.bias
-    if half.fused:
-        tile = conv_backward_tile(side, out_channels)
-        num_blocks = triton.cdiv(in_channels, tile['IN'])
-        num_splits, span = _split_rows(x, num_blocks, tile['ROWS'])
-        sums, partial = new(2, num_splits, in_channels), new(num_splits, *half.kernel.shape)
-        _conv_backward_kernel[num_blocks, num_splits](
-            y.data, y.grad, y.mean, y.a, y.b, half.kernel, x.data, x.grad, *norm, sums, partial,
-            x.rows, *x.data.shape[2:], in_channels // half.unit, x.channels // half.unit,
-            out_channels // half.unit, y.channels // half.unit, start // half.unit, span,
-            num_splits, UNIT=half.unit, SIDE=side, ACCUMULATE=accumulate, **tile)
-        kernel_grad = torch.empty_like(half.kernel, dtype=torch.float32)
-    else:
-        g = gradient(y, start, out_channels, half.unit)
-        h, kernel_grad, _ = torch.ops.aten.convolution_backward.default(
-            g, _norm_relu(half, x), half.kernel, None, [1, 1], [side // 2] * 2, [1, 1], False,
-            [0, 0], 1, [True, True, False])
-        h, kernel_grad = h.contiguous(memory_format=torch.channels_last), kernel_grad.float()
-        tile = TILES['elementwise']
-        num_blocks = triton.cdiv(in_channels, tile['CHANNELS'])
-        num_splits, span = _split_rows(x, num_blocks, tile['ROWS'])
-        sums = partial = new(2, num_splits, in_channels)
-        _norm_relu_backward_kernel[num_blocks, num_splits](
-            h, x.data, x.grad, *norm, sums, x.rows, in_channels // half.unit,
-            x.channels // half.unit, span, num_splits, UNIT=half.unit, ACCUMULATE=accumulate,
-            **tile)
-    weight_grad, bias_grad = new(in_channels), new(in_channels)
-    tile = TILES['finish']
-    grid = triton.cdiv(in_channels, tile['BLOCK'])
-    if half.fused:
-        grid += triton.cdiv(half.kernel.numel(), tile['BLOCK'])
-    _finish_kernel[grid,](
+    convolve = _conv_backward if half.fused else _conv_backward_of_library
+    sums, partial, kernel_grad = convolve(half, x, y, start, accumulate)
+    tile, in_channels = TILES['finish'], len(half.weight)
+    num_blocks = triton.cdiv(in_channels, tile['BLOCK'])
+    if partial is not None:
+        num_blocks += triton.cdiv(kernel_grad.numel(), tile['BLOCK'])
+    weight_grad, bias_grad = (torch.empty_like(half.weight) for _ in range(2))
+    _finish_kernel[num_blocks,](
         sums, partial, x.invstd, half.weight, x.a, x.b, weight_grad, bias_grad, kernel_grad,
-        num_splits, in_channels, out_channels, side * side, ACCUMULATE=accumulate, **tile)
+        sums.shape[1], in_channels, len(half.kernel), half.side**2, ACCUMULATE=accumulate, **tile)
     return weight_grad, bias_grad, kernel_grad
+
+
+def _conv_backward(half, x, y, start, accumulate):
+    """Sums for the norm and partial gradients of the kernel, a split each, and room for the whole.
+    """
+    tile, in_channels = conv_backward_tile(half.side, len(half.kernel)), len(half.weight)
+    num_blocks, num_splits, span = _split_rows(x, in_channels, tile['ROWS'], tile['IN'])
+    sums = half.weight.new_empty(2, num_splits, in_channels)
+    partial = half.weight.new_empty(num_splits, *half.kernel.shape)
+    _conv_backward_kernel[num_blocks, num_splits](
+        y.data, y.grad, y.mean, y.a, y.b, half.kernel, x.data, x.grad, x.mean, x.invstd,
+        half.weight, half.bias, sums, partial, x.rows, *x.data.shape[2:],
+        in_channels // half.unit, x.channels // half.unit, len(half.kernel) // half.unit,
+        y.channels // half.unit, start // half.unit, span, num_splits, UNIT=half.unit,
+        SIDE=half.side, ACCUMULATE=accumulate, **tile)
+    return sums, partial, torch.empty_like(half.kernel, dtype=torch.float32)
+
+
+def _conv_backward_of_library(half, x, y, start, accumulate):
+    """The same, but for the gradient of the kernel, which is whole: there are no partial ones."""
+    h, kernel_grad, _ = torch.ops.aten.convolution_backward.default(
+        gradient(y, start, len(half.kernel), half.unit), _norm_relu(half, x), half.kernel, None,
+        [1, 1], [half.side // 2] * 2, [1, 1], False, [0, 0], 1, [True, True, False])
+    tile, channels = TILES['elementwise'], len(half.weight)
+    num_blocks, num_splits, span = _split_rows(x, channels, tile['ROWS'], tile['CHANNELS'])
+    sums = half.weight.new_empty(2, num_splits, channels)
+    _norm_relu_backward_kernel[num_blocks, num_splits](
+        h.contiguous(memory_format=torch.channels_last), x.data, x.grad, x.mean, x.invstd,
+        half.weight, half.bias, sums, x.rows, channels // half.unit, x.channels // half.unit, span,
+        num_splits, UNIT=half.unit, ACCUMULATE=accumulate, **tile)
+    return sums, None, kernel_grad.float()
 
 
 # ---- a dense block ------------------------------------------------------------------------
@@ -679,6 +685,7 @@ def _halves(x, layer_weights, eps, level):
     torch._foreach_copy_(cast, kernels)
     cast = iter(cast)
     unit = math.gcd(8, *(n for kernel in kernels for n in kernel.shape[:2]))
+
     def half(weight, bias, kernel):
         side = kernel.shape[-1]
         fused = ((level == '3x3' or (level, side) == ('1x1', 1))
