@@ -107,17 +107,16 @@ def _store_tile_statistics(y, rows, num_rows, partial_ptr, tile, num_tiles, chan
 def _store_relu_backward(h, x, g_ptr, offsets, mask, mean, scale, bias, ACCUMULATE: tl.constexpr):
     """Take h, the gradient at the ReLU's output, back to its input, and its share of x's into G.
 
-    Returns that gradient at the ReLU's input, the ReLU's output, and the gradient's sums for the
-    norm's bias and, but for invstd, weight.
+    h must be 0 beyond the mask. Returns the ReLU's output, and the sums over the gradient at its
+    input for the norm's bias and, but for invstd, weight.
     """
     y = _affine(x, mean, scale, bias)
-    h = tl.where(mask, _relu(h, y), 0.0)
+    h = _relu(h, y)
     share = h * scale[None, :]
     if ACCUMULATE:
         share += tl.load(g_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     tl.store(g_ptr + offsets, share.to(g_ptr.dtype.element_ty), mask=mask)
-    return (tl.where(mask, _relu(y, y), 0.0), tl.sum(h, 0),
-            tl.sum(h * (x.to(tl.float32) - mean[None, :]), 0))
+    return _relu(y, y), tl.sum(h, 0), tl.sum(h * (x.to(tl.float32) - mean[None, :]), 0)
 
 
 @triton.jit
@@ -408,8 +407,8 @@ def _norm_relu_backward_kernel(h_ptr, x_ptr, x_grad_ptr, mean_ptr, invstd_ptr, w
 
 # ---- sizes --------------------------------------------------------------------------------
 # Chosen by what the compiler says of them (tests/compile_kernels.py): at most the 99 KB of shared
-# memory that all GPUs since Ampere have, and no register spilled on compute capability 9.0; on 8.0
-# a few. None has been timed yet: `python bench.py --kernels` does that.
+# memory that all GPUs since Ampere have, and no register spilled on compute capability 9.0 (on 8.0
+# backward spills some). None has been timed yet: attic/tune_kernels.py finds the fastest ones.
 
 def _tile(num_warps, num_stages=2, **sizes):
     # Whether a * b + c is rounded once or twice is asked for: Triton's default is about to change.

@@ -28,6 +28,7 @@ CUOBJDUMP = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin' / 'cuob
 NETWORKS = {'BC-100-12': (['--batch-size', '64'], '3x3'),
             'BC-190-40': (['--depth', '190', '--growth-rate', '40', '--batch-size', '64'], '3x3'),
             'DenseNet-121': (['--arch', 'densenet121', '--batch-size', '256'], '3x3'),
+            'BC-22-64': (['--depth', '22', '--growth-rate', '64', '--batch-size', '64'], '3x3'),
             'BC-100-12, library': (['--batch-size', '64'], 'elementwise')}
 
 

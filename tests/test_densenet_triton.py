@@ -147,6 +147,16 @@ def test_backward_of_half_a_layer(images, ins, outs, unit, side, accumulate, fus
     assert torch.equal(x.a[c:], a[c:]) and torch.equal(x.b[c:], b[c:])
 
 
+@FUSED
+def test_a_mean_far_from_zero_costs_the_norm_no_digits(fused):
+    torch.manual_seed(0)
+    x, y = random_maps(2, 12, 5, 7, mean=3000.0), new_maps(2, 4, 5, 7)
+    half = random_half(12, 4, 1, 4, fused)
+    kernels.forward_half(half, x, y, 0)
+    assert_close(y.data, conv_of(*(tensor.double() for tensor in (
+        x.data, x.mean, x.invstd, half.weight, half.bias, half.kernel))))
+
+
 @pytest.mark.parametrize('n, c, h, w, unit', [(1, 1, 1, 2, 1), (1, 200, 3, 43, 8), (2, 5, 8, 8, 1)])
 def test_statistics_keep_their_digits_where_the_mean_is_far_from_zero(n, c, h, w, unit):
     torch.manual_seed(0)
@@ -156,6 +166,22 @@ def test_statistics_keep_their_digits_where_the_mean_is_far_from_zero(n, c, h, w
     assert torch.equal(maps.data[:, 8:], x)
     assert_close(maps.mean[8:], x.double().mean((0, 2, 3)), 1e-6)
     assert_close(maps.var[8:], x.double().var((0, 2, 3)), 1e-4)
+
+
+def test_statistics_of_more_tiles_than_are_merged_at_once():
+    torch.manual_seed(0)
+    x = torch.randn(1, 2, 257, 257, device=DEVICE) + 1
+    x += torch.linspace(-3, 3, 257, device=DEVICE)[:, None]  # the tiles' means differ
+    x = x.contiguous(memory_format=torch.channels_last)
+    maps = new_maps(*x.shape)
+    kernels.copy(x, maps, 0, 1e-5, 2)
+    assert_close(maps.mean, x.double().mean((0, 2, 3)))
+    assert_close(maps.var, x.double().var((0, 2, 3)))
+
+
+def test_backward_in_more_splits_than_are_added_up_at_once(monkeypatch):
+    monkeypatch.setattr(kernels, 'num_processors', lambda device: 132)
+    test_backward_of_half_a_layer((4, 12, 13), (3, 4), (2, 2), 1, 3, True, True)
 
 
 def test_gradient_of_some_channels():
@@ -390,11 +416,12 @@ def test_kernels_that_there_are_not():
         way_of(small_block('5x5'))
 
 
-def test_without_triton_a_block_says_so(monkeypatch):
+@pytest.mark.parametrize('missing', ['triton', 'densenet_triton'])
+def test_without_triton_or_the_file_a_block_says_so(missing, monkeypatch):
     monkeypatch.delitem(sys.modules, 'densenet_triton')
-    monkeypatch.setitem(sys.modules, 'triton', None)
+    monkeypatch.setitem(sys.modules, missing, None)
     path, obstacle = way_of(small_block())
-    assert path == 'linear' and obstacle.startswith('no kernels: ') and 'triton' in obstacle
+    assert path == 'linear' and obstacle.startswith('no kernels: ') and f'of {missing} ' in obstacle
 
 
 def test_beside_densenet_in_a_package_they_are_found(tmp_path):
@@ -418,7 +445,7 @@ def test_beside_densenet_in_a_package_they_are_found(tmp_path):
 
 @pytest.mark.skipif(tuple(map(int, triton.__version__.split('.')[:2])) < (3, 3),
                     reason='compiling without a GPU was another interface before Triton 3.3')
-@pytest.mark.parametrize('argv, spilled', [(['90'], 0), (['80', 'BC-100-12'], 64)])
+@pytest.mark.parametrize('argv, spilled', [(['90'], 0), (['80', 'BC-100-12'], 512)])
 def test_the_compiler_finds_room_for_all_and_loads_neighbours_together(argv, spilled):
     environment = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
     result = subprocess.run([sys.executable, ROOT / 'tests' / 'compile_kernels.py', *argv],
