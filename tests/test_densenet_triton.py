@@ -75,6 +75,15 @@ def assert_close(found, truth, tolerance=2e-5):
     assert (found.double() - truth).norm() <= tolerance * truth.norm(), 'or NaN'
 
 
+@pytest.fixture
+def sanitizer(monkeypatch):
+    if DEVICE == 'cpu':
+        from sanitizer import Sanitizer  # of the interpreter, which is not there on a GPU
+        Sanitizer(monkeypatch)
+
+
+watched = pytest.mark.usefixtures('sanitizer')
+
 # Images; channels read, of so many; channels written, of so many; what divides all of these.
 SHAPES = [((3, 5, 7), (1, 1), (1, 1), 1),
           ((1, 1, 2), (3, 5), (2, 3), 1),
@@ -86,6 +95,7 @@ SHAPES = [((3, 5, 7), (1, 1), (1, 1), 1),
 FUSED = pytest.mark.parametrize('fused', [False, True])
 
 
+@watched
 @FUSED
 @pytest.mark.parametrize('side', [1, 3])
 @pytest.mark.parametrize('images, ins, outs, unit', SHAPES)
@@ -107,6 +117,7 @@ def test_forward_of_half_a_layer(images, ins, outs, unit, side, fused):
     assert y.data[:, :start].isnan().all()
 
 
+@watched
 @FUSED
 @pytest.mark.parametrize('accumulate', [False, True])
 @pytest.mark.parametrize('side', [1, 3])
@@ -157,6 +168,7 @@ def test_a_mean_far_from_zero_costs_the_norm_no_digits(fused):
         x.data, x.mean, x.invstd, half.weight, half.bias, half.kernel))))
 
 
+@watched
 @pytest.mark.parametrize('n, c, h, w, unit', [(1, 1, 1, 2, 1), (1, 200, 3, 43, 8), (2, 5, 8, 8, 1)])
 def test_statistics_keep_their_digits_where_the_mean_is_far_from_zero(n, c, h, w, unit):
     torch.manual_seed(0)
@@ -179,11 +191,13 @@ def test_statistics_of_more_tiles_than_are_merged_at_once():
     assert_close(maps.var, x.double().var((0, 2, 3)))
 
 
+@watched
 def test_backward_in_more_splits_than_are_added_up_at_once(monkeypatch):
     monkeypatch.setattr(kernels, 'num_processors', lambda device: 132)
     test_backward_of_half_a_layer((4, 12, 13), (3, 4), (2, 2), 1, 3, True, True)
 
 
+@watched
 def test_gradient_of_some_channels():
     y = random_maps(2, 20, 5, 7)
     a, b = torch.randn(2, 20, device=DEVICE)
@@ -199,6 +213,24 @@ def test_what_is_no_number_passes_the_relu(fused):
     x.data[0, 1, 1, 1] = torch.nan
     kernels.forward_half(random_half(4, 2, 1, 1, fused), x, y, 0)
     assert y.data[0, :, 1, 1].isnan().all() and y.data.isnan().sum() == 2
+
+
+@pytest.mark.skipif(DEVICE == 'cuda', reason='on a GPU there is compute-sanitizer')
+def test_an_access_out_of_bounds_and_a_race_are_seen(sanitizer):
+    x, y = random_maps(1, 4, 10, 20), new_maps(1, 4, 10, 20)
+    grid, partial = kernels._tiles_and_partial(y, 4, 128, 32)
+
+    def launch(source=x, num_rows=200, y_units=1, start=0):
+        kernels._copy_kernel[grid](source.data, y.data, partial, num_rows, 1, 1, y_units, start,
+                                   grid[0], UNIT=4, **kernels.TILES['copy'])
+
+    launch()
+    with pytest.raises(Exception, match='out of bounds'):
+        launch(num_rows=201)
+    with pytest.raises(AssertionError, match='two programs of _copy_kernel write the same'):
+        launch(y_units=0)
+    with pytest.raises(AssertionError, match='programs of _copy_kernel race'):
+        launch(source=y, num_rows=199, start=1)  # each row goes where the next one is read
 
 
 # ---- a whole block ---------------------------------------------------------------------------
@@ -242,6 +274,7 @@ SETTINGS = pytest.mark.parametrize('settings', [
     ids=['bottleneck', 'plain'])
 
 
+@watched
 @SETTINGS
 @pytest.mark.parametrize('level', kernels.LEVELS)
 def test_gradients_of_a_network_are_as_close_to_float64_as_the_plain_ones(level, settings):
@@ -430,14 +463,15 @@ def test_beside_densenet_in_a_package_they_are_found(tmp_path):
     (package / '__init__.py').touch()
     for module in (densenet, kernels):
         shutil.copy(module.__file__, package)
-    script = ('import torch; from package.densenet import DenseBlock\n'
-              'block = DenseBlock(1, 4, 4, 2, 0.0, True, False).train()\n'
+    script = (f'import torch; from package.densenet import DenseBlock; device = "{DEVICE}"\n'
+              'block = DenseBlock(1, 4, 4, 2, 0.0, True, False).to(device).train()\n'
               'block.kernels = "3x3"\n'
-              'x = torch.randn(2, 4, 4, 4).to(torch.float16, memory_format=torch.channels_last)\n'
-              'with torch.autocast("cpu", torch.float16): block(x)\n'
+              'x = torch.ones(2, 4, 4, 4, dtype=torch.float16, device=device)\n'
+              'with torch.autocast(device, torch.float16):\n'
+              '    block(x.to(memory_format=torch.channels_last))\n'
               'print(block.path, block.obstacle)')
     result = subprocess.run([sys.executable, '-c', script], cwd=tmp_path, capture_output=True,
-                            text=True, env={'TRITON_INTERPRET': '1', 'PATH': ''})
+                            text=True)
     assert result.stdout == 'triton None\n', result.stderr
 
 
