@@ -59,6 +59,9 @@ def find_obstacle(x, level, drop_rate):
 # ---- kernels ------------------------------------------------------------------------------
 # Numbers of channels come in units of UNIT, which divides them all: the compiler then knows how
 # many neighbouring channels it can load at once, whatever the width of a row.
+#
+# The sides of a tile are powers of two. Where the next one would waste much, the outputs of a
+# convolution are two tiles, OUT and TAIL wide: 160 are 128 + 32, not 256. Elsewhere TAIL is 0.
 
 @triton.jit
 def _affine(x, mean, scale, bias):
@@ -89,18 +92,22 @@ def _load_norm(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, channels, mask):
 
 
 @triton.jit
-def _store_tile_statistics(y, rows, num_rows, partial_ptr, tile, num_tiles, channels,
-                           num_channels, ROWS: tl.constexpr):
-    """Mean and sum of squared deviations of a tile; `partial` is [2, num_tiles, num_channels]."""
-    valid = (rows < num_rows)[:, None]
-    count = tl.minimum(num_rows - tile * ROWS, ROWS).to(tl.float32)
-    y = y.to(tl.float32)
-    mean = tl.sum(tl.where(valid, y, 0.0), 0) / count
+def _store_maps(y, y_ptr, rows, num_rows, stride, start, channels, num_channels, partial_ptr, tile,
+                num_tiles, ROWS: tl.constexpr):
+    """Store a tile of y, and of each channel in it mean and sum of squared deviations.
+
+    The latter go to `partial`, [2, num_tiles, num_channels].
+    """
+    used, valid = channels < num_channels, (rows < num_rows)[:, None]
+    y = y.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + rows.to(tl.int64)[:, None] * stride + start + channels[None, :], y,
+             mask=valid & used[None, :])
+    y = y.to(tl.float32)  # as it was rounded
+    mean = tl.sum(tl.where(valid, y, 0.0), 0) / tl.minimum(num_rows - tile * ROWS, ROWS)
     deviation = tl.where(valid, y - mean[None, :], 0.0)
     here = partial_ptr + tile * num_channels + channels
-    tl.store(here, mean, mask=channels < num_channels)
-    tl.store(here + num_tiles * num_channels, tl.sum(deviation * deviation, 0),
-             mask=channels < num_channels)
+    tl.store(here, mean, mask=used)
+    tl.store(here + num_tiles * num_channels, tl.sum(deviation * deviation, 0), mask=used)
 
 
 @triton.jit
@@ -140,7 +147,7 @@ def _complete_gradient(grad, y, mean, a, b, num_rows):
 def _conv_kernel(x_ptr, mean_ptr, invstd_ptr, weight_ptr, bias_ptr, kernel_ptr, y_ptr, partial_ptr,
                  num_rows, height, width, in_units, x_units, out_units, y_units, start_units,
                  num_tiles, UNIT: tl.constexpr, SIDE: tl.constexpr, ROWS: tl.constexpr,
-                 IN: tl.constexpr, OUT: tl.constexpr):
+                 IN: tl.constexpr, OUT: tl.constexpr, TAIL: tl.constexpr):
     """y[:, start:][:, :out] = conv(relu(norm(x[:, :in]))), and the statistics of each tile of y.
 
     kernel is [out, SIDE, SIDE, in].
@@ -150,6 +157,9 @@ def _conv_kernel(x_ptr, mean_ptr, invstd_ptr, weight_ptr, bias_ptr, kernel_ptr, 
     rows = tile * ROWS + tl.arange(0, ROWS)
     outs = tl.program_id(1) * OUT + tl.arange(0, OUT)
     sum_ = tl.zeros((ROWS, OUT), tl.float32)
+    if TAIL:
+        tail_outs = OUT + tl.arange(0, TAIL)
+        tail_sum = tl.zeros((ROWS, TAIL), tl.float32)
     steps = tl.cdiv(in_channels, IN)
     for step in range(SIDE * SIDE * steps):
         tap = step // steps
@@ -166,15 +176,20 @@ def _conv_kernel(x_ptr, mean_ptr, invstd_ptr, weight_ptr, bias_ptr, kernel_ptr, 
                     mask=mask, other=0.0)
         y = _affine(x, mean, scale, bias)
         y = tl.where(mask, _relu(y, y), 0.0)  # the convolution pads with zeros, after the ReLU
-        kernel = tl.load(kernel_ptr + outs[None, :] * (SIDE * SIDE * in_channels)
-                         + tap * in_channels + ins[:, None],
-                         mask=valid[:, None] & (outs < out_channels)[None, :], other=0.0)
-        sum_ = _dot(y.to(kernel.dtype), kernel, sum_)
-    y = sum_.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + rows.to(tl.int64)[:, None] * (y_units * UNIT) + start_units * UNIT
-             + outs[None, :], y, mask=(rows < num_rows)[:, None] & (outs < out_channels)[None, :])
-    _store_tile_statistics(y, rows, num_rows, partial_ptr, tile, num_tiles, outs, out_channels,
-                           ROWS)
+        y = y.to(kernel_ptr.dtype.element_ty)
+        kernel_of_tap = kernel_ptr + tap * in_channels + ins[:, None]
+        sum_ = _dot(y, tl.load(kernel_of_tap + outs[None, :] * (SIDE * SIDE * in_channels),
+                               mask=valid[:, None] & (outs < out_channels)[None, :], other=0.0),
+                    sum_)
+        if TAIL:
+            tail_sum = _dot(y, tl.load(
+                kernel_of_tap + tail_outs[None, :] * (SIDE * SIDE * in_channels),
+                mask=valid[:, None] & (tail_outs < out_channels)[None, :], other=0.0), tail_sum)
+    _store_maps(sum_, y_ptr, rows, num_rows, y_units * UNIT, start_units * UNIT, outs,
+                out_channels, partial_ptr, tile, num_tiles, ROWS)
+    if TAIL:
+        _store_maps(tail_sum, y_ptr, rows, num_rows, y_units * UNIT, start_units * UNIT, tail_outs,
+                    out_channels, partial_ptr, tile, num_tiles, ROWS)
 
 
 @triton.jit(do_not_specialize=['num_rows', 'units', 'x_units', 'y_units', 'start_units',
@@ -188,10 +203,8 @@ def _copy_kernel(x_ptr, y_ptr, partial_ptr, num_rows, units, x_units, y_units, s
     mask = (rows < num_rows)[:, None] & (channels < num_channels)[None, :]
     x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * (x_units * UNIT) + channels[None, :],
                 mask=mask, other=0.0)
-    tl.store(y_ptr + rows.to(tl.int64)[:, None] * (y_units * UNIT) + start_units * UNIT
-             + channels[None, :], x, mask=mask)
-    _store_tile_statistics(x, rows, num_rows, partial_ptr, tile, num_tiles, channels,
-                           num_channels, ROWS)
+    _store_maps(x, y_ptr, rows, num_rows, y_units * UNIT, start_units * UNIT, channels,
+                num_channels, partial_ptr, tile, num_tiles, ROWS)
 
 
 @triton.jit(do_not_specialize=['num_rows', 'num_channels', 'start', 'num_tiles', 'tile_rows',
@@ -228,69 +241,104 @@ def _merge_kernel(partial_ptr, mean_ptr, var_ptr, invstd_ptr, num_rows, num_chan
     tl.store(invstd_ptr + start + channels, 1.0 / tl.sqrt(deviation / num_rows + eps), mask=valid)
 
 
+@triton.jit
+def _load_columns(columns, a_ptr, b_ptr, y_mean_ptr, kernel_ptr, start, out_channels, ins,
+                  in_channels, SIDE: tl.constexpr):
+    """A, B and mean of the output channels of some columns, and these rows of the kernel."""
+    outs, used = columns % out_channels, columns < SIDE * SIDE * out_channels
+    row = outs * (SIDE * SIDE) + columns // out_channels
+    return (tl.load(a_ptr + start + outs, mask=used, other=0.0),
+            tl.load(b_ptr + start + outs, mask=used, other=0.0),
+            tl.load(y_mean_ptr + start + outs, mask=used, other=0.0),
+            tl.load(kernel_ptr + row[:, None] * in_channels + ins[None, :],
+                    mask=used[:, None] & (ins < in_channels)[None, :], other=0.0))
+
+
+@triton.jit
+def _load_gradient(columns, a, b, y_mean, y_ptr, y_grad_ptr, y_stride, start, out_channels, rows,
+                   num_rows, height, width, SIDE: tl.constexpr):
+    """The gradient of what these rows of pixels went into, by each column's tap."""
+    tap = columns // out_channels
+    if SIDE == 1:
+        targets, inside = rows[:, None], (rows < num_rows)[:, None]
+    else:
+        targets, inside = _shifted(rows[:, None], num_rows, height, width,
+                                   (SIDE // 2 - tap // SIDE)[None, :],
+                                   (SIDE // 2 - tap % SIDE)[None, :])
+    mask = inside & (columns < SIDE * SIDE * out_channels)[None, :]
+    there = targets.to(tl.int64) * y_stride + start + (columns % out_channels)[None, :]
+    g = _complete_gradient(tl.load(y_grad_ptr + there, mask=mask, other=0.0),
+                           tl.load(y_ptr + there, mask=mask, other=0.0), y_mean, a, b, num_rows)
+    return tl.where(mask, g, 0.0)
+
+
 @triton.jit(do_not_specialize=['num_rows', 'height', 'width', 'in_units', 'x_units', 'out_units',
                                'y_units', 'start_units', 'span', 'num_splits'])
 def _conv_backward_kernel(y_ptr, y_grad_ptr, y_mean_ptr, a_ptr, b_ptr, kernel_ptr,
                           x_ptr, x_grad_ptr, mean_ptr, invstd_ptr, weight_ptr, bias_ptr,
-                          sums_ptr, kernel_grad_ptr,
+                          sums_ptr, partial_ptr,
                           num_rows, height, width, in_units, x_units, out_units, y_units,
                           start_units, span, num_splits,
                           UNIT: tl.constexpr, SIDE: tl.constexpr, ACCUMULATE: tl.constexpr,
-                          ROWS: tl.constexpr, IN: tl.constexpr, TAPS_OUT: tl.constexpr):
+                          ROWS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
+                          TAIL: tl.constexpr):
     """All of the backward of `_conv_kernel` for a split of the rows, `span` of them.
 
     y_grad, a and b are G, A and B of y; G of x is written or, with ACCUMULATE, added to. A split's
     sums are [2, num_splits, in], its share of the kernel's gradient is
-    [num_splits, SIDE * SIDE * out, in]. TAPS_OUT is a power of two of at least SIDE * SIDE * out:
-    the convolution is one matrix product over taps and output channels.
+    [num_splits, SIDE * SIDE * out, in]: the convolution is one product of matrices here, over
+    SIDE * SIDE * out columns, a tap's output channel each. OUT + TAIL are at least as many.
     """
     in_channels, out_channels = in_units * UNIT, out_units * UNIT
+    y_stride, start = y_units * UNIT, start_units * UNIT
     split = tl.program_id(1)
     ins = tl.program_id(0) * IN + tl.arange(0, IN)
     valid = ins < in_channels
     mean, scale, bias = _load_norm(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, ins, valid)
-
-    columns = tl.arange(0, TAPS_OUT)  # of the kernel as a matrix: a tap's output channels, ...
-    tap, outs = columns // out_channels, columns % out_channels
-    used = columns < SIDE * SIDE * out_channels
-    a = tl.load(a_ptr + start_units * UNIT + outs, mask=used, other=0.0)
-    b = tl.load(b_ptr + start_units * UNIT + outs, mask=used, other=0.0)
-    y_mean = tl.load(y_mean_ptr + start_units * UNIT + outs, mask=used, other=0.0)
-    kernel = tl.load(kernel_ptr + (outs * (SIDE * SIDE) + tap)[:, None] * in_channels
-                     + ins[None, :], mask=used[:, None] & valid[None, :], other=0.0)
-
     bias_sum = tl.zeros((IN,), tl.float32)
     weight_sum = tl.zeros((IN,), tl.float32)
-    kernel_grad = tl.zeros((TAPS_OUT, IN), tl.float32)
+
+    columns = tl.arange(0, OUT)
+    a, b, y_mean, kernel = _load_columns(columns, a_ptr, b_ptr, y_mean_ptr, kernel_ptr, start,
+                                         out_channels, ins, in_channels, SIDE)
+    kernel_grad = tl.zeros((OUT, IN), tl.float32)
+    if TAIL:
+        tail_columns = OUT + tl.arange(0, TAIL)
+        tail_a, tail_b, tail_mean, tail_kernel = _load_columns(
+            tail_columns, a_ptr, b_ptr, y_mean_ptr, kernel_ptr, start, out_channels, ins,
+            in_channels, SIDE)
+        tail_kernel_grad = tl.zeros((TAIL, IN), tl.float32)
     for first in range(split * span, tl.minimum((split + 1) * span, num_rows), ROWS):
         rows = first + tl.arange(0, ROWS)
-        if SIDE == 1:
-            targets, inside = rows[:, None], (rows < num_rows)[:, None]
-        else:  # the outputs that this pixel went into
-            targets, inside = _shifted(rows[:, None], num_rows, height, width,
-                                       (SIDE // 2 - tap // SIDE)[None, :],
-                                       (SIDE // 2 - tap % SIDE)[None, :])
-        there = targets.to(tl.int64) * (y_units * UNIT) + start_units * UNIT + outs[None, :]
-        mask = inside & used[None, :]
-        g = _complete_gradient(tl.load(y_grad_ptr + there, mask=mask, other=0.0),
-                               tl.load(y_ptr + there, mask=mask, other=0.0),
-                               y_mean, a, b, num_rows)
-        g = tl.where(mask, g, 0.0).to(kernel.dtype)
+        g = _load_gradient(columns, a, b, y_mean, y_ptr, y_grad_ptr, y_stride, start, out_channels,
+                           rows, num_rows, height, width, SIDE).to(kernel.dtype)
+        h = _dot(g, kernel, tl.zeros((ROWS, IN), tl.float32))
+        if TAIL:
+            tail_g = _load_gradient(tail_columns, tail_a, tail_b, tail_mean, y_ptr, y_grad_ptr,
+                                    y_stride, start, out_channels, rows, num_rows, height, width,
+                                    SIDE).to(kernel.dtype)
+            h = _dot(tail_g, tail_kernel, h)
         mask = (rows < num_rows)[:, None] & valid[None, :]
         here = rows.to(tl.int64)[:, None] * (x_units * UNIT) + ins[None, :]
         x = tl.load(x_ptr + here, mask=mask, other=0.0)
         output, bias_share, weight_share = _store_relu_backward(
-            _dot(g, kernel, tl.zeros((ROWS, IN), tl.float32)), x, x_grad_ptr, here, mask, mean,
-            scale, bias, ACCUMULATE)
+            h, x, x_grad_ptr, here, mask, mean, scale, bias, ACCUMULATE)
+        output = output.to(kernel.dtype)
         bias_sum += bias_share
         weight_sum += weight_share
-        kernel_grad = _dot(tl.trans(g), output.to(kernel.dtype), kernel_grad)
+        kernel_grad = _dot(tl.trans(g), output, kernel_grad)
+        if TAIL:
+            tail_kernel_grad = _dot(tl.trans(tail_g), output, tail_kernel_grad)
     sums = sums_ptr + split * in_channels + ins
     tl.store(sums, bias_sum, mask=valid)
     tl.store(sums + num_splits * in_channels, weight_sum, mask=valid)
-    tl.store(kernel_grad_ptr + split.to(tl.int64) * (SIDE * SIDE * out_channels * in_channels)
-             + columns[:, None] * in_channels + ins[None, :], kernel_grad,
-             mask=used[:, None] & valid[None, :])
+    num_columns = SIDE * SIDE * out_channels
+    partial = partial_ptr + split.to(tl.int64) * num_columns * in_channels + ins[None, :]
+    tl.store(partial + columns[:, None] * in_channels, kernel_grad,
+             mask=(columns < num_columns)[:, None] & valid[None, :])
+    if TAIL:
+        tl.store(partial + tail_columns[:, None] * in_channels, tail_kernel_grad,
+                 mask=(tail_columns < num_columns)[:, None] & valid[None, :])
 
 
 @triton.jit
@@ -407,8 +455,8 @@ def _norm_relu_backward_kernel(h_ptr, x_ptr, x_grad_ptr, mean_ptr, invstd_ptr, w
 
 # ---- sizes --------------------------------------------------------------------------------
 # Chosen by what the compiler says of them (tests/compile_kernels.py): at most the 99 KB of shared
-# memory that all GPUs since Ampere have, and no register spilled on compute capability 9.0 (on 8.0
-# backward spills some). None has been timed yet: attic/tune_kernels.py finds the fastest ones.
+# memory that all GPUs since Ampere have, and few registers spilled, on compute capability 9.0 fewer
+# than on 8.0. None has been timed yet: attic/tune_kernels.py finds the fastest ones.
 
 def _tile(num_warps, num_stages=2, **sizes):
     # Whether a * b + c is rounded once or twice is asked for: Triton's default is about to change.
@@ -419,21 +467,29 @@ TILES = {'copy': _tile(4, ROWS=128, CHANNELS=32),
          'merge': _tile(8, TILES=512, CHANNELS=8),
          'elementwise': _tile(4, ROWS=64, CHANNELS=64),
          'finish': _tile(4, SPLITS=16, BLOCK=128)}
-MAX_TAPS_OUT = 512  # the widest that a convolution's backward can take on
+MAX_COLUMNS = 512  # of a kernel whose backward fits
+
+
+def _two_powers(n):
+    """Powers of two whose sum is at least n, and not much more: one and 0, or two."""
+    whole = max(16, triton.next_power_of_2(n))
+    tail = max(16, triton.next_power_of_2(n - whole // 2))
+    return (whole, 0) if whole <= 64 or whole // 2 + tail == whole else (whole // 2, tail)
 
 
 def conv_tile(rows, out_channels, processors):
-    out = min(256, max(16, triton.next_power_of_2(out_channels)))
-    tile_rows = 64 if out > 128 else 128
+    out, tail = _two_powers(out_channels) if out_channels <= 256 else (256, 0)
+    tile_rows = 64 if out + tail > 128 else 128
     while tile_rows > 32 and rows < tile_rows * processors:  # so that all of them have work
         tile_rows //= 2
-    return _tile(8 if tile_rows * out >= 8192 else 4, 3, ROWS=tile_rows, IN=32, OUT=out)
+    return _tile(8 if tile_rows * (out + tail) >= 8192 else 4, 3, ROWS=tile_rows, IN=32, OUT=out,
+                 TAIL=tail)
 
 
 def conv_backward_tile(side, out_channels):
-    taps_out = max(16, triton.next_power_of_2(side * side * out_channels))
-    rows, ins = (32, 64) if taps_out <= 128 else (32, 32) if taps_out <= 256 else (16, 32)
-    return _tile(8, ROWS=rows, IN=ins, TAPS_OUT=taps_out)
+    out, tail = _two_powers(side * side * out_channels)
+    rows, ins = (32, 64) if out + tail <= 128 else (32, 32) if out + tail <= 288 else (16, 32)
+    return _tile(8, ROWS=rows, IN=ins, OUT=out, TAIL=tail)
 
 
 @functools.lru_cache
@@ -530,7 +586,7 @@ def forward_half(half, x, y, start):
                     half.unit)
     in_channels, out_channels = len(half.weight), len(half.kernel)
     tile = conv_tile(x.rows, out_channels, num_processors(x.data.device))
-    grid, partial = _tiles_and_partial(y, out_channels, tile['ROWS'], tile['OUT'])
+    grid, partial = _tiles_and_partial(y, out_channels, tile['ROWS'], tile['OUT'] + tile['TAIL'])
     _conv_kernel[grid](
         x.data, x.mean, x.invstd, half.weight, half.bias, half.kernel, y.data, partial, x.rows,
         *x.data.shape[2:], in_channels // half.unit, x.channels // half.unit,
@@ -688,7 +744,7 @@ def _halves(x, layer_weights, eps, level):
     def half(weight, bias, kernel):
         side = kernel.shape[-1]
         fused = ((level == '3x3' or (level, side) == ('1x1', 1))
-                 and side * side * len(kernel) <= MAX_TAPS_OUT)
+                 and side * side * len(kernel) <= MAX_COLUMNS)
         return Half(weight, bias, next(cast), eps, unit, fused)
 
     return [[half(*weights[i:i + 3]) for i in range(0, len(weights), 3)]

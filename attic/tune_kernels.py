@@ -26,9 +26,8 @@ import flags  # noqa: E402
 import train  # noqa: E402
 
 
-def candidates(tile):
-    """All tiles of the same kernel as this one that are worth a try."""
-    forward = 'OUT' in tile
+def candidates(tile, forward):
+    """All tiles of forward's or backward's kernel, for as many outputs as this one, worth a try."""
     choices = dict(ROWS=(32, 64, 128) if forward else (16, 32, 64),
                    IN=(32, 64) if forward else (32, 64, 128), num_warps=(4, 8),
                    num_stages=(2, 3, 4) if forward else (2, 3))
@@ -37,7 +36,8 @@ def candidates(tile):
 
 def times_of_tiles(name, function, device, rounds):
     """[(seconds, tile)] of an operation of `bench.layer_operations`, the table's tile first."""
-    chooser = 'conv_tile' if 'forward' in name else 'conv_backward_tile'
+    forward = 'forward' in name
+    chooser = 'conv_tile' if forward else 'conv_backward_tile'
     choose, found = getattr(kernels, chooser), []
 
     def time_with(choose_here):
@@ -48,7 +48,7 @@ def times_of_tiles(name, function, device, rounds):
     try:
         seconds = time_with(lambda *args: tiles.append(choose(*args)) or tiles[-1])
         found.append((seconds, tiles[0]))
-        for tile in candidates(tiles[0]):
+        for tile in candidates(tiles[0], forward):
             try:
                 found.append((time_with(lambda *args, tile=tile: tile), tile))
             except triton.runtime.errors.OutOfResources:

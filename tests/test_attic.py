@@ -90,7 +90,7 @@ def test_the_fastest_tiles_are_below_those_of_the_table(monkeypatch, capsys):
     times = iter([5.0, 3.0, 4.0, 2.0] * 12)
     monkeypatch.setattr(tune_kernels.bench, 'time_operation',
                         lambda function, *_: [function(), next(times)][1])
-    monkeypatch.setattr(tune_kernels, 'candidates', lambda tile: [
+    monkeypatch.setattr(tune_kernels, 'candidates', lambda tile, forward: [
         tile | dict(ROWS=rows) for rows in (16, 32, 64)])
     tune_kernels.main(['--depth', '10', '--growth-rate', '4', '--batch-size', '2', '--image-size',
                        '4', '--precision', 'fp16', '--keep', '2'])
