@@ -415,7 +415,8 @@ class DenseLayer(nn.Module):
             return f'norm1 is for {self.norm1.num_features} channels, not {in_channels}'
         for name, conv in convs.items():
             side = conv.kernel_size[0]
-            if (conv.kernel_size != (side, side) or conv.padding != (side // 2, side // 2)
+            if (side % 2 == 0 or conv.kernel_size != (side, side)
+                    or conv.padding != (side // 2, side // 2)
                     or not conv.stride == conv.dilation == (1, 1) or conv.groups > 1
                     or conv.padding_mode != 'zeros' or conv.bias is not None):
                 return f'{name} has a bias, or is not a "same" convolution of stride 1'

@@ -378,6 +378,14 @@ def test_another_number_of_channels_is_the_norms_own_error():
     assert block.obstacle == 'denselayer1: norm1 is for 6 channels, not 5'
 
 
+def test_a_convolution_that_changes_the_size_is_the_plain_ways_error():
+    block = make_block()
+    block.denselayer4.conv2 = nn.Conv2d(8, 4, 2, padding=1, bias=False).double()
+    with pytest.raises(RuntimeError, match='Sizes of tensors must match'):
+        block(block_input())
+    assert block.path == 'plain' and SHAPE in block.obstacle
+
+
 def test_frozen_parameters_get_no_gradient_and_the_others_the_same():
     results = []
     for way in ('plain', 'linear'):
