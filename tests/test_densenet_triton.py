@@ -1,6 +1,7 @@
 """The Triton kernels against float64: on a GPU for real, elsewhere under Triton's interpreter."""
 
 import functools
+import importlib
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed
@@ -25,8 +27,24 @@ triton = pytest.importorskip('triton', reason='Triton is not made for this machi
 kernels = pytest.importorskip('densenet_triton')
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
-# The interpreter rounds bf16 towards zero, so that only a GPU can tell how exact that is.
-HALF = torch.bfloat16 if DEVICE == 'cuda' else torch.float16
+HALF = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def round_to_nearest(monkeypatch):
+    """The interpreter rounds bf16 towards zero, a GPU to the nearest."""
+    if DEVICE == 'cuda':
+        return
+    interpreter = importlib.import_module('triton.runtime.interpreter')
+    convert = interpreter._convert_float
+
+    def convert_as_gpus_do(values, source, target, mode):
+        if (source, target) != (triton.language.float32, triton.language.bfloat16):
+            return convert(values, source, target, mode)
+        rounded = torch.from_numpy(np.ascontiguousarray(values)).view(torch.float32).bfloat16()
+        return rounded.view(torch.int16).numpy()
+
+    monkeypatch.setattr(interpreter, '_convert_float', convert_as_gpus_do)
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -239,9 +257,9 @@ def blocks_of(model):
     return [module for module in model.modules() if isinstance(module, DenseBlock)]
 
 
-def net(level, **kwargs):
+def net(level, seed=0, **kwargs):
     """DenseNet-BC 10-12 (three blocks of one layer), or as the arguments say."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = densenet_cifar(**{'depth': 10, **kwargs}).to(DEVICE, memory_format=torch.channels_last)
     for block in blocks_of(model):
         block.kernels = level
@@ -249,8 +267,8 @@ def net(level, **kwargs):
     return model.train()
 
 
-def batch(n=4, size=8):
-    generator = torch.Generator().manual_seed(1)
+def batch(n=4, size=8, seed=1):
+    generator = torch.Generator().manual_seed(seed)
     images = torch.randn(n, 3, size, size, generator=generator).to(DEVICE)
     return images.contiguous(memory_format=torch.channels_last), (torch.arange(n) % 10).to(DEVICE)
 
@@ -259,9 +277,9 @@ def paths(model):
     return {(block.path, block.obstacle) for block in blocks_of(model)}
 
 
-def gradients(model, dtype=HALF):
-    """Of all parameters, in one vector of float64."""
-    images, labels = batch()
+def gradients(model, dtype=HALF, **kwargs):
+    """Of all parameters, in one vector of float64; `kwargs` as for `batch`."""
+    images, labels = batch(**kwargs)
     with torch.autocast(DEVICE, dtype, enabled=dtype == HALF):
         loss = F.cross_entropy(model(images.to(torch.promote_types(dtype, torch.float32))), labels)
     model.zero_grad()
@@ -269,21 +287,26 @@ def gradients(model, dtype=HALF):
     return torch.cat([p.grad.flatten().double() for p in model.parameters()])
 
 
-SETTINGS = pytest.mark.parametrize('settings', [
-    {'depth': 16}, {'depth': 10, 'bottleneck': False, 'compression': 1.0, 'growth_rate': 10}],
-    ids=['bottleneck', 'plain'])
+BOTTLENECK = {'depth': 16}
+NO_BOTTLENECK = {'depth': 10, 'bottleneck': False, 'compression': 1.0, 'growth_rate': 10}
+SETTINGS = pytest.mark.parametrize('settings', [BOTTLENECK, NO_BOTTLENECK])
 
 
 @watched
-@SETTINGS
-@pytest.mark.parametrize('level', kernels.LEVELS)
+@pytest.mark.parametrize('level, settings', [
+    ('elementwise', BOTTLENECK), ('3x3', BOTTLENECK), ('3x3', NO_BOTTLENECK)])
 def test_gradients_of_a_network_are_as_close_to_float64_as_the_plain_ones(level, settings):
-    truth = gradients(net(None, **settings).double(), torch.float64)
-    distance = {}
-    for name in (None, level):
-        model = net(name, **settings)
-        distance[name] = (gradients(model) - truth).norm()
-        assert paths(model) == {('triton' if name else 'plain', None)}
+    """On average over networks: in each of them it depends on a few ReLUs that flip."""
+    images = dict(n=64, size=32) if DEVICE == 'cuda' else dict(n=4, size=8)
+    distance = {None: 0.0, level: 0.0}
+    for seed in range(3):
+        model = net(None, seed, **settings).double()
+        truth = gradients(model, torch.float64, seed=seed, **images)
+        for name in distance:
+            model = net(name, seed, **settings)
+            found = gradients(model, seed=seed, **images)
+            distance[name] += (found - truth).norm() / truth.norm()
+            assert paths(model) == {('triton' if name else 'plain', None)}
     assert 0 < distance[level] <= 1.1 * distance[None]
 
 
@@ -334,25 +357,28 @@ def test_running_statistics_are_the_linear_ways(settings):
             gradients(model)
         assert paths(model) == {('triton' if level else 'linear', None)}
         states.append(dict(model.named_buffers()))
-    torch.testing.assert_close(states[1], states[0], rtol=2e-2, atol=2e-3)
+    torch.testing.assert_close(states[1], states[0], rtol=0.05, atol=0.01)
     assert int(states[1]['features.denseblock1.denselayer1.norm1.num_batches_tracked']) == 2
 
 
 def test_a_block_of_maps_of_one_pixel():
-    for level in (None, '3x3'):
+    x = torch.randn(9, 4, 1, 1, generator=torch.Generator().manual_seed(1)).to(DEVICE, HALF)
+    results = {}
+    for name, level in (('truth', None), ('plain', None), ('kernels', '3x3')):
         torch.manual_seed(0)
         block = DenseBlock(2, 4, 4, 2, 0.0, True, False).to(DEVICE).train()
         block.kernels, block.linear_memory = level, level is not None
-        x = torch.randn(5, 4, 1, 1, generator=torch.Generator().manual_seed(1)).to(DEVICE, HALF)
-        x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
-        with torch.autocast(DEVICE, HALF):
-            output = block(x)
-        output.float().square().sum().backward()
-        if level is None:
-            truth = output.double(), x.grad.double()
+        dtype = torch.float64 if name == 'truth' else HALF
+        x_here = x.to(dtype).clone(memory_format=torch.channels_last).requires_grad_()
+        if name == 'truth':
+            block.double()
+        with torch.autocast(DEVICE, HALF, enabled=name != 'truth'):
+            output = block(x_here)
+        output.double().square().sum().backward()
+        results[name] = output.detach().double(), x_here.grad.double()
     assert block.path == 'triton'
-    assert_close(output, truth[0], 0.01)
-    assert_close(x.grad, truth[1], 0.05)
+    for truth, plain, found in zip(*results.values()):
+        assert (found - truth).norm() <= 2 * (plain - truth).norm()
 
 
 def test_frozen_parameters_get_no_gradient():
@@ -365,27 +391,30 @@ def test_frozen_parameters_get_no_gradient():
     assert frozen.grad is None and model.features.conv0.weight.grad is not None
 
 
-def test_a_gradient_penalty_is_the_linear_ways():
-    penalties = []
-    for level in (None, '3x3'):
-        model = net(level)
-        for block in blocks_of(model):
-            block.linear_memory = True
+def test_a_gradient_penalty_is_as_close_to_float64_as_the_plain_one():
+    def gradients_of_penalty(model, dtype):
         images, labels = batch()
-        images.requires_grad_()
-        with torch.autocast(DEVICE, HALF):
+        images = images.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+        with torch.autocast(DEVICE, dtype, enabled=dtype == HALF):
             loss = F.cross_entropy(model(images), labels)
         gradient, = torch.autograd.grad(loss, images, create_graph=True)
         gradient.square().sum().backward()
-        penalties.append(torch.cat([p.grad.flatten().double() for p in model.parameters()
-                                    if p.grad is not None]))
-    assert_close(penalties[1], penalties[0], 0.1)
+        return torch.cat([p.grad.flatten().double() for p in model.parameters()
+                          if p.grad is not None])
+
+    truth = gradients_of_penalty(net(None).double(), torch.float64)
+    plain, found = (gradients_of_penalty(net(level), HALF) for level in (None, '3x3'))
+    assert (found - truth).norm() <= 1.5 * (plain - truth).norm()
 
 
 def test_training_follows_the_plain_way():
+    """As closely as the linear way does, which rounds at other places, too."""
     steps, n, size = (200, 64, 32) if DEVICE == 'cuda' else (8, 8, 8)
-    curves = []
-    for model in (net(None), net('3x3')):
+    curves = {}
+    for name, level in (('plain', None), ('linear', None), ('triton', '3x3')):
+        model = net(level)
+        for block in blocks_of(model):
+            block.linear_memory = name != 'plain'
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True)
         losses = []
         for step in range(steps):
@@ -396,10 +425,11 @@ def test_training_follows_the_plain_way():
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-        curves.append(torch.tensor(losses))
-    assert paths(model) == {('triton', None)}
-    assert curves[0][-1] < 0.9 * curves[0][0]
-    assert (curves[1] - curves[0]).abs().mean() < 0.02 * curves[0].mean()
+        assert paths(model) == {(name, None)}
+        curves[name] = torch.tensor(losses)
+    plain, linear, triton = curves.values()
+    assert plain[-1] < 0.9 * plain[0]
+    assert (triton - plain).abs().mean() <= 2 * (linear - plain).abs().mean() + 0.01 * plain.mean()
 
 
 def test_under_ddp(tmp_path):
