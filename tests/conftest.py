@@ -22,6 +22,19 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope='session')
+def working_kernels():
+    """For tests that launch Triton kernels, on a GPU or in the interpreter."""
+    kernels = pytest.importorskip('densenet_triton', reason='needs Triton')
+    x = torch.ones(2, 1, 1, 1, device='cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        kernels.copy(x, kernels.new_maps(x, 1), 0, 1e-5, 1)
+    except Exception as error:
+        if 'only 0-dimensional arrays' in str(error):
+            pytest.skip('the interpreter of this Triton is too old for this NumPy')
+        raise
+
+
+@pytest.fixture(scope='session')
 def photographs(tmp_path_factory):
     """A folder with the first 64 training images of CIFAR-10 (JPEG copy), in train/ and val/."""
     archive = SHARED / 'cifar10-jpeg.tar.xz'

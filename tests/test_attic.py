@@ -84,8 +84,7 @@ def test_missing_data_are_said_in_one_line(tmp_path, capsys):
     assert error.count('\n') == 1
 
 
-def test_the_fastest_tiles_are_below_those_of_the_table(monkeypatch, capsys):
-    pytest.importorskip('triton')
+def test_the_fastest_tiles_are_below_those_of_the_table(working_kernels, monkeypatch, capsys):
     from attic import tune_kernels  # it imports Triton
     times = iter([5.0, 3.0, 4.0, 2.0] * 12)
     monkeypatch.setattr(tune_kernels.bench, 'time_operation',

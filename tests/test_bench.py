@@ -260,8 +260,7 @@ def test_the_loader_is_timed_by_the_images_that_arrive(tmp_path, monkeypatch, ca
         '--workers 2: 3 images/s (3-3), 2 for each of them']
 
 
-def test_a_row_whose_blocks_fall_back_is_no_row(monkeypatch):
-    pytest.importorskip('triton')
+def test_a_row_whose_blocks_fall_back_is_no_row(working_kernels):
     on_cpu = not torch.cuda.is_available()  # where the kernels are interpreted
     model = runner('ours', '3x3 kernels', 'bf16', device='cpu' if on_cpu else 'cuda').model
     assert {block.path for block in bench.blocks_of(model)} == {'triton'}
@@ -269,8 +268,7 @@ def test_a_row_whose_blocks_fall_back_is_no_row(monkeypatch):
         runner('ours', '3x3 kernels', 'fp32', device='cpu' if on_cpu else 'cuda')
 
 
-def test_each_operation_of_a_layer_is_timed_with_the_kernels_and_the_library(capsys):
-    pytest.importorskip('triton')
+def test_each_operation_of_a_layer_is_timed_with_and_without_the_kernels(working_kernels, capsys):
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     bench.main([*TINY, '--device', device, '--kernels', '--precision', 'fp16'])
     lines = capsys.readouterr().out.splitlines()[2:]
