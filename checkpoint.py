@@ -56,10 +56,12 @@ class TrainState:
     last_error: float = math.nan  # percent, of the last epoch's evaluation
     best_error: float = math.inf
     best_epoch: int = 0
+    seconds: float = 0.0  # of training, testing and saving, up to the last save
+    peak_memory: int = 0  # bytes, the most that was allocated on the GPU
 
     # Without an annotation, so not a field: the plain values among them.
     _plain = ('interval_steps', 'interval_images', 'epoch_sums', 'epoch', 'step', 'last_error',
-              'best_error', 'best_epoch')
+              'best_error', 'best_epoch', 'seconds', 'peak_memory')
 
     def begin_epoch(self, epoch):
         self.epoch, self.step, self.epoch_sums = epoch, 0, (0.0, 0.0, 0)
@@ -127,6 +129,9 @@ class TrainState:
             CheckpointError: it is of another model, or lacks something; names the first difference.
         """
         load_weights(self.model, saved.get('model'), source)
+        if 'optimizer' not in saved:
+            raise CheckpointError(f'{source} holds weights alone: --pretrained {source} starts '
+                                  f'training from them')
         try:
             # The momenta are the checkpoint's; learning rate, decay and the like are this run's.
             groups = [{**group, 'params': saved_group['params']} for group, saved_group

@@ -24,6 +24,7 @@ import re
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -544,7 +545,11 @@ def begin(args, dataset, model, num_images, *, device, precision, saved):
 
 def make_save(args, state, dataset, num_images, directory):
     """A function that saves `state` in the directory under a name; all processes call it."""
+    started, seconds_before = time.monotonic(), state.seconds
+
     def save(name):
+        state.seconds = seconds_before + time.monotonic() - started
+        state.peak_memory = max(state.peak_memory, torch.cuda.max_memory_allocated())
         own_states = distributed.all_gather(state.own_state())
         with distributed.all_or_none():
             try:
@@ -627,8 +632,12 @@ def train(args, dataset, model, loaders, directory, stop, *, device, precision, 
             sys.exit(128 + interrupted.signum)
         log.end_run(flags.hyper_parameters(args), (state.last_error, state.best_error))
         log.finish_figures()
+    used = str(timedelta(seconds=round(state.seconds)))
+    if state.peak_memory:
+        used += f' with at most {state.peak_memory / 2**30:.2f} GiB on the GPU'
     say(f'final error {state.last_error:.2f}% (epoch {state.epoch - 1}), best '
-        f'{state.best_error:.2f}% (epoch {state.best_epoch}); everything is in {directory}')
+        f'{state.best_error:.2f}% (epoch {state.best_epoch}), after {used}; everything is in '
+        f'{directory}')
 
 
 # ---------------------------------------------------------------------------------------------

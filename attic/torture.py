@@ -166,7 +166,7 @@ def check_same_run(one, other):
     """The same weights, optimizer, counters and random state to the bit; the same CSV rows."""
     first, second = (checkpoint.load(run / 'latest.pth') for run in (one, other))
     for saved in (first, second):
-        for own in ('args', 'dataset', 'config', 'launcher'):
+        for own in ('args', 'dataset', 'config', 'launcher', 'seconds', 'peak_memory'):
             del saved[own]
     try:
         torch.testing.assert_close(first, second, rtol=0, atol=0)

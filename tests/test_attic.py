@@ -2,12 +2,15 @@
 
 import numpy as np
 import pytest
+import torch
 import torchvision
 from conftest import write_images
 from PIL import Image
 
+import checkpoint
 import densenet
-from attic import channel_stats, compare_grads, numcheck_grads
+import train
+from attic import channel_stats, clean_checkpoint, compare_grads, numcheck_grads
 
 
 def test_gradients_are_those_of_finite_differences(capsys):
@@ -107,3 +110,80 @@ def test_without_a_gpu_no_tiles_are_tuned(capsys, monkeypatch):
         tune_kernels.main([])
     assert exit_.value.code == 2
     assert capsys.readouterr().err == 'tune_kernels.py: error: --kernels: kernels need a GPU\n'
+
+
+@pytest.fixture(scope='module')
+def cleaned(tmp_path_factory):
+    """A run, and its best.pth before it was cleaned."""
+    run = tmp_path_factory.mktemp('cleaned') / 'run'
+    train.main(['--dataset', 'shapes', '--depth', '16', '--growth-rate', '8', '--epochs', '1',
+                '--device', 'cpu', '--no-plot', '--save', str(run)])
+    before = checkpoint.load(run / 'best.pth')
+    clean_checkpoint.main([str(run / 'best.pth'), '--output', str(run / 'best.pth')])
+    return run, before
+
+
+def test_a_cleaned_checkpoint_is_used_as_before(cleaned, tmp_path, capsys):
+    run, before = cleaned
+    best = str(run / 'best.pth')
+    logits = []
+    for saved in (before, checkpoint.load(best)):
+        model = densenet.DenseNet(**saved['config']).eval()
+        model.load_state_dict(saved['model'])
+        torch.manual_seed(0)
+        logits.append(model(torch.randn(50, 3, 32, 32)))
+    torch.testing.assert_close(*logits, rtol=0, atol=0.01 * logits[0].std().item())
+    train.main(['--evaluate', '--resume', best, '--device', 'cpu'])
+    error = float(capsys.readouterr().out.split('error ')[1].split('%')[0])
+    assert abs(error - before['best_error']) < 0.3  # 3 images of 1,000
+    Image.new('RGB', (40, 30)).save(tmp_path / 'image.png')
+    train.main(['--predict', str(tmp_path / 'image.png'), '--resume', best, '--device', 'cpu'])
+    assert capsys.readouterr().out.startswith(f'{tmp_path / "image.png"}: ')
+    train.main(['--dataset', 'shapes', '--depth', '16', '--growth-rate', '8', '--epochs', '1',
+                '--lr', '1e-9', '--pretrained', best, '--device', 'cpu', '--no-plot', '--save',
+                str(tmp_path / 'tuned')])
+    tuned = checkpoint.load(tmp_path / 'tuned/latest.pth')['model']['classifier.weight']
+    torch.testing.assert_close(tuned, before['model']['classifier.weight'], rtol=1e-3, atol=1e-4)
+
+
+def test_a_cleaned_checkpoint_is_small_and_keeps_statistics(cleaned):
+    run, before = cleaned
+    after = checkpoint.load(run / 'best.pth')
+    assert not {'optimizer', 'processes', 'scaler'} & after.keys()
+    assert (run / 'best.pth').stat().st_size < 0.5 * (run / 'latest.pth').stat().st_size
+    for key, tensor in after['model'].items():
+        if key.endswith(('running_mean', 'running_var', 'num_batches_tracked')):
+            assert torch.equal(tensor, before['model'][key]), key
+        else:
+            assert tensor.dtype == torch.float16, key
+
+
+def test_training_does_not_go_on_from_a_cleaned_checkpoint(cleaned, tmp_path, capsys):
+    run, _ = cleaned
+    files = {path.name: path.read_bytes() for path in run.iterdir()}
+    for save in (run, tmp_path / 'other'):
+        with pytest.raises(SystemExit) as exit_:
+            train.cli(['--resume', str(run / 'best.pth'), '--epochs', '2', '--save', str(save),
+                       '--device', 'cpu'])
+        assert exit_.value.code == 2
+        assert capsys.readouterr().err == (
+            f'train.py: error: {run / "best.pth"} holds weights alone: --pretrained '
+            f'{run / "best.pth"} starts training from them\n')
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == files
+    assert not (tmp_path / 'other').exists()
+
+
+@pytest.mark.parametrize('content, reason', [
+    (None, 'is not there'), ({}, 'is not a checkpoint of a run of train.py'),
+    ({'model': {'weight': torch.tensor([1e5])}, 'config': {}, 'dataset': {}, 'args': {}},
+     'is not finite, or too large for fp16')])
+def test_what_cannot_be_cleaned_is_said_in_one_line(content, reason, tmp_path, capsys):
+    path = tmp_path / 'x.pth'
+    if content is not None:
+        checkpoint.save(path, content)
+    with pytest.raises(SystemExit) as exit_:
+        clean_checkpoint.main([str(path), '--output', str(tmp_path / 'y.pth')])
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and error.startswith('clean_checkpoint.py: error: ')
+    assert reason in error and error.count('\n') == 1
+    assert not (tmp_path / 'y.pth').exists()

@@ -494,9 +494,10 @@ def test_a_small_net_learns_the_shapes_and_says_where_everything_is(tmp_path, ca
                                     'loss-error.png'}
     output = capsys.readouterr().out.splitlines()
     best = min(rows, key=lambda row: float(row['error']))
-    assert output[-1] == (f'final error {float(rows[-1]["error"]):.2f}% (epoch 5), best '
-                          f'{float(best["error"]):.2f}% (epoch {best["epoch"]}); everything is in '
-                          f'{run}')
+    errors, rest = output[-1].split(', after 0:0')
+    assert errors == (f'final error {float(rows[-1]["error"]):.2f}% (epoch 5), best '
+                      f'{float(best["error"]):.2f}% (epoch {best["epoch"]})')
+    assert re.fullmatch(rf'\d:\d\d; everything is in {run}', rest)
     assert output[-2].split()[1:] == [str(run / f'{name}.png')
                                       for name in ('loss', 'error', 'loss-error')]
 
@@ -670,6 +671,18 @@ def test_resuming_a_finished_run_only_says_so_and_more_epochs_go_on(small, tmp_p
     assert (tmp_path / 'run/train.csv').read_text() == before
     train.main([*run, '--resume', '--epochs', '3'])
     assert [row['epoch'] for row in read_csv(tmp_path / 'run/test.csv')] == ['1', '2', '3']
+
+
+def test_the_time_of_a_run_is_that_of_all_its_stretches(small, tmp_path):
+    run, before, spent = ['--save', str(tmp_path / 'run')], 0, 0
+    for argv in ([*small, '--epochs', '2'], ['--resume', '--epochs', '3']):
+        started = time.monotonic()
+        train.main([*argv, *run])
+        spent += time.monotonic() - started
+        saved = checkpoint.load(tmp_path / 'run/latest.pth')
+        assert before < saved['seconds'] < spent
+        before = saved['seconds']
+    assert checkpoint.load(tmp_path / 'run/latest.pth.1')['seconds'] < before
 
 
 def test_resuming_elsewhere_leaves_the_old_run_alone(small, tmp_path):
@@ -1201,6 +1214,18 @@ def test_cuda_learns_the_shapes(tmp_path, precision):
     train.main(['--dataset', 'shapes', '--depth', '16', '--growth-rate', '8', '--epochs', '5',
                 '--precision', precision, '--save', str(tmp_path / 'run'), '--no-plot'])
     assert float(read_csv(tmp_path / 'run/test.csv')[-1]['error']) < 10
+
+
+@pytest.mark.cuda
+def test_the_most_memory_of_a_run_is_that_of_all_its_stretches(tmp_path, capsys):
+    run = ['--dataset', 'shapes', '--depth', '10', '--no-plot', '--save', str(tmp_path / 'run')]
+    torch.cuda.reset_peak_memory_stats()
+    train.main([*run, '--epochs', '1', '--batch-size', '1000'])
+    peak = torch.cuda.max_memory_allocated()
+    train.main([*run, '--epochs', '2', '--batch-size', '10', '--resume'])
+    saved = checkpoint.load(tmp_path / 'run/latest.pth')
+    assert saved['peak_memory'] == peak > 1000 * 32 * 32 * 24 * 2  # bytes of a block's first maps
+    assert f'at most {peak / 2**30:.2f} GiB on the GPU' in capsys.readouterr().out
 
 
 @pytest.mark.cuda
