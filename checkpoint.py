@@ -56,12 +56,15 @@ class TrainState:
     last_error: float = math.nan  # percent, of the last epoch's evaluation
     best_error: float = math.inf
     best_epoch: int = 0
-    seconds: float = 0.0  # of training, testing and saving, up to the last save
-    peak_memory: int = 0  # bytes, the most that was allocated on the GPU
+    # Of all training that led here: seconds of training, testing and saving, up to the last save,
+    # and the most bytes that were allocated on the GPU, rank 0's.
+    seconds: float = 0.0
+    peak_memory: int = 0
 
     # Without an annotation, so not a field: the plain values among them.
     _plain = ('interval_steps', 'interval_images', 'epoch_sums', 'epoch', 'step', 'last_error',
-              'best_error', 'best_epoch', 'seconds', 'peak_memory')
+              'best_error', 'best_epoch')
+    _used = ('seconds', 'peak_memory')  # which older checkpoints lack
 
     def begin_epoch(self, epoch):
         self.epoch, self.step, self.epoch_sums = epoch, 0, (0.0, 0.0, 0)
@@ -116,7 +119,7 @@ class TrainState:
         return {
             'model': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(),
             'scaler': self.scaler.state_dict(), 'processes': own_states or [self.own_state()],
-            **{name: getattr(self, name) for name in self._plain},
+            **{name: getattr(self, name) for name in (*self._plain, *self._used)},
         }
 
     def load_state_dict(self, saved, source='the checkpoint', rank=0, world_size=1):
@@ -140,6 +143,8 @@ class TrainState:
             self.scaler.load_state_dict(saved['scaler'])
             for name in self._plain:
                 setattr(self, name, type(getattr(self, name))(saved[name]))
+            for name in self._used:
+                setattr(self, name, type(getattr(self, name))(saved.get(name, 0)))
             self._check_values()
             processes = saved['processes']
             if rank < len(processes):
@@ -158,8 +163,10 @@ class TrainState:
     def _check_values(self):
         """Raises ValueError for what no run can have saved."""
         if not (1 <= self.epoch <= 10**9 and self.step >= 0 and self.interval_steps >= 0
-                and len(self.epoch_sums) == 3 and sum(self.epoch_sums) >= 0):
-            raise ValueError(f'epoch {self.epoch}, step {self.step}, sums {self.epoch_sums}')
+                and len(self.epoch_sums) == 3 and sum(self.epoch_sums) >= 0
+                and 0 <= self.seconds < 1e12 and self.peak_memory >= 0):
+            raise ValueError(f'epoch {self.epoch}, step {self.step}, sums {self.epoch_sums}, '
+                             f'{self.seconds} seconds, {self.peak_memory} bytes')
         for parameter, values in self.optimizer.state.items():
             for name, value in values.items():
                 if torch.is_tensor(value) and value.shape not in (parameter.shape, torch.Size()):

@@ -1,6 +1,6 @@
 """Reduce a checkpoint to what is needed to use the network: for the repository, or for others.
 
-    python attic/clean_checkpoint.py work/x/best.pth --output work/x/best.pth
+    python attic/clean_checkpoint.py work/x/best.pth --output weights.pth
 
 The weights are rounded to fp16 (batch statistics stay fp32: a variance may be below fp16's
 smallest number); optimizer, random states and sums are left out. `train.py` evaluates, predicts
@@ -23,12 +23,20 @@ KEPT = ('config', 'dataset', 'args', 'last_error', 'best_error', 'best_epoch', '
         'peak_memory')
 
 
-def clean(saved):
-    """What to keep of a checkpoint of train.py, a dictionary that `checkpoint.load` returns."""
+def clean(saved, source):
+    """What to keep of a checkpoint of train.py, which `checkpoint.load(source)` returns.
+
+    Raises:
+        CheckpointError: it is another kind of file, or a weight is too large for fp16.
+    """
+    model = saved.get('model')
+    if not all(isinstance(saved.get(key), dict) for key in ('model', 'config', 'dataset', 'args')) \
+            or not all(map(torch.is_tensor, model.values())):
+        raise CheckpointError(f'{source} is not a checkpoint of a run of train.py')
     model = {key: tensor if 'running' in key or not tensor.is_floating_point() else tensor.half()
-             for key, tensor in saved['model'].items()}
+             for key, tensor in model.items()}
     if not all(torch.isfinite(tensor).all() for tensor in model.values()):
-        raise CheckpointError('a weight is not finite, or too large for fp16')
+        raise CheckpointError(f'{source} has a weight that is not finite, or too large for fp16')
     return {'model': model, **{key: saved[key] for key in KEPT if key in saved}}
 
 
@@ -37,7 +45,7 @@ def make_parser():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('checkpoint', type=Path, help='best.pth or latest.pth of a run')
     parser.add_argument('--output', type=Path, required=True, metavar='FILE',
-                        help='where to write; it may be the same file')
+                        help='where to write; must not be there yet')
     return parser
 
 
@@ -45,16 +53,18 @@ def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
     try:
-        saved, before = checkpoint.load(args.checkpoint), args.checkpoint.stat().st_size
-        if not saved.keys() >= {'model', 'config', 'dataset', 'args'}:
-            raise CheckpointError(f'{args.checkpoint} is not a checkpoint of a run of train.py')
-        checkpoint.save(args.output, clean(saved))
+        saved = checkpoint.load(args.checkpoint)
+        if any(version.exists() for version in checkpoint.versions(args.output)):
+            raise CheckpointError(f'{args.output} or an older version of it is there already: name '
+                                  f'another file')
+        checkpoint.save(args.output, clean(saved, args.checkpoint))
     except CheckpointError as error:
         parser.exit(2, f'clean_checkpoint.py: error: {error}\n')
     except OSError as error:
         parser.exit(2, f'clean_checkpoint.py: error: {args.output} cannot be written: '
                        f'{error.strerror}\n')
-    print(f'{args.output}: {args.output.stat().st_size / 1e6:.2f} MB, of {before / 1e6:.2f}')
+    before, after = (path.stat().st_size / 1e6 for path in (args.checkpoint, args.output))
+    print(f'{args.output}: {after:.2f} MB, of {before:.2f}')
 
 
 if __name__ == '__main__':

@@ -35,13 +35,19 @@ def working_kernels():
 
 
 @pytest.fixture(scope='session')
-def photographs(tmp_path_factory):
-    """A folder with the first 64 training images of CIFAR-10 (JPEG copy), in train/ and val/."""
+def cifar10_jpeg():
+    """The archive of CIFAR-10 as JPEG files: train/<class>/*.jpg and test/<class>/*.jpg."""
     archive = SHARED / 'cifar10-jpeg.tar.xz'
     if not archive.exists():
         pytest.skip(f'needs {archive.name}, all of CIFAR-10 as JPEG files')
+    return archive
+
+
+@pytest.fixture(scope='session')
+def photographs(cifar10_jpeg, tmp_path_factory):
+    """A folder with the first 64 training images of CIFAR-10 (JPEG copy), in train/ and val/."""
     root = tmp_path_factory.mktemp('photographs')
-    with tarfile.open(archive) as tar:
+    with tarfile.open(cifar10_jpeg) as tar:
         found = 0
         for member in tar:
             if member.isfile() and member.name.startswith('train/'):

@@ -114,20 +114,19 @@ def test_without_a_gpu_no_tiles_are_tuned(capsys, monkeypatch):
 
 @pytest.fixture(scope='module')
 def cleaned(tmp_path_factory):
-    """A run, and its best.pth before it was cleaned."""
-    run = tmp_path_factory.mktemp('cleaned') / 'run'
+    """A checkpoint, and what is left of it in a directory where nothing else is."""
+    run = tmp_path_factory.mktemp('run')
     train.main(['--dataset', 'shapes', '--depth', '16', '--growth-rate', '8', '--epochs', '1',
                 '--device', 'cpu', '--no-plot', '--save', str(run)])
-    before = checkpoint.load(run / 'best.pth')
-    clean_checkpoint.main([str(run / 'best.pth'), '--output', str(run / 'best.pth')])
-    return run, before
+    output = tmp_path_factory.mktemp('cleaned') / 'best.pth'
+    clean_checkpoint.main([str(run / 'best.pth'), '--output', str(output)])
+    return run / 'best.pth', output
 
 
 def test_a_cleaned_checkpoint_is_used_as_before(cleaned, tmp_path, capsys):
-    run, before = cleaned
-    best = str(run / 'best.pth')
-    logits = []
-    for saved in (before, checkpoint.load(best)):
+    logits, best = [], str(cleaned[1])
+    before = checkpoint.load(cleaned[0])
+    for saved in map(checkpoint.load, cleaned):
         model = densenet.DenseNet(**saved['config']).eval()
         model.load_state_dict(saved['model'])
         torch.manual_seed(0)
@@ -147,10 +146,10 @@ def test_a_cleaned_checkpoint_is_used_as_before(cleaned, tmp_path, capsys):
 
 
 def test_a_cleaned_checkpoint_is_small_and_keeps_statistics(cleaned):
-    run, before = cleaned
-    after = checkpoint.load(run / 'best.pth')
+    before, after = map(checkpoint.load, cleaned)
     assert not {'optimizer', 'processes', 'scaler'} & after.keys()
-    assert (run / 'best.pth').stat().st_size < 0.5 * (run / 'latest.pth').stat().st_size
+    sizes = [path.stat().st_size for path in cleaned]
+    assert sizes[1] < 0.5 * sizes[0]
     for key, tensor in after['model'].items():
         if key.endswith(('running_mean', 'running_var', 'num_batches_tracked')):
             assert torch.equal(tensor, before['model'][key]), key
@@ -159,24 +158,23 @@ def test_a_cleaned_checkpoint_is_small_and_keeps_statistics(cleaned):
 
 
 def test_training_does_not_go_on_from_a_cleaned_checkpoint(cleaned, tmp_path, capsys):
-    run, _ = cleaned
-    files = {path.name: path.read_bytes() for path in run.iterdir()}
-    for save in (run, tmp_path / 'other'):
+    best = cleaned[1]
+    for directory in (best.parent, tmp_path / 'other'):
         with pytest.raises(SystemExit) as exit_:
-            train.cli(['--resume', str(run / 'best.pth'), '--epochs', '2', '--save', str(save),
+            train.cli(['--resume', str(best), '--epochs', '2', '--save', str(directory),
                        '--device', 'cpu'])
         assert exit_.value.code == 2
-        assert capsys.readouterr().err == (
-            f'train.py: error: {run / "best.pth"} holds weights alone: --pretrained '
-            f'{run / "best.pth"} starts training from them\n')
-    assert {path.name: path.read_bytes() for path in run.iterdir()} == files
-    assert not (tmp_path / 'other').exists()
+        assert capsys.readouterr().err == (f'train.py: error: {best} holds weights alone: '
+                                           f'--pretrained {best} starts training from them\n')
+    assert list(best.parent.iterdir()) == [best] and not (tmp_path / 'other').exists()
 
 
 @pytest.mark.parametrize('content, reason', [
     (None, 'is not there'), ({}, 'is not a checkpoint of a run of train.py'),
+    ({'model': {'weight': [1.0]}, 'config': {}, 'dataset': {}, 'args': {}},
+     'is not a checkpoint of a run of train.py'),
     ({'model': {'weight': torch.tensor([1e5])}, 'config': {}, 'dataset': {}, 'args': {}},
-     'is not finite, or too large for fp16')])
+     'has a weight that is not finite, or too large for fp16')])
 def test_what_cannot_be_cleaned_is_said_in_one_line(content, reason, tmp_path, capsys):
     path = tmp_path / 'x.pth'
     if content is not None:
@@ -184,6 +182,16 @@ def test_what_cannot_be_cleaned_is_said_in_one_line(content, reason, tmp_path, c
     with pytest.raises(SystemExit) as exit_:
         clean_checkpoint.main([str(path), '--output', str(tmp_path / 'y.pth')])
     error = capsys.readouterr().err
-    assert exit_.value.code == 2 and error.startswith('clean_checkpoint.py: error: ')
-    assert reason in error and error.count('\n') == 1
-    assert not (tmp_path / 'y.pth').exists()
+    assert exit_.value.code == 2
+    assert error.startswith(f'clean_checkpoint.py: error: {path} {reason}')
+    assert error.count('\n') == 1 and not (tmp_path / 'y.pth').exists()
+
+
+@pytest.mark.parametrize('there', ['y.pth', 'y.pth.1'])
+def test_cleaning_replaces_nothing(cleaned, tmp_path, capsys, there):
+    (tmp_path / there).write_text('kept')
+    with pytest.raises(SystemExit) as exit_:
+        clean_checkpoint.main([str(cleaned[0]), '--output', str(tmp_path / 'y.pth')])
+    assert exit_.value.code == 2 and 'name another file' in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [there]
+    assert (tmp_path / there).read_text() == 'kept'

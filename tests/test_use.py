@@ -1,10 +1,12 @@
 """What is done with weights: fine-tuning, evaluating, predicting, torch.hub, exporting."""
 
 import argparse
+import math
 import pickle
 import re
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -133,6 +135,20 @@ def test_densenet121_at_224_pixels_trains_a_few_steps_and_is_tested_on_ten_crops
     assert all(0 <= float(row['data_wait']) <= 100
                for row in read_csv(tmp_path / 'run/train.csv'))
     assert len(read_csv(tmp_path / 'run/test.csv')) == 1
+
+
+def test_the_weights_that_are_here_have_the_error_that_the_readme_says(
+        cifar10_jpeg, tmp_path, capsys):
+    with tarfile.open(cifar10_jpeg) as tar:
+        for member in tar:  # every tenth of the 10,000 test images
+            if re.fullmatch(r'test/\w+/\d+0.jpg', member.name):
+                tar.extract(member, tmp_path, filter='data')
+    said, = re.findall(r'\| DenseNet-BC 40-12 .*?\(work/densenet-bc-40-12\).*% \| ([\d.]+)% \|',
+                       (ROOT / 'README.md').read_text())
+    line, = run(capsys, '--evaluate', '--resume', ROOT / 'work/densenet-bc-40-12/best.pth',
+                '--dataset', 'folder', '--data', tmp_path, '--device', 'cpu')
+    error, said = float(line.split('error ')[1].split('%')[0]), float(said)
+    assert abs(error - said) < 4 * math.sqrt(said * (100 - said) / 1000)  # four deviations
 
 
 def test_evaluation_needs_no_training_images(trained, photos, tmp_path, capsys):
