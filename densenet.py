@@ -607,8 +607,14 @@ def _gradients_by_kernels(ctx, grad):
     """Those of x and the parameters."""
     triton = _densenet_triton()
     features, m, r, layer_weights, layer_kept = _unpack(ctx)
-    bottlenecks = [triton.Maps(kept.z, kept.mean2, kept.invstd2) for kept in layer_kept]
-    dx, gradients = triton.backward(grad, triton.Maps(features, m, r), bottlenecks, layer_weights,
+
+    def maps(data, mean, invstd):
+        if data is not None:  # a hook on what is saved, save_on_cpu say, may have lost the layout
+            data = data.contiguous(memory_format=torch.channels_last)
+        return triton.Maps(data, mean, invstd)
+
+    bottlenecks = [maps(kept.z, kept.mean2, kept.invstd2) for kept in layer_kept]
+    dx, gradients = triton.backward(grad, maps(features, m, r), bottlenecks, layer_weights,
                                     ctx.in_channels, ctx.eps, ctx.kernels)
     return dx, *gradients
 

@@ -323,7 +323,8 @@ def _conv_backward_kernel(y_ptr, y_grad_ptr, y_mean_ptr, a_ptr, b_ptr, kernel_pt
         x = tl.load(x_ptr + here, mask=mask, other=0.0)
         output, bias_share, weight_share = _store_relu_backward(
             h, x, x_grad_ptr, here, mask, mean, scale, bias, ACCUMULATE)
-        output = output.to(kernel.dtype)
+        # Rows past the end would be relu(bias - mean * scale), infinite in fp16: 0 * inf is NaN.
+        output = tl.where(mask, output, 0.0).to(kernel.dtype)
         bias_sum += bias_share
         weight_sum += weight_share
         kernel_grad = _dot(tl.trans(g), output, kernel_grad)
