@@ -322,14 +322,15 @@ def test_memory_efficient_and_a_second_run_give_the_same_bits(level, settings):
     torch.testing.assert_close(runs[1:], [runs[0]] * 2, rtol=0, atol=0)
 
 
-def block_gradients(level, x, dtype=torch.float16, hooks=contextlib.nullcontext()):
+def block_gradients(level, x, dtype=torch.float16, hooks=None):
     """Of x and the parameters of a block of two layers that read and add four maps."""
     torch.manual_seed(0)
     block = DenseBlock(2, x.shape[1], 4, 4, 0.0, True, False).to(DEVICE).train()
     block.to(torch.promote_types(dtype, torch.float32))
     block.kernels, block.linear_memory = level, True
     x = x.half().to(DEVICE, dtype, memory_format=torch.channels_last).requires_grad_()
-    with torch.autocast(DEVICE, dtype, enabled=dtype == torch.float16), hooks:
+    autocast = torch.autocast(DEVICE, dtype, enabled=dtype == torch.float16)
+    with autocast, hooks or contextlib.nullcontext():
         output = block(x)
     assert block.path == ('triton' if level else 'linear')
     return torch.autograd.grad(output, [x, *block.parameters()],
