@@ -16,8 +16,8 @@ test: .venv/.installed-dev
 
 figures: .venv/.installed-dev
 	$(BIN)/python images/dense_block.py
-	$(BIN)/python images/error_vs_parameters.py work/optimizers/sgd
-	$(BIN)/python plot.py work/optimizers/sgd
+	$(BIN)/python images/error_vs_parameters.py work/densenet-bc-40-12
+	$(BIN)/python plot.py work/densenet-bc-40-12
 	$(BIN)/python plot.py work/optimizers/sgd work/optimizers/adam work/optimizers/rmsprop
 	$(BIN)/python bench.py --memory-vs-depth --batch-size 8 --device cpu
 	$(BIN)/python bench.py --depth 40 --rounds 20 --device cpu --plot images/speed.png

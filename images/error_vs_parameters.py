@@ -1,7 +1,7 @@
 """Draw the paper's test errors over the number of parameters, and those of our runs beside them.
 
-    python images/error_vs_parameters.py                        # images/error-vs-parameters.png
-    python images/error_vs_parameters.py work/optimizers/sgd    # with a point for that run
+    python images/error_vs_parameters.py                         # images/error-vs-parameters.png
+    python images/error_vs_parameters.py work/densenet-bc-40-12  # with a point for that run
 
 DenseNet and DenseNet-BC are of the paper's table 2, Wide-DenseNet-BC is of the README of the
 official repository, all with augmentation. A run's error is that of its final epoch.
@@ -58,9 +58,11 @@ def draw_run(axes, directory):
     settings = dict(bottleneck=args['bottleneck'], compression=args['compression'])
     size = millions_of_parameters(args['depth'], args['growth_rate'], 10, **settings)
     error = plot.read_table(directory / 'test.csv')['error'][-1]
+    kind = 'BC ' * (args['bottleneck'] and args['compression'] < 1)
     data = 'JPEG copy, ' * (args['dataset'] == 'folder')
     axes.plot(size, error, color=plot.COLORS[3], marker='D', linestyle='', markersize=6,
-              label=f'ours: {args["depth"]}-{args["growth_rate"]}, {data}{args["epochs"]} epochs')
+              label=f'ours: {kind}{args["depth"]}-{args["growth_rate"]}, {data}'
+                    f'{args["epochs"]} epochs')
 
 
 def make_parser():

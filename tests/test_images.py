@@ -45,7 +45,7 @@ def test_the_errors_of_the_paper_and_of_a_run(elsewhere, tmp_path, capsys, monke
     error_vs_parameters.main([str(run)])
     cifar10, cifar100 = figures[0].axes
     lines = {line.get_label(): line.get_xydata() for line in cifar10.lines}
-    np.testing.assert_allclose(lines['ours: 22-12, 2 epochs'], [[0.071686, 30]])
+    np.testing.assert_allclose(lines['ours: BC 22-12, 2 epochs'], [[0.071686, 30]])
     np.testing.assert_allclose(lines['DenseNet'], [[1.019722, 5.24], [6.979642, 4.10],
                                                    [27.249082, 3.74]])
     assert len(cifar100.lines) == 3
