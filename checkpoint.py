@@ -136,9 +136,12 @@ class TrainState:
             raise CheckpointError(f'{source} holds weights alone: --pretrained {source} starts '
                                   f'training from them')
         try:
-            # The momenta are the checkpoint's; learning rate, decay and the like are this run's.
-            groups = [{**group, 'params': saved_group['params']} for group, saved_group
-                      in zip(self.optimizer.param_groups, saved['optimizer']['param_groups'])]
+            # The momenta are the checkpoint's; decay and the like are this run's. The learning rate
+            # is that of the last step, until the next one sets it.
+            pairs = zip(self.optimizer.param_groups, saved['optimizer']['param_groups'])
+            groups = [{**group, 'params': saved_group['params'],
+                       'lr': _with_value(group['lr'], float(saved_group['lr']))}
+                      for group, saved_group in pairs]
             self.optimizer.load_state_dict({**saved['optimizer'], 'param_groups': groups})
             self.scaler.load_state_dict(saved['scaler'])
             for name in self._plain:
@@ -173,6 +176,11 @@ class TrainState:
                     raise ValueError(f'a {name} of another shape')
                 if isinstance(value, str):
                     raise ValueError(f'a {name} that is no number')
+
+
+def _with_value(number, value):
+    """The value as what the number is: a tensor on its device, or a float."""
+    return torch.full_like(number, value) if torch.is_tensor(number) else value
 
 
 def save(path, state, keep=0, **extra):

@@ -553,6 +553,7 @@ def uninterrupted(recipe, tmp_path_factory):
     ('learning_rate', 14, signal.SIGTERM, 143, 2, 5),   # within a print interval
     ('learning_rate', 18, signal.SIGINT, 130, 2, 9),    # the last step of an epoch
     ('evaluate', 3, signal.SIGTERM, 143, 3, 9),
+    ('evaluate', 4, signal.SIGTERM, 143, 4, 9),         # after the last step of all
     ('make_step', 1, signal.SIGTERM, 143, 1, 0),        # warming up
     ('batches', 1, signal.SIGUSR1, 138, 1, 0),          # starting to load data
     ('end_epoch', 2, signal.SIGUSR1, 138, 3, 0),
