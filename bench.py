@@ -5,7 +5,6 @@
     python bench.py --rows 'ours*' --baseline 'ours plain' --csv bench.csv --plot bench.png
     python bench.py --inference --precision fp32 bf16
     python bench.py --memory-vs-depth --batch-size 8      # draws images/memory-vs-depth.png
-    python bench.py --kernels --arch densenet121 -b 256   # GB/s of each operation of a layer
     python bench.py --loader /data/imagenet --workers 1 8 # images that are read in a second
 
 The step is train.py's own, on random images. The rows take turns, a warm-up and a few steps each in
@@ -44,21 +43,15 @@ import memory
 import plot
 import train
 
-# How our dense blocks train: (linear_memory, memory_efficient, kernels) and what `path` then says.
-MODES = {'plain': (False, False, None, 'plain'),
-         'checkpointed': (False, True, None, 'checkpointed'),
-         'block': (True, False, None, 'linear'),
-         'memory-efficient': (True, True, None, 'linear')}
-# With the kernels of densenet_triton.py, on GPUs and in half precision.
-KERNEL_MODES = {'elementwise kernels': (True, False, 'elementwise', 'triton'),
-                '1x1 kernels': (True, False, '1x1', 'triton'),
-                '3x3 kernels': (True, False, '3x3', 'triton'),
-                '3x3 kernels, memory-efficient': (True, True, '3x3', 'triton')}
+# How our dense blocks train: (linear_memory, memory_efficient) and what `path` then says.
+MODES = {'plain': (False, False, 'plain'),
+         'checkpointed': (False, True, 'checkpointed'),
+         'block': (True, False, 'linear'),
+         'memory-efficient': (True, True, 'linear')}
 DEPTHS = (22, 40, 70, 100, 130, 160, 190, 220, 250)  # of --memory-vs-depth
 # Flags that two modes, which measure something else, leave out of account.
 USELESS = {'memory_vs_depth': ('loader', 'arch', 'depth', 'inference', 'compile', 'rows',
-                               'baseline', 'rounds', 'steps', 'csv', 'plot', 'kernels'),
-           'kernels': ('loader', 'inference', 'compile', 'rows', 'baseline', 'csv', 'plot'),
+                               'baseline', 'rounds', 'steps', 'csv', 'plot'),
            'loader': ('arch', 'depth', 'growth_rate', 'precision', 'inference', 'compile', 'rows',
                       'baseline', 'steps', 'csv', 'plot')}
 
@@ -133,14 +126,14 @@ def make_model(row, workload):
         ImportError: it needs a package that is not installed.
     """
     classes = 10 if workload.small else 1000
-    linear, efficient, kernels, _ = (MODES | KERNEL_MODES)[row.mode]
+    linear, efficient, _ = MODES[row.mode]
     settings = dict(growth_rate=workload.growth_rate, block_config=workload.block_config,
                     num_classes=classes, memory_efficient=efficient)
     if row.source == 'ours':
         model = densenet.DenseNet(num_init_features=workload.num_init_features,
                                   small_inputs=workload.small, **settings)
         for block in blocks_of(model):
-            block.linear_memory, block.kernels = linear, kernels
+            block.linear_memory = linear
         return model
     if row.source == 'torchvision':
         model = torchvision.models.DenseNet(num_init_features=workload.num_init_features,
@@ -169,8 +162,6 @@ def make_rows(args, device):
         if args.inference:
             eager, graphed = [theirs, timm, ours[0]], ours[:1]
         else:
-            if on_cuda and precision in ('bf16', 'fp16'):
-                ours += [Row('ours', mode, precision) for mode in KERNEL_MODES]
             eager = [theirs, timm, theirs._replace(mode='checkpointed'), *ours]
             graphed = [row for row in ours if row.mode != 'checkpointed']
         rows += eager + [row._replace(graph=True) for row in graphed if on_cuda]
@@ -230,7 +221,7 @@ class Runner:
     def _check_path(self):
         """Nothing is measured under another's name because a block fell back."""
         if self.row.source == 'ours' and not (self.row.compiled or self.inference):
-            expected = (MODES | KERNEL_MODES)[self.row.mode][3]
+            expected = MODES[self.row.mode][2]
             for block in blocks_of(self.model):
                 if block.path != expected:
                     raise RuntimeError(f'a block went the {block.path} way: {block.obstacle}')
@@ -346,99 +337,6 @@ def loader_speed(root, image_size, batch_size, device, workers, rounds):
             torch.cuda.synchronize()
         speeds.append(loader.num_images / (time.perf_counter() - started))
     return speeds[1:]
-
-
-# ---- the kernels by themselves ------------------------------------------------------------
-
-def block_inputs(workload):
-    """The shape of what each dense block reads, [N, C, H, W]."""
-    shapes = []
-    with torch.device('meta'):
-        model = make_model(Row('ours', 'plain', 'fp32'), workload)
-        for block in blocks_of(model):
-            block.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
-        model(torch.empty(workload.batch_size, 3, workload.image_size, workload.image_size))
-    return shapes
-
-
-def layer_operations(shape, num_layers, growth_rate, device, dtype):
-    """What the kernels do for the middle layer of a block: {name: (bytes, function of fused)}.
-
-    Bytes are the least that it has to move: of each map that it reads or writes, once.
-    """
-    import densenet_triton as kernels
-    (n, c, h, w), width = shape, 4 * growth_rate
-    read, total = c + num_layers // 2 * growth_rate, c + num_layers * growth_rate
-    pixel_bytes = n * h * w * dtype.itemsize
-
-    def maps(channels):
-        data = torch.randn(n, channels, h, w, device=device, dtype=dtype).to(
-            memory_format=torch.channels_last)
-        return kernels.Maps(data, *torch.rand(3, channels, device=device),
-                            torch.randn_like(data), *torch.randn(2, channels, device=device))
-
-    def half(channels, out, side, fused):
-        kernel = torch.randn(out, channels, side, side, device=device, dtype=dtype)
-        return kernels.Half(*torch.rand(2, channels, device=device),
-                            kernel.to(memory_format=torch.channels_last), 1e-5,
-                            math.gcd(8, c, growth_rate), fused)
-
-    features, z = maps(total), maps(width)
-    first = {fused: half(read, width, 1, fused) for fused in (True, False)}
-    second = {fused: half(width, growth_rate, 3, fused) for fused in (True, False)}
-    forward, backward = kernels.forward_half, kernels.backward_half
-    return {
-        '1x1 forward': (pixel_bytes * (read + width),
-                        lambda fused: forward(first[fused], features, z, 0)),
-        '3x3 forward': (pixel_bytes * (width + growth_rate),
-                        lambda fused: forward(second[fused], z, features, read)),
-        '3x3 backward': (pixel_bytes * 2 * (width + growth_rate),
-                         lambda fused: backward(second[fused], z, features, read, False)),
-        '1x1 backward': (pixel_bytes * (2 * width + 3 * read),
-                         lambda fused: backward(first[fused], features, z, 0, True))}
-
-
-def time_operation(function, device, rounds):
-    """The median time in seconds that a function takes; on a GPU in a graph, as in training."""
-    function()  # compiles
-    if device.type != 'cuda':
-        started = time.perf_counter()
-        function()
-        return time.perf_counter() - started
-    repeats, graph = 20, torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            function()
-    times = []
-    for _ in range(rounds + 1):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / repeats)
-    return statistics.median(times[1:])
-
-
-def measure_copying(device, dtype, rounds):
-    """Bytes read and written in a second by a large copy within the device's memory."""
-    source = torch.randn(2**29 if device.type == 'cuda' else 2**20, device=device, dtype=dtype)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / time_operation(lambda: target.copy_(source), device, rounds)
-
-
-def print_kernels(workload, device, precision, rounds):
-    dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16}[precision]
-    copy_rate = measure_copying(device, dtype, rounds)
-    print(f'copying within memory: {copy_rate / 1e9:,.0f} GB/s, read and written')
-    for shape, num_layers in zip(block_inputs(workload), workload.block_config):
-        operations = layer_operations(shape, num_layers, workload.growth_rate, device, dtype)
-        for name, (size, function) in operations.items():
-            fused, library = (time_operation(functools.partial(function, choice), device, rounds)
-                              for choice in (True, False))
-            print(f'{shape[2]}x{shape[3]} pixels, {name}: {1e6 * fused:,.1f} us, '
-                  f'{size / fused / 1e9:,.0f} GB/s, {size / fused / copy_rate:.0%} of copying; '
-                  f'with the library {1e6 * library:,.1f} us', flush=True)
 
 
 # ---- showing ------------------------------------------------------------------------------
@@ -564,9 +462,6 @@ def make_parser():
     group.add_argument('--memory-vs-depth', nargs='?', type=Path, metavar='FILE',
                        const=Path('images/memory-vs-depth.png'),
                        help='only draw memory against depth (default: %(const)s)')
-    group.add_argument('--kernels', action='store_true',
-                       help='only time what the Triton kernels do for the middle layer of each '
-                            'block, and the same with the library\'s convolutions')
     group = parser.add_argument_group('input pipeline')
     group.add_argument('--loader', type=Path, metavar='DIR',
                        help='only read, crop and jitter the images in DIR/train')
@@ -610,19 +505,6 @@ def check_flags(args):
         raise flags.UsageError('--memory-vs-depth draws one --precision')
 
 
-def check_kernels(device, precisions):
-    if precisions not in (['bf16'], ['fp16']):
-        raise flags.UsageError('--kernels is for one --precision, bf16 or fp16')
-    x = torch.empty(1, 1, 1, 1, dtype=torch.float16, device=device)
-    try:
-        import densenet_triton
-    except ImportError as error:
-        raise flags.UsageError(f'--kernels: {error}') from None
-    obstacle = densenet_triton.find_obstacle(x, '3x3', 0)
-    if obstacle:
-        raise flags.UsageError(f'--kernels: {obstacle}')
-
-
 def check_workload(workload, inference):
     """Raises what such a network says to such a batch; takes no time and no memory."""
     with torch.device('meta'):
@@ -643,8 +525,6 @@ def main(argv=None):
         rows, baseline = choose_rows(args, device)
         workload = describe_network(args)
         check_workload(workload, args.inference)
-        if args.kernels:
-            check_kernels(device, precisions)
     except (flags.UsageError, data.DataError, ValueError, RuntimeError, TypeError) as error:
         parser.exit(2, f'bench.py: error: {str(error).splitlines()[0]}\n')
     on_cuda = device.type == 'cuda'
@@ -662,9 +542,6 @@ def main(argv=None):
     title = (f'{workload.name}, {"inference" if args.inference else "training"}, {batches}; '
              f'{hardware}, {versions()}')
     print(title)
-    if args.kernels:
-        print_kernels(workload, device, precisions[0], args.rounds or 10)
-        return
     results = {}
     try:
         measure(rows, workload, device, args.inference, args.rounds or 10,

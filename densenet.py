@@ -10,8 +10,7 @@ Weights load from torchvision's state dicts, the old spelling included, and go b
 `model.load_state_dict(torchvision.models.densenet121(weights='DEFAULT').state_dict())`.
 
 A dense block can train in memory that grows linearly with its depth, not with the square of it:
-`DenseBlock` says when it does, and `_LinearMemoryBlock` how. Kernels for it are in
-densenet_triton.py: copy that too if you want them, and it is found beside this file.
+`DenseBlock` says when it does, and `_LinearMemoryBlock` how.
 
 "The paper" is Huang, Liu, van der Maaten, Weinberger: Densely Connected Convolutional Networks,
 CVPR 2017, https://arxiv.org/abs/1608.06993. "The technical report" is Pleiss et al.:
@@ -19,7 +18,6 @@ Memory-Efficient Implementation of DenseNets, 2017, https://arxiv.org/abs/1707.0
 """
 
 import contextlib
-import importlib
 import re
 from collections import OrderedDict, namedtuple
 from collections.abc import Iterable
@@ -211,15 +209,13 @@ class DenseBlock(nn.ModuleDict):
 
     [N, C, H, W] -> [N, C + num_layers * growth_rate, H, W]
 
-    In training there are four ways to compute it, which end with the same outputs, gradients and
+    In training there are three ways to compute it, which end with the same outputs, gradients and
     running statistics. `path` says which one the last forward took:
 
         'plain'         layer by layer; what it keeps for backward grows with the square of depth
         'linear'        as one function, `_LinearMemoryBlock`, whose memory grows linearly with
                         depth; with memory_efficient=True it is little more than the feature maps.
                         They are its output: do not change that in place
-        'triton'        the linear way on a CUDA device, in bf16 or fp16 and channels_last, with
-                        the kernels in densenet_triton.py
         'checkpointed'  memory_efficient=True where 'linear' is impossible: the plain way, with
                         each layer's first convolution computed again in backward
 
@@ -232,14 +228,11 @@ class DenseBlock(nn.ModuleDict):
         linear_memory: True or False for the 'linear' way or the others. None, the default: True
             with memory_efficient, and on CPUs, where it was measured to take about as long as the
             plain way; on GPUs that is still to be measured.
-        kernels: None, the default until that is measured, or for the 'triton' way how much of the
-            block its kernels compute: all but the convolutions ('elementwise'), the 1x1
-            convolutions too ('1x1'), or everything ('3x3').
-        path: one of the four; None before a forward, and under torch.compile.
+        path: one of the three; None before a forward, and under torch.compile.
         obstacle: why the last forward fell back, or None if it did not.
     """
 
-    linear_memory = kernels = None
+    linear_memory = None
 
     def __init__(self, num_layers, in_channels, growth_rate, bn_size, drop_rate, bottleneck,
                  memory_efficient):
@@ -266,9 +259,6 @@ class DenseBlock(nn.ModuleDict):
             self.obstacle = self._find_obstacle(x)
             if self.obstacle is None:
                 self.path = 'linear'
-                if self.kernels is not None:
-                    self.obstacle = self._find_obstacle_to_kernels(x)
-                    self.path = 'linear' if self.obstacle else 'triton'
                 return self._forward_linear(x)
         checkpointed = self.memory_efficient and self.training and torch.is_grad_enabled()
         self.path = 'checkpointed' if checkpointed else 'plain'
@@ -276,8 +266,7 @@ class DenseBlock(nn.ModuleDict):
 
     def _wants_linear(self, x):
         if self.linear_memory is None:
-            return self.training and (self.memory_efficient or self.kernels is not None
-                                      or x.device.type == 'cpu')
+            return self.training and (self.memory_efficient or x.device.type == 'cpu')
         return self.training and self.linear_memory
 
     def _forward_plain(self, x):
@@ -289,8 +278,7 @@ class DenseBlock(nn.ModuleDict):
     def _forward_linear(self, x):
         # Grad mode is asked for here: within a Function it is always off.
         keep_bottlenecks = torch.is_grad_enabled() and not self.memory_efficient
-        kernels = self.kernels if self.path == 'triton' else None
-        return _LinearMemoryBlock.apply(list(self.values()), keep_bottlenecks, kernels, x,
+        return _LinearMemoryBlock.apply(list(self.values()), keep_bottlenecks, x,
                                         *self._parameters_in_order())
 
     def _parameters_in_order(self):
@@ -329,19 +317,6 @@ class DenseBlock(nn.ModuleDict):
         if dtypes not in ({torch.float32}, {torch.float64}) or x.dtype != _conv_dtype(x, *dtypes):
             return f'input of {x.dtype}, weights of {", ".join(map(str, dtypes))}'
         return None
-
-    def _find_obstacle_to_kernels(self, x):
-        try:
-            triton = _densenet_triton()
-        except ImportError as error:
-            return f'no kernels: {error}'
-        return triton.find_obstacle(x, self.kernels, self.denselayer1.drop_rate)
-
-
-def _densenet_triton():
-    """The file beside this one, imported only when it is wanted, for so is Triton."""
-    return importlib.import_module('.densenet_triton' if __package__ else 'densenet_triton',
-                                   __package__ or None)
 
 
 class DenseLayer(nn.Module):
@@ -487,7 +462,6 @@ class _LinearMemoryBlock(torch.autograd.Function):
         layers: the DenseLayers, for their settings and their running statistics, which are
             updated as nn.BatchNorm2d does it.
         keep_bottlenecks: keep the outputs of the 1x1 convolutions for backward.
-        kernels: None, or the level at which densenet_triton.py computes all of this.
         x: [N, C, H, W].
         parameters: layer after layer, weight and bias of norm1, weight of conv1 and, with
             bottleneck, those of norm2 and conv2.
@@ -497,11 +471,9 @@ class _LinearMemoryBlock(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, layers, keep_bottlenecks, kernels, x, *parameters):
-        ctx.num_layers, ctx.in_channels, ctx.kernels = len(layers), x.shape[1], kernels
+    def forward(ctx, layers, keep_bottlenecks, x, *parameters):
+        ctx.num_layers, ctx.in_channels = len(layers), x.shape[1]
         ctx.drop_rate, ctx.eps = layers[0].drop_rate, layers[0].norm1.eps
-        if kernels is not None:
-            return _forward_by_kernels(ctx, layers, keep_bottlenecks, x, parameters)
         layer_weights = _split(parameters, ctx.num_layers)
         channels = x.shape[1] + sum(weights[-1].shape[0] for weights in layer_weights)
         features = _empty_maps_like(x, channels)
@@ -542,11 +514,9 @@ class _LinearMemoryBlock(torch.autograd.Function):
         # With create_graph=True these gradients are to be differentiated again; batched ones
         # (is_grads_batched=True, vmap) can't be written into memory that is not.
         if torch.is_grad_enabled() or _is_batched(grad):
-            return None, None, None, *_gradients_by_autograd(ctx, grad)
-        if ctx.kernels is not None:
-            return None, None, None, *_gradients_by_kernels(ctx, grad)
+            return None, None, *_gradients_by_autograd(ctx, grad)
         features, m, r, layer_weights, layer_kept = _unpack(ctx)
-        layer_needs = _split(ctx.needs_input_grad[4:], ctx.num_layers)
+        layer_needs = _split(ctx.needs_input_grad[3:], ctx.num_layers)
         M = features.numel() // features.shape[1]
         G = _empty_maps_like(features, features.shape[1]).copy_(grad)  # names as above
         A, B = torch.zeros_like(m), torch.zeros_like(m)
@@ -583,40 +553,8 @@ class _LinearMemoryBlock(torch.autograd.Function):
                 A[:c].addcmul_(s, d_bias1)
                 B[:c].addcmul_(s * r[:c], d_weight1)
                 gradients = [d_weight1.flatten(), d_bias1.flatten(), d_kernel1] + gradients
-        dx = gradient_of(slice(ctx.in_channels)) if ctx.needs_input_grad[3] else None
-        return None, None, None, dx, *gradients
-
-
-def _forward_by_kernels(ctx, layers, keep_bottlenecks, x, parameters):
-    features, bottlenecks = _densenet_triton().forward(
-        x, _split(parameters, ctx.num_layers), ctx.eps, keep_bottlenecks, ctx.kernels)
-    kept, statistics = [], []
-    for layer, z in zip(layers, bottlenecks):
-        statistics.append((layer.norm1, features.mean, features.var))
-        if z is None:  # no bottleneck
-            kept += _Kept(None, None, None, None, None)
-        else:
-            statistics.append((layer.norm2, z.mean, z.var))
-            kept += _Kept(None, z.data, z.mean, z.invstd, None)
-    _count_batch(layers, statistics)
-    ctx.save_for_backward(features.data, features.mean, features.invstd, *parameters, *kept)
-    return features.data
-
-
-def _gradients_by_kernels(ctx, grad):
-    """Those of x and the parameters."""
-    triton = _densenet_triton()
-    features, m, r, layer_weights, layer_kept = _unpack(ctx)
-
-    def maps(data, mean, invstd):
-        if data is not None:  # a hook on what is saved, save_on_cpu say, may have lost the layout
-            data = data.contiguous(memory_format=torch.channels_last)
-        return triton.Maps(data, mean, invstd)
-
-    bottlenecks = [maps(kept.z, kept.mean2, kept.invstd2) for kept in layer_kept]
-    dx, gradients = triton.backward(grad, maps(features, m, r), bottlenecks, layer_weights,
-                                    ctx.in_channels, ctx.eps, ctx.kernels)
-    return dx, *gradients
+        dx = gradient_of(slice(ctx.in_channels)) if ctx.needs_input_grad[2] else None
+        return None, None, dx, *gradients
 
 
 def _is_batched(tensor):
@@ -667,7 +605,7 @@ def _gradients_by_autograd(ctx, grad):
                 y = F.relu(F.batch_norm(y, None, None, weight, bias, training=True, eps=ctx.eps))
                 y = _drop(_conv(y, kernel), mask, ctx.drop_rate)
             maps.append(y)
-        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
         found = torch.autograd.grad(torch.cat(maps, 1), [inputs[i] for i in wanted], grad,
                                     create_graph=create_graph)
     gradients = dict(zip(wanted, found))

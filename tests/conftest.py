@@ -10,28 +10,12 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / 'shared' / 'data'
 
-if not torch.cuda.is_available():
-    os.environ['TRITON_INTERPRET'] = '1'  # before anybody imports triton, as torchvision does
-
 
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker('cuda'):
                 item.add_marker(pytest.mark.skip(reason='needs a CUDA device'))
-
-
-@pytest.fixture(scope='session')
-def working_kernels():
-    """For tests that launch Triton kernels, on a GPU or in the interpreter."""
-    kernels = pytest.importorskip('densenet_triton', reason='needs Triton')
-    x = torch.ones(2, 1, 1, 1, device='cuda' if torch.cuda.is_available() else 'cpu')
-    try:
-        kernels.copy(x, kernels.new_maps(x, 1), 0, 1e-5, 1)
-    except Exception as error:
-        if 'only 0-dimensional arrays' in str(error):
-            pytest.skip('the interpreter of this Triton is too old for this NumPy')
-        raise
 
 
 @pytest.fixture(scope='session')

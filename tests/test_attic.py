@@ -87,31 +87,6 @@ def test_missing_data_are_said_in_one_line(tmp_path, capsys):
     assert error.count('\n') == 1
 
 
-def test_the_fastest_tiles_are_below_those_of_the_table(working_kernels, monkeypatch, capsys):
-    from attic import tune_kernels  # it imports Triton
-    times = iter([5.0, 3.0, 4.0, 2.0] * 12)
-    monkeypatch.setattr(tune_kernels.bench, 'time_operation',
-                        lambda function, *_: [function(), next(times)][1])
-    monkeypatch.setattr(tune_kernels, 'candidates', lambda tile, forward: [
-        tile | dict(ROWS=rows) for rows in (16, 32, 64)])
-    tune_kernels.main(['--depth', '10', '--growth-rate', '4', '--batch-size', '2', '--image-size',
-                       '4', '--precision', 'fp16', '--keep', '2'])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 * 4 * 3 and lines[0].startswith('4x4 pixels, 1x1 forward: 5000000.0  ')
-    assert [(line.split()[0], 'ROWS 64' in line, 'ROWS 16' in line) for line in lines[1:3]] == [
-        ('2000000.0', True, False), ('3000000.0', False, True)]
-
-
-def test_without_a_gpu_no_tiles_are_tuned(capsys, monkeypatch):
-    pytest.importorskip('triton')
-    from attic import tune_kernels
-    monkeypatch.setattr(tune_kernels.kernels, 'find_obstacle', lambda *_: 'kernels need a GPU')
-    with pytest.raises(SystemExit) as exit_:
-        tune_kernels.main([])
-    assert exit_.value.code == 2
-    assert capsys.readouterr().err == 'tune_kernels.py: error: --kernels: kernels need a GPU\n'
-
-
 @pytest.fixture(scope='module')
 def cleaned(tmp_path_factory):
     """A checkpoint, and what is left of it in a directory where nothing else is."""

@@ -2,7 +2,6 @@
 
 import csv
 import math
-import re
 
 import numpy as np
 import pytest
@@ -260,27 +259,22 @@ def test_the_loader_is_timed_by_the_images_that_arrive(tmp_path, monkeypatch, ca
         '--workers 2: 3 images/s (3-3), 2 for each of them']
 
 
-def test_a_row_whose_blocks_fall_back_is_no_row(working_kernels):
-    on_cpu = not torch.cuda.is_available()  # where the kernels are interpreted
-    model = runner('ours', '3x3 kernels', 'bf16', device='cpu' if on_cpu else 'cuda').model
-    assert {block.path for block in bench.blocks_of(model)} == {'triton'}
-    with pytest.raises(RuntimeError, match='a block went the linear way: kernels compute in bf16'):
-        runner('ours', '3x3 kernels', 'fp32', device='cpu' if on_cpu else 'cuda')
+def test_a_row_whose_blocks_fall_back_is_no_row(monkeypatch):
+    make_model = bench.make_model
 
+    def hooked(row, workload):
+        model = make_model(row, workload)
+        model.features.denseblock2.denselayer1.norm1.register_forward_hook(lambda *_: None)
+        return model
 
-def test_each_operation_of_a_layer_is_timed_with_and_without_the_kernels(working_kernels, capsys):
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    bench.main([*TINY, '--device', device, '--kernels', '--precision', 'fp16'])
-    lines = capsys.readouterr().out.splitlines()[2:]
-    assert [line.split(':')[0] for line in lines] == [
-        f'{side}x{side} pixels, {name}' for side in (8, 4, 2)
-        for name in ('1x1 forward', '3x3 forward', '3x3 backward', '1x1 backward')]
-    assert all(re.search(r': [\d.,]+ us, .* with the library [\d.,]+ us', line) for line in lines)
+    assert {block.path for block in bench.blocks_of(runner('ours', 'block', 'fp32').model)} == {
+        'linear'}
+    monkeypatch.setattr(bench, 'make_model', hooked)
+    with pytest.raises(RuntimeError, match='a block went the plain way: .*norm1 has hooks'):
+        runner('ours', 'block', 'fp32')
 
 
 @pytest.mark.parametrize('argv, complaint', [
-    (['--kernels', '--inference'], '--kernels has no use for --inference'),
-    (['--kernels', '--precision', 'fp32'], '--kernels is for one --precision, bf16 or fp16'),
     (['--rows', 'mine'], "no row is called that; here there are 'torchvision plain, NCHW'"),
     (['--rows', 'ours*', '--baseline', 'timm plain'], "--baseline: no row is called that; here"),
     (['--precision', 'tf32', '--device', 'cpu'], 'tf32 is for cuda'),

@@ -239,7 +239,7 @@ def test_needs_nothing_but_torch():
                 if isinstance(node, (ast.Import, ast.ImportFrom))
                 for name in ([node.module] if isinstance(node, ast.ImportFrom)
                              else [alias.name for alias in node.names])}
-    assert imported - {'torch'} == {'contextlib', 'importlib', 're', 'collections',
+    assert imported - {'torch'} == {'contextlib', 're', 'collections',
                                     'numbers'}
 
 
