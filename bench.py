@@ -132,8 +132,9 @@ def make_model(row, workload):
     if row.source == 'ours':
         model = densenet.DenseNet(num_init_features=workload.num_init_features,
                                   small_inputs=workload.small, **settings)
-        for block in blocks_of(model):
-            block.linear_memory = linear
+        for module in model.modules():
+            if hasattr(module, 'linear_memory'):
+                module.linear_memory = linear
         return model
     if row.source == 'torchvision':
         model = torchvision.models.DenseNet(num_init_features=workload.num_init_features,
@@ -224,7 +225,8 @@ class Runner:
             expected = MODES[self.row.mode][2]
             for block in blocks_of(self.model):
                 if block.path != expected:
-                    raise RuntimeError(f'a block went the {block.path} way: {block.obstacle}')
+                    raise RuntimeError(f'a block went the {block.path} way: '
+                                       f'{block.fallback_reason}')
 
     def _measure_memory(self, allocated):
         """Bytes: on a GPU the peak beyond `allocated`, on a CPU what is held for backward."""

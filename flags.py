@@ -328,9 +328,6 @@ def check_flags(args):
         raise UsageError('--reset-classifier is for the weights of --pretrained')
     if args.reset_classifier and args.predict:
         raise UsageError('--reset-classifier leaves nothing to --predict with')
-    if args.pretrained == '' and args.arch not in TORCHVISION_WEIGHTS:
-        raise UsageError(f'--pretrained without a file needs an --arch that torchvision has '
-                         f'weights of: {", ".join(TORCHVISION_WEIGHTS)}')
     if sum(getattr(args, flag) is not None for flag in LAYER_FLAGS) > 1:
         raise UsageError('--arch, --depth and --block-config exclude each other: give one')
     if not args.evaluate and not args.predict:

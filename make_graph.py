@@ -82,7 +82,7 @@ def block_graph(model, image_size, title, max_layers=6):
 
 def shapes_after(model, image_size):
     """{module of model.features, or 'images': (channels, height, width)}"""
-    x = torch.empty(1, model.in_channels, image_size, image_size, device='meta')
+    x = torch.empty(1, model.config['in_channels'], image_size, image_size, device='meta')
     shapes = {'images': tuple(x.shape[1:])}
     model.eval()
     for name, module in model.features.named_children():
@@ -94,7 +94,7 @@ def shapes_after(model, image_size):
 def add_block(graph, name, block, before, shapes, max_layers):
     """A dense block, which reads what the node `before` puts out."""
     layers = list(block.values())
-    growth_rate = layers[0].convs()[-1].out_channels
+    growth_rate = layers[0].halves()[-1][1].out_channels
     nodes = [(before, shapes[before][0])]
     with graph.subgraph(name=f'cluster_{name}') as cluster:
         cluster.attr(label=f'   block {number_of(name)}', style='rounded', labelloc='b',
@@ -161,7 +161,7 @@ def autograd_graph(model, image_size, title):
     Each points to what reads its result in the forward pass. The model is on torch's meta device,
     where, as on a GPU, its blocks are single functions with memory_efficient=True alone.
     """
-    images = torch.empty(2, model.in_channels, image_size, image_size, device='meta')
+    images = torch.empty(2, model.config['in_channels'], image_size, image_size, device='meta')
     logits = model.train()(images)
     names = {parameter: name for name, parameter in model.named_parameters()}
     graph = new_graph(title + '\nThe functions of autograd, with the parameters that they read.')

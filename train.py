@@ -164,14 +164,23 @@ def torchvision_weights(arch):
 
 def load_pretrained(model, args):
     """Weights from a file, ours or another's, or torchvision's download (--pretrained)."""
+    if not args.pretrained and args.arch not in flags.TORCHVISION_WEIGHTS:
+        raise UsageError(f'--pretrained without a file takes torchvision\'s weights, which are for '
+                         f'--arch {", ".join(flags.TORCHVISION_WEIGHTS)} and images of more than '
+                         f'{data.SMALL} pixels')
     weights = (checkpoint.load_weights_file(args.pretrained) if args.pretrained else
                distributed.in_turns(functools.partial(torchvision_weights, args.arch)))
+    source = args.pretrained or 'torchvision\'s file'
+    if model.config['small_inputs'] and any(key.endswith('norm0.weight') for key in weights):
+        raise CheckpointError(f'{source} has ImageNet\'s 7x7 stem, and images of up to '
+                              f'{data.SMALL} pixels get a 3x3 stem: give --image-size '
+                              f'{data.SMALL + 1} or more')
     if args.reset_classifier:
         weights = {key: weight for key, weight in weights.items() if 'classifier.' not in key}
         weights.update({f'classifier.{key}': weight
                         for key, weight in model.classifier.state_dict().items()})
     try:
-        checkpoint.load_weights(model, weights, args.pretrained or 'torchvision\'s file')
+        checkpoint.load_weights(model, weights, source)
     except CheckpointError as error:
         if 'classifier.' not in str(error):
             raise
@@ -602,7 +611,7 @@ def train(args, dataset, model, loaders, directory, stop, *, device, precision, 
         state.best_error, state.best_epoch = math.inf, 0
     if args.compile:
         model.compile()
-    image = model.in_channels, dataset.image_size, dataset.image_size
+    image = model.config['in_channels'], dataset.image_size, dataset.image_size
     sizes = args.batch_size, train_loader.num_images % args.batch_size  # the last one is smaller
     remedy = functools.partial(
         memory.remedy, functools.partial(train_step, state, autocast=autocast), model, image,

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import math
 import os
 import tempfile
 
@@ -22,7 +23,7 @@ WORDS = st.one_of(st.sampled_from(['', ' ', 'yes', 'nan', '-inf', '１２', '1_0
                                    '\udcff', 'x' * 300, '--']),
                   st.text(st.characters(exclude_characters='/\0'), max_size=8).filter(
                       lambda word: word.strip('.') and not word.startswith('-')))
-WHOLE = st.sampled_from([-1, 0, 1, 2, 3, 4, 7, 10, 10**8, 2**32, 10**10, 10**400]).map(str)
+WHOLE = st.sampled_from([-1, 0, 1, 2, 3, 4, 7, 10, 2**32, 10**10, 10**400]).map(str)
 NUMBERS = st.sampled_from('-1 0 1e-300 1e-9 0.05 0.5 0.999 1 2 1e30 1e308 1e400 NaN'.split())
 
 
@@ -97,27 +98,23 @@ def no_network(*_, **__):
     raise OSError('no network')
 
 
-JUNK = st.sampled_from([None, '', 'a', '3', 0, -1, 1.5, 2.0, float('nan'), float('inf'), True, 1j,
-                        (), [1], {}, b'1', 10**8, 10**12, 10**400, torch.ones(2)])
-NAMES = [*densenet.densenet_cifar(10, 4).config]
+# Some of these are out of range.
 SETTINGS = st.fixed_dictionaries({}, optional={
-    'growth_rate': st.integers(1, 8), 'num_init_features': st.integers(1, 9),
-    'bn_size': st.integers(1, 4), 'num_classes': st.integers(1, 12),
-    'block_config': st.lists(st.integers(1, 3), min_size=1, max_size=5),
-    'drop_rate': st.floats(0, 0.99), 'compression': st.floats(0, 1),
-    'in_channels': st.integers(1, 4), 'memory_efficient': st.booleans(),
+    'growth_rate': st.integers(0, 8), 'num_init_features': st.integers(0, 9),
+    'bn_size': st.integers(0, 4), 'num_classes': st.integers(0, 12),
+    'block_config': st.lists(st.integers(0, 3), max_size=5),
+    'drop_rate': st.floats(-0.1, 1.1) | st.just(math.nan), 'compression': st.floats(-0.1, 1.1),
+    'in_channels': st.integers(0, 4), 'memory_efficient': st.booleans(),
     'bottleneck': st.booleans(), 'small_inputs': st.booleans()})
 
 
 @settings(QUICKLY, max_examples=200)
-@given(arguments=SETTINGS, junk=st.dictionaries(st.sampled_from(NAMES), JUNK, max_size=1),
+@given(arguments=SETTINGS,
        build=st.sampled_from([densenet.DenseNet, densenet.densenet_cifar, densenet.densenet121]))
-def test_arguments_are_a_working_model_or_a_value_error(arguments, junk, build):
-    arguments = {'growth_rate': 4, 'block_config': (1, 2), 'num_classes': 3, **arguments, **junk}
+def test_arguments_are_a_working_model_or_a_value_error(arguments, build):
+    arguments = {'growth_rate': 4, 'block_config': (1, 2), 'num_classes': 3, **arguments}
     if build is densenet.densenet_cifar:
-        arguments['depth'] = arguments.pop('block_config')
-        if isinstance(arguments['depth'], list):
-            arguments['depth'] = sum(arguments['depth'])
+        arguments['depth'] = sum(arguments.pop('block_config'))
     try:
         model = build(**arguments)
     except ValueError as error:
