@@ -93,6 +93,13 @@ def test_normalises_as_torchvision_does():
     torch.testing.assert_close(ours, normalize(images), rtol=1e-5, atol=1e-5)
 
 
+def test_the_padding_of_the_crops_is_zero_after_the_normalisation():
+    images = torch.full((20, 3, 8, 8), 7, dtype=torch.uint8)
+    (images, _), = MemoryLoader(images, torch.zeros(20), 20, mean=(7,) * 3, std=(2,) * 3,
+                                device=CPU, augment=True)
+    assert not images.any()
+
+
 def test_measured_statistics_are_numpys():
     images = torch.randint(256, (9, 3, 5, 7), dtype=torch.uint8)
     mean, std = data._measure(images)
@@ -140,6 +147,9 @@ def test_small_folders_are_held_in_memory_as_they_are(tmp_path):
     dataset, train, test = load(tmp_path, augment=False)
     assert (dataset.classes, dataset.image_size, dataset.in_memory) == (('cat', 'dog'), 32, True)
     assert len(list(train)) == 2 and train.num_images == 5
+    assert dataset.mean == pytest.approx(train.images.double().mean((0, 2, 3)).tolist())
+    alone = data.make_test_loader(data.describe('folder', tmp_path), 4, device=CPU)
+    assert torch.equal(alone.mean, train.mean) and torch.equal(alone.std, train.std)
     (images, labels), = test
     assert labels.tolist() == [0, 1, 1]
     pixels = images * test.std + test.mean
@@ -200,14 +210,24 @@ def test_large_test_images_are_torchvisions_centre_and_ten_crops(photos):
     torch.testing.assert_close(next(iter(test))[0][0], torch.stack(crops), rtol=1e-5, atol=1e-5)
 
 
+def test_large_training_images_without_augmentation_are_those_of_every_epoch(photos):
+    _, train, _ = load(photos, 9, image_size=70, augment=False)
+    (first, labels), = train
+    train.set_epoch(2)
+    (second, _), = train
+    assert not torch.equal(first, second)  # in another order
+    assert torch.equal(first.flatten(1).sort(0).values, second.flatten(1).sort(0).values)
+
+
 def test_large_training_images_are_mirrored_and_their_colours_vary(tmp_path):
     ramp = np.tile(np.linspace(60, 200, 90).astype(np.uint8)[None, :, None], (70, 1, 3))
+    ramp[..., 1] = 130  # a green that no crop changes
     Image.fromarray(ramp).save(tmp_path / 'ramp.png')
     dataset = data._ImageFiles([(tmp_path / 'ramp.png', 0)], data._train_transform(66))
     views = torch.stack([dataset[0, seed][0] for seed in range(64)]).float()
-    falling = (views[..., 0] > views[..., -1]).flatten(1).float().mean(1)
+    falling = (views[:, 0, :, 0] > views[:, 0, :, -1]).float().mean(1)
     assert 16 < falling.round().sum() < 48  # half of them, but for a chance of one in 10,000
-    assert views.mean((1, 2, 3)).std() > 15
+    assert views[:, 1].mean((1, 2)).std() > 15
     assert torch.equal(dataset[0, 5][0], dataset[0, 5][0])
 
 
@@ -227,11 +247,15 @@ def test_photographs_of_cameras_and_printers_become_rgb(tmp_path):
     for name, image in kinds.items():
         broken = {'exif': b'Exif\0\0II*\0\x08\0\0\0\x40\0garbage'} if 'exif' in name else {}
         image.save(tmp_path / f'{name}.jpg', quality=95, **broken)
+    palette = Image.fromarray(colours[..., 0], 'P')
+    palette.putpalette(range(256))
+    palette.save(tmp_path / 'palette.png', transparency=bytes(range(200)))
     with warnings.catch_warnings():
         warnings.simplefilter('error')  # data.py, imported here, lets none through
         decode = runpy.run_path(str(ROOT / 'data.py'))['_decode']
         decoded = {name: np.asarray(decode(tmp_path / f'{name}.jpg')).astype(float)
                    for name in kinds}
+        decode(tmp_path / 'palette.png')
     for name in ('cmyk', 'broken exif'):
         assert decoded[name].shape == (80, 80, 3)
         assert abs(decoded[name] - decoded['rgb']).mean() < 6
