@@ -314,7 +314,7 @@ class WorkerLoader(_Loader):
             generator=torch.Generator())  # not the global one, which dropout draws from
 
     def _draw(self, generator):
-        # A seed an image, for its random transforms. A batch is an array of rows (index, seed).
+        # Each image has a seed, for its random transforms; a batch is rows of (index, seed).
         seeds = torch.randint(2**31, (self.num_images,), generator=generator)
         shards = map(self._indices, range(self.start, len(self)))
         self.batches[:] = [torch.stack([shard, seeds[shard]], 1).numpy() for shard in shards]
@@ -331,7 +331,7 @@ class WorkerLoader(_Loader):
         with torch.cuda.stream(self.copy_stream):
             tensor = tensor.to(self.device, non_blocking=True)
         torch.cuda.current_stream().wait_stream(self.copy_stream)
-        tensor.record_stream(torch.cuda.current_stream())  # its memory is not reused before
+        tensor.record_stream(torch.cuda.current_stream())  # or its memory could be reused too early
         return tensor
 
 
@@ -369,7 +369,7 @@ def _train_transform(size):
 
 
 def _test_transform(size, ten_crop=False):
-    """The middle of the image, of small images as much as a square holds."""
+    """The centre of the image, 224/256 of its shorter side; of small images all of it."""
     resize = transforms.Resize(size if size <= SMALL else round(size * 256 / 224))
     if not ten_crop:
         return transforms.Compose([resize, transforms.CenterCrop(size), transforms.PILToTensor()])

@@ -293,21 +293,21 @@ def test_every_photograph_of_imagenet_arrives(imagenet_sample):
 
 @pytest.mark.parametrize('in_memory', [True, False])
 @pytest.mark.parametrize('processes', [2, 3, 7])
-def test_the_parts_of_several_processes_are_the_batches_of_one(photos, in_memory, processes):
+def test_the_shards_of_several_processes_make_the_batches_of_one(photos, in_memory, processes):
     def loaders(shard):
         if in_memory:
             return [memory_loader(6, shuffle=True, augment=True, shard=shard),
                     memory_loader(6, shard=shard)]
         return load(photos, 6, image_size=66, shard=shard)[1:]
 
-    for whole, *parts in zip(loaders((0, 1)),
-                             *(loaders((rank, processes)) for rank in range(processes))):
+    for whole, *shards in zip(loaders((0, 1)),
+                              *(loaders((rank, processes)) for rank in range(processes))):
         whole.set_epoch(3, start=1)
-        assert {len(part) for part in parts} == {len(whole)}
-        for part in parts:
-            part.set_epoch(3, start=1)
-        for i, ((images, labels), *batches) in enumerate(zip(whole, *parts, strict=True), start=1):
-            assert {part.images_in(i) for part in parts} == {len(images)}
+        assert {len(shard) for shard in shards} == {len(whole)}
+        for shard in shards:
+            shard.set_epoch(3, start=1)
+        for i, ((images, labels), *batches) in enumerate(zip(whole, *shards, strict=True), start=1):
+            assert {shard.images_in(i) for shard in shards} == {len(images)}
             counted = [label >= 0 for _, label in batches]
             assert all(len(label) for label in counted)  # nobody is left without a step
             found = [tensor[chosen] for pair, chosen in zip(batches, counted) for tensor in pair]
