@@ -5,19 +5,17 @@
     train_loader.set_epoch(1)
     for images, labels in train_loader: ...        # float32 [B, 3, H, W] and int64 [B]
 
-Small images are held on the device as uint8 and cropped and mirrored there, a batch at a time.
-Larger ones are read by worker processes. Either way all that is random in an epoch follows from
-the seed, the epoch and the image alone, so any batch of any epoch can be had again, and several
-processes that share each batch see together what one alone would.
+Small images are held on the device as uint8 and augmented there, a batch at a time. Larger ones are
+decoded and augmented by worker processes. Either way, all that is random in an epoch depends on
+nothing but the seed, the epoch and the image's index: an epoch can be resumed at any batch, and the
+shards of several processes make up the same batches that one process has.
 """
 
 import dataclasses
-import math
 import os
 import signal
 import sys
 import threading
-import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,21 +25,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate, default_convert
 from torchvision import datasets, transforms
-from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
 SMALL = 64  # pixels: images up to this size are held in memory, larger ones are read by workers
-MAX_SIZE = 4096  # pixels: a longer side is taken for a mistake
-PAD = 4     # pixels: the paper's crop for CIFAR is of the image with this border of zeros
-NO_LABEL = -100  # F.cross_entropy leaves out what is labelled so
+MAX_SIZE = 4096  # pixels: the largest --image-size
+PAD = 4     # pixels: zero padding of small images before the random crop (paper, section 4.1)
+NO_LABEL = -100  # the ignore_index of F.cross_entropy
 
 HINT = 'to train without any data: --dataset shapes'
 
 # Channel means and standard deviations on the scale 0..255, as in the official code
-# (attic/channel_stats.py measures them); SVHN is only divided by 255 (paper, section 4.1). None:
-# measured on the training images.
+# (attic/channel_stats.py measures them); SVHN is only divided by 255 (paper, section 4.1).
+# None: measured on the training images.
 STATISTICS = {
     'cifar10': ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
     'cifar100': ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),
@@ -54,7 +51,7 @@ NAMES = tuple(STATISTICS)
 
 SHAPES = ('disk', 'ring', 'square', 'frame', 'triangle up', 'triangle down', 'plus', 'cross',
           'horizontal bars', 'vertical bars')
-# In the order of the labels. The classes of folders are the names of their folders, sorted.
+# In the order of the labels. For imagenet and folder: the sorted names of the class folders.
 CLASSES = {
     'shapes': SHAPES,
     'svhn': tuple('0123456789'),
@@ -71,7 +68,7 @@ CLASSES = {
         worm'''.split()),
 }
 
-# Cameras write tags that end too early; the pixels are all there.
+# Many cameras write truncated EXIF data; the pixels are complete.
 warnings.filterwarnings('ignore', 'Corrupt EXIF data', UserWarning)
 
 
@@ -81,33 +78,21 @@ class DataError(Exception):
 
 @dataclass(frozen=True)
 class Description:
-    """What the model has to know of a data set; nothing but folder names is read for it."""
+    """What the model needs to know of a data set."""
 
     name: str
     root: Path
     classes: tuple   # names, in the order of the labels
-    image_size: int  # pixels, the side of the square that the model sees
-    mean: tuple | None = None  # of each channel, 0..255; None: still to be measured
+    image_size: int  # pixels, height and width of the model's input
+    mean: tuple | None = None  # of each channel, 0..255; None: not measured yet
     std: tuple | None = None
 
     @property
     def in_memory(self):
         return self.image_size <= SMALL
 
-    def check(self):
-        """Raises TypeError if it can't be so; of what comes from a file there is no telling."""
-        classes, statistics = self.classes, (self.mean, self.std)
-        if not (isinstance(classes, (tuple, list)) and all(isinstance(c, str) for c in classes)):
-            raise TypeError('its classes are not names')
-        if not (isinstance(self.image_size, int) and 1 <= self.image_size <= MAX_SIZE):
-            raise TypeError(f'its image_size is {self.image_size!r}')
-        if not (all(isinstance(values, (tuple, list)) and len(values) == 3 and
-                    all(isinstance(value, float) and math.isfinite(value) for value in values)
-                    for values in statistics) and min(self.std) > 0):
-            raise TypeError(f'its mean and std are {statistics}')
-
     def plain(self):
-        """All but the folder, as plain values: what a trained model goes with."""
+        """Everything but the folder, as plain values: what a checkpoint keeps."""
         return {key: value for key, value in dataclasses.asdict(self).items() if key != 'root'}
 
 
@@ -119,8 +104,8 @@ def describe(name, root='work/data', image_size=None, split='train'):
         root: for cifar10, cifar100 and svhn the folder that holds, or is to hold, the downloaded
             files; for imagenet and folder the one with `train/` and `val/` (or `test/`), and in
             each of them a folder of images a class.
-        image_size: for folder and imagenet. By default 224 or, for a folder of images of at most
-            `SMALL` pixels, their own size.
+        image_size: for folder and imagenet. By default 224 or, for a folder whose first image has
+            at most `SMALL` pixels a side, that image's shorter side.
         split: 'train' or 'test', whose folders are the classes.
 
     Raises:
@@ -129,12 +114,15 @@ def describe(name, root='work/data', image_size=None, split='train'):
     root = Path(root)
     if name in ('imagenet', 'folder'):
         folder = _split_folder(root, split)
-        classes = _class_names(folder)
+        try:
+            classes = tuple(datasets.folder.find_classes(folder)[0])
+        except OSError as error:
+            raise DataError(f'{folder}: {error}') from error
         if image_size is None and name == 'folder':
-            size = _decode(_list_images(folder, classes).samples[0][0]).size
+            size = _decode(_list_images(root, split, classes)[0][0]).size
             image_size = min(size) if max(size) <= SMALL else None
         image_size = image_size or 224
-        # Large images of any kind are normalised as ImageNet's: models are trained on from its.
+        # Larger images are normalised as ImageNet's, which pretrained weights expect.
         known = STATISTICS[name if image_size <= SMALL else 'imagenet']
         return Description(name, root, classes, image_size, *(known or ()))
     if image_size not in (None, 32):
@@ -147,71 +135,70 @@ def make_loaders(dataset, batch_size, *, device, parts=1, augment=True, seed=1, 
     """The description with mean and standard deviation, a training loader and a test loader.
 
     The training images are shuffled, the test images come in their order. A loader has `len()`, the
-    number of batches in an epoch, of which the last may be smaller; `set_epoch(epoch, start=0)`,
-    which goes to batch `start` of an epoch; `num_images`, and `images_in(i)` of batch i. With
-    `ten_crop` the test images come as [B, 10, 3, H, W].
+    number of batches in an epoch, of which the last may be smaller; `set_epoch(epoch, start=0)`;
+    `num_images`; and `images_in(i)`, the size of batch i. With `ten_crop` the test images come as
+    [B, 10, 3, H, W].
 
     Args:
         batch_size: of all processes together.
-        parts: a batch of test images is that many times smaller, so that testing has no more
-            images in memory at once than training has.
-        shard: (rank, number of processes). Each process gets its part of each batch, as equal as
-            can be. One that has no part of a small last batch gets an image labelled `NO_LABEL`,
-            so that all take the same number of steps.
+        parts: test batches are smaller by this factor: with gradient accumulation, the size of a
+            micro-batch.
+        shard: (rank, number of processes). Each batch is divided evenly over the processes. If a
+            small last batch has no image for a process, it gets one labelled `NO_LABEL`, so that
+            all processes take the same number of steps.
 
     Raises:
-        DataError: data missing or broken, a download impossible, or ten crops of small images.
+        DataError: data missing or broken, a failed download, or ten crops of small images.
     """
-    common = dict(batch_size=batch_size, shard=shard, device=device)
-    drawn = dict(shuffle=True, seed=seed)
+    common = dict(device=device, shuffle=True, seed=seed, shard=shard)
     if dataset.in_memory:
         images, labels = _read_split(dataset, 'train')
         if dataset.mean is None:
             mean, std = _measure(images)
             dataset = dataclasses.replace(dataset, mean=mean, std=std)
-        train = MemoryLoader(images, labels, mean=dataset.mean, std=dataset.std, augment=augment,
-                             **common, **drawn)
+        train = MemoryLoader(images, labels, batch_size, mean=dataset.mean, std=dataset.std,
+                             augment=augment, **common)
     else:
-        view = (_train_transform if augment else _test_transform)(dataset.image_size)
-        listing = _list_images(_split_folder(dataset.root, 'train'), dataset.classes)
-        train = WorkerLoader(listing.samples, view, mean=dataset.mean, std=dataset.std,
-                             workers=workers, **common, **drawn)
-    common['batch_size'] = -(-batch_size // parts)
-    return dataset, train, make_test_loader(dataset, workers=workers, ten_crop=ten_crop, **common)
+        transform = (_train_transform if augment else _test_transform)(dataset.image_size)
+        samples = _list_images(dataset.root, 'train', dataset.classes)
+        train = WorkerLoader(samples, transform, batch_size, mean=dataset.mean, std=dataset.std,
+                             workers=workers, **common)
+    test = make_test_loader(dataset, -(-batch_size // parts), device=device, workers=workers,
+                            ten_crop=ten_crop, shard=shard)
+    return dataset, train, test
 
 
 def make_test_loader(dataset, batch_size, *, device, workers=0, ten_crop=False, shard=(0, 1)):
-    """As the last one of `make_loaders`; training images are read only to measure what is unknown.
+    """The test loader of `make_loaders` alone.
 
-    With `ten_crop` there is a tenth of the images in a batch, and so as many crops.
+    With `ten_crop` a batch has a tenth of the images, so that it has `batch_size` crops. Training
+    images are read only if mean and standard deviation must be measured.
 
     Raises:
         DataError: as `make_loaders`.
     """
     _check_ten_crop(dataset, ten_crop)
-    common = dict(batch_size=batch_size, shard=shard, device=device)
+    mean, std = dataset.mean, dataset.std
+    if mean is None:
+        mean, std = _measure(_read_split(dataset, 'train')[0])
+    common = dict(mean=mean, std=std, device=device, shard=shard)
     if dataset.in_memory:
-        mean, std = (dataset.mean, dataset.std) if dataset.mean is not None else \
-            _measure(_read_split(dataset, 'train')[0])
-        return MemoryLoader(*_read_split(dataset, 'test'), mean=mean, std=std, **common)
-    listing = _list_images(_split_folder(dataset.root, 'test'), dataset.classes)
-    if ten_crop:
-        common['batch_size'] = -(-batch_size // 10)
-    return WorkerLoader(listing.samples, _test_transform(dataset.image_size, ten_crop),
-                        mean=dataset.mean, std=dataset.std, workers=workers, **common)
+        return MemoryLoader(*_read_split(dataset, 'test'), batch_size, **common)
+    samples = _list_images(dataset.root, 'test', dataset.classes)
+    transform = _test_transform(dataset.image_size, ten_crop)
+    return WorkerLoader(samples, transform, -(-batch_size // 10) if ten_crop else batch_size,
+                        workers=workers, **common)
 
 
 def read_image(path, dataset, ten_crop=False):
-    """A file as the model wants to see it, float32 [3, H, W], or [10, 3, H, W] of ten crops.
+    """A file as the model's input, float32 [3, H, W], or [10, 3, H, W] with `ten_crop`.
 
     Raises:
-        DataError: not an image, or a broken one; or ten crops of a model for small images.
+        DataError: not an image, or a broken one; or ten crops of small images.
     """
     _check_ten_crop(dataset, ten_crop)
-    image = _decode(path)
-    view = (_square(image, dataset.image_size) if dataset.in_memory
-            else _test_transform(dataset.image_size, ten_crop)(image))
-    return (view.float() - _channels(dataset.mean, 'cpu')) / _channels(dataset.std, 'cpu')
+    image = _test_transform(dataset.image_size, ten_crop)(_decode(path))
+    return (image.float() - _channels(dataset.mean, 'cpu')) / _channels(dataset.std, 'cpu')
 
 
 def _check_ten_crop(dataset, ten_crop):
@@ -220,84 +207,80 @@ def _check_ten_crop(dataset, ten_crop):
                         f'{dataset.name} has images of {dataset.image_size}')
 
 
-class _Order:
-    """Which images a batch of an epoch has, and which of them are this process's."""
-
-    def __init__(self, num_images, batch_size, shard, shuffle, seed):
-        self.num_images, self.batch_size, self.shard = num_images, batch_size, shard
-        self.shuffle, self.seed = shuffle, seed
-        self.num_batches = -(-num_images // batch_size)
-
-    def set_epoch(self, epoch, start):
-        """Returns the generator that the rest of what is random in this epoch is drawn from."""
-        self.start = start
-        # The Mersenne twister looks at 32 bits of the seed; an odd factor keeps all seeds apart.
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**32)
-        self.permutation = (torch.randperm(self.num_images, generator=generator) if self.shuffle
-                            else torch.arange(self.num_images))
-        return generator
-
-    def part(self, i):
-        """Indices of this process's images of batch i, int64; and whether they are to count."""
-        rank, processes = self.shard
-        batch = self.permutation[i * self.batch_size:(i + 1) * self.batch_size]
-        part = batch.tensor_split(processes)[rank]
-        return (part, True) if len(part) else (batch[:1], False)
-
-
 class _Loader:
-    """What loaders have in common; a class of them has `__iter__` as well."""
+    """The order of the images in an epoch, and this process's shard of each batch.
 
-    def __init__(self, num_images, batch_size, *, mean, std, device, shuffle, seed, shard):
-        self.num_images, self.device = num_images, device
-        self.mean, self.std = _channels(mean, device), _channels(std, device)
-        self.order = _Order(num_images, batch_size, shard, shuffle, seed)
-
-    def __len__(self):
-        return self.order.num_batches
-
-    def images_in(self, i):
-        """The number of images in batch i, in all processes."""
-        batch_size = self.order.batch_size
-        return min(batch_size, self.num_images - i * batch_size)
-
-
-class MemoryLoader(_Loader):
-    """Batches of images [N, 3, H, W] that lie on the device as uint8.
-
-    With `augment`, each image is cropped from its zero-padded self and mirrored half of the time
-    (paper, section 4.1). The zeros are added after the normalisation, as in the official code.
+    A subclass has `__iter__`, and `_draw` for what its augmentation needs.
     """
 
-    def __init__(self, images, labels, batch_size, *, mean, std, device, shuffle=False,
-                 augment=False, seed=1, shard=(0, 1)):
-        self.images, self.labels = images.to(device), labels.to(device)
-        self.augment = augment
-        super().__init__(len(images), batch_size, mean=mean, std=std, device=device,
-                         shuffle=shuffle, seed=seed, shard=shard)
+    def __init__(self, num_images, batch_size, *, mean, std, device, shuffle=False, seed=1,
+                 shard=(0, 1)):
+        self.num_images, self.batch_size, self.device = num_images, batch_size, device
+        self.mean, self.std = _channels(mean, device), _channels(std, device)
+        self.shuffle, self.seed = shuffle, seed
+        self.rank, self.processes = shard
         self.set_epoch(1)
 
     def set_epoch(self, epoch, start=0):
-        # Drawn for the whole epoch at once and on the CPU: the same on every device, and for an
-        # image the same whatever the batch size and the number of processes.
-        n, generator = self.num_images, self.order.set_epoch(epoch, start)
-        offsets = torch.randint(2 * PAD + 1, (n, 2), generator=generator)
-        mirrored = torch.randint(2, (n,), generator=generator, dtype=torch.bool)
+        """Choose the epoch of the next iteration, and its first batch (counted from 0)."""
+        self.start = start
+        # The generator uses 32 bits of its seed; the odd factor keeps different seeds different.
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**32)
+        self.permutation = (torch.randperm(self.num_images, generator=generator) if self.shuffle
+                            else torch.arange(self.num_images))
+        self._draw(generator)
+
+    def __len__(self):
+        return -(-self.num_images // self.batch_size)
+
+    def images_in(self, i):
+        """The number of images in batch i, of all processes together."""
+        return min(self.batch_size, self.num_images - i * self.batch_size)
+
+    def _indices(self, i):
+        """Of the images in this process's shard of batch i, int64; at least one."""
+        batch = self.permutation[i * self.batch_size:(i + 1) * self.batch_size]
+        shard = batch.tensor_split(self.processes)[self.rank]
+        return shard if len(shard) else batch[:1]
+
+    def _finish(self, i, images, labels):
+        """Images as float32, normalised; `NO_LABEL` for the one that stands in an empty shard."""
+        if self.images_in(i) <= self.rank:
+            labels = torch.full_like(labels, NO_LABEL)
+        return (images.float() - self.mean) / self.std, labels
+
+
+class MemoryLoader(_Loader):
+    """Batches of images [N, 3, H, W] that are held on the device as uint8.
+
+    With `augment`, each image is cropped at random after zero padding, and mirrored half of the
+    time (paper, section 4.1). The padding comes after the normalisation, as in the official code.
+    """
+
+    def __init__(self, images, labels, batch_size, *, device, augment=False, **kwargs):
+        self.images, self.labels = images.to(device), labels.to(device)
+        self.augment = augment
+        super().__init__(len(images), batch_size, device=device, **kwargs)
+
+    def _draw(self, generator):
+        # On the CPU and for the whole epoch: the same numbers for an image on every device, with
+        # any batch size and any number of processes.
+        offsets = torch.randint(2 * PAD + 1, (self.num_images, 2), generator=generator)
+        mirrored = torch.randint(2, (self.num_images,), generator=generator, dtype=torch.bool)
         self.offsets, self.mirrored = offsets.to(self.device), mirrored.to(self.device)
-        self.order.permutation = self.order.permutation.to(self.device)
+        self.permutation = self.permutation.to(self.device)
 
     def __iter__(self):
-        for i in range(self.order.start, len(self)):
-            chosen, counts = self.order.part(i)
-            images = (self.images[chosen].float() - self.mean) / self.std
+        for i in range(self.start, len(self)):
+            indices = self._indices(i)
+            images, labels = self._finish(i, self.images[indices], self.labels[indices])
             if self.augment:
-                images = crop_and_mirror(images, self.offsets[chosen], self.mirrored[chosen])
-            labels = self.labels[chosen]
-            yield images, labels if counts else torch.full_like(labels, NO_LABEL)
+                images = crop_and_mirror(images, self.offsets[indices], self.mirrored[indices])
+            yield images, labels
 
 
 def crop_and_mirror(images, offsets, mirrored, pad=PAD):
-    """Crop each image at its own offset from its zero-padded self, then mirror some.
+    """Crop each image at its own offset after zero padding, then mirror some.
 
     Shapes: images [B, C, H, W]; offsets int64 [B, 2], down and right, in 0..2*pad; mirrored bool
     [B]. Returns [B, C, H, W].
@@ -313,60 +296,43 @@ def crop_and_mirror(images, offsets, mirrored, pad=PAD):
 
 
 class WorkerLoader(_Loader):
-    """Batches of image files that worker processes decode and transform, to uint8.
+    """Batches of image files that worker processes decode and augment, as uint8.
 
-    On CUDA they are copied from pinned memory on a stream of their own, while the device is still
-    at the step before, and normalised there: a quarter of the bytes to send.
+    They are normalised on the device: a quarter of the bytes to copy. On CUDA they are copied from
+    pinned memory on a stream of their own, during the step before.
     """
 
-    def __init__(self, samples, transform, batch_size, *, mean, std, device, workers=0,
-                 shuffle=False, seed=1, shard=(0, 1)):
-        super().__init__(len(samples), batch_size, mean=mean, std=std, device=device,
-                         shuffle=shuffle, seed=seed, shard=shard)
+    def __init__(self, samples, transform, batch_size, *, device, workers=0, **kwargs):
+        self.batches = []  # filled by `_draw`
+        super().__init__(len(samples), batch_size, device=device, **kwargs)
         on_cuda = device.type == 'cuda'
-        self.copies = torch.cuda.Stream(device) if on_cuda else None
-        self.work = _WorkList(self.order)
+        self.copy_stream = torch.cuda.Stream(device) if on_cuda else None
         self.loader = DataLoader(
-            _ImageFiles(samples, transform), batch_sampler=self.work, num_workers=workers,
-            pin_memory=on_cuda, persistent_workers=workers > 0,
+            _ImageFiles(samples, transform), batch_sampler=self.batches, num_workers=workers,
+            collate_fn=default_convert, pin_memory=on_cuda, persistent_workers=workers > 0,
             worker_init_fn=_leave_signals_to_main,
-            generator=torch.Generator())  # or it would draw from the one that dropout draws from
-        self.set_epoch(1)
+            generator=torch.Generator())  # not the global one, which dropout draws from
 
-    def set_epoch(self, epoch, start=0):
-        generator = self.order.set_epoch(epoch, start)
-        self.work.seeds = torch.randint(2**31, (self.num_images,), generator=generator)
-
-    def __iter__(self):
-        try:
-            for i, (images, labels) in enumerate(self.loader, start=self.order.start):
-                if not self.order.part(i)[1]:
-                    labels.fill_(NO_LABEL)
-                images, labels = self._send(images), self._send(labels)
-                yield (images.float() - self.mean) / self.std, labels
-        except DataError as error:  # out of a worker it comes wrapped in that worker's traceback
-            raise DataError(str(error).strip().rpartition('DataError: ')[2]) from None
-
-    def _send(self, batch):
-        if self.copies is None:
-            return batch.to(self.device)
-        with torch.cuda.stream(self.copies):
-            batch = batch.to(self.device, non_blocking=True)
-        torch.cuda.current_stream().wait_stream(self.copies)
-        batch.record_stream(torch.cuda.current_stream())  # its memory is free once that is done
-        return batch
-
-
-class _WorkList:
-    """Yields for each batch its (index, seed): a seed an image, for its random transforms."""
-
-    def __init__(self, order):
-        self.order = order
+    def _draw(self, generator):
+        # Each image has a seed, for its random transforms; a batch is rows of (index, seed).
+        seeds = torch.randint(2**31, (self.num_images,), generator=generator)
+        shards = map(self._indices, range(self.start, len(self)))
+        self.batches[:] = [torch.stack([shard, seeds[shard]], 1).numpy() for shard in shards]
 
     def __iter__(self):
-        for i in range(self.order.start, self.order.num_batches):
-            chosen, _ = self.order.part(i)
-            yield list(zip(chosen.tolist(), self.seeds[chosen].tolist()))
+        for i, batch in enumerate(self.loader, start=self.start):
+            if isinstance(batch, DataError):
+                raise DataError(*batch.args)
+            yield self._finish(i, *map(self._to_device, batch))
+
+    def _to_device(self, tensor):
+        if self.copy_stream is None:
+            return tensor.to(self.device)
+        with torch.cuda.stream(self.copy_stream):
+            tensor = tensor.to(self.device, non_blocking=True)
+        torch.cuda.current_stream().wait_stream(self.copy_stream)
+        tensor.record_stream(torch.cuda.current_stream())  # or its memory could be reused too early
+        return tensor
 
 
 class _ImageFiles(torch.utils.data.Dataset):
@@ -376,16 +342,26 @@ class _ImageFiles(torch.utils.data.Dataset):
         self.samples, self.transform = samples, transform
 
     def __getitem__(self, index_and_seed):
-        index, seed = index_and_seed
+        index, seed = map(int, index_and_seed)
         path, label = self.samples[index]
         image = _decode(path)
-        with torch.random.fork_rng(devices=[]):  # torchvision's transforms draw from torch's own
+        with torch.random.fork_rng(devices=[]):  # the transforms draw from the global generator
             torch.default_generator.manual_seed(seed)
             return self.transform(image), label
 
+    def __getitems__(self, batch):
+        """The images and labels of a batch, or its first DataError, for the main process to raise.
+
+        If a worker raised it, it would arrive as the text of that worker's traceback.
+        """
+        try:
+            return default_collate([self[index_and_seed] for index_and_seed in batch])
+        except DataError as error:
+            return error
+
 
 def _train_transform(size):
-    """As fb.resnet.torch, which the official ImageNet models were trained with."""
+    """As in fb.resnet.torch, which the official ImageNet models were trained with."""
     return transforms.Compose([transforms.RandomResizedCrop(size),
                                transforms.RandomHorizontalFlip(),
                                transforms.ColorJitter(0.4, 0.4, 0.4),
@@ -393,7 +369,8 @@ def _train_transform(size):
 
 
 def _test_transform(size, ten_crop=False):
-    resize = transforms.Resize(round(size * 256 / 224))
+    """The centre of the image, 224/256 of its shorter side; of small images all of it."""
+    resize = transforms.Resize(size if size <= SMALL else round(size * 256 / 224))
     if not ten_crop:
         return transforms.Compose([resize, transforms.CenterCrop(size), transforms.PILToTensor()])
     return transforms.Compose([resize, transforms.PILToTensor(), transforms.TenCrop(size),
@@ -401,54 +378,19 @@ def _test_transform(size, ten_crop=False):
 
 
 def _leave_signals_to_main(_):
-    # Ctrl-C, and many schedulers' SIGTERM and SIGUSR1, reach the workers too. They must live on for
-    # the main process to finish its step: they ignore all but their parent's SIGTERM.
+    # Ctrl-C, and many schedulers' SIGTERM and SIGUSR1, are sent to workers too. The main process
+    # needs them to finish its step, so they ignore all but a SIGTERM from their parent.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    if hasattr(signal, 'sigwaitinfo'):
+    if hasattr(signal, 'sigwaitinfo'):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_parent_says, daemon=True).start()
+        threading.Thread(target=_exit_when_parent_says, daemon=True).start()
 
 
-def _end_when_parent_says():
+def _exit_when_parent_says():
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
-
-
-class DataClock:
-    """How long the device waited for batches.
-
-    A GPU's host runs ahead of it and waits for what the GPU does not miss yet: there, events tell
-    when the GPU was done with a step and when it got the next batch.
-    """
-
-    def __init__(self, device):
-        self.on_cuda = device.type == 'cuda'
-        self.restart()
-
-    def restart(self):
-        self.waits = []  # pairs of marks
-        self.step_is_done()
-
-    def _mark(self):
-        if not self.on_cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def step_is_done(self):
-        self.done = self._mark()
-
-    def batch_is_here(self):
-        self.waits.append((self.done, self._mark()))
-
-    def seconds(self):
-        """Since the last restart; the device must be done with all that it was given."""
-        if self.on_cuda:
-            return sum(done.elapsed_time(here) for done, here in self.waits) / 1e3
-        return sum(here - done for done, here in self.waits)
 
 
 def _channels(values, device):
@@ -463,7 +405,7 @@ def _measure(images):
     counts /= counts.sum(1, keepdim=True)
     mean = counts @ levels
     variance = counts @ levels**2 - mean**2
-    std = variance.clamp(min=1).sqrt()  # an empty channel stays finite
+    std = variance.clamp(min=1).sqrt()  # not 0 for a constant channel
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
@@ -499,9 +441,12 @@ def _how_to_get(dataset, error):
              'svhn': ['train_32x32.mat', 'extra_32x32.mat', 'test_32x32.mat']}[dataset.name]
     missing = [name for name in files if not (dataset.root / name).exists()]
     state = 'missing from' if missing else 'broken in'
-    reason = ' '.join(str(error).split()) or type(error).__name__
     return (f'{", ".join(missing or files)} {state} {dataset.root} and not to be downloaded '
-            f'({reason}): put it there, or name the folder that has it by --data; {HINT}')
+            f'({_one_line(error)}): put it there, or name the folder that has it by --data; {HINT}')
+
+
+def _one_line(error):
+    return ' '.join(str(error).split()) or type(error).__name__
 
 
 def _split_folder(root, split):
@@ -514,62 +459,43 @@ def _split_folder(root, split):
                     f'val/ (or test/), and in each a folder of images a class; {HINT}')
 
 
-def _class_names(folder):
+def _list_images(root, split, classes):
+    """(path, label) of each image, sorted; the class folders must be those trained on."""
+    folder = _split_folder(root, split)
     try:
-        return tuple(datasets.folder.find_classes(folder)[0])
-    except OSError as error:
+        found = datasets.ImageFolder(folder)
+    except OSError as error:  # no class folders, or one without images
         raise DataError(f'{folder}: {error}') from error
-
-
-def _list_images(folder, classes):
-    """torchvision's ImageFolder, whose folders must be those of the classes trained on."""
-    odd = set(_class_names(folder)) ^ set(classes)
+    odd = set(found.classes) ^ set(classes)
     if odd:
         raise DataError(f'{folder}: the class folders are not those trained on: {min(odd)} is in '
                         f'only one of the two')
-    try:
-        return datasets.ImageFolder(folder)
-    except OSError as error:  # a class folder without images
-        raise DataError(f'{folder}: {error}') from error
+    return found.samples
 
 
 def _read_folder(dataset, split):
-    listing = _list_images(_split_folder(dataset.root, split), dataset.classes)
-    paths, labels = zip(*listing.samples)
+    paths, labels = zip(*_list_images(dataset.root, split, dataset.classes))
     images = torch.empty(len(paths), 3, dataset.image_size, dataset.image_size, dtype=torch.uint8)
-    pool = ThreadPoolExecutor()
-    try:
-        views = pool.map(lambda path: _square(_decode(path), dataset.image_size), paths)
-        bar = tqdm(views, f'reading {split}', len(paths), leave=False,
-                   disable=not sys.stdout.isatty())
-        for i, view in enumerate(bar):
-            images[i] = view
-    finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C doesn't wait for the rest
+    transform = _test_transform(dataset.image_size)
+    with ThreadPoolExecutor() as pool:
+        squares = pool.map(lambda path: transform(_decode(path)), paths)
+        for i, square in enumerate(tqdm(squares, f'reading {split}', len(paths), leave=False,
+                                        disable=not sys.stdout.isatty())):
+            images[i] = square
     return images, torch.tensor(labels)
 
 
 def _decode(path):
-    """A file as an RGB picture, wholly read."""
+    """An image file of any mode as an 8-bit RGB PIL image; all images are read here."""
     try:
         with Image.open(path) as image:
-            if max(image.size) > 1000 * min(image.size):  # scaled by its shorter side it were huge
-                raise ValueError(f'{image.width} x {image.height} pixels')
-            if image.mode.startswith('I'):  # 16 bits of grey, which PIL would clip at 255
+            if image.mode.startswith('I'):  # 16-bit grey, which PIL would clip at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             elif 'transparency' in image.info:
                 image = image.convert('RGBA')
             return image.convert('RGB')
-    except Exception as error:  # a broken file may make PIL stumble on anything; or it is a bomb
-        reason = ' '.join(str(error).split())
-        raise DataError(f'{path}: cannot be read as an image ({reason})') from error
-
-
-def _square(image, size):
-    """A picture as uint8 [3, size, size]: the shorter side scaled to size, the middle cropped."""
-    if image.size != (size, size):
-        image = TF.center_crop(TF.resize(image, size), size)
-    return TF.pil_to_tensor(image)
+    except Exception as error:  # PIL raises anything for a broken file, or one that is too large
+        raise DataError(f'{path}: cannot be read as an image ({_one_line(error)})') from error
 
 
 def draw_shapes(split):

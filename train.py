@@ -392,15 +392,14 @@ def train_epoch(args, state, loader, log, step, stop):
         state.model.features.eval()
     loader.set_epoch(state.epoch, start=state.step)
     log.start_epoch(state.epoch, state.step)
-    started, images_before = time.perf_counter(), state.interval_images
-    clock = data.DataClock(state.interval.device)
+    started = step_ended = time.perf_counter()
+    images_before, waited = state.interval_images, 0.0  # `waited`: seconds, for batches
     for images, labels in batches(loader, stop):
-        clock.batch_is_here()
+        waited += time.perf_counter() - step_ended
         lr = learning_rate(args, state.epoch, state.step / len(loader))
         set_learning_rate(state.optimizer, lr)
         batch_size = loader.images_in(state.step)
         step(images, labels, batch_size)
-        clock.step_is_done()
         state.count_step(batch_size)
         log.advance()
         if state.step % args.print_freq == 0 or state.step == len(loader):
@@ -408,9 +407,9 @@ def train_epoch(args, state, loader, log, step, stop):
             now = time.perf_counter()
             log.train_row(state.epoch - 1 + state.step / len(loader), loss, error, lr,
                           images_per_second=(images_here - images_before) / (now - started),
-                          data_wait=100 * clock.seconds() / (now - started))
-            started, images_before = now, 0
-            clock.restart()
+                          data_wait=100 * waited / (now - started))
+            started, images_before, waited = now, 0, 0.0
+        step_ended = time.perf_counter()
 
 
 def close_interval(state):
@@ -657,8 +656,6 @@ def choose_dataset(args, saved):
     """What is trained or tested on; with --predict, what the model was trained on."""
     try:
         known = saved and data.Description(root=Path(args.data), **saved['dataset'])
-        if known:
-            known.check()
     except TypeError as error:
         raise CheckpointError(f'{args.resume} is damaged: {error}') from error
     if args.predict:
