@@ -19,6 +19,7 @@ from pathlib import Path
 
 import graphviz
 import torch
+from torch import nn
 
 import checkpoint
 import data
@@ -27,18 +28,18 @@ import plot
 import train
 from checkpoint import CheckpointError
 from data import DataError
-from densenet import DenseBlock, DenseNet, Transition
+from densenet import DenseBlock, DenseNet
 from flags import UsageError
 
 FORMATS = ('.png', '.svg', '.pdf', '.dot')
 FONT = dict(fontname='Helvetica,Arial,sans-serif', fontsize='12')
-COLORS = [plot.GREY, *plot.COLORS[:-1]]  # of a block's input, and of its layers' maps
-BLUE, ORANGE, GREEN = '#d6e8f5', '#fbe3cf', '#d5eee5'  # lighter ones, to fill boxes with
+COLORS = [plot.GREY, *plot.COLORS[:-1]]  # of edges: from a block's input, and from its layers
+BLUE, ORANGE, GREEN = '#d6e8f5', '#fbe3cf', '#d5eee5'  # of boxes
 
 
 # ---- the view of blocks -------------------------------------------------------------------
 
-def block_graph(model, image_size, title, max_layers=6):
+def block_graph(model, image_size, title, max_layers):
     """Stem, dense blocks, transitions and classifier: a column for each block.
 
     Each box in a block, and the one before it, has an edge to every later box in the block.
@@ -48,82 +49,76 @@ def block_graph(model, image_size, title, max_layers=6):
         max_layers: blocks of more layers are folded, but for the first two and the last; 4 or more.
     """
     dropout = ', dropout' * (model.config['drop_rate'] > 0)
-    layer = '; '.join(f'BN, ReLU, {" × ".join(map(str, conv.kernel_size))} convolution to '
-                      f'{conv.out_channels}{dropout}'
-                      for conv in model.features.denseblock1.denselayer1.convs())
+    layer = '; '.join(f'BN, ReLU, {show(conv.kernel_size)} convolution to {conv.out_channels}'
+                      f'{dropout}' for conv in convolutions(model.features.denseblock1.denselayer1))
     graph = new_graph(f'{title}\nLayer: {layer}\nAn edge carries all the feature maps of the box '
                       f'that it leaves, channels × height × width; edges of one colour carry the '
                       f'same.')
-    shapes = shapes_after(model, image_size)
     graph.node('images', 'images', fillcolor='white')
-    small = model.config['small_inputs']
-    graph.node('stem', '3 × 3 convolution' if small else
+    graph.node('stem', '3 × 3 convolution' if model.config['small_inputs'] else
                '7 × 7 convolution, stride 2\nBN, ReLU\n3 × 3 max pool, stride 2', fillcolor=GREEN)
-    add_edge(graph, 'images', 'stem', shapes['images'])
-    before = 'stem'
-    shapes['stem'] = shapes['conv0' if small else 'pool0']
-    for name, module in model.features.named_children():
+    maps = torch.empty(1, model.config['in_channels'], image_size, image_size, device='meta')
+    add_edge(graph, 'images', 'stem', maps.shape[1:])
+    source = 'stem'  # the node that puts out the maps
+    for name, module in model.eval().features.named_children():
+        inputs, maps = maps, module(maps)
         if isinstance(module, DenseBlock):
-            add_block(graph, name, module, before, shapes, max_layers)
-            before = f'{name}.output'
-            shapes[before] = shapes[name]
-        elif isinstance(module, Transition):
-            convolution = f'1 × 1 convolution: {module.conv.in_channels} to ' \
-                          f'{module.conv.out_channels}{dropout}'
-            graph.node(name, f'transition {number_of(name)}\nBN, ReLU, {convolution}\n'
+            add_block(graph, name, module, source, inputs.shape[1:], max_layers)
+            source = f'{name}.output'
+        elif name.startswith('transition'):
+            [conv] = convolutions(module)
+            graph.node(name, f'transition {name.removeprefix("transition")}\nBN, ReLU, '
+                       f'1 × 1 convolution: {conv.in_channels} to {conv.out_channels}{dropout}\n'
                        f'2 × 2 average pool', fillcolor=ORANGE)
-            add_way_up(graph, before, name, shapes[before])
-            before = name
+            add_edge_to_next_column(graph, source, name, inputs.shape[1:])
+            source = name
     linear = f'linear: {model.classifier.in_features} to {model.classifier.out_features} classes'
     graph.node('classifier', f'BN, ReLU, global average pool\n{linear}', fillcolor=GREEN)
-    add_edge(graph, before, 'classifier', shapes[before])
+    add_edge(graph, source, 'classifier', maps.shape[1:])
     return graph
 
 
-def shapes_after(model, image_size):
-    """{module of model.features, or 'images': (channels, height, width)}"""
-    x = torch.empty(1, model.config['in_channels'], image_size, image_size, device='meta')
-    shapes = {'images': tuple(x.shape[1:])}
-    model.eval()
-    for name, module in model.features.named_children():
-        x = module(x)
-        shapes[name] = tuple(x.shape[1:])
-    return shapes
-
-
-def add_block(graph, name, block, before, shapes, max_layers):
-    """A dense block, which reads what the node `before` puts out."""
+def add_block(graph, name, block, source, input_shape, max_layers):
+    """A dense block, whose input is what the node `source` puts out."""
     layers = list(block.values())
-    growth_rate = layers[0].halves()[-1][1].out_channels
-    nodes = [(before, shapes[before][0])]
+    growth_rate = convolutions(layers[0])[-1].out_channels
+    channels, height, width = input_shape
+    nodes = [(source, channels)]  # with the number of maps that each puts out
     with graph.subgraph(name=f'cluster_{name}') as cluster:
-        cluster.attr(label=f'   block {number_of(name)}', style='rounded', labelloc='b',
-                     labeljust='l', color=plot.GREY)
+        cluster.attr(label=f'   block {name.removeprefix("denseblock")}', labelloc='b',
+                     labeljust='l', style='rounded', color=plot.GREY)
         for group in group_layers(len(layers), max_layers):
-            node = f'{name}.layer{group[0] + 1}'
-            reads = [str(layers[i].norm1.num_features) for i in group]
-            if len(reads) > 3:
-                reads[2:-1] = ['...']
-            text = (f'layer {group[0] + 1}: {reads[0]} to {growth_rate}' if len(group) == 1 else
-                    f'layers {group[0] + 1} to {group[-1] + 1}:\n{", ".join(reads)}\n'
-                    f'to {growth_rate} each')
-            cluster.node(node, text, fillcolor=BLUE, peripheries='1' if len(group) == 1 else '2')
-            nodes.append((node, growth_rate * len(group)))
+            first, last = group[0] + 1, group[-1] + 1
+            inputs = [str(layers[i].norm1.num_features) for i in group]
+            if len(inputs) > 3:
+                inputs[2:-1] = ['...']
+            text = f'layer {first}: {inputs[0]} to {growth_rate}' if first == last else \
+                f'layers {first} to {last}:\n{", ".join(inputs)}\nto {growth_rate} each'
+            cluster.node(f'{name}.layer{first}', text, fillcolor=BLUE,
+                         peripheries='1' if first == last else '2')
+            nodes.append((f'{name}.layer{first}', growth_rate * len(group)))
         cluster.node(f'{name}.output', 'all maps', fillcolor='white', style='filled,rounded')
-    nodes.append((f'{name}.output', 0))
-    for i, (source, channels) in enumerate(nodes[:-1]):
-        for target, _ in nodes[i + 1:]:
-            add_edge(graph, source, target, (channels, *shapes[name][1:]),
-                     labelled=target == nodes[i + 1][0], color=COLORS[i % len(COLORS)])
+    targets = [node for node, _ in nodes[1:]] + [f'{name}.output']
+    for i, (node, channels) in enumerate(nodes):
+        for target in targets[i:]:
+            add_edge(graph, node, target, (channels, height, width), color=COLORS[i % len(COLORS)],
+                     is_main=target == targets[i])
 
 
-def add_edge(graph, source, target, shape, labelled=True, **style):
-    """One that is labelled keeps its ends together, so that these make a straight line."""
+def group_layers(num_layers, max_layers):
+    """The layers 0, 1, ... in lists: one for each box that is drawn."""
+    if num_layers <= max_layers:
+        return [[i] for i in range(num_layers)]
+    return [[0], [1], list(range(2, num_layers - 1)), [num_layers - 1]]
+
+
+def add_edge(graph, source, target, shape, is_main=True, **style):
+    """A main edge has a label, and its weight makes dot align its ends in a straight column."""
     graph.edge(source, target, tooltip=f'{source} to {target}: {show(shape)}',
-               label=f'  {show(shape)}' * labelled, weight='9' if labelled else '1', **style)
+               label=f'  {show(shape)}' * is_main, weight='9' if is_main else '1', **style)
 
 
-def add_way_up(graph, source, target, shape):
+def add_edge_to_next_column(graph, source, target, shape):
     """An edge from the foot of a column to `target`, the head of the next.
 
     dot draws from above to below, and so this in two parts: down to a bend, and back from there.
@@ -138,15 +133,8 @@ def add_way_up(graph, source, target, shape):
         top.node(target)
 
 
-def number_of(name):
-    return re.search(r'\d+$', name)[0]
-
-
-def group_layers(num_layers, max_layers):
-    """The layers 0, 1, ... in lists: one for each box that is drawn."""
-    if num_layers <= max_layers:
-        return [[i] for i in range(num_layers)]
-    return [[0], [1], list(range(2, num_layers - 1)), [num_layers - 1]]
+def convolutions(module):
+    return [child for child in module.modules() if isinstance(child, nn.Conv2d)]
 
 
 def show(shape):
@@ -218,7 +206,9 @@ def build_model(argv):
     if args.dataset is None:
         args.dataset = 'imagenet' if args.arch else 'cifar10'
     if args.resume:
-        return args, *saved_network(args.resume)
+        saved = checkpoint.load(args.resume)
+        with torch.device('meta'):
+            return args, DenseNet(**saved['config']), saved['dataset']['image_size']
     if args.dataset == 'imagenet':  # its classes are known, and nothing of it has to be there
         dataset = data.Description('imagenet', Path(args.data), train.imagenet_classes(),
                                    args.image_size or 224)
@@ -229,33 +219,21 @@ def build_model(argv):
         return args, train.build_model(args, dataset), dataset.image_size
 
 
-def saved_network(path):
-    saved = checkpoint.load(path)
-    try:
-        with torch.device('meta'):
-            model = DenseNet(**saved['config'])
-        shapes_after(model, saved['dataset']['image_size'])
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f'{path} is damaged: {error}') from error
-    return model, saved['dataset']['image_size']
-
-
 def write(graph, path):
-    """The picture, or where dot is missing its input. Returns what was written."""
+    """The picture, or without the program dot its input. Returns the path of what was written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix != '.dot':
         try:
-            picture = graph.pipe(format=path.suffix[1:], quiet=True)
-            path.write_bytes(picture)
+            path.write_bytes(graph.pipe(format=path.suffix[1:], quiet=True))
             return path
         except graphviz.CalledProcessError as error:
             raise UsageError(f'dot failed: {error.stderr.decode(errors="replace").strip()}; '
                              f'--output FILE.dot keeps its input') from error
         except graphviz.ExecutableNotFound:
-            dot = path.with_suffix('.dot')
-            complain(f'the program dot is missing (apt install graphviz, brew install graphviz); '
-                     f'with it, dot -T{path.suffix[1:]} {dot} -o {path}', 'warning')
-            path = dot
+            picture, path = path, path.with_suffix('.dot')
+            print(f'make_graph.py: warning: the program dot is missing (apt install graphviz, brew '
+                  f'install graphviz); with it, dot -T{picture.suffix[1:]} {path} -o {picture}',
+                  file=sys.stderr)
     path.write_text(graph.source)
     return path
 
@@ -270,19 +248,12 @@ def main(argv=None):
         else:
             graph = block_graph(model, image_size, title, args.max_layers)
         print(write(graph, args.output))
-    except OSError as error:
-        sys.exit(complain(f'{error.filename}: {error.strerror}'))
-    except (UsageError, CheckpointError, DataError) as error:
-        sys.exit(complain(error))
-
-
-def complain(message, kind='error'):
-    print(f'make_graph.py: {kind}: {message}', file=sys.stderr)
-    return 2
+    except (UsageError, CheckpointError, DataError, OSError) as error:
+        print(f'make_graph.py: error: {error}', file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:  # dot may take long
+        sys.exit(130)
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except KeyboardInterrupt:  # dot may take long
-        sys.exit(130)
+    main()

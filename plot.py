@@ -11,11 +11,8 @@ loss-error (both side by side). It may be run at any time, also while the run is
 """
 
 import argparse
-import io
-import itertools
 import os
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,11 +23,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodF
 
 FIGURES = {'loss': ['loss'], 'error': ['error'], 'loss-error': ['loss', 'error']}
 AXIS_LABELS = {'loss': 'cross-entropy loss', 'error': 'error (%)'}
-COLUMNS = ['epoch', 'loss', 'error', 'lr']  # what is read; other columns are left alone
-# Of a row without a header, or under one that is damaged: a row of test.csv and of the classic
-# repositories has no more than these, and the fourth column of train.csv is the learning rate.
-HEADERLESS_COLUMNS = {3: COLUMNS[:3], 4: [*COLUMNS[:3], ''], 5: [*COLUMNS, ''],
-                      6: [*COLUMNS, '', '']}
+CLASSIC_COLUMNS = ['epoch', 'loss', 'error']
+COLUMNS = [*CLASSIC_COLUMNS, 'lr']  # that are read; the others are not drawn
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; its yellow is too pale here.
 COLORS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000']
@@ -46,6 +40,10 @@ STYLE = {
 }
 
 
+class UsageError(Exception):
+    """Files or flags that can't be used, said in one line."""
+
+
 class Run(NamedTuple):
     name: str
     train: dict[str, np.ndarray]  # column name -> a value a row; empty if there is no file
@@ -58,122 +56,67 @@ def warn(message):
     print(f'plot.py: warning: {message}', file=sys.stderr)
 
 
-def parse_row(fields, names):
-    """The values of COLUMNS in one line; ValueError if it isn't a whole row of numbers."""
-    if len(fields) != len(names):
-        raise ValueError(f'expected {len(names)} columns, found {len(fields)}')
-    values = {name: float(field) for name, field in zip(names, fields) if name in COLUMNS}
-    return [values.get(name, np.nan) for name in COLUMNS]
-
-
 def read_table(path):
-    """{column: values} of a CSV file, {} if there is none; rows that can't be read are skipped."""
+    """{column: values} of a CSV file, {} if there is none; rows that are not whole are left out.
+
+    Raises UsageError for a file with neither a header nor rows of CLASSIC_COLUMNS.
+    """
     if not path.exists():
         return {}
-    # Line by line, not by the csv module, to which a stray quote or NUL byte is an error that
-    # takes the following rows along; newline='\n' keeps the line numbers an editor's.
-    with open(path, encoding='utf-8-sig', errors='replace', newline='\n') as file:
-        lines = [(number, [field.strip('" \t\r\n') for field in line.split(',')])
-                 for number, line in enumerate(file, start=1) if line.strip()]
-    # A header that is not as wide as most lines is damaged: then they are read as if without one.
-    width = Counter(len(fields) for _, fields in lines).most_common(1)[0][0] if lines else 0
-    names, rows, numbers, skipped = HEADERLESS_COLUMNS.get(width, COLUMNS[:3]), [], [], []
-    for number, fields in lines:
-        fits = len(fields) == width or width not in HEADERLESS_COLUMNS
-        if not rows and 'epoch' in fields and fits:
-            names = fields
-            continue
+    with open(path, encoding='utf-8-sig', errors='replace') as file:
+        lines = [line.split(',') for line in file if line.strip()]
+    header = [name.strip() for name in lines[0]] if lines else []
+    has_header = 'epoch' in header
+    names = header if has_header else CLASSIC_COLUMNS
+    rows, left_out = [], 0
+    for line in lines[has_header:]:
         try:
-            rows.append(parse_row(fields, names))
-            numbers.append(number)
-        except ValueError as error:
-            skipped.append((number, str(error)[:80]))
-    values = np.array(rows, dtype=float).reshape(len(rows), len(COLUMNS))
-    odd = out_of_order(values[:, 0])
-    skipped += [(numbers[i], f'epoch {values[i, 0]:g} is out of order')
-                for i in np.flatnonzero(odd)]
-    skipped.sort()
-    for number, reason in skipped[:5]:
-        warn(f'{path}, line {number}: skipped: {reason}')
-    if len(skipped) > 5:
-        warn(f'{path}: {len(skipped) - 5} more lines skipped, the last is line {skipped[-1][0]}')
-    table = dict(zip(COLUMNS, values[~odd].T))
-    if np.isnan(table['lr']).all():  # only train.csv has it
-        del table['lr']
-    return drop_superseded(table)
-
-
-def out_of_order(epochs):
-    """True for a row alone without which the epochs would rise: a damaged one.
-
-    Where they fall and rise on from there, a run was resumed: see `drop_superseded`.
-    """
-    before, after = np.append(-np.inf, epochs[:-1]), np.append(epochs[1:], np.nan)
-    too_low = (epochs < before) & (after > before)
-    too_high = (epochs > after) & (before <= after)
-    both = too_high[:-1] & too_low[1:]  # it fell by less than a row
-    too_high[:-1] &= ~both
-    too_low[1:] &= ~both
-    return too_low | too_high
-
-
-def drop_superseded(table):
-    """A run resumed from its last checkpoint does some epochs again: the later rows count."""
-    known = drawable(table['epoch'])
-    table = {name: values[known] for name, values in table.items()}
-    earliest_from_here = np.minimum.accumulate(table['epoch'][::-1])[::-1]
-    keep = table['epoch'] <= earliest_from_here
-    return {name: values[keep] for name, values in table.items()}
-
-
-def drawable(values):
-    """Not NaN (it compares false), not infinite, nor so large that nothing else would be seen."""
-    return np.abs(values) < 1e12
+            row = {name: float(field) for name, field in zip(names, line, strict=True)
+                   if name in COLUMNS}
+        except ValueError:  # for example the last row of a process that was killed
+            left_out += 1
+            continue
+        # A run resumed from its last checkpoint repeats some epochs: the later rows count.
+        while rows and rows[-1]['epoch'] >= row['epoch']:
+            rows.pop()
+        rows.append(row)
+    if left_out and not rows and not has_header:
+        raise UsageError(f'{path} is not a CSV file of a run: it must begin with a header such as '
+                         f'{",".join(COLUMNS)}, or with a row of {",".join(CLASSIC_COLUMNS)}')
+    if left_out:
+        warn(f'{path}: left out what is not a whole row of numbers: {left_out} of {len(lines)} '
+             f'lines')
+    return {name: np.array([row[name] for row in rows]) for name in names if name in COLUMNS}
 
 
 def points(table, column):
     """(epochs, values) of the rows that can be drawn; empty if there is no such column."""
     if column not in table:
         return np.empty(0), np.empty(0)
-    keep = drawable(table[column])
-    return table['epoch'][keep], table[column][keep]
+    finite = np.isfinite(table[column])
+    return table['epoch'][finite], table[column][finite]
 
 
-def has_points(run):
-    return any(len(points(table, column)[0])
-               for table in (run.train, run.test) for column in AXIS_LABELS)
-
-
-def run_names(directories):
-    """Each directory's last name, after as many parents as it takes to tell it from the others."""
-    paths = [Path(os.path.abspath(directory)).parts for directory in directories]
-    names = []
-    for path in paths:
-        depth = next(depth for depth in itertools.count(1)
-                     if sum(other[-depth:] == path[-depth:] for other in paths) == 1)
-        name = '/'.join(path[-depth:])
-        # A legend line has room for 22 letters; one that begins with _ would be left out of it.
-        if len(name) > 22 and len(paths) > 1:
-            name = f'{name[:10]}…{name[-11:]}'
-        names.append(f' {name}' if name.startswith('_') else name)
-    return names
+def common_parent(directories):
+    return os.path.commonpath([os.path.dirname(os.path.abspath(run)) for run in directories])
 
 
 def read_runs(directories):
-    """The runs that have something to draw. Raises FileNotFoundError if one is no directory."""
+    """The runs that have something to draw; UsageError if none has."""
+    parent, runs, empty = common_parent(directories), [], []
     for directory in directories:
-        if not directory.is_dir():
-            raise FileNotFoundError(f'no run directory {directory}: give a directory that holds '
-                                    'train.csv or test.csv, as train.py makes them under work/')
-    runs = [Run(name, read_table(directory / 'train.csv'), read_table(directory / 'test.csv'))
-            for name, directory in zip(run_names(directories), directories)]
-    empty = [str(directory) for run, directory in zip(runs, directories) if not has_points(run)]
-    if len(empty) == len(runs):
-        raise FileNotFoundError(f'nothing to draw yet in {", ".join(empty)}: train.csv or '
-                                'test.csv must hold a row with an epoch and a loss or an error')
+        run = Run(os.path.relpath(directory, parent), read_table(directory / 'train.csv'),
+                  read_table(directory / 'test.csv'))
+        if any(len(points(table, column)[0]) for table in run[1:] for column in AXIS_LABELS):
+            runs.append(run)
+        else:
+            empty.append(str(directory))
+    if not runs:
+        raise UsageError(f'nothing to draw in {", ".join(empty)}: give directories of runs, as '
+                         'train.py makes them under work/, whose train.csv or test.csv has a row')
     for directory in empty:
         warn(f'{directory}: left out, nothing to draw yet')
-    return [run for run in runs if has_points(run)]
+    return runs
 
 
 # ---- what the curves say ------------------------------------------------------------------
@@ -181,19 +124,16 @@ def read_runs(directories):
 def running_mean(epochs, values):
     """Mean over the epoch that ends at each row: of the rows so far in (epoch - 1, epoch].
 
-    Rows may lie unevenly, as the last of an epoch does: each counts by the span since the row
-    before it (all count alike if some share an epoch). Before epoch 1 the mean is of what there is.
+    Rows may lie unevenly, as the last of an epoch does: each is weighted by the distance from the
+    row before it. Before epoch 1 the mean is of what there is.
     """
     spans = np.diff(epochs)
-    weights = np.append(spans[:1], spans) if len(spans) and spans.min() > 0 else 0 * epochs + 1
+    weights = np.append(spans[:1], spans) if len(spans) else np.ones(len(epochs))
     # 1e-6: in binary 1.1 - 1 lies a little above 0.1, and elsewhere a little below.
     first = np.searchsorted(epochs, epochs - 1 + 1e-6, side='right')
-    # Each window is summed by itself, since after one loss of 1e30 a difference of cumulative
-    # sums would be noise. reduceat's every other sum, from end to the next first, is of no use.
-    bounds = np.column_stack([first, np.arange(1, len(epochs) + 1)]).ravel()
-    total, weight = (np.add.reduceat(np.append(terms, 0.0), bounds)[::2]
-                     for terms in (values * weights, weights))
-    return total / weight
+    windows = [slice(start, stop) for stop, start in enumerate(first, start=1)]
+    # Not by differences of cumulative sums, which are noise after one loss of 1e30.
+    return np.array([weights[w] @ values[w] / weights[w].sum() for w in windows])
 
 
 def lr_drops(epochs, lr):
@@ -202,52 +142,48 @@ def lr_drops(epochs, lr):
     A cosine also halves from row to row at its very end, but before that it falls slowly.
     """
     before, after = lr[:-1], lr[1:]
-    fell = after < before * (1 - 1e-6)
-    halved = fell & (after <= before * (0.5 + 1e-6))
+    fell = after < before
+    halved = fell & (after < 0.5001 * before)  # the file has six digits
     return epochs[:-1][halved] if np.array_equal(fell, halved) else epochs[:0]
-
-
-def decimate(epochs, values, limit=2000):
-    """At most limit points that look the same: the lowest and highest of each stretch of rows."""
-    if len(epochs) <= limit:
-        return epochs, values
-    starts = np.linspace(0, len(epochs), limit // 2, endpoint=False).astype(int)
-    lowest, highest = np.minimum.reduceat(values, starts), np.maximum.reduceat(values, starts)
-    return np.repeat(epochs[starts], 2), np.column_stack([lowest, highest]).ravel()
 
 
 def format_value(column, value):
     return f'{value:.2f}%' if column == 'error' else f'{value:#.3g}'.rstrip('.')
 
 
-def summarize_test(table, column):
-    """'final 4.73%, best 4.65% (epoch 287)'; a final NaN is said, not hidden."""
-    epochs, values = points(table, column)
-    best = values.argmin()
-    return (f'final {format_value(column, table[column][-1])}, '
-            f'best {format_value(column, values[best])} (epoch {epochs[best]:g})')
-
-
 # ---- drawing ------------------------------------------------------------------------------
+
+def draw_train_mean(axes, run, column, label, **style):
+    """Returns [(epochs, means)], or [] where there is nothing to draw."""
+    epochs, values = points(run.train, column)
+    if not len(epochs):
+        return []
+    mean = running_mean(epochs, values)
+    axes.plot(epochs, mean, marker='o' if len(epochs) == 1 else '',
+              label=label and f'{label}, final {format_value(column, mean[-1])}', **style)
+    return [(epochs, mean)]
+
+
+def draw_test(axes, run, column, label, **style):
+    """Returns [(epochs, values)], or [] where there is nothing to draw."""
+    epochs, values = points(run.test, column)
+    if not len(epochs):
+        return []
+    final = format_value(column, run.test[column][-1])  # which may be nan
+    best = f'{format_value(column, values.min())} (epoch {epochs[values.argmin()]:g})'
+    axes.plot(epochs, values, marker='o' if len(epochs) <= 20 else '',
+              label=f'{label}, final {final}, best {best}', **style)
+    return [(epochs, values)]
+
 
 def draw_run(axes, run, column):
     """One run: training and test in two colours. Returns the curves that the axes must show."""
-    curves = []
-    epochs, values = points(run.train, column)
-    if len(epochs):
-        mean = running_mean(epochs, values)
-        axes.plot(*decimate(epochs, values), color=COLORS[0], alpha=0.3, linewidth=0.7)
-        axes.plot(*decimate(epochs, mean), color=COLORS[0], marker='o' if len(epochs) == 1 else '',
-                  label=f'train (mean over an epoch), final {format_value(column, mean[-1])}')
-        curves.append((epochs, mean))
-    epochs, values = points(run.test, column)
-    if len(epochs):
-        axes.plot(epochs, values, color=COLORS[1], marker='o' if len(epochs) <= 20 else '',
-                  label=f'test, {summarize_test(run.test, column)}')
-        curves.append((epochs, values))
+    axes.plot(*points(run.train, column), color=COLORS[0], alpha=0.3, linewidth=0.7)
+    curves = [*draw_train_mean(axes, run, column, 'train (mean over an epoch)', color=COLORS[0]),
+              *draw_test(axes, run, column, 'test', color=COLORS[1])]
     for i, epoch in enumerate(lr_drops(*points(run.train, 'lr'))):
         axes.axvline(epoch, color=GREY, linestyle=(0, (4, 3)), linewidth=0.7, zorder=1,
-                     label='_' if i else 'learning rate drops')
+                     label='' if i else 'learning rate drops')
     return curves
 
 
@@ -255,21 +191,16 @@ def draw_comparison(axes, runs, column):
     """A colour a run: test thick, training thin. Returns the curves that the axes must show."""
     curves = []
     for i, run in enumerate(runs):
+        # A line of the legend has room for 22 letters; matplotlib leaves out one that begins
+        # with an underscore.
+        name = run.name if len(run.name) <= 22 else f'{run.name[:10]}…{run.name[-11:]}'
+        name = f' {name}' if name.startswith('_') else name
         color = COLORS[i % len(COLORS)]
-        epochs, values = points(run.train, column)
-        tested, test_values = points(run.test, column)
-        if len(epochs):
-            mean = running_mean(epochs, values)
-            final = format_value(column, mean[-1])
-            axes.plot(*decimate(epochs, mean), color=color, linewidth=0.6, alpha=0.7,
-                      marker='o' if len(epochs) == 1 else '',
-                      label='_' if len(tested) else f'{run.name}, train, final {final}')
-            curves.append((epochs, mean))
-        if len(tested):
-            axes.plot(tested, test_values, color=color, marker='o' if len(tested) <= 20 else '',
-                      linestyle=['-', '--', '-.'][i // len(COLORS) % 3],
-                      label=f'{run.name}, {summarize_test(run.test, column)}')
-            curves.append((tested, test_values))
+        is_tested = len(points(run.test, column)[0]) > 0
+        curves += draw_train_mean(axes, run, column, '' if is_tested else f'{name}, train',
+                                  color=color, linewidth=0.6, alpha=0.7)
+        curves += draw_test(axes, run, column, name, color=color,
+                            linestyle=['-', '--', '-.'][i // len(COLORS) % 3])
     return curves
 
 
@@ -314,25 +245,20 @@ def make_figure(runs, columns):
                 set_epoch_axis(axes, np.concatenate([epochs for epochs, _ in curves]))
                 set_value_axis(axes, np.concatenate([values for _, values in curves]))
                 # Above the axes, where it can't cover a curve, however the run goes.
-                legend = axes.legend(loc='lower left', bbox_to_anchor=(0, 1), alignment='left')
-                for text in legend.get_texts():
-                    text.set_parse_math(False)  # a run may be called a$b$
-                if len(runs) > 1:
-                    legend.set_title('test thick, train (mean over an epoch) thin')
+                title = 'test thick, train (mean over an epoch) thin' if len(runs) > 1 else None
+                axes.legend(loc='lower left', bbox_to_anchor=(0, 1), alignment='left', title=title)
         if len(runs) == 1:
-            figure.suptitle(runs[0].name, fontsize=9, color=GREY, parse_math=False)
+            figure.suptitle(runs[0].name, fontsize=9, color=GREY)
     return figure
 
 
 def save_figure(figure, path):
     """Writes the figure whole or not at all, for somebody may be looking at the last one."""
     dates = {'.svg': {'Date': None}, '.pdf': {'CreationDate': None}}  # none, so that files repeat
-    image = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(image, format=path.suffix[1:], metadata=dates.get(path.suffix))
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')  # train.py sweeps
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')  # train.py removes old ones
     try:
-        temporary.write_bytes(image.getvalue())
+        with matplotlib.rc_context(STYLE):
+            figure.savefig(temporary, format=path.suffix[1:], metadata=dates.get(path.suffix))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -362,22 +288,18 @@ def make_parser():
 def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
-    directories = list({os.path.abspath(run): run for run in args.runs}.values())
-    if len(directories) == 1:
-        prefix, output = '', args.output or directories[0]
-    else:
-        parents = [os.path.dirname(os.path.abspath(run)) for run in directories]
-        prefix, output = 'compare-', args.output or Path(os.path.commonpath(parents))
+    is_comparison = len(args.runs) > 1
+    output = args.output or (Path(common_parent(args.runs)) if is_comparison else args.runs[0])
     try:
-        runs = read_runs(directories)
+        runs = read_runs(args.runs)
         output.mkdir(parents=True, exist_ok=True)
         for name, columns in FIGURES.items():
             figure = make_figure(runs, columns)
-            for suffix in dict.fromkeys(args.format):
-                path = output / f'{prefix}{name}.{suffix}'
+            for suffix in args.format:
+                path = output / f'{"compare-" * is_comparison}{name}.{suffix}'
                 save_figure(figure, path)
                 print(path)
-    except OSError as error:
+    except (UsageError, OSError) as error:
         parser.error(error)
 
 

@@ -37,11 +37,8 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import checkpoint  # noqa: E402
-import plot  # noqa: E402
 import train  # noqa: E402
 from checkpoint import CheckpointError  # noqa: E402
-
-warnings = []  # of plot.py
 
 STOP_SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 SPEED_COLUMNS = ('images_per_second', 'data_wait')
@@ -308,27 +305,6 @@ def damaged_and_resumed(lab, rng):
     check('latest.pth.1\n' in lab.log(run).read_text(), 'it does not say where it goes on from')
 
 
-def damaged_csv(lab, rng):
-    """Bytes of train.csv changed, left out, added: plot.py draws all lines that are whole."""
-    directory = lab.new_run()
-    directory.mkdir()
-    rows = [f'{i / 3:.5f},{2 / i:.6g},{60 / i:.6g},0.1,500.0,1.0' for i in range(1, 100)]
-    whole = '\n'.join(['epoch,loss,error,lr,images_per_second,data_wait', *rows, '']).encode()
-    content = bytearray(whole)
-    start = rng.randrange(len(content))
-    stop = start + rng.choice((0, 1, 20, 300, len(content)))
-    content[start:stop] = rng.randbytes(rng.choice((0, 0, 1, 100)))
-    (directory / 'train.csv').write_bytes(content)
-    drawn = {*plot.read_table(directory / 'train.csv').get('epoch', ())}
-    named = any(str(directory) in warning for warning in warnings)
-    for line in content.decode(errors='replace').split('\n'):
-        if line in rows:
-            check(float(line.partition(',')[0]) in drawn, f'{line!r} is not drawn')
-        elif line.strip() and not line.startswith('epoch,') and not named:
-            check(float(line.partition(',')[0]) in drawn, f'{line!r} is not named')
-    shutil.rmtree(directory.parent)
-
-
 def two_at_once(lab, rng):
     """Two processes begin the same run: one has it, and the other says so in a line."""
     run = lab.new_run()
@@ -376,8 +352,7 @@ def long_run(lab, rng, epochs=2000):
 FAULTS = {
     'killed': (killed, 25, 2), 'stopped': (stopped, 25, 2), 'disk-full': (disk_full, 25, 1),
     'moved-away': (moved_away, 20, 1), 'folder-instead': (folder_instead, 20, 1),
-    'damaged': (damaged, 400, 60),
-    'damaged-and-resumed': (damaged_and_resumed, 20, 1), 'damaged-csv': (damaged_csv, 1000, 100),
+    'damaged': (damaged, 400, 60), 'damaged-and-resumed': (damaged_and_resumed, 20, 1),
     'two-at-once': (two_at_once, 20, 1), 'long-run': (long_run, 1, 0),
 }
 
@@ -394,7 +369,6 @@ def make_parser():
 def main(argv=None):
     args = make_parser().parse_args(argv)
     directory, lost = Path(tempfile.mkdtemp(prefix='torture-')), 0
-    plot.warn = warnings.append
     os.environ['PYTHONPATH'] = str(ROOT)  # for the process that all others are forked from
     lab = Lab(directory)
 

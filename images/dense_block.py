@@ -26,7 +26,7 @@ BOX = 0.62      # width of a layer
 
 
 def draw_maps(axes, x, count, color):
-    """Feature maps, one behind the other; returns the middle of their upper edge."""
+    """Feature maps, one behind the other; returns the x of the middle of their upper edge."""
     for i in reversed(range(count)):
         left = x + 0.1 * i
         corners = [(left, 0), (left + TILT, TILT), (left + TILT, HEIGHT + TILT), (left, HEIGHT)]
@@ -34,8 +34,8 @@ def draw_maps(axes, x, count, color):
     return x + (0.1 * (count - 1) + TILT) / 2
 
 
-def draw_layer(axes, x, lines, color=plot.GREY):
-    axes.add_patch(FancyBboxPatch((x - BOX / 2, 0.2), BOX, HEIGHT, facecolor=color, linewidth=0,
+def draw_layer(axes, x, lines):
+    axes.add_patch(FancyBboxPatch((x - BOX / 2, 0.2), BOX, HEIGHT, facecolor=plot.GREY, linewidth=0,
                                   boxstyle='round,pad=0.06,rounding_size=0.15'))
     axes.text(x, 0.2 + HEIGHT / 2, '\n'.join(lines), color='white', ha='center', va='center',
               fontsize=10.5, linespacing=1.5)
@@ -49,7 +49,7 @@ def connect(axes, start, end, color, lift):
 
 
 def draw_block(axes):
-    tops = []  # of each group of maps: the middle of its upper edge, and its right edge
+    tops = []  # x of the middle of the upper edge of each group of maps
     widths = [INPUT] + [GROWTH_RATE] * NUM_LAYERS
     for i, (count, color) in enumerate(zip(widths, COLORS)):
         x = i * STEP - (0.1 * (count - 1)) / 2

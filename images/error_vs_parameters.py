@@ -77,7 +77,8 @@ def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
     for directory in args.runs:
-        if not (directory / 'args.json').exists() or not plot.read_table(directory / 'test.csv'):
+        errors = plot.read_table(directory / 'test.csv').get('error', ())
+        if not len(errors) or not (directory / 'args.json').exists():
             parser.exit(2, f'error_vs_parameters.py: error: {directory} is no directory of a run, '
                            f'with args.json and test.csv\n')
     with rc_context(plot.STYLE):
