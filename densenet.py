@@ -1,6 +1,5 @@
 """DenseNet and DenseNet-BC in one file: copy it into your project, all it needs is torch.
 
-    from densenet import densenet121, densenet_cifar
     model = densenet121(num_classes=1000)                  # the ImageNet family, 7x7 stem
     model = densenet_cifar(depth=100, growth_rate=12)      # the CIFAR and SVHN family, 3x3 stem
     logits = model(images)                                 # [N, 3, H, W] -> [N, num_classes]
@@ -8,16 +7,15 @@
 
 Modules have the names and kinds of torchvision's DenseNet, and state dicts go both ways:
 `model.load_state_dict(torchvision.models.densenet121(weights='DEFAULT').state_dict())`.
-
-In training, a dense block can run in memory that grows linearly with its depth, not with the square
-of it: `DenseBlock` says when, and `_LinearMemoryBlock` how.
+Memory in training grows linearly with depth: see `DenseBlock` and `_LinearMemoryBlock`.
 
 "The paper" is Huang, Liu, van der Maaten, Weinberger: Densely Connected Convolutional Networks,
-CVPR 2017, https://arxiv.org/abs/1608.06993. "The technical report" is Pleiss et al.:
-Memory-Efficient Implementation of DenseNets, 2017, https://arxiv.org/abs/1707.06990.
+CVPR 2017, https://arxiv.org/abs/1608.06993; "the technical report" Pleiss et al.: Memory-Efficient
+Implementation of DenseNets, 2017, https://arxiv.org/abs/1707.06990.
 """
 
 import contextlib
+import functools
 import re
 from collections import OrderedDict
 from typing import NamedTuple
@@ -45,9 +43,9 @@ class DenseNet(nn.Module):
         bn_size: width of the 1x1 bottleneck convolution, in units of growth_rate.
         drop_rate: dropout after every convolution but the first (paper, section 4.2).
         num_classes: width of the classifier.
-        memory_efficient: save little but the feature maps for backward and recompute the rest:
-            the same gradients and running statistics in less memory and a little more time (see
-            `DenseBlock`). No effect under torch.compile, which decides itself what to recompute.
+        memory_efficient: save little but the feature maps for backward and recompute the rest
+            (see `DenseBlock`): the same gradients and running statistics, in less memory and a
+            little more time. No effect under torch.compile.
         compression: share of the channels that a transition keeps, theta in the paper.
         bottleneck: a 1x1 convolution before each 3x3 one (DenseNet-B).
         small_inputs: the stem for CIFAR and SVHN, one 3x3 convolution, instead of ImageNet's.
@@ -81,8 +79,7 @@ class DenseNet(nn.Module):
         smallest_map = 2 ** (len(block_config) - 1)
         self.min_size = smallest_map if small_inputs else 4 * (smallest_map - 1) + 1
 
-        stem = _cifar_stem if small_inputs else _imagenet_stem
-        self.features = nn.Sequential(stem(in_channels, num_init_features))
+        self.features = nn.Sequential(_stem(in_channels, num_init_features, small_inputs))
         channels = num_init_features
         for i, num_layers in enumerate(block_config, start=1):
             block = DenseBlock(num_layers, channels, growth_rate, bn_size, drop_rate, bottleneck,
@@ -140,11 +137,9 @@ def _check_config(block_config, drop_rate, compression, **others):
         raise ValueError(f'compression must be in (0, 1], not {compression}')
 
 
-def _cifar_stem(in_channels, out_channels):
-    return OrderedDict(conv0=nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False))
-
-
-def _imagenet_stem(in_channels, out_channels):
+def _stem(in_channels, out_channels, small_inputs):
+    if small_inputs:
+        return OrderedDict(conv0=nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False))
     return OrderedDict(
         conv0=nn.Conv2d(in_channels, out_channels, 7, stride=2, padding=3, bias=False),
         norm0=nn.BatchNorm2d(out_channels),
@@ -154,13 +149,13 @@ def _imagenet_stem(in_channels, out_channels):
 
 
 class _LinearMemory:
-    """What `DenseBlock` and `Transition` share: the choice between linear memory and autograd.
+    """The choice of `DenseBlock` and `Transition` between linear memory and plain autograd.
 
     Attributes:
         linear_memory: whether to train in linear memory. None, the default: with memory_efficient
-            and on CPUs, where it takes no more time than autograd does; on GPUs that is unmeasured.
+            and on CPUs; not on GPUs, where its speed has not been measured.
         path: how the last forward was computed.
-        fallback_reason: why the last forward did not run in linear memory although it should have.
+        fallback_reason: why the last forward did not use linear memory although it should have.
     """
 
     linear_memory = path = fallback_reason = None
@@ -187,14 +182,14 @@ class DenseBlock(_LinearMemory, nn.ModuleDict):
 
         'plain'         layer by layer; what autograd saves grows with the square of the depth
         'linear'        as one function, `_LinearMemoryBlock`, which saves the feature maps once
-                        and the outputs of the 1x1 convolutions; with memory_efficient=True not
-                        even those. The maps are its output: do not change that in place
-        'checkpointed'  memory_efficient=True where 'linear' is impossible: the plain way, with
-                        the first convolution of each layer recomputed in backward
+                        and the outputs of the 1x1 convolutions; not even those with
+                        memory_efficient. The maps are its output: do not change it in place
+        'checkpointed'  memory_efficient where 'linear' is impossible: layer by layer, with the
+                        first convolution of each recomputed in backward
 
-    The linear way knows the layers as they are built here. Where they were changed (hooks inside,
-    replaced modules, norms in eval mode) and under transforms (torch.func, forward-mode AD) the
-    block falls back to autograd, and `fallback_reason` says why.
+    'linear' stands for the modules as they are built here. Where they were changed (hooks,
+    replaced modules, norms in eval mode) or under transforms (torch.func, forward-mode AD) the
+    block falls back to the others, and `fallback_reason` says why.
     """
 
     def __init__(self, num_layers, in_channels, growth_rate, bn_size, drop_rate, bottleneck,
@@ -484,49 +479,53 @@ class _LinearMemoryBlock(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        data, mean, var, *tensors = ctx.saved_tensors
-        features, count = _Maps(data, mean, var), 3 * sum(map(len, ctx.eps))
-        parameters, saved = tensors[:count], zip(*[iter(tensors[count:])] * 4)
-        layers = []  # halves, and of each the dropout's mask and the output
-        for halves in _halves(parameters, ctx.eps):
-            masks, *outputs = zip(*(next(saved) for _ in halves))
-            layers.append((halves, masks, list(map(_Maps, *outputs))))
+        features, layers, parameters = _LinearMemoryBlock._unpack(ctx)
         if _needs_autograd(grad):
-            def plain(x, *parameters):
-                return _plain_block(x, _halves(parameters, ctx.eps),
-                                    [masks for _, masks, _ in layers], ctx.drop_rates)
-            x = data[:, :ctx.in_channels]  # from there, the identity leads to the input
-            return None, None, *_gradients_by_autograd(plain, [x, *parameters], grad)
-
-        G = _empty_maps_like(data, len(mean)).copy_(grad)  # names as above
-        A, B = torch.zeros_like(mean), torch.zeros_like(mean)
+            x = features.data[:, :ctx.in_channels]  # from there, the identity leads to the input
+            return None, None, *_gradients_by_autograd(
+                functools.partial(_plain_block, layers), [x, *parameters], grad)
+        G = _empty_maps_like(features.data, len(features.mean)).copy_(grad)  # names as above
+        A, B = torch.zeros_like(features.mean), torch.zeros_like(features.mean)
 
         def gradient_of(start, stop):
             """That of some channels, once all layers that read them are in G, A and B."""
             part = slice(start, stop)
             return ctx.ops.complete(G[:, part], features.part(start, stop), A[part], B[part])
 
-        gradients, end = [], len(mean)
+        gradients, end = [], len(A)
         with _no_autocast(grad):
-            for (halves, masks, outputs), rate in zip(reversed(layers), reversed(ctx.drop_rates)):
-                c = len(halves[0].weight)
+            for layer in reversed(layers):
+                c = len(layer.halves[0].weight)
+                inputs = [features.part(0, c), *layer.outputs[:-1]]
                 grad, end = gradient_of(c, end), c
-                inputs = [features.part(0, c), *outputs[:-1]]
-                for i, half in reversed(list(enumerate(halves))):
-                    maps = inputs[i]
+                for i in reversed(range(len(inputs))):
+                    maps, half = inputs[i], layer.halves[i]
                     if maps.data is None:
-                        y = ctx.ops.norm_relu_conv(inputs[i - 1], halves[i - 1])
-                        maps = maps._replace(data=_drop(y, masks[i - 1], rate))
+                        z = ctx.ops.norm_relu_conv(inputs[i - 1], layer.halves[i - 1])
+                        z = _dropout_backward(z, layer.masks[i - 1], layer.drop_rate)
+                        maps = maps._replace(data=z)
+                    grad = _dropout_backward(grad, layer.masks[i], layer.drop_rate)
                     total, *found = ctx.ops.norm_relu_conv_backward(
-                        _drop(grad, masks[i], rate), maps, half, total=None if i else G[:, :c])
+                        grad, maps, half, total=None if i else G[:, :c])
+                    gradients = found + gradients
                     a, b = _coefficients(maps, half, *found[:2])
                     if i:
                         grad = ctx.ops.complete(total, maps, a, b)
                     else:
                         A[:c] += a
                         B[:c] += b
-                    gradients = found + gradients
             return None, None, gradient_of(0, end), *gradients
+
+    @staticmethod
+    def _unpack(ctx):
+        data, mean, var, *tensors = ctx.saved_tensors
+        count = 3 * sum(map(len, ctx.eps))
+        parameters, saved = tensors[:count], zip(*[iter(tensors[count:])] * 4)
+        layers = []
+        for halves, drop_rate in zip(_halves(parameters, ctx.eps), ctx.drop_rates):
+            masks, *outputs = zip(*(next(saved) for _ in halves))
+            layers.append(_SavedLayer(halves, drop_rate, masks, list(map(_Maps, *outputs))))
+        return _Maps(data, mean, var), layers, parameters
 
 
 class _LinearMemoryTransition(torch.autograd.Function):
@@ -577,6 +576,14 @@ class _Half(NamedTuple):
     bias: torch.Tensor
     kernel: torch.Tensor  # of the convolution, [O, C, 1, 1] or [O, C, 3, 3]
     eps: float
+
+
+class _SavedLayer(NamedTuple):
+    """What backward has of a dense layer: in lists, an entry for each half."""
+    halves: list
+    drop_rate: float
+    masks: list    # of dropout, or None
+    outputs: list  # _Maps; without data where it is to be recomputed, or in the buffer
 
 
 def _parameters(layers):
@@ -642,13 +649,14 @@ def _plain_half(x, half, pool=False):
     return _conv(F.avg_pool2d(y, 2) if pool else y, half.kernel)
 
 
-def _plain_block(x, layer_halves, layer_masks, drop_rates):
-    """The block in operations that autograd knows, with the same dropout."""
-    features = [x]
-    for halves, masks, rate in zip(layer_halves, layer_masks, drop_rates):
+def _plain_block(layers, x, *parameters):
+    """The block in operations that autograd knows, with the dropout of the saved layers."""
+    features, triples = [x], zip(*[iter(parameters)] * 3)
+    for layer in layers:
         y = torch.cat(features, 1)
-        for half, mask in zip(halves, masks):
-            y = _drop(_plain_half(y, half), mask, rate)
+        for half, mask in zip(layer.halves, layer.masks):
+            y = _plain_half(y, _Half(*next(triples), half.eps))
+            y = _dropout_backward(y, mask, layer.drop_rate)
         features.append(y)
     return torch.cat(features, 1)
 
@@ -761,7 +769,8 @@ def _dropout(x, rate):
     return torch.native_dropout(x, rate, True) if rate else (x, None)
 
 
-def _drop(x, mask, rate):
+def _dropout_backward(x, mask, rate):
+    """Backward of `_dropout`, and the same as its forward with that mask."""
     return x if mask is None else torch.ops.aten.native_dropout_backward(x, mask, 1 / (1 - rate))
 
 
