@@ -7,7 +7,9 @@
 
 Modules have the names and kinds of torchvision's DenseNet, and state dicts go both ways:
 `model.load_state_dict(torchvision.models.densenet121(weights='DEFAULT').state_dict())`.
-Memory in training grows linearly with depth: see `DenseBlock` and `_LinearMemoryBlock`.
+Memory in training grows linearly with depth: see `DenseBlock` and `_LinearMemoryBlock`. On CPUs,
+densenet_cpu.py and densenet_cpu.cpp make it faster: copy them, too, and they are found beside this
+file.
 
 "The paper" is Huang, Liu, van der Maaten, Weinberger: Densely Connected Convolutional Networks,
 CVPR 2017, https://arxiv.org/abs/1608.06993; "the technical report" Pleiss et al.: Memory-Efficient
@@ -16,6 +18,7 @@ Implementation of DenseNets, 2017, https://arxiv.org/abs/1707.06990.
 
 import contextlib
 import functools
+import importlib
 import re
 from collections import OrderedDict
 from typing import NamedTuple
@@ -154,22 +157,30 @@ class _LinearMemory:
     Attributes:
         linear_memory: whether to train in linear memory. None, the default: with memory_efficient
             and on CPUs; not on GPUs, where its speed has not been measured.
+        cpu_kernels: False turns off the kernels of densenet_cpu.py.
         path: how the last forward was computed.
         fallback_reason: why the last forward did not use linear memory although it should have.
     """
 
-    linear_memory = path = fallback_reason = None
+    linear_memory = cpu_kernels = path = fallback_reason = None
 
     def _can_run_linear(self, x):
         self.fallback_reason = None
-        if not self.training or _is_traced(x):
+        if _is_traced(x):
             return False
         wanted = self.linear_memory
-        if wanted is None:
+        if not self.training:  # without gradients there is no memory to save, only time
+            wanted = not torch.is_grad_enabled() and self._operations(x) is not _EagerOperations
+        elif wanted is None:
             wanted = self.memory_efficient or x.device.type == 'cpu'
         if wanted:
             self.fallback_reason = _fallback_reason(self, x)
         return wanted and self.fallback_reason is None
+
+    def _operations(self, x):
+        """The implementation of the operations of a block for x."""
+        kernels = None if self.cpu_kernels is False else _cpu_kernels()
+        return kernels if kernels and kernels.supports(x) else _EagerOperations
 
 
 class DenseBlock(_LinearMemory, nn.ModuleDict):
@@ -177,13 +188,15 @@ class DenseBlock(_LinearMemory, nn.ModuleDict):
 
     [N, C, H, W] -> [N, C + num_layers * growth_rate, H, W]
 
-    In training there are three ways to compute it, with the same outputs, gradients and running
+    In training there are four ways to compute it, with the same outputs, gradients and running
     statistics; `path` is the one of the last forward:
 
         'plain'         layer by layer; what autograd saves grows with the square of the depth
         'linear'        as one function, `_LinearMemoryBlock`, which saves the feature maps once
                         and the outputs of the 1x1 convolutions; not even those with
                         memory_efficient. The maps are its output: do not change it in place
+        'kernels'       the same by densenet_cpu.py, for float32 and bfloat16 in channels_last;
+                        evaluation without gradients, too
         'checkpointed'  memory_efficient where 'linear' is impossible: layer by layer, with the
                         first convolution of each recomputed in backward
 
@@ -202,16 +215,34 @@ class DenseBlock(_LinearMemory, nn.ModuleDict):
 
     def forward(self, x):
         if self._can_run_linear(x):
-            self.path = 'linear'
-            layers = list(self.values())
+            ops, layers = self._operations(x), list(self.values())
+            self.path = ops.path
+            if not self.training:
+                return self._evaluate(ops, x)
             # Grad mode is read here: within a Function it is always off.
             save_bottlenecks = torch.is_grad_enabled() and not self.memory_efficient
-            return _LinearMemoryBlock.apply(layers, save_bottlenecks, x, *_parameters(layers))
+            return _LinearMemoryBlock.apply(ops, layers, save_bottlenecks, x,
+                                            *_parameters(layers))
         self.path = 'checkpointed' if _recomputes(self, x) else 'plain'
         features = [x]
         for layer in self.values():
             features.append(layer(features))
         return torch.cat(features, 1)
+
+    def _evaluate(self, ops, x):
+        """In eval mode and without gradients: in one buffer, as in training."""
+        c = x.shape[1]
+        channels = c + sum(len(layer.halves()[-1][1].weight) for layer in self.values())
+        features = ops.new_maps(x, channels)
+        features[:, :c].copy_(x)
+        for layer in self.values():
+            *first, (norm, conv) = layer.halves()
+            maps, k = features[:, :c], len(conv.weight)
+            for half in first:
+                maps = _evaluate_half(ops, maps, *half)
+            _evaluate_half(ops, maps, norm, conv, out=features[:, c:c + k])
+            c += k
+        return features
 
 
 class DenseLayer(nn.Module):
@@ -308,9 +339,12 @@ class Transition(_LinearMemory, nn.Sequential):
             x = self.conv(self.relu(self.norm(x)))
             return self.pool(F.dropout(x, self.drop_rate, self.training) if self.drop_rate else x)
         if self._can_run_linear(x):
-            self.path = 'linear'
-            return _LinearMemoryTransition.apply(self.norm, x, self.norm.weight, self.norm.bias,
-                                                 self.conv.weight)
+            ops = self._operations(x)
+            self.path = ops.path
+            if not self.training:
+                return _evaluate_half(ops, x, self.norm, self.conv, pool=True)
+            return _LinearMemoryTransition.apply(ops, self.norm, x, self.norm.weight,
+                                                 self.norm.bias, self.conv.weight)
         return self.conv(self.pool(self.relu(self.norm(x))))
 
     def _can_pool_first(self, x):
@@ -352,12 +386,12 @@ def _fallback_reason(block, x):
     if any(getattr(nn.modules.module, f'_global_{kind}_hooks', None)
            for kind in ('forward', 'forward_pre', 'backward', 'backward_pre')):
         return 'global module hooks'
-    if x.dim() != 4 or x.numel() <= x.shape[1]:  # nn.BatchNorm2d complains about it
+    if x.dim() != 4 or x.numel() <= x.shape[1] * block.training:  # nn.BatchNorm2d complains
         return f'an input of shape {list(x.shape)}'
     channels = x.shape[1]
     for name, module in block.named_modules():
         kind = name.rpartition('.')[2].rstrip('0123456789')
-        reason = kind and _module_reason(module, _KINDS.get(kind), training=True)
+        reason = kind and _module_reason(module, _KINDS.get(kind), block.training)
         if reason:
             return f'{name} {reason}'
         if kind == 'denselayer':
@@ -386,8 +420,8 @@ def _module_reason(module, kind, training):
         side = module.kernel_size[0]
         geometry = (module.kernel_size, module.stride, module.padding, module.dilation,
                     module.groups, module.padding_mode, module.bias)
-        if side % 2 == 0 or geometry != ((side,) * 2, (1, 1), (side // 2,) * 2, (1, 1), 1, 'zeros',
-                                         None):
+        same = (side,) * 2, (1, 1), (side // 2,) * 2, (1, 1), 1, 'zeros', None
+        if side not in (1, 3) or geometry != same:
             return 'has a bias, or is not a "same" convolution of stride 1'
     if kind is nn.AvgPool2d and (module.kernel_size, module.stride, module.padding) != (2, 2, 0):
         return 'does not pool 2x2'
@@ -437,6 +471,7 @@ class _LinearMemoryBlock(torch.autograd.Function):
         G = sum of s * g,  A = sum of s * d_bias / M,  B = sum of s * r * d_weight / M  over l.
 
     Args:
+        ops: the implementation of the operations, such as `_EagerOperations`.
         layers: the DenseLayers, for their settings and running statistics, which are updated.
         save_bottlenecks: save the outputs of the 1x1 convolutions for backward.
         x: [N, C, H, W].
@@ -447,32 +482,31 @@ class _LinearMemoryBlock(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, layers, save_bottlenecks, x, *parameters):
-        ctx.ops, ctx.in_channels = _operations(x), x.shape[1]
+    def forward(ctx, ops, layers, save_bottlenecks, x, *parameters):
+        ctx.ops, ctx.in_channels = ops, x.shape[1]
         ctx.drop_rates = [layer.drop_rate for layer in layers]
         ctx.eps = [[norm.eps for norm, _ in layer.halves()] for layer in layers]
         layer_halves = _halves(parameters, ctx.eps)
         channels = x.shape[1] + sum(len(halves[-1].kernel) for halves in layer_halves)
-        features = _Maps(_empty_maps_like(x, channels),
+        features = _Maps(ops.new_maps(x, channels),
                          *(x.new_empty(channels, dtype=parameters[0].dtype) for _ in range(2)))
-
-        def append(maps, start):
-            for target, source in zip(features.part(start, start + len(maps.mean)), maps):
-                target.copy_(source)
-
         saved, updates = [], []
         with _no_autocast(x):
-            append(_Maps(x, *ctx.ops.statistics(x)), 0)
+            features.part(0, x.shape[1]).copy_(_Maps(x, *ops.statistics(x)))
             for layer, halves in zip(layers, layer_halves):
                 c = len(halves[0].weight)  # channels that this layer reads
-                maps = features.part(0, c)
+                maps, new = features.part(0, c), features.part(c, c + len(halves[-1].kernel))
                 for (norm, _), half in zip(layer.halves(), halves):
                     updates.append((norm, maps))
-                    y, mask = _dropout(ctx.ops.norm_relu_conv(maps, half), layer.drop_rate)
-                    maps = _Maps(y, *ctx.ops.statistics(y))
-                    is_saved = save_bottlenecks and half is not halves[-1]
-                    saved += [mask, y if is_saved else None, maps.mean, maps.var]
-                append(maps, c)
+                    is_last, mask = half is halves[-1], None
+                    maps = _Maps(*ops.norm_relu_conv(maps, half, statistics=not layer.drop_rate,
+                                                     out=new.data if is_last else None))
+                    if layer.drop_rate:
+                        data, mask = torch.native_dropout(maps.data, layer.drop_rate, True)
+                        maps = _Maps(data, *ops.statistics(data))
+                    is_saved = save_bottlenecks and not is_last
+                    saved += [mask, maps.data if is_saved else None, maps.mean, maps.var]
+                new.copy_(maps)
         _update_running_statistics(updates, x.numel() // x.shape[1])
         ctx.save_for_backward(*features, *parameters, *saved)
         return features.data
@@ -482,39 +516,41 @@ class _LinearMemoryBlock(torch.autograd.Function):
         features, layers, parameters = _LinearMemoryBlock._unpack(ctx)
         if _needs_autograd(grad):
             x = features.data[:, :ctx.in_channels]  # from there, the identity leads to the input
-            return None, None, *_gradients_by_autograd(
+            return None, None, None, *_gradients_by_autograd(
                 functools.partial(_plain_block, layers), [x, *parameters], grad)
-        G = _empty_maps_like(features.data, len(features.mean)).copy_(grad)  # names as above
+        ops, gradients, end = ctx.ops, [], len(features.mean)
+        G = ops.new_maps(features.data, end).copy_(grad)  # names as above
         A, B = torch.zeros_like(features.mean), torch.zeros_like(features.mean)
 
-        def gradient_of(start, stop):
-            """That of some channels, once all layers that read them are in G, A and B."""
+        def incomplete(start, stop):
+            """Of some channels' gradient G, and what completes it when all layers are in."""
             part = slice(start, stop)
-            return ctx.ops.complete(G[:, part], features.part(start, stop), A[part], B[part])
+            return G[:, part], (features.part(start, stop), A[part], B[part])
 
-        gradients, end = [], len(A)
         with _no_autocast(grad):
             for layer in reversed(layers):
                 c = len(layer.halves[0].weight)
                 inputs = [features.part(0, c), *layer.outputs[:-1]]
-                grad, end = gradient_of(c, end), c
+                grad, completion = incomplete(c, end)
                 for i in reversed(range(len(inputs))):
-                    maps, half = inputs[i], layer.halves[i]
+                    maps, half, mask = inputs[i], layer.halves[i], layer.masks[i]
                     if maps.data is None:
-                        z = ctx.ops.norm_relu_conv(inputs[i - 1], layer.halves[i - 1])
+                        z, *_ = ops.norm_relu_conv(inputs[i - 1], layer.halves[i - 1])
                         z = _dropout_backward(z, layer.masks[i - 1], layer.drop_rate)
                         maps = maps._replace(data=z)
-                    grad = _dropout_backward(grad, layer.masks[i], layer.drop_rate)
-                    total, *found = ctx.ops.norm_relu_conv_backward(
-                        grad, maps, half, total=None if i else G[:, :c])
+                    if mask is not None:
+                        grad = _dropout_backward(ops.complete(grad, *completion), mask,
+                                                 layer.drop_rate)
+                        completion = None
+                    grad, *found = ops.norm_relu_conv_backward(
+                        grad, maps, half, total=None if i else G[:, :c], completion=completion)
+                    completion = maps, *_coefficients(maps, half, *found[:2])
                     gradients = found + gradients
-                    a, b = _coefficients(maps, half, *found[:2])
-                    if i:
-                        grad = ctx.ops.complete(total, maps, a, b)
-                    else:
-                        A[:c] += a
-                        B[:c] += b
-            return None, None, gradient_of(0, end), *gradients
+                A[:c] += completion[1]
+                B[:c] += completion[2]
+                end = c
+            grad, completion = incomplete(0, end)
+            return None, None, None, ops.complete(grad, *completion), *gradients
 
     @staticmethod
     def _unpack(ctx):
@@ -536,11 +572,11 @@ class _LinearMemoryTransition(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, norm, x, *parameters):
-        ctx.ops, ctx.eps = _operations(x), norm.eps
+    def forward(ctx, ops, norm, x, *parameters):
+        ctx.ops, ctx.eps = ops, norm.eps
         with _no_autocast(x):
-            maps = _Maps(x, *ctx.ops.statistics(x))
-            y = ctx.ops.norm_relu_conv(maps, _Half(*parameters, norm.eps), pool=True)
+            maps = _Maps(x, *ops.statistics(x))
+            y, *_ = ops.norm_relu_conv(maps, _Half(*parameters, norm.eps), pool=True)
         _update_running_statistics([(norm, maps)], x.numel() // x.shape[1])
         ctx.save_for_backward(*maps, *parameters)
         return y
@@ -552,12 +588,12 @@ class _LinearMemoryTransition(torch.autograd.Function):
         if _needs_autograd(grad):
             def plain(x, *parameters):
                 return _plain_half(x, _Half(*parameters, ctx.eps), pool=True)
-            return None, *_gradients_by_autograd(plain, [x, *parameters], grad)
+            return None, None, *_gradients_by_autograd(plain, [x, *parameters], grad)
         with _no_autocast(grad):
             half = _Half(*parameters, ctx.eps)
             total, *found = ctx.ops.norm_relu_conv_backward(grad, maps, half, pool=True)
             dx = ctx.ops.complete(total, maps, *_coefficients(maps, half, *found[:2]))
-            return None, dx, *found
+            return None, None, dx, *found
 
 
 class _Maps(NamedTuple):
@@ -568,6 +604,11 @@ class _Maps(NamedTuple):
 
     def part(self, start, stop):
         return _Maps(self.data[:, start:stop], self.mean[start:stop], self.var[start:stop])
+
+    def copy_(self, other):
+        for target, source in zip(self, other):
+            if target is not source:
+                target.copy_(source)
 
 
 class _Half(NamedTuple):
@@ -596,6 +637,13 @@ def _halves(parameters, eps):
     """The halves of each layer, from `_parameters(layers)` and the eps of the norms."""
     triples = zip(*[iter(parameters)] * 3)
     return [[_Half(*next(triples), value) for value in values] for values in eps]
+
+
+def _evaluate_half(ops, x, norm, conv, pool=False, out=None):
+    maps = _Maps(x, norm.running_mean, norm.running_var)
+    half = _Half(norm.weight, norm.bias, conv.weight, norm.eps)
+    with _no_autocast(x):
+        return ops.norm_relu_conv(maps, half, pool, out)[0]
 
 
 def _coefficients(maps, half, d_weight, d_bias):
@@ -672,9 +720,19 @@ class _EagerOperations:
         normed = (maps.data - maps.mean) / sqrt(maps.var + half.eps),
         output = conv(relu(normed * half.weight + half.bias), half.kernel),
 
-    pooled 2x2 before the convolution if `pool`, an implementation for one kind of device has the
-    same four functions. `_operations` is the place to choose it.
+    pooled 2x2 before the convolution if `pool`, another implementation has the same five functions,
+    as densenet_cpu.py does.
     """
+
+    path = 'linear'
+
+    @staticmethod
+    def new_maps(x, channels):
+        """Memory for [N, channels, H, W], laid out as x is, which may be a slice of channels."""
+        channels_last = x.stride(1) == 1 and x.shape[2:].numel() > 1
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        return torch.empty((x.shape[0], channels, *x.shape[2:]), dtype=x.dtype, device=x.device,
+                           memory_format=layout)
 
     @staticmethod
     def statistics(data):
@@ -683,20 +741,29 @@ class _EagerOperations:
         return mean, (data - _per_channel(mean)).square_().mean((0, 2, 3))
 
     @staticmethod
-    def norm_relu_conv(maps, half, pool=False):
-        """The output."""
+    def norm_relu_conv(maps, half, pool=False, out=None, statistics=False):
+        """The output, in `out` if given, and its `statistics` if wanted, else None and None."""
         scale = half.weight * (maps.var + half.eps).rsqrt()
         y = _affine(maps.data, maps.mean, scale, half.bias).relu_()
-        return _conv(F.avg_pool2d(y, 2) if pool else y, half.kernel)
+        y = _conv(F.avg_pool2d(y, 2) if pool else y, half.kernel)
+        found = _EagerOperations.statistics(y) if statistics else (None, None)
+        return y if out is None else out.copy_(y), *found
 
     @staticmethod
-    def norm_relu_conv_backward(grad, maps, half, pool=False, total=None):
-        """From the gradient of the output, with g that of normed * weight + bias:
+    def norm_relu_conv_backward(grad, maps, half, pool=False, total=None, completion=None):
+        """From the gradient of the output to those of what it was made of.
+
+        With g the gradient of normed * weight + bias.
+
+        Args:
+            grad: the gradient of the output, or `complete(grad, *completion)` is.
 
         Returns:
             total: g * weight / sqrt(var + eps), or the sum of that and `total`, in place.
             Gradients of weight (sum of g * normed), of bias (sum of g) and of the kernel.
         """
+        if completion is not None:
+            grad = _EagerOperations.complete(grad, *completion)
         invstd = (maps.var + half.eps).rsqrt()
         y = _affine(maps.data, maps.mean, half.weight * invstd, half.bias).relu_()
         g, d_kernel, _ = torch.ops.aten.convolution_backward.default(
@@ -719,21 +786,18 @@ class _EagerOperations:
         return (total - share).to(maps.data.dtype)
 
 
-def _operations(x):
-    """The implementation of the operations for x."""
-    return _EagerOperations
+@functools.cache
+def _cpu_kernels():
+    """The operations of densenet_cpu.py, if it is beside this file."""
+    try:
+        return importlib.import_module('.densenet_cpu' if __package__ else 'densenet_cpu',
+                                       __package__ or None).Operations
+    except ImportError:
+        return None
 
 
 def _per_channel(vector):
     return vector.view(-1, 1, 1)
-
-
-def _empty_maps_like(x, channels):
-    """Memory for [N, channels, H, W], laid out as x is, which may be a slice of channels."""
-    channels_last = x.stride(1) == 1 and x.shape[2:].numel() > 1
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty((x.shape[0], channels, *x.shape[2:]), dtype=x.dtype, device=x.device,
-                       memory_format=layout)
 
 
 def _affine(x, mean, scale, bias=None, out=None):
@@ -742,7 +806,7 @@ def _affine(x, mean, scale, bias=None, out=None):
     if x.dtype == scale.dtype and not dense:
         # x * scale + (bias - mean * scale) would lose digits where the mean is far from 0.
         if out is None:
-            out = _empty_maps_like(x, x.shape[1])
+            out = _EagerOperations.new_maps(x, x.shape[1])
         torch.sub(x, _per_channel(mean), out=out).mul_(_per_channel(scale))
         return out if bias is None else out.add_(_per_channel(bias))
     # In bf16 and fp16 this is one operation, rounded once, and on CPUs five times as fast as
@@ -764,13 +828,8 @@ def _conv(x, kernel):
     return F.conv2d(x, kernel.to(x.dtype), padding=kernel.shape[-1] // 2)
 
 
-def _dropout(x, rate):
-    """What F.dropout makes of x in training, from the same random numbers, and the mask."""
-    return torch.native_dropout(x, rate, True) if rate else (x, None)
-
-
 def _dropout_backward(x, mask, rate):
-    """Backward of `_dropout`, and the same as its forward with that mask."""
+    """Backward of dropout in training, which is also its forward with that mask."""
     return x if mask is None else torch.ops.aten.native_dropout_backward(x, mask, 1 / (1 - rate))
 
 

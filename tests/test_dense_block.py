@@ -27,7 +27,7 @@ def make_block(way='linear', *, bottleneck=True, drop_rate=0.0, momentum=0.1):
     torch.manual_seed(0)
     linear, efficient, _ = WAYS[way]
     block = DenseBlock(4, 6, 4, 2, drop_rate, bottleneck, efficient).double().train()
-    block.linear_memory = linear
+    block.linear_memory, block.cpu_kernels = linear, False
     for name, module in block.named_modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eps = 1e-3
@@ -131,7 +131,7 @@ def net(way, depth=22, **kwargs):
     linear, efficient, _ = WAYS[way]
     model = densenet_cifar(depth, 12, memory_efficient=efficient, **kwargs)
     for block in blocks_of(model):
-        block.linear_memory = linear
+        block.linear_memory, block.cpu_kernels = linear, False
     return model.train()
 
 
@@ -224,6 +224,8 @@ def test_a_mean_far_from_zero_costs_no_more_digits_than_in_the_plain_block():
 @pytest.mark.parametrize('efficient', [False, True])
 def test_training_on_the_cpu_takes_the_linear_way_by_itself(efficient):
     model = densenet_cifar(10, 4, memory_efficient=efficient)
+    for block in blocks_of(model):
+        block.cpu_kernels = False
     assert paths(model) == {None}
     images, _ = batch()
     for context in (torch.enable_grad(), torch.no_grad(), torch.inference_mode(),

@@ -1,0 +1,862 @@
+// The operations of a dense block in training, as CPU kernels: norm-ReLU-convolution, its backward,
+// batch statistics, and the last step of a norm's backward. `densenet_cpu.py` compiles and calls
+// them.
+//
+// A feature map [N, C, H, W] lies in NHWC: a matrix with a row for each pixel and a column for each
+// channel. `ld` elements lead from a row to the next, so that some channels of a wider buffer are a
+// map, too. Elements are float or bf16; sums are float32, and statistics are combined in double.
+//
+// All convolutions are one matrix product, tile by tile of TILE pixels that stay in cache:
+//
+//   1x1, forward     z = y W                          y = relu(norm(x)), computed tile by tile
+//   1x1, backward    dy = dz W', dW = dz' y           both from one visit to x
+//   3x3, forward     P = y W with 9 * O columns, then z = the sum of nine shifted slices of P
+//   3x3, backward    as 1x1, with nine shifted copies of dz beside each other in place of dz
+//
+// The copies are on the side of the outputs, which in a DenseNet are few (k), and not on the side
+// of the inputs (4k or more). Whatever else there is to do for a pixel (norm, ReLU and its mask,
+// pooling, sums) is done while the tile is in cache, and costs little.
+//
+// Two runs give the same bits: each thread has a fixed range of rows, and partial sums are added
+// in the order of the threads.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <type_traits>
+#include <omp.h>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace {
+
+// A product is accumulated in registers, as a block of BLOCK rows by up to 3 vectors of LANES
+// columns: 24 of the 32 registers of AVX-512, 12 of 16 elsewhere. (To spill them: 20 times slower.)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define AVX512
+constexpr int LANES = 16, BLOCK = 8;
+#elif defined(__AVX2__)
+constexpr int LANES = 8, BLOCK = 4;
+#else
+constexpr int LANES = 4, BLOCK = 4;
+#endif
+#if defined(AVX512) && defined(__AVX512BF16__)
+#define BF16_DOT  // vdpbf16ps: a product of pairs of bf16, summed in float
+#endif
+
+constexpr long TILE = 64;            // pixels
+constexpr long WORDS_AT_ONCE = 128;  // of a tile's rows, in the forward product: they stay in L1
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
+typedef uint16_t hvec __attribute__((vector_size(2 * LANES)));
+
+struct bf16 { uint16_t bits; };
+
+// What a product reads, from maps of T. With the dot product a pair of bf16 fills a 32-bit word, as
+// a float does: the loops over words are the same for both.
+template <class T> struct Product { typedef float Element; static constexpr int PAIR = 1; };
+#ifdef BF16_DOT
+template <> struct Product<bf16> { typedef bf16 Element; static constexpr int PAIR = 2; };
+#endif
+
+long round_up(long n, long multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// ---- Vectors: whole, or their first lanes (the others read as 0 and are not written) ----
+
+#ifdef AVX512
+typedef __mmask16 Mask;
+INLINE Mask first_lanes(long n) { return n >= LANES ? 0xffff : (1u << std::max(n, 0L)) - 1; }
+#else
+typedef int Mask;
+INLINE Mask first_lanes(long n) { return std::clamp(n, 0L, long(LANES)); }
+#endif
+
+template <class V> INLINE V load_bits(const void *p) { V v; memcpy(&v, p, sizeof v); return v; }
+template <class V> INLINE V load_bits(const void *p, Mask mask) {
+    constexpr int SIZE = sizeof(V) / LANES;
+#ifdef AVX512
+    if constexpr (SIZE == 4) return (V)_mm512_maskz_loadu_epi32(mask, p);
+    else return (V)_mm256_maskz_loadu_epi16(mask, p);
+#else
+    if (mask == LANES) return load_bits<V>(p);
+    V v = {};
+    for (int i = 0; i < mask; i++) memcpy((char *)&v + i * SIZE, (const char *)p + i * SIZE, SIZE);
+    return v;
+#endif
+}
+template <class V> INLINE void store_bits(void *p, V v) { memcpy(p, &v, sizeof v); }
+template <class V> INLINE void store_bits(void *p, V v, Mask mask) {
+    constexpr int SIZE = sizeof(V) / LANES;
+#ifdef AVX512
+    if constexpr (SIZE == 4) _mm512_mask_storeu_epi32(p, mask, (__m512i)v);
+    else _mm256_mask_storeu_epi16(p, mask, (__m256i)v);
+#else
+    if (mask == LANES) return store_bits(p, v);
+    for (int i = 0; i < mask; i++) memcpy((char *)p + i * SIZE, (char *)&v + i * SIZE, SIZE);
+#endif
+}
+
+INLINE uvec widen(hvec v) { return __builtin_convertvector(v, uvec); }
+INLINE hvec round_to_bf16(vec v) {  // to nearest, ties to even; NaN stays NaN
+#ifdef BF16_DOT
+    return (hvec)_mm512_cvtneps_pbh((__m512)v);
+#else
+    uvec bits = (uvec)v, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return __builtin_convertvector(v == v ? rounded : 0x7fc0 + uvec{}, hvec);
+#endif
+}
+
+// An optional last argument is a Mask.
+template <class... M> INLINE vec load(const float *p, M... m) { return load_bits<vec>(p, m...); }
+template <class... M> INLINE vec load(const bf16 *p, M... m) {
+    return (vec)(widen(load_bits<hvec>(p, m...)) << 16);
+}
+template <class... M> INLINE void store(float *p, vec v, M... m) { store_bits(p, v, m...); }
+template <class... M> INLINE void store(bf16 *p, vec v, M... m) {
+    store_bits(p, round_to_bf16(v), m...);
+}
+
+// As torch's threshold: what is compared with NaN passes, so that NaN in the input stays visible.
+INLINE vec unless_negative(vec condition, vec v) { return condition <= 0 ? vec{} : v; }
+
+// Calls body(nv, first): nv vectors (1 to 3, a compile-time constant) of columns from `first`.
+template <class Body> INLINE void for_panels(long columns, Body body) {
+    for (long first = 0; first < columns;) {
+        long vectors = (columns - first + LANES - 1) / LANES;
+        if (vectors == 1) {
+            body(std::integral_constant<int, 1>(), first), first += LANES;
+        } else if (vectors == 2 || vectors == 4) {  // 2 + 2 is faster than 3 + 1
+            body(std::integral_constant<int, 2>(), first), first += 2 * LANES;
+        } else {
+            body(std::integral_constant<int, 3>(), first), first += 3 * LANES;
+        }
+    }
+}
+
+// ---- Memory that is kept: a page that is touched for the first time costs more than its use ----
+
+struct Buffer {
+    void *data = nullptr;
+    size_t size = 0;
+    ~Buffer() { free(data); }
+    template <class E> E *get(long count) {
+        size_t bytes = count * sizeof(E) + 128;  // whole vectors may be read beyond the last
+        if (bytes > size) {
+            free(data);
+            size = round_up(bytes + bytes / 4, 4096);
+            data = aligned_alloc(4096, size);
+            if (!data) throw std::bad_alloc();
+        }
+        return (E *)data;
+    }
+};
+// Each thread has its own; those of the second line are shared by the threads that it starts.
+thread_local Buffer input_buffer, gradient_buffer, pairs_buffer, output_buffer, tile_buffer;
+thread_local Buffer kernel_buffer, partial_buffer, statistics_buffer, padded_buffer;
+
+// ---- Maps ----
+
+template <class T> struct Map {
+    T *data;
+    long ld;
+    INLINE T *row(long i) const { return data + i * ld; }
+};
+
+struct Norm { const float *mean, *scale, *bias; };  // (x - mean) * scale + bias
+
+struct Shape {
+    long images, height, width, channels;  // of x
+    long outputs, side;                    // of the convolution: side is 1 or 3
+    bool pool;                             // 2x2, before the convolution
+    long out_height() const { return pool ? height / 2 : height; }
+    long out_width() const { return pool ? width / 2 : width; }
+    long rows() const { return images * out_height() * out_width(); }
+    long taps() const { return side * side; }
+    long columns() const { return taps() * outputs; }
+};
+
+// What a convolution reads: relu(norm(x)), pooled or not.
+template <class T> struct Input {
+    Map<const T> x;
+    Norm norm;
+    Shape shape;
+};
+
+// The rows of x that a tile reads; with pooling, the first of the four that make a pixel.
+template <bool POOL> struct Pixels {
+    long first, at[POOL ? TILE : 1];
+    Pixels(const Shape &s, long row) : first(row) {
+        if (!POOL) return;
+        long x = row % s.out_width(), line = row / s.out_width();
+        long y = line % s.out_height(), image = line / s.out_height();
+        for (long r = 0; r < TILE; r++) {
+            at[r] = (image * s.height + 2 * y) * s.width + 2 * x;
+            if (++x == s.out_width()) x = 0, y++;
+            if (y == s.out_height()) y = 0, image++;
+        }
+    }
+    INLINE long operator[](long r) const { return POOL ? at[r] : first + r; }
+};
+
+// Runs body(thread, team) in a team of threads, and returns their number.
+template <class Body> int parallel(int threads, Body body) {
+    int team = 1;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp single
+        team = omp_get_num_threads();
+        body(omp_get_thread_num(), team);
+    }
+    return team;
+}
+
+struct Range { long begin, end; };
+Range share_of_thread(long n, long multiple, int thread, int threads) {
+    long units = (n + multiple - 1) / multiple;
+    return {std::min(n, units * thread / threads * multiple),
+            std::min(n, units * (thread + 1) / threads * multiple)};
+}
+
+// ---- The matrix product ----
+
+template <class T> INLINE vec multiply_add(vec sum, uvec a, uvec b) {
+#ifdef BF16_DOT
+    if constexpr (std::is_same_v<T, bf16>)
+        return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#endif
+    return sum + (vec)a * (vec)b;
+}
+
+// block[r][:] += sum over k of a(r, k) * b[k][:], where a(r, k) is a[r * lda + k], or
+// a[k * lda + r] if TRANSPOSED; k counts words.
+template <class T, int NV, bool TRANSPOSED>
+INLINE void multiply(vec (&block)[BLOCK][NV], const void *a_words, long lda, const void *b_words,
+                     long count) {
+    const uint32_t *a = (const uint32_t *)a_words, *b = (const uint32_t *)b_words;
+    for (long k = 0; k < count; k++) {
+        uvec row[NV];
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; v++) row[v] = load_bits<uvec>(b + (k * NV + v) * LANES);
+#pragma GCC unroll 8
+        for (int r = 0; r < BLOCK; r++) {
+            uvec word = uvec{} + a[TRANSPOSED ? k * lda + r : r * lda + k];
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; v++) block[r][v] = multiply_add<T>(block[r][v], word, row[v]);
+        }
+    }
+}
+
+template <int NV> INLINE void load_block(vec (&block)[BLOCK][NV], const float *p, long ld) {
+#pragma GCC unroll 8
+    for (int r = 0; r < BLOCK; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; v++) block[r][v] = p ? load(p + r * ld + v * LANES) : vec{};
+}
+template <int NV> INLINE void store_block(const vec (&block)[BLOCK][NV], float *p, long ld) {
+#pragma GCC unroll 8
+    for (int r = 0; r < BLOCK; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; v++) store(p + r * ld + v * LANES, block[r][v]);
+}
+
+INLINE uvec pair(hvec low, hvec high) { return widen(low) | (widen(high) << 16); }
+
+// The kernel [O, C, taps] as a matrix with a row for each channel and a column for each (tap, o),
+// or its transpose with the taps in reverse, as a product reads it: panel after panel of columns,
+// in a panel row after row (or pair of rows). Padded with zeros to whole pairs and vectors.
+template <class T>
+void pack_kernel(const float *kernel, const Shape &s, bool transpose, uint32_t *packed) {
+    constexpr int PAIR = Product<T>::PAIR;
+    const long rows = transpose ? s.columns() : s.channels, steps = (rows + PAIR - 1) / PAIR;
+    const long columns = transpose ? s.channels : s.columns();
+    auto offset_of_channel = [&](long c) { return c * s.taps(); };
+    auto offset_of_output = [&](long i) {
+        long tap = i / s.outputs, o = i % s.outputs;
+        return o * s.channels * s.taps() + (transpose ? s.taps() - 1 - tap : tap);
+    };
+    for_panels(columns, [&](auto nv, long first) {
+        constexpr int NV = nv.value, WIDTH = NV * LANES;
+        const long width = std::min<long>(WIDTH, columns - first);
+        long offsets[WIDTH];
+        for (long j = 0; j < width; j++)
+            offsets[j] = transpose ? offset_of_channel(first + j) : offset_of_output(first + j);
+        float values[2][WIDTH] = {};
+#pragma omp for nowait
+        for (long k = 0; k < steps; k++) {
+            for (long i = k * PAIR; i < (k + 1) * PAIR; i++) {
+                long offset = transpose ? offset_of_output(i) : offset_of_channel(i);
+                for (long j = 0; j < width; j++)
+                    values[i % PAIR][j] = i < rows ? kernel[offset + offsets[j]] : 0;
+            }
+            for (int v = 0; v < NV; v++) {
+                vec low = load(values[0] + v * LANES), high = load(values[1] + v * LANES);
+                uvec words = (uvec)low;
+                if (PAIR == 2) words = pair(round_to_bf16(low), round_to_bf16(high));
+                else if (std::is_same_v<T, bf16>) words = widen(round_to_bf16(low)) << 16;
+                store_bits(packed + first * steps + (k * NV + v) * LANES, words);
+            }
+        }
+    });
+#pragma omp barrier
+}
+
+// ---- relu(norm(x)) ----
+
+struct NormVectors { vec mean, scale, bias; };
+INLINE NormVectors load_norm(const Norm &norm, long channel, Mask mask) {
+    return {load(norm.mean + channel, mask), load(norm.scale + channel, mask),
+            load(norm.bias + channel, mask)};
+}
+
+// One vector of channels of one pixel of what is convolved: of `x`, or the average of four.
+template <bool POOL, class T>
+INLINE vec norm_relu(const T *x, long ld, long width, const NormVectors &n, Mask mask) {
+    auto one = [&](const T *p) {
+        vec v = (load(p, mask) - n.mean) * n.scale + n.bias;
+        return unless_negative(v, v);
+    };
+    if (!POOL) return one(x);
+    const T *below = x + width * ld;
+    return (one(x) + one(x + ld) + one(below) + one(below + ld)) * 0.25f;
+}
+
+// A tile's rows and `count` channels from `first` into y, whose rows are padded with zeros.
+template <bool POOL, class T, class E>
+INLINE void norm_relu_tile(const Input<T> &in, const Pixels<POOL> &pixels, long n, long first,
+                           long count, E *y, long ldy) {
+    for_panels(count, [&](auto nv, long j) {
+        constexpr int NV = nv.value;
+        NormVectors vectors[NV];
+        Mask mask[NV];
+        for (int v = 0; v < NV; v++) {
+            mask[v] = first_lanes(count - j - v * LANES);
+            vectors[v] = load_norm(in.norm, first + j + v * LANES, mask[v]);
+        }
+        for (long r = 0; r < n; r++) {
+            const T *p = in.x.row(pixels[r]) + first + j;
+            for (int v = 0; v < NV; v++)
+                store(y + r * ldy + j + v * LANES,
+                      norm_relu<POOL>(p + v * LANES, in.x.ld, in.shape.width, vectors[v], mask[v]));
+        }
+    });
+}
+
+// Brings `count` channels of BLOCK rows into the cache, for later: rows of a wide buffer are so far
+// apart that the hardware does not foresee them. This is worth a quarter of the time.
+template <class T, bool POOL>
+INLINE void prefetch(const Map<T> &x, const Shape &s, const Pixels<POOL> &pixels, long r,
+                     long channel, long count) {
+    for (long end = r + BLOCK; r < end; r++) {
+        const char *p = (const char *)(x.row(pixels[r]) + channel);
+        const char *end_of_row = p + (POOL ? x.ld + count : count) * sizeof(T);
+        for (; p < end_of_row; p += 64) {
+            __builtin_prefetch(p, 0, 3);
+            if (POOL) __builtin_prefetch(p + s.width * x.ld * sizeof(T), 0, 3);
+        }
+    }
+}
+
+// ---- Statistics: of tiles, combined as by Chan, Golub, LeVeque (1979) ----
+
+struct Moments {
+    double count = 0;
+    double *mean, *squares;  // [channels]; squares of deviations, summed
+
+    void combine(double n, long i, double other_mean, double other_squares) {
+        double delta = other_mean - mean[i], share = n / (count + n);
+        mean[i] += delta * share;
+        squares[i] += other_squares + delta * delta * count * share;
+    }
+};
+
+template <class T>
+INLINE void tile_moments(const T *x, long ld, long n, long channels, Moments &moments) {
+    float *tile = tile_buffer.get<float>(2 * round_up(channels, LANES));
+    float *squares = tile + round_up(channels, LANES);
+    for_panels(channels, [&](auto nv, long j) {
+        constexpr int NV = nv.value;
+        Mask mask[NV];
+        vec mean[NV] = {}, sum[NV] = {};
+        for (int v = 0; v < NV; v++) mask[v] = first_lanes(channels - j - v * LANES);
+        for (long r = 0; r < n; r++)
+            for (int v = 0; v < NV; v++) mean[v] += load(x + r * ld + j + v * LANES, mask[v]);
+        for (int v = 0; v < NV; v++) mean[v] /= float(n);
+        for (long r = 0; r < n; r++)
+            for (int v = 0; v < NV; v++) {
+                vec deviation = load(x + r * ld + j + v * LANES, mask[v]) - mean[v];
+                sum[v] += deviation * deviation;
+            }
+        for (int v = 0; v < NV; v++) {
+            store(tile + j + v * LANES, mean[v]);
+            store(squares + j + v * LANES, sum[v]);
+        }
+    });
+    for (long i = 0; i < channels; i++) moments.combine(n, i, tile[i], squares[i]);
+    moments.count += n;
+}
+
+// Those of each thread, as [count, mean..., squares...].
+struct ThreadMoments {
+    double *data;
+    long channels;
+    ThreadMoments(long channels, int threads)
+        : data(statistics_buffer.get<double>(threads * (2 * channels + 1))), channels(channels) {}
+    double *of(int thread) const { return data + thread * (2 * channels + 1); }
+    Moments start(int thread) const {
+        std::fill_n(of(thread), 2 * channels + 1, 0.0);
+        return {0, of(thread) + 1, of(thread) + 1 + channels};
+    }
+    void finish(const Moments &moments, int thread) const { *of(thread) = moments.count; }
+    void result(int threads, float *mean, float *variance) const {
+        Moments all = {*of(0), of(0) + 1, of(0) + 1 + channels};
+        for (int t = 1; t < threads; t++) {
+            double n = *of(t);
+            if (n == 0) continue;
+            for (long i = 0; i < channels; i++)
+                all.combine(n, i, of(t)[1 + i], of(t)[1 + channels + i]);
+            all.count += n;
+        }
+        for (long i = 0; i < channels; i++) {
+            mean[i] = all.mean[i];
+            variance[i] = all.squares[i] / all.count;
+        }
+    }
+};
+
+template <class T>
+void map_statistics(Map<const T> x, long rows, long channels, float *mean, float *variance,
+                    int threads) {
+    ThreadMoments moments(channels, threads);
+    int team = parallel(threads, [&](int thread, int team) {
+        Range range = share_of_thread(rows, 1, thread, team);
+        Moments mine = moments.start(thread);
+        for (long row = range.begin; row < range.end; row += TILE)
+            tile_moments(x.row(row), x.ld, std::min(TILE, range.end - row), channels, mine);
+        moments.finish(mine, thread);
+    });
+    moments.result(team, mean, variance);
+}
+
+// ---- Forward ----
+
+// sums[r][:] = relu(norm(x[row + r])) W for n rows of at most TILE; the columns are padded.
+template <class T, bool POOL>
+void product_tile(const Input<T> &in, const uint32_t *packed, long row, long n, float *sums,
+                  long ld_sums) {
+    constexpr int PAIR = Product<T>::PAIR;
+    const Shape &s = in.shape;
+    const long all_steps = (s.channels + PAIR - 1) / PAIR, at_once = WORDS_AT_ONCE * PAIR;
+    const long ldy = round_up(std::min(s.channels, at_once), LANES) + LANES;
+    auto *y = input_buffer.get<typename Product<T>::Element>(TILE * ldy);
+    Pixels<POOL> pixels(s, row), next(s, row + TILE);
+    for (long first = 0; first < s.channels; first += at_once) {
+        long count = std::min(at_once, s.channels - first), steps = (count + PAIR - 1) / PAIR;
+        norm_relu_tile(in, pixels, n, first, count, y, ldy);
+        for_panels(s.columns(), [&](auto nv, long column) {
+            constexpr int NV = nv.value;
+            const uint32_t *panel = packed + column * all_steps + first / PAIR * NV * LANES;
+            for (long r = 0; r < n; r += BLOCK) {
+                if (column == 0) prefetch(in.x, s, next, r, first, count);
+                float *out = sums + r * ld_sums + column;
+                vec block[BLOCK][NV];
+                load_block(block, first ? out : nullptr, ld_sums);
+                multiply<T, NV, false>(block, y + r * ldy, ldy / PAIR, panel, steps);
+                store_block(block, out, ld_sums);
+            }
+        });
+    }
+}
+
+template <class T, bool POOL>
+void forward_1x1(const Input<T> &in, const uint32_t *packed, const Map<T> &z, Range rows,
+                 Moments *moments) {
+    const Shape &s = in.shape;
+    const long ld = round_up(s.outputs, LANES);
+    float *sums = output_buffer.get<float>(TILE * ld);
+    for (long row = rows.begin; row < rows.end; row += TILE) {
+        long n = std::min(TILE, rows.end - row);
+        product_tile<T, POOL>(in, packed, row, n, sums, ld);
+        for (long r = 0; r < n; r++)
+            for (long o = 0; o < s.outputs; o += LANES)
+                store(z.row(row + r) + o, load(sums + r * ld + o), first_lanes(s.outputs - o));
+        if (moments) tile_moments(z.row(row), z.ld, n, s.outputs, *moments);
+    }
+}
+
+// z[line, column] = the sum of nine slices of the products of the pixels around it.
+template <class T>
+INLINE void sum_of_slices(const float *line_products, long ld, const Shape &s, long line, T *z,
+                          long ldz) {
+    long y = line % s.height, top = y > 0 ? -1 : 0, bottom = y + 1 < s.height ? 1 : 0;
+    for (long x = 0; x < s.width; x++)
+        for (long o = 0; o < s.outputs; o += LANES) {
+            vec sum = {};
+            for (long dy = top; dy <= bottom; dy++) {
+                const float *p = line_products + (dy * s.width + x) * ld;
+                p += (dy + 1) * 3 * s.outputs + o;
+                if (x > 0) sum += load(p - ld);
+                sum += load(p + s.outputs);
+                if (x + 1 < s.width) sum += load(p + ld + 2 * s.outputs);
+            }
+            store(z + x * ldz + o, sum, first_lanes(s.outputs - o));
+        }
+}
+
+// For the lines (of pixels) of a range, that may begin and end within an image.
+template <class T>
+void forward_3x3(const Input<T> &in, const uint32_t *packed, const Map<T> &z, Range lines,
+                 Moments *moments) {
+    if (lines.begin == lines.end) return;
+    const Shape &s = in.shape;
+    const long all_lines = s.images * s.height, ld = round_up(s.columns(), LANES);
+    const long at_once = std::max(1L, 256 / s.width), line_size = s.width * ld;
+    // Products of two lines of the step before and of those of this step.
+    float *products = output_buffer.get<float>((at_once + 2) * line_size + BLOCK * ld);
+    long line = std::max(0L, lines.begin - 1), end = std::min(all_lines, lines.end + 1);
+    long done = lines.begin;
+    while (line < end) {
+        long next = std::min(end, line + at_once), n = (next - line) * s.width;
+        for (long r = 0; r < n; r += TILE)
+            product_tile<T, false>(in, packed, line * s.width + r, std::min(TILE, n - r),
+                                   products + 2 * line_size + r * ld, ld);
+        // A line of z needs the products of the one after it.
+        long ready = next == all_lines ? lines.end : std::min(lines.end, next - 1);
+        long first = done;
+        for (; done < ready; done++)
+            sum_of_slices(products + (done - line + 2) * line_size, ld, s, done,
+                          z.row(done * s.width), z.ld);
+        if (moments)
+            for (long row = first * s.width; row < done * s.width; row += TILE)
+                tile_moments(z.row(row), z.ld, std::min(TILE, done * s.width - row), s.outputs,
+                             *moments);
+        memmove(products, products + (next - line) * line_size, 2 * line_size * sizeof(float));
+        line = next;
+    }
+}
+
+// With `mean` and `variance`, also the statistics of z.
+template <class T>
+void forward(const Input<T> &in, const float *kernel, Map<T> z, float *mean, float *variance,
+             int threads) {
+    const Shape &s = in.shape;
+    auto *packed = kernel_buffer.get<uint32_t>(s.channels * round_up(s.columns(), LANES));
+    ThreadMoments moments(mean ? s.outputs : 0, threads);
+    int team = parallel(threads, [&](int thread, int team) {
+        pack_kernel<T>(kernel, s, false, packed);
+        Moments own = moments.start(thread), *mine = mean ? &own : nullptr;
+        Range lines = share_of_thread(s.images * s.height, 1, thread, team);
+        Range rows = share_of_thread(s.rows(), BLOCK, thread, team);
+        if (s.side == 3) forward_3x3<T>(in, packed, z, lines, mine);
+        else if (s.pool) forward_1x1<T, true>(in, packed, z, rows, mine);
+        else forward_1x1<T, false>(in, packed, z, rows, mine);
+        moments.finish(own, thread);
+    });
+    if (mean) moments.result(team, mean, variance);
+}
+
+// ---- The last step of a norm's backward ----
+
+// What the norm after a map z still takes off the gradient at z: a + (z - mean) * b.
+template <class T> struct Completion {
+    Map<const T> z;
+    const float *mean, *a, *b;
+    INLINE vec operator()(vec total, long row, long channel, Mask mask) const {
+        vec deviation = load(z.row(row) + channel, mask) - load(mean + channel, mask);
+        return total - (deviation * load(b + channel, mask) + load(a + channel, mask));
+    }
+};
+
+template <class T>
+void complete_rows(const Map<const T> &total, const Completion<T> &completion, const Map<T> &out,
+                   Range rows, long channels) {
+    for (long row = rows.begin; row < rows.end; row++)
+        for (long j = 0; j < channels; j += LANES) {
+            Mask mask = first_lanes(channels - j);
+            store(out.row(row) + j, completion(load(total.row(row) + j, mask), row, j, mask), mask);
+        }
+}
+
+template <class T>
+void complete_map(Map<const T> total, Completion<T> completion, Map<T> out, long rows,
+                  long channels, int threads) {
+    parallel(threads, [&](int thread, int team) {
+        complete_rows(total, completion, out, share_of_thread(rows, 1, thread, team), channels);
+    });
+}
+
+// ---- Backward ----
+
+// The gradient at the outputs, which may still have to be completed.
+template <class T> struct Gradient {
+    Map<const T> dz;
+    Completion<T> completion;  // z.data is null if dz is complete
+
+    template <class E> INLINE void copy(long row, long n, long outputs, E *out, long ld) const {
+        const long ahead = 32;  // rows: they may be few channels of a wide buffer
+        for (long r = row; r < row + n; r++, out += ld) {
+            __builtin_prefetch(dz.row(r + ahead));
+            if (completion.z.data) __builtin_prefetch(completion.z.row(r + ahead));
+            for (long o = 0; o < outputs; o += LANES) {
+                Mask mask = first_lanes(outputs - o);
+                vec gradient = load(dz.row(r) + o, mask);
+                if (completion.z.data) gradient = completion(gradient, r, o, mask);
+                store(out + o, gradient, mask);
+            }
+        }
+    }
+};
+
+// For a 3x3 kernel: all of it, with a border of zeros; so lines of width + 2 pixels.
+template <class T, class E>
+void pad_gradient(const Gradient<T> &gradient, const Shape &s, E *padded) {
+    const long size = (s.width + 2) * s.outputs;
+#pragma omp for
+    for (long line = 0; line < s.images * (s.height + 2); line++) {
+        long image = line / (s.height + 2), y = line % (s.height + 2) - 1;
+        E *out = padded + line * size;
+        if (y < 0 || y == s.height) {
+            memset(out, 0, size * sizeof(E));
+            continue;
+        }
+        memset(out, 0, s.outputs * sizeof(E));
+        memset(out + size - s.outputs, 0, s.outputs * sizeof(E));
+        gradient.copy((image * s.height + y) * s.width, s.width, s.outputs, out + s.outputs,
+                      s.outputs);
+    }
+}
+
+// The gradients at the nine pixels around each of n pixels, line by line: in memory, three runs.
+template <class E>
+INLINE void neighbours(const E *padded, const Shape &s, long row, long n, E *out, long ld) {
+    long x = row % s.width, y = row / s.width % s.height, image = row / s.width / s.height;
+    const long line = (s.width + 2) * s.outputs, run = 3 * s.outputs;
+    const E *p = padded + (image * (s.height + 2) + y) * line + x * s.outputs;
+    for (long r = 0; r < n; r++, out += ld) {
+        for (int dy = 0; dy < 3; dy++)
+            for (long i = 0; i < run; i += 64 / sizeof(E))  // may write beyond its end, but not ld
+                memcpy(out + dy * run + i, p + dy * line + i, 64);
+        memset(out + 3 * run, 0, sizeof(E));  // it may be half of a pair
+        p += s.outputs;
+        if (++x == s.width) x = 0, y++, p += 2 * s.outputs;
+        if (y == s.height) y = 0, p += 2 * line;
+    }
+}
+
+// relu(norm(x)) of a tile, for NV vectors of channels; with pairs, of pixels 2k and 2k + 1.
+template <class T, bool POOL, int NV>
+INLINE void input_panel(const Input<T> &in, const Pixels<POOL> &pixels, long n, long channel,
+                        const NormVectors *norm, const Mask *mask, uint32_t *y) {
+    auto one = [&](long r, int v) {
+        const T *p = in.x.row(pixels[r]) + channel + v * LANES;
+        return norm_relu<POOL>(p, in.x.ld, in.shape.width, norm[v], mask[v]);
+    };
+    if constexpr (Product<T>::PAIR == 1) {
+        for (long r = 0; r < n; r++)
+            for (int v = 0; v < NV; v++) store_bits(y + (r * NV + v) * LANES, one(r, v));
+    } else {
+        for (long k = 0; k < (n + 1) / 2; k++)
+            for (int v = 0; v < NV; v++) {
+                vec second = 2 * k + 1 < n ? one(2 * k + 1, v) : vec{};
+                store_bits(y + (k * NV + v) * LANES,
+                           pair(round_to_bf16(one(2 * k, v)), round_to_bf16(second)));
+            }
+    }
+}
+
+// Through ReLU and norm: total (+)= g * scale, sums of g and of g * (x - mean).
+template <class T, bool POOL, int NV>
+INLINE void finish_block(const vec (&block)[BLOCK][NV], const Input<T> &in, const Map<T> &total,
+                         bool add, const Pixels<POOL> &pixels, long first, long n, long channel,
+                         const NormVectors *norm, const Mask *mask, vec *sums, vec *products) {
+    const long width = in.shape.width;
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) {
+        vec sum = sums[v], product = products[v];
+        auto one = [&](long i, vec gradient) __attribute__((always_inline)) {
+            long j = channel + v * LANES;
+            vec deviation = load(in.x.row(i) + j, mask[v]) - norm[v].mean;
+            vec g = unless_negative(deviation * norm[v].scale + norm[v].bias, gradient);
+            sum += g;
+            product += g * deviation;
+            vec share = g * norm[v].scale;
+            if (add) share += load(total.row(i) + j, mask[v]);
+            store(total.row(i) + j, share, mask[v]);
+        };
+#pragma GCC unroll 8
+        for (int r = 0; r < BLOCK; r++) {
+            if (first + r >= n) break;
+            long i = pixels[first + r];
+            if (!POOL) {
+                one(i, block[r][v]);
+                continue;
+            }
+            vec quarter = block[r][v] * 0.25f;
+            one(i, quarter), one(i + 1, quarter);
+            one(i + width, quarter), one(i + width + 1, quarter);
+        }
+        sums[v] = sum, products[v] = product;
+    }
+}
+
+// Sums over the rows of a thread; d_kernel is [panel of channels, (tap, o), channel of the panel].
+struct Partial {
+    float *d_kernel, *sum_g, *sum_gx;
+};
+
+// `padded` is from pad_gradient, or null for a 1x1 kernel.
+template <class T, bool POOL>
+void backward_rows(const Input<T> &in, const uint32_t *packed, const Gradient<T> &gradient,
+                   const typename Product<T>::Element *padded, const Map<T> &total, bool add,
+                   bool kernel_needed, Range rows, const Partial &partial) {
+    const Shape &s = in.shape;
+    typedef typename Product<T>::Element E;
+    constexpr int PAIR = Product<T>::PAIR;
+    const long columns = s.columns(), padded_columns = round_up(columns, LANES);
+    const long steps = (columns + PAIR - 1) / PAIR, ld = padded_columns + 64 / sizeof(E);
+    E *gradients = gradient_buffer.get<E>(TILE * ld);
+    uint32_t *transposed = PAIR == 1 ? (uint32_t *)gradients
+                                     : pairs_buffer.get<uint32_t>(TILE / 2 * ld);
+    uint32_t *y = input_buffer.get<uint32_t>(TILE * 3 * LANES);
+    memset(gradients, 0, TILE * ld * sizeof(E));
+    for (long row = rows.begin; row < rows.end; row += TILE) {
+        long n = std::min(TILE, rows.end - row);
+        Pixels<POOL> pixels(s, row), next(s, row + TILE);
+        if (padded) neighbours(padded, s, row, n, gradients, ld);
+        else gradient.copy(row, n, s.outputs, gradients, ld);
+        memset(gradients + n * ld, 0, (TILE - n) * ld * sizeof(E));
+        if constexpr (PAIR == 2)
+            for (long k = 0; k < TILE / 2; k++)
+                for (long j = 0; j < padded_columns; j += LANES)
+                    store_bits(transposed + k * ld + j,
+                               pair(load_bits<hvec>(gradients + 2 * k * ld + j),
+                                    load_bits<hvec>(gradients + (2 * k + 1) * ld + j)));
+        for_panels(s.channels, [&](auto nv, long channel) {
+            constexpr int NV = nv.value, WIDTH = NV * LANES;
+            NormVectors vectors[NV];
+            Mask mask[NV];
+            vec sums[NV] = {}, products[NV] = {};
+            for (int v = 0; v < NV; v++) {
+                mask[v] = first_lanes(s.channels - channel - v * LANES);
+                vectors[v] = load_norm(in.norm, channel + v * LANES, mask[v]);
+            }
+            // The panel after this one: the next channels, or the first ones of the next tile.
+            const bool last = channel + WIDTH >= s.channels;
+            const Pixels<POOL> &ahead = last ? next : pixels;
+            const long after = last ? 0 : channel + WIDTH;
+            const long width = std::min<long>(WIDTH, s.channels - after);
+            for (long r = 0; r < n; r += BLOCK) {
+                prefetch(in.x, s, ahead, r, after, width);
+                if (add) prefetch(total, s, ahead, r, after, width);
+                vec block[BLOCK][NV] = {};
+                multiply<T, NV, false>(block, gradients + r * ld, ld / PAIR,
+                                       packed + channel * steps, steps);
+                finish_block<T, POOL, NV>(block, in, total, add, pixels, r, n, channel, vectors,
+                                          mask, sums, products);
+            }
+            for (int v = 0; v < NV; v++) {
+                float *sum_g = partial.sum_g + channel + v * LANES;
+                float *sum_gx = partial.sum_gx + channel + v * LANES;
+                store(sum_g, load(sum_g) + sums[v]);
+                store(sum_gx, load(sum_gx) + products[v]);
+            }
+            if (!kernel_needed) return;
+            input_panel<T, POOL, NV>(in, pixels, n, channel, vectors, mask, y);
+            float *d_panel = partial.d_kernel + channel * padded_columns;
+            for (long column = 0; column < columns; column += BLOCK) {
+                vec block[BLOCK][NV];
+                load_block(block, d_panel + column * WIDTH, WIDTH);
+                multiply<T, NV, true>(block, transposed + column, ld, y, (n + PAIR - 1) / PAIR);
+                store_block(block, d_panel + column * WIDTH, WIDTH);
+            }
+        });
+    }
+}
+
+template <class T, bool POOL>
+void backward(const Gradient<T> &gradient, const Input<T> &in, const float *kernel, Map<T> total,
+              bool add, float *sum_g, float *sum_gx, float *d_kernel, int threads) {
+    typedef typename Product<T>::Element E;
+    const Shape &s = in.shape;
+    const long channels = round_up(s.channels, LANES), columns = round_up(s.columns(), LANES);
+    const long size = channels * (columns + 2);  // of the sums of a thread
+    uint32_t *packed = kernel_buffer.get<uint32_t>(s.columns() * channels);
+    float *partials = partial_buffer.get<float>(size * threads);
+    E *padded = nullptr;
+    if (s.side == 3)
+        padded = padded_buffer.get<E>(s.images * (s.height + 2) * (s.width + 2) * s.outputs);
+    parallel(threads, [&](int thread, int team) {
+        if (padded) pad_gradient(gradient, s, padded);
+        pack_kernel<T>(kernel, s, true, packed);
+        float *mine = partials + size * thread, *vectors = mine + channels * columns;
+        memset(mine, 0, size * sizeof(float));
+        backward_rows<T, POOL>(in, packed, gradient, padded, total, add, d_kernel,
+                               share_of_thread(s.rows(), BLOCK, thread, team),
+                               {mine, vectors, vectors + channels});
+#pragma omp barrier
+        auto sum = [&](long i) {
+            float value = 0;
+            for (int t = 0; t < team; t++) value += partials[size * t + i];
+            return value;
+        };
+#pragma omp for nowait
+        for (long c = 0; c < s.channels; c++) {
+            sum_g[c] = sum(channels * columns + c);
+            sum_gx[c] = sum(channels * (columns + 1) + c);
+        }
+        if (d_kernel)
+            for_panels(s.channels, [&](auto nv, long first) {
+                constexpr int WIDTH = nv.value * LANES;
+#pragma omp for nowait
+                for (long o = 0; o < s.outputs; o++)
+                    for (long c = first; c < std::min(first + WIDTH, s.channels); c++)
+                        for (long tap = 0; tap < s.taps(); tap++)
+                            d_kernel[(o * s.channels + c + 1) * s.taps() - 1 - tap] =
+                                sum(first * columns + (tap * s.outputs + o) * WIDTH + c - first);
+            });
+    });
+}
+
+}  // namespace
+
+// ---- What Python calls: compiled once for each MAP, float or bf16 ----
+
+extern "C" {
+
+void statistics(const MAP *x, long ldx, long rows, long channels, float *mean, float *variance,
+                int threads) {
+    map_statistics<MAP>({x, ldx}, rows, channels, mean, variance, threads);
+}
+
+void norm_relu_conv(const MAP *x, long ldx, const float *mean, const float *scale,
+                    const float *bias, const float *kernel, MAP *z, long ldz, long images,
+                    long height, long width, long channels, long outputs, long side, int pool,
+                    float *z_mean, float *z_variance, int threads) {
+    Shape shape = {images, height, width, channels, outputs, side, pool != 0};
+    forward<MAP>({{x, ldx}, {mean, scale, bias}, shape}, kernel, {z, ldz}, z_mean, z_variance,
+                 threads);
+}
+
+void norm_relu_conv_backward(const MAP *dz, long lddz, const MAP *z, long ldz, const float *z_mean,
+                             const float *a, const float *b, const MAP *x, long ldx,
+                             const float *mean, const float *scale, const float *bias,
+                             const float *kernel, MAP *total, long ldt, int add, long images,
+                             long height, long width, long channels, long outputs, long side,
+                             int pool, float *sum_g, float *sum_gx, float *d_kernel, int threads) {
+    Shape shape = {images, height, width, channels, outputs, side, pool != 0};
+    auto run = pool ? backward<MAP, true> : backward<MAP, false>;
+    run({{dz, lddz}, {{z, ldz}, z_mean, a, b}}, {{x, ldx}, {mean, scale, bias}, shape}, kernel,
+        {total, ldt}, add, sum_g, sum_gx, d_kernel, threads);
+}
+
+void complete(const MAP *total, long ldt, const MAP *x, long ldx, const float *mean, const float *a,
+              const float *b, MAP *out, long ldo, long rows, long channels, int threads) {
+    complete_map<MAP>({total, ldt}, {{x, ldx}, mean, a, b}, {out, ldo}, rows, channels, threads);
+}
+
+}  // extern "C"

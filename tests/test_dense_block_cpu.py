@@ -1,0 +1,166 @@
+"""Networks by the CPU kernels: as close to float64 as by PyTorch's own operations."""
+
+import copy
+import statistics
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_dense_block import block_input, make_block
+
+import densenet_cpu
+from densenet import DenseNet
+
+reason = densenet_cpu.unavailable_reason()
+pytestmark = pytest.mark.skipif(reason is not None, reason=f'no kernels here: {reason}')
+
+
+def network(growth_rate=12, in_float64=False, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    model = DenseNet(growth_rate, (3, 4), 2 * growth_rate, num_classes=10, small_inputs=True,
+                     **kwargs)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # gamma of both signs, and 0
+            torch.nn.init.uniform_(module.weight, -1, 1)
+            torch.nn.init.zeros_(module.weight[:1])
+            torch.nn.init.normal_(module.bias)
+    return model.to(torch.float64 if in_float64 else torch.float32,
+                    memory_format=torch.channels_last).train()
+
+
+def switch_kernels(model, on):
+    for module in model.modules():
+        if hasattr(module, 'cpu_kernels'):
+            module.cpu_kernels = None if on else False
+    return model
+
+
+def batch(n=8, size=(9, 10)):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(n, 3, *size, generator=generator), torch.arange(n) % 10
+
+
+def training_step(model, images, labels, dtype=None):
+    """All numbers that a step makes, in one vector for each kind of them."""
+    torch.manual_seed(2)
+    with torch.autocast('cpu', dtype, enabled=dtype is not None):
+        logits = model(images)
+    F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels).backward()
+    kinds = {'logits': [logits], 'gradients': [p.grad for p in model.parameters()],
+             'statistics': [b for b in model.buffers() if b.is_floating_point()]}
+    return {kind: torch.cat([value.detach().double().flatten() for value in values])
+            for kind, values in kinds.items()}
+
+
+def errors(found, truth):
+    return {kind: ((found[kind] - truth[kind]).norm() / truth[kind].norm()).item()
+            for kind in truth}
+
+
+@pytest.mark.parametrize('settings, dtype, networks', [
+    (dict(growth_rate=12), None, 9), (dict(growth_rate=5, memory_efficient=True), None, 9),
+    (dict(growth_rate=24), None, 9), (dict(growth_rate=12, bottleneck=False), None, 9),
+    (dict(growth_rate=7, drop_rate=0.2), None, 9),
+    (dict(growth_rate=40, compression=1.0, memory_efficient=True), None, 9),
+    (dict(growth_rate=12), torch.bfloat16, 40),
+    (dict(growth_rate=7, memory_efficient=True), torch.bfloat16, 40),
+    (dict(growth_rate=12, bottleneck=False), torch.bfloat16, 40)])
+def test_a_step_is_as_close_to_float64_as_that_of_eager_operations(settings, dtype, networks):
+    images, labels = batch()
+    found = {'kernels': [], 'eager': [], 'plain': []}
+    for seed in range(networks):  # now and then rounding turns a ReLU on or off
+        truth = training_step(network(in_float64=True, seed=seed, **settings), images.double(),
+                              labels)
+        for way in found:
+            model = switch_kernels(network(seed=seed, **settings), way == 'kernels')
+            for module in model.modules():
+                if hasattr(module, 'linear_memory'):
+                    module.linear_memory = way != 'plain'
+            found[way].append(errors(training_step(model, images, labels, dtype), truth))
+    for kind in truth:
+        median = {way: statistics.median(each[kind] for each in found[way]) for way in found}
+        bound = 1.1 * max(median['eager'], median['plain'])
+        assert 0 < median['kernels'] <= bound, (kind, median)
+
+
+@pytest.mark.parametrize('settings', [dict(growth_rate=12), dict(growth_rate=9, bottleneck=False),
+                                      dict(growth_rate=12, drop_rate=0.3)])
+@pytest.mark.parametrize('size', [(9, 10), (2, 2), (5, 3)])
+def test_evaluation_equals_the_plain_one(settings, size):
+    model, (images, labels) = network(**settings), batch(size=size)
+    for _ in range(3):
+        training_step(model, images, labels)
+    model.eval()
+    with torch.no_grad():
+        results = [switch_kernels(model, on)(images) for on in (True, False)]
+        paths = [switch_kernels(model, on)(images) is not None
+                 and (model.features.denseblock1.path, model.features.transition1.path)
+                 for on in (True, False)]
+        single = [switch_kernels(model, on)(images[:1]) for on in (True, False)]
+    assert paths == [('kernels', 'kernels'), ('plain', 'plain')]
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(*single, rtol=1e-5, atol=1e-5)
+    switch_kernels(model, True)(images)  # with gradients
+    assert model.features.denseblock1.path == 'plain'
+
+
+def test_training_takes_the_kernels_by_itself():
+    model = network()
+    training_step(model, *batch())
+    assert {module.path for module in model.modules() if hasattr(module, 'path')} == {'kernels'}
+
+
+def test_two_steps_give_the_same_bits():
+    images, labels = batch()
+    first, second = (training_step(network(), images, labels) for _ in range(2))
+    assert all(torch.equal(first[kind], second[kind]) for kind in first)
+
+
+def test_nan_in_is_nan_out():
+    images, labels = batch()
+    images[3, 1, 4, 4] = torch.nan
+    model = network()
+    found = training_step(model, images, labels)
+    assert found['logits'].isnan().any() and found['gradients'].isnan().any()
+    images[3, 1, 4, 4] = 0
+    with torch.no_grad():
+        fresh = network().eval()
+        images[0, 0, 0, 0] = torch.nan
+        assert fresh(images)[0].isnan().all() and fresh(images)[1:].isfinite().all()
+
+
+def test_frozen_parameters_get_no_gradient_and_the_others_the_same():
+    images, labels = batch()
+    gradients = []
+    for on in (True, False):
+        model = switch_kernels(network(), on)
+        for parameter in list(model.parameters())[::3]:
+            parameter.requires_grad = False
+        F.cross_entropy(model(images), labels).backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+        assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+
+
+def test_gradients_add_up_over_backwards():
+    images, labels = batch()
+    model = network()
+    once = copy.deepcopy(model)
+    for _ in range(2):
+        F.cross_entropy(model(images), labels).backward()
+    F.cross_entropy(once(images), labels).backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()],
+                               [2 * p.grad for p in once.parameters()])
+
+
+def test_gradient_penalties_go_through_autograd():
+    x, gradients = block_input('channels_last').float(), []
+    for on in (True, False):
+        block = switch_kernels(make_block().float(), on)
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        gradient, = torch.autograd.grad(block(leaf).square().sum(), leaf, create_graph=True)
+        gradients.append(torch.autograd.grad(gradient.square().sum(), list(block.parameters()),
+                                             allow_unused=True))
+        assert block.path == ('kernels' if on else 'linear')
+    for here, there in zip(*gradients):
+        torch.testing.assert_close(here, there, rtol=1e-3, atol=1e-3 * there.abs().max().item())

@@ -1,0 +1,313 @@
+"""The CPU kernels against float64 torch, and how they are built.
+
+Some of the comparisons run once more under the address and undefined-behaviour sanitizers, and in a
+build for AVX2: `python tests/test_densenet_cpu.py DIRECTORY 5` makes each fifth of them with the
+libraries of that directory.
+"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import densenet_cpu  # noqa: E402
+
+DTYPES = torch.float32, torch.bfloat16
+# images, height, width, outputs, side of the kernel, pool: odd ones, one pixel, one image
+SHAPES = [(2, 8, 8, 48, 1, False), (1, 7, 5, 12, 3, False), (3, 5, 7, 17, 1, True),
+          (2, 1, 1, 5, 1, False), (1, 6, 6, 1, 3, False), (2, 17, 3, 32, 3, False),
+          (4, 3, 1, 25, 3, False), (1, 1, 9, 40, 3, False), (2, 10, 10, 24, 1, True)]
+CHANNELS = (1, 2, 3, 5, 8, 15, 16, 17, 24, 31, 48, 60, 97, 130, 200, 300)
+
+
+@pytest.fixture
+def kernels():
+    if densenet_cpu.unavailable_reason():
+        pytest.skip(densenet_cpu.unavailable_reason())
+
+
+needs_kernels = pytest.mark.usefixtures('kernels')
+
+
+def channels_last(n, c, h, w, dtype=torch.float32):
+    return torch.randn(n, h, w, c).to(dtype).permute(0, 3, 1, 2)
+
+
+def per_channel(vector):
+    return vector.double().view(1, -1, 1, 1)
+
+
+def error(value, reference):
+    return ((value.double() - reference).norm() / reference.norm().clamp_min(1e-30)).item()
+
+
+class Case:
+    """One convolution: its arguments, and what float64 says of its results."""
+
+    def __init__(self, n, h, w, outputs, side, pool, channels, dtype, seed=0):
+        torch.manual_seed(seed)
+        self.pool, self.channels, self.outputs = pool, channels, outputs
+        self.wide = channels_last(n, channels + 8, h, w, dtype)
+        self.x = self.wide[:, 3:3 + channels]
+        self.mean, self.scale, self.bias = torch.randn(3, channels)
+        self.kernel = torch.randn(outputs, channels, side, side) / (channels * side**2) ** 0.5
+        self.out = channels_last(n, outputs + 7, *((h // 2, w // 2) if pool else (h, w)), dtype)
+        self.grad = channels_last(*self.out[:, 7:].shape, dtype)
+        self.total = channels_last(n, channels + 8, h, w, dtype)
+        self.z_vectors = torch.randn(3, outputs) / 4
+        self.z, self.gradients = self.reference(torch.float64, self.grad)
+
+    def reference(self, dtype, grad):
+        """The result, and (g * scale, sum of g, sum of g * (x - mean), d_kernel).
+
+        The convolution is in dtype, all else in float64.
+        """
+        x = self.x.double()
+        before = ((x - per_channel(self.mean)) * per_channel(self.scale)
+                  + per_channel(self.bias)).requires_grad_()
+        kernel = self.kernel.double().requires_grad_()
+        y = F.relu(before)
+        y = F.avg_pool2d(y, 2) if self.pool else y
+        z = F.conv2d(y.to(dtype), kernel.to(dtype), padding=kernel.shape[-1] // 2)
+        z.backward(grad.to(dtype))
+        g = before.grad
+        return z.detach(), (g * per_channel(self.scale), g.sum((0, 2, 3)),
+                            (g * (x - per_channel(self.mean))).sum((0, 2, 3)), kernel.grad)
+
+    def forward(self, **options):
+        return densenet_cpu.norm_relu_conv(self.x, self.mean, self.scale, self.bias, self.kernel,
+                                           pool=self.pool, **options)
+
+    def backward(self, **options):
+        return densenet_cpu.norm_relu_conv_backward(
+            self.grad, self.x, self.mean, self.scale, self.bias, self.kernel, pool=self.pool,
+            **options)
+
+
+def compare(case, dtype):
+    exact = dict(rtol=0, atol=0)
+    near = 1e-5 if dtype == torch.float32 else 0.01
+    # Written into a slice; its surroundings stay as they are.
+    before = case.out.clone()
+    z, mean, variance = case.forward(out=case.out[:, 2:2 + case.outputs], with_statistics=True)
+    assert error(z, case.z) < near
+    variance_of_z, mean_of_z = torch.var_mean(z.double(), (0, 2, 3), correction=0)
+    assert error(mean, mean_of_z) < 1e-5 and (variance - variance_of_z).abs().max() < 1e-5
+    after = slice(2 + case.outputs, None)
+    torch.testing.assert_close(case.out[:, :2], before[:, :2], **exact)
+    torch.testing.assert_close(case.out[:, after], before[:, after], **exact)
+
+    before = case.total.clone()
+    part = slice(3, 3 + case.channels)
+    total, *rest = case.backward(total=case.total[:, part])
+    assert error(total, before[:, part].double() + case.gradients[0]) < near
+    torch.testing.assert_close(case.total[:, :3], before[:, :3], **exact)
+    torch.testing.assert_close(case.total[:, part.stop:], before[:, part.stop:], **exact)
+    fresh, *again = case.backward()
+    # With a few numbers only, what cancels is not small beside what is left.
+    assert (fresh.double() - case.gradients[0]).norm() < near * max(1, case.gradients[0].norm())
+    size = case.gradients[0].abs().sum().item()
+    for mine, reference in zip(rest, case.gradients[1:]):
+        assert (mine.double() - reference).abs().max() < near * max(1, size, reference.abs().max())
+    for first, second in zip(rest, again):
+        torch.testing.assert_close(first, second, **exact)
+
+    # A gradient that is completed on the way, and one that is completed before.
+    z = channels_last(*case.grad.shape, dtype)
+    case.grad = channels_last(*case.grad.shape, dtype)
+    completed = densenet_cpu.complete(case.grad, z, *case.z_vectors)
+    mean, a, b = map(per_channel, case.z_vectors)
+    assert error(completed, case.grad.double() - (a + (z.double() - mean) * b)) < near
+    on_the_way = case.backward(completion=(z, *case.z_vectors))
+    case.grad = completed
+    for first, second in zip(on_the_way, case.backward()):
+        assert error(first, second.double()) < 3 * near
+
+
+def compare_all(dtype, every=1):
+    cases = [(*shape, channels) for channels in CHANNELS for shape in SHAPES]
+    for i, (*shape, channels) in enumerate(cases[::every]):
+        compare(Case(*shape, channels, dtype, seed=i), dtype)
+
+
+@pytest.mark.parametrize('threads', [1, 2])
+@pytest.mark.parametrize('dtype', DTYPES)
+@needs_kernels
+def test_operations_agree_with_float64(dtype, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        compare_all(dtype, every=2 if threads == 1 else 1)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize('shape', [(4, 16, 16, 48, 1, False, 60), (4, 16, 16, 12, 3, False, 48),
+                                   (4, 16, 16, 30, 1, True, 60), (2, 14, 14, 32, 3, False, 128)])
+@needs_kernels
+def test_bf16_is_as_close_as_torch(shape):
+    case = Case(*shape, torch.bfloat16)
+    z, gradients = case.reference(torch.bfloat16, case.grad)
+    assert error(case.forward(), case.z) < 1.1 * error(z, case.z)
+    for mine, torchs, exact in zip(case.backward(), gradients, case.gradients):
+        assert error(mine, exact) < 1.1 * max(error(torchs, exact), error(exact.bfloat16(), exact))
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@needs_kernels
+def test_statistics(dtype):
+    for n, c, h, w in [(1, 1, 1, 1), (3, 17, 5, 7), (64, 130, 8, 8)]:
+        x = channels_last(n, c + 5, h, w, dtype)[:, 2:2 + c]
+        mean, variance = densenet_cpu.statistics(x)
+        expected, expected_mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+        torch.testing.assert_close(mean, expected_mean.float(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(variance, expected.float(), rtol=1e-5, atol=1e-6)
+
+
+@needs_kernels
+def test_statistics_far_from_zero():
+    x = channels_last(64, 20, 16, 16) + 1000  # a float32 there has steps of 6e-5
+    expected, expected_mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    mean, variance = densenet_cpu.statistics(x)
+    torch.testing.assert_close(mean, expected_mean.float(), rtol=1e-7, atol=0)
+    torch.testing.assert_close(variance, expected.float(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('shape', [(2, 8, 8, 48, 1, False, 20), (2, 8, 8, 12, 3, False, 20),
+                                   (2, 8, 8, 9, 1, True, 20)])
+@needs_kernels
+def test_nan_stays_visible(shape, dtype):
+    """As in torch: NaN passes the ReLU, and backward takes the gradient through it."""
+    case = Case(*shape, dtype)
+    case.x[1, 5, 4, 2] = float('nan')
+    z, (_, _, sum_gx, d_kernel) = case.reference(torch.float64, case.grad)
+    mine, mean, _ = case.forward(with_statistics=True)
+    torch.testing.assert_close(mine.isnan(), z.isnan())
+    assert mean.isnan().all()
+    _, _, my_sum_gx, my_d_kernel = case.backward()
+    torch.testing.assert_close(my_sum_gx.isnan(), sum_gx.isnan())
+    torch.testing.assert_close(my_d_kernel.isnan(), d_kernel.isnan())
+
+
+@needs_kernels
+def test_what_is_not_a_map():
+    assert densenet_cpu.supports(channels_last(2, 3, 4, 5))
+    assert densenet_cpu.supports(channels_last(2, 9, 4, 5)[:, 2:5])
+    assert not densenet_cpu.supports(torch.randn(2, 3, 4, 5))
+    assert not densenet_cpu.supports(channels_last(2, 3, 4, 5).double())
+    assert not densenet_cpu.supports(channels_last(2, 3, 4, 5)[:, :, ::2])
+    assert not densenet_cpu.supports(channels_last(2, 3, 4, 5)[..., 1:])
+    with pytest.raises(ValueError, match='channels_last'):
+        densenet_cpu.statistics(torch.randn(2, 3, 4, 5))
+
+
+# ---- Building ----
+
+REPORT = ('import torch, densenet_cpu, warnings; x = torch.randn(1, 4, 4, 3).permute(0, 3, 1, 2); '
+          'print(densenet_cpu.unsupported_reason(x)); print(densenet_cpu.unsupported_reason(x))')
+
+
+def start(cache, code=REPORT, **env):
+    return subprocess.Popen([sys.executable, '-c', code], text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, cwd=ROOT,
+                            env={**os.environ, 'XDG_CACHE_HOME': str(cache), **env})
+
+
+def compiler():
+    path = shutil.which('g++')
+    if not path:
+        pytest.skip('there is no g++')
+    return path
+
+
+def test_without_a_compiler(tmp_path):
+    out, err = start(tmp_path, PATH='', CXX='').communicate()
+    assert out.splitlines() == ['there is no C++ compiler (g++, c++, clang++ or $CXX)'] * 2
+    assert err.count('DenseNet goes on without its CPU kernels') == 1
+
+
+def test_a_compiler_that_fails(tmp_path):
+    out, err = start(tmp_path, CXX='false').communicate()
+    assert 'false --version fails' in out and 'Warning' in err
+
+
+def test_switched_off(tmp_path):
+    out, err = start(tmp_path, DENSENET_CPU_KERNELS='0').communicate()
+    assert out.splitlines() == ['DENSENET_CPU_KERNELS=0'] * 2 and err == ''
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unsafe_directory(tmp_path):
+    compiler()
+    (tmp_path / 'densenet').mkdir()
+    (tmp_path / 'densenet').chmod(0o777)
+    out, _ = start(tmp_path).communicate()
+    assert 'writable to other users' in out
+
+
+def test_two_processes_build_at_once(tmp_path):
+    compiler()
+    for process in [start(tmp_path), start(tmp_path)]:
+        assert process.communicate()[0].splitlines() == ['None', 'None']
+    built, = (tmp_path / 'densenet').iterdir()
+    assert built.name.startswith('float-')
+    # One OpenMP in the process, torch's; and it is found in the cache without compiling.
+    count = ("import re; print(len(set(re.findall(r'\\S*/lib[gi]?omp\\S*\\.so\\S*', "
+             "open('/proc/self/maps').read()))))")
+    out, _ = start(tmp_path, f'{REPORT}; {count}').communicate()
+    if Path('/proc/self/maps').exists():
+        assert out.splitlines()[-1] == '1'
+
+
+def run_with(flags, tmp_path, every, **env):
+    """Runs every few comparisons in another process, with kernels that are compiled with flags."""
+    command = [compiler(), '-std=c++17', *flags, '-fopenmp', '-fPIC', '-shared',
+               '-ffp-contract=fast', str(ROOT / 'densenet_cpu.cpp')]
+    builds = [subprocess.Popen([*command, f'-DMAP={map_type}', '-o', str(tmp_path / map_type)])
+              for map_type in densenet_cpu.TYPES.values()]
+    assert [build.wait() for build in builds] == [0, 0]
+    done = subprocess.run([sys.executable, __file__, str(tmp_path), str(every)], text=True,
+                          capture_output=True, cwd=ROOT, env={**os.environ, **env})
+    assert done.returncode == 0 and 'all agree' in done.stdout, done.stderr[-3000:]
+
+
+def cpu_flags():
+    try:
+        return Path('/proc/cpuinfo').read_text()
+    except OSError:
+        return ''
+
+
+def test_avx2(tmp_path):
+    if 'avx2' not in cpu_flags():
+        pytest.skip('this CPU has no AVX2')
+    run_with(['-O1', '-march=haswell'], tmp_path, 5)
+
+
+def test_sanitizers(tmp_path):
+    asan = subprocess.run([compiler(), '-print-file-name=libasan.so'], text=True,
+                          capture_output=True).stdout.strip()
+    if not os.path.isabs(asan):
+        pytest.skip('g++ has no address sanitizer here')
+    flags = ['-O0', '-march=native', '-fsanitize=address,undefined', '-fno-sanitize-recover=all']
+    run_with(flags, tmp_path, 17, LD_PRELOAD=os.path.realpath(asan),
+             ASAN_OPTIONS='detect_leaks=0')
+
+
+if __name__ == '__main__':
+    directory, every = sys.argv[1:]
+    libraries = {dtype: ctypes.CDLL(f'{directory}/{map_type}')
+                 for dtype, map_type in densenet_cpu.TYPES.items()}
+    densenet_cpu._load = lambda dtype: (libraries[dtype], None)
+    for dtype in DTYPES:
+        compare_all(dtype, int(every))
+    print('all agree')
