@@ -1,18 +1,22 @@
 # make demo      train a small DenseNet on drawn shapes and show its figures
 # make test      run the test suite
+# make torture   kill, stop and damage small runs at random: ten minutes
 # make figures   draw the README's figures again, and measure for some of them: three minutes
 # All install what they need into .venv, once; PYTHON=python3.12 chooses another Python.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test figures
+.PHONY: demo test torture figures
 
 demo: .venv/.installed
 	$(BIN)/python train.py --dataset shapes --depth 16 --growth-rate 8 --epochs 6 --print-freq 10 --name demo --overwrite
 
 test: .venv/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile  # on two cores a third faster
+
+torture: .venv/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python attic/torture.py
 
 figures: .venv/.installed-dev
 	$(BIN)/python images/dense_block.py

@@ -3,7 +3,7 @@
     python bench.py                                       # DenseNet-BC-100-12, batches of 64
     python bench.py --arch densenet121 --batch-size 256   # images of 224 pixels
     python bench.py --rows 'ours*' --baseline 'ours plain' --csv bench.csv --plot bench.png
-    python bench.py --inference --precision fp32 bf16
+    python bench.py --inference --precision fp32 bf16     # on a CPU with ONNX Runtime, too
     python bench.py --memory-vs-depth --batch-size 8      # draws images/memory-vs-depth.png
     python bench.py --loader /data/imagenet --workers 1 8 # images that are read in a second
 
@@ -13,19 +13,23 @@ all rounds, with the quartiles beside it. Memory is on a GPU the peak of a step 
 momentum; of a graph, that of recording it), on a CPU what the forward pass holds for backward.
 "First step" is the time from the model in host memory to the end of its first step, compiling and
 recording included; later rows may find that earlier ones have tuned or compiled the same, so for a
-number to quote run that row alone.
+number to quote run that row alone. "x limit", on a CPU, is the time over that of all convolutions
+of the step at the rate of a large matrix product, which is measured in each round as well.
 """
 
 import argparse
+import contextlib
 import csv
 import fnmatch
 import functools
 import gc
 import importlib.metadata
+import importlib.util
 import math
 import os
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -35,30 +39,36 @@ import torchvision
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import densenet
+import densenet_cpu
 import flags
-import memory
 import plot
+import runlog
 import train
+from errors import UserError
 
-# How our dense blocks train: (linear_memory, memory_efficient) and what `path` then says.
-MODES = {'plain': (False, False, 'plain'),
-         'checkpointed': (False, True, 'checkpointed'),
-         'block': (True, False, 'linear'),
-         'memory-efficient': (True, True, 'linear')}
+# How our dense blocks train: linear_memory, memory_efficient, cpu_kernels (None: where
+# densenet_cpu.py is), and what a block's `path` then says.
+MODES = {'plain': (False, False, False, 'plain'),
+         'checkpointed': (False, True, False, 'checkpointed'),
+         'block': (True, False, False, 'linear'),
+         'memory-efficient': (True, True, False, 'linear'),
+         'kernels': (True, False, None, 'kernels'),
+         'kernels, memory-efficient': (True, True, None, 'kernels')}
+EAGER_MODES = [mode for mode in MODES if 'kernels' not in mode]
 DEPTHS = (22, 40, 70, 100, 130, 160, 190, 220, 250)  # of --memory-vs-depth
-# Flags that two modes, which measure something else, leave out of account.
-USELESS = {'memory_vs_depth': ('loader', 'arch', 'depth', 'inference', 'compile', 'rows',
-                               'baseline', 'rounds', 'steps', 'csv', 'plot'),
-           'loader': ('arch', 'depth', 'growth_rate', 'precision', 'inference', 'compile', 'rows',
-                      'baseline', 'steps', 'csv', 'plot')}
+MATRICES = (4096, 1024), (1024, 1024)  # whose product has the rate that a step is held against
 
 
 class Row(NamedTuple):
-    source: str           # ours, torchvision or timm
-    mode: str             # a key of the MODES; others' models are plain or checkpointed
+    source: str           # ours, torchvision, timm or onnxruntime
+    mode: str             # a key of MODES; others' models are plain or checkpointed
     precision: str
     channels_last: bool = True
     compiled: bool = False
@@ -66,110 +76,104 @@ class Row(NamedTuple):
 
     @property
     def name(self):
-        return (f'{self.source} {self.mode}' + ', NCHW' * (not self.channels_last)
-                + ', compiled' * self.compiled + ', CUDA graph' * self.graph)
-
-
-class Workload(NamedTuple):
-    """What is measured: a network, all whose versions have the same size, and its input."""
-    name: str
-    growth_rate: int
-    block_config: tuple
-    num_init_features: int
-    image_size: int
-    batch_size: int
-
-    @property
-    def small(self):
-        return self.image_size <= data.SMALL
+        if self.source == 'onnxruntime':
+            return self.source
+        return (f'{self.source} {self.mode.replace("kernels", "block, CPU kernels")}'
+                + ', NCHW' * (not self.channels_last) + ', compiled' * self.compiled
+                + ', CUDA graph' * self.graph)
 
 
 class Result(NamedTuple):
-    row: Row
-    times: list                # seconds, of each step; empty if it failed
+    times: list                   # seconds a step, of each round; empty if the row failed
     memory: float = math.nan      # bytes
     first_step: float = math.nan  # seconds
     failure: str = ''
 
-    @property
-    def quartiles(self):
-        """25%, 50% and 75% of the steps took no longer, in milliseconds."""
-        if len(self.times) < 2:
-            return [1e3 * self.times[0]] * 3 if self.times else [math.nan] * 3
-        return [1e3 * t for t in statistics.quantiles(self.times, n=4, method='inclusive')]
-
 
 # ---- the networks -------------------------------------------------------------------------
 
-def describe_network(args):
-    depth, growth_rate = args.depth or 100, args.growth_rate or 12
-    with torch.device('meta'):
-        if args.arch:
-            model, name = getattr(densenet, args.arch)(), args.arch
-        else:
-            model = densenet.densenet_cifar(depth, growth_rate)
-            name = f'DenseNet-BC k={growth_rate} L={depth}'
-    blocks = blocks_of(model)
-    return Workload(name, blocks[0].denselayer1.conv2.out_channels,
-                    tuple(len(block) for block in blocks), model.features.conv0.out_channels,
-                    args.image_size or (224 if args.arch else 32), args.batch_size)
+def network_flags(arch=None, depth=None, growth_rate=None, image_size=None, batch_size=64, **_):
+    """The flags of train.py for the network, the images and the step."""
+    # A low rate: weights that run away would meet other numbers, and other speeds.
+    given = dict(arch=arch, depth=depth, growth_rate=growth_rate, batch_size=batch_size, lr=1e-3)
+    args, _ = flags.parse_args([f'--{name.replace("_", "-")}={value}'
+                                for name, value in given.items() if value is not None])
+    return flags.with_network(args, image_size or (224 if arch else 32))
 
 
-def blocks_of(model):
-    return [module for module in model.modules() if isinstance(module, densenet.DenseBlock)]
-
-
-def make_model(row, workload):
-    """The network of a row, on the CPU.
+def make_model(row, args):
+    """The network of a row, of the same size for all rows.
 
     Raises:
+        UserError: there is no such network.
         ImportError: it needs a package that is not installed.
     """
-    classes = 10 if workload.small else 1000
-    linear, efficient, _ = MODES[row.mode]
-    settings = dict(growth_rate=workload.growth_rate, block_config=workload.block_config,
-                    num_classes=classes, memory_efficient=efficient)
-    if row.source == 'ours':
-        model = densenet.DenseNet(num_init_features=workload.num_init_features,
-                                  small_inputs=workload.small, **settings)
+    linear_memory, memory_efficient, cpu_kernels, _ = MODES[row.mode]
+    num_classes = 10 if args.image_size <= data.SMALL else 1000
+    args = argparse.Namespace(**{**vars(args), 'memory_efficient': memory_efficient})
+    model = train.build_model(args, num_classes, args.image_size)
+    if row.source in ('ours', 'onnxruntime'):
         for module in model.modules():
             if hasattr(module, 'linear_memory'):
-                module.linear_memory = linear
+                module.linear_memory, module.cpu_kernels = linear_memory, cpu_kernels
         return model
+    config = model.config
+    settings = {name: config[name] for name in (
+        'growth_rate', 'block_config', 'num_init_features', 'num_classes', 'memory_efficient')}
     if row.source == 'torchvision':
-        model = torchvision.models.DenseNet(num_init_features=workload.num_init_features,
-                                            **settings)
+        model = torchvision.models.DenseNet(**settings)
     else:
-        from timm.models.densenet import DenseNet  # whose stem is always of twice the growth rate
+        from timm.models.densenet import DenseNet
+        del settings['num_init_features']  # its stem always has twice the growth rate
         model = DenseNet(**settings)
-    if workload.small:  # their ImageNet stem makes way for that of the paper's CIFAR networks
+    if config['small_inputs']:  # their ImageNet stem makes way for that of the paper for CIFAR
         for name in ('norm0', 'relu0', 'pool0'):
             if hasattr(model.features, name):
                 delattr(model.features, name)
-        model.features.conv0 = nn.Conv2d(3, workload.num_init_features, 3, padding=1, bias=False)
+        model.features.conv0 = nn.Conv2d(3, config['num_init_features'], 3, padding=1, bias=False)
     return model
 
 
-def make_rows(args, device):
+def has_cpu_kernels():
+    return densenet_cpu.unavailable_reason() is None
+
+
+def make_rows(options, device):
     """All rows that the flags and the device admit; the first is the default baseline."""
-    rows = []
-    on_cuda = device.type == 'cuda'
+    rows, on_cuda = [], device.type == 'cuda'
+    modes = MODES if device.type == 'cpu' and has_cpu_kernels() else EAGER_MODES
+    if options.inference:
+        modes = [mode for mode in modes if mode in ('plain', 'kernels')]
     default = ('tf32', 'bf16') if on_cuda else ('fp32',)
-    for precision in dict.fromkeys(args.precision or default):
+    for precision in dict.fromkeys(options.precision or default):
         theirs, timm = (Row(source, 'plain', precision) for source in ('torchvision', 'timm'))
-        ours = [Row('ours', mode, precision) for mode in MODES]
+        ours = [Row('ours', mode, precision) for mode in modes]
         if precision in ('fp32', 'tf32'):  # as torchvision's comes, before anybody tunes it
             rows.append(theirs._replace(channels_last=False))
-        if args.inference:
-            eager, graphed = [theirs, timm, ours[0]], ours[:1]
-        else:
-            eager = [theirs, timm, theirs._replace(mode='checkpointed'), *ours]
-            graphed = [row for row in ours if row.mode != 'checkpointed']
-        rows += eager + [row._replace(graph=True) for row in graphed if on_cuda]
-        if args.compile:
+        rows += [theirs, timm]
+        if not options.inference:
+            rows.append(theirs._replace(mode='checkpointed'))
+        rows += ours + [row._replace(graph=True) for row in ours
+                        if on_cuda and row.mode != 'checkpointed']
+        if options.compile:
             rows += [row._replace(compiled=True, graph=graph) for row in (theirs, ours[0])
-                     for graph in ((False, True) if on_cuda else (False,))]
+                     for graph in (False, True)[:1 + on_cuda]]
+        if options.inference and not on_cuda and precision == 'fp32':
+            rows.append(Row('onnxruntime', 'plain', precision))
     return rows
+
+
+def choose_rows(options, device):
+    """The rows to measure, and the one that the others are compared with."""
+    def named(patterns, flag, rows):
+        found = [row for row in rows if any(fnmatch.fnmatchcase(row.name, p) for p in patterns)]
+        if not found:
+            names = ', '.join(dict.fromkeys(f"'{row.name}'" for row in rows))
+            raise UserError(f'{flag}: no row is called that; here there are {names}')
+        return found
+
+    rows = named(options.rows or ['*'], '--rows', make_rows(options, device))
+    return rows, named([options.baseline or '*'], '--baseline', rows)[0]
 
 
 # ---- measuring ----------------------------------------------------------------------------
@@ -177,33 +181,38 @@ def make_rows(args, device):
 class Runner:
     """A row's model and its step, ready to be timed. Making one runs the first steps."""
 
-    def __init__(self, row, workload, device, inference):
+    def __init__(self, row, args, device, inference=False):
         self.row, self.device, self.inference = row, device, inference
+        self.on_cuda = device.type == 'cuda'
         gc.collect()
-        allocated = torch.cuda.memory_allocated() if device.type == 'cuda' else 0
-        images = torch.randn(workload.batch_size, 3, workload.image_size, workload.image_size)
-        labels = torch.randint(10, (workload.batch_size,))
-        self.batch = images.to(device), labels.to(device)
-        self.model = make_model(row, workload)
+        if self.on_cuda:
+            torch._C._cuda_clearCublasWorkspaces()  # each row is to pay for its own
+        allocated = torch.cuda.memory_allocated() if self.on_cuda else 0
+        self.batch = (torch.randn(args.batch_size, 3, *2 * [args.image_size]).to(device),
+                      torch.randint(10, [args.batch_size]).to(device))
+        self.model = make_model(row, args).train(not inference)
         started = time.perf_counter()
-        self._set_up()
+        self._set_up(args)
         self._launch(self._ready_step())
         self.first_step = time.perf_counter() - started
         self._check_path()
         self.memory = self._measure_memory(allocated)
 
-    def _set_up(self):
+    def _set_up(self, args):
         layout = torch.channels_last if self.row.channels_last else torch.contiguous_format
-        self.model.to(self.device, memory_format=layout).train(not self.inference)
+        self.model.to(self.device, memory_format=layout)
+        if self.row.source == 'onnxruntime':
+            self.step = make_onnxruntime_step(self.model, self.batch[0])
+            return
         if self.row.compiled:
             self.model.compile()
         self.autocast = train.make_autocast(self.row.precision, self.device)
-        # A low rate: weights that run away would meet other numbers, and other speeds. Inference
-        # has no use for the optimizer's momentum, and so for its memory.
-        args = flags.parse_args(['--lr', '1e-3', '--momentum', '0' if self.inference else '0.9'])
+        if self.inference:  # which has no use for momentum, and so for its memory
+            args = argparse.Namespace(**{**vars(args), 'momentum': 0.0})
         self.state = train.make_state(args, self.model, self.device, self.row.precision)
         if self.inference:
-            self.step = functools.partial(infer, self.model, self.autocast)
+            self.step = torch.inference_mode()(
+                lambda images, labels: train.classify(self.model, images, self.autocast))
         else:
             self.step = functools.partial(train.train_step, self.state, autocast=self.autocast)
 
@@ -214,58 +223,71 @@ class Runner:
             return self.step
         return train.CudaGraphStep(self.step, self.state, [self.batch[0].shape])
 
-    def _launch(self, step):
-        step(*self.batch)
-        if self.device.type == 'cuda':
+    def _launch(self, step, times=1):
+        for _ in range(times):
+            step(*self.batch)
+        if self.on_cuda:
             torch.cuda.synchronize()
 
     def _check_path(self):
         """Nothing is measured under another's name because a block fell back."""
-        if self.row.source == 'ours' and not (self.row.compiled or self.inference):
-            expected = MODES[self.row.mode][2]
-            for block in blocks_of(self.model):
-                if block.path != expected:
-                    raise RuntimeError(f'a block went the {block.path} way: '
-                                       f'{block.fallback_reason}')
+        if self.row.source != 'ours' or self.row.compiled or self.inference:
+            return
+        for block in self.model.modules():
+            if isinstance(block, densenet.DenseBlock) and block.path != MODES[self.row.mode][-1]:
+                raise RuntimeError(f'a block went the {block.path} way: {block.fallback_reason}')
 
     def _measure_memory(self, allocated):
         """Bytes: on a GPU the peak beyond `allocated`, on a CPU what is held for backward."""
-        if self.device.type != 'cuda':
+        if not self.on_cuda:
             if self.inference or self.row.compiled:  # nothing held, or out of sight of a count
                 return math.nan
             with self.autocast:
                 return bytes_held(self.model, self.batch[0])
         gc.collect()
-        torch._C._cuda_clearCublasWorkspaces()  # each row is to pay for its own
+        torch._C._cuda_clearCublasWorkspaces()  # for each recording makes one
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()  # the first step tried out many convolutions
         self._launch(self._ready_step())
         return torch.cuda.max_memory_allocated() - allocated
 
     def time(self, steps):
-        """Seconds that each of some steps in a row took, after one to warm up."""
+        """Seconds a step, the mean of some in a row, after one to warm up."""
         step = self._ready_step()
         self._launch(step)
-        if self.device.type != 'cuda':
-            times = []
-            for _ in range(steps):
-                started = time.perf_counter()
-                step(*self.batch)
-                times.append(time.perf_counter() - started)
-            return times
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-        events[0].record()
-        for event in events[1:]:
-            step(*self.batch)
-            event.record()
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) / 1e3 for start, end in zip(events, events[1:])]
+        started = time.perf_counter()
+        self._launch(step, steps)
+        return (time.perf_counter() - started) / steps
 
 
-@torch.inference_mode()
-def infer(model, autocast, images, labels):
-    with autocast:
-        model(images)
+def make_onnxruntime_step(model, images):
+    """Inference by ONNX Runtime on the exported network, in as many threads as torch has."""
+    import onnxruntime
+    import onnxscript  # noqa: F401  torch's exporter needs it
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, 'densenet.onnx')
+        torch.onnx.export(model, (images,), path, verbose=False)
+        session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+    name = session.get_inputs()[0].name
+    return lambda images, labels: session.run(None, {name: images.numpy()})
+
+
+class Allocations(TorchDispatchMode):
+    """A context that counts the memory of what operations make in it, but for compiled code."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = {}  # storage -> a weak reference and bytes
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return result
 
 
 def bytes_held(model, images):
@@ -274,158 +296,198 @@ def bytes_held(model, images):
     Counted by allocation (what operations have made and is still there when the model is done),
     since the inputs that checkpointing holds on to are not among autograd's saved tensors.
     """
-    with memory.Allocations() as allocations:
+    with Allocations() as allocations:
         logits = model(images)
-    return allocations.held(but=(images, logits, *model.state_dict().values()))
+    others = {tensor.untyped_storage()._cdata
+              for tensor in (images, logits, *model.state_dict().values())}
+    return sum(size for key, (storage, size) in allocations.made.items()
+               if key not in others and not storage.expired())
+
+
+def convolution_flops(args, inference):
+    """FLOPs of all convolutions in a step, two for a multiply-add; transitions pool first."""
+    with torch.device('meta'), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model = make_model(Row('ours', 'plain', 'fp32'), args).eval()
+        model(torch.empty(args.batch_size, 3, args.image_size, args.image_size))
+    forward = counter.get_flop_counts()['Global'][torch.ops.aten.convolution]
+    return forward if inference else 3 * forward  # backward: gradients of input and of weight
+
+
+def matrix_product_rate(precision):
+    """FLOP/s of a large matrix product on the CPU, the median of three after one to warm up."""
+    dtype, times = train.AUTOCAST_TYPES.get(precision, torch.float32), []
+    a, b = (torch.randn(shape).to(dtype) for shape in MATRICES)
+    product = a @ b
+    for _ in range(3):
+        started = time.perf_counter()
+        torch.mm(a, b, out=product)
+        times.append(time.perf_counter() - started)
+    return 2 * a.numel() * b.shape[1] / statistics.median(times)
 
 
 def describe_failure(error):
     """What a row that failed says instead of numbers; running out of memory is no surprise."""
-    text = str(error)
-    if memory.ran_out(error):
+    if train.ran_out_of_memory(error):
         return 'out of memory'
+    text = str(error).partition('\n')[0]
     if isinstance(error, ImportError):
         return f'needs a package: {text}'
-    return f'failed: {type(error).__name__}: {text.splitlines()[0] if text else ""}'
+    return f'failed: {type(error).__name__}: {text}'
 
 
-def measure(rows, workload, device, inference, rounds, steps, results):
-    """Fills in `results`, a Result for each row; one that fails says why, and the others go on."""
+def measure(rows, args, device, options, results, rates):
+    """Fills in `results`, {row: Result}, and on a CPU `rates`, {precision: FLOP/s in each round}.
+
+    A row that fails says why, and the others go on.
+    """
     runners = {}
+
+    @contextlib.contextmanager
+    def failing_alone(row):
+        try:
+            yield
+        except Exception as error:
+            results[row] = Result([], failure=describe_failure(error))
+            runners.pop(row, None)
+
     for row in rows:
         print(f'starting {row.name}, {row.precision}', file=sys.stderr)
-        try:
-            runners[row] = Runner(row, workload, device, inference)
-            results[row] = Result(row, [], runners[row].memory, runners[row].first_step)
-        except Exception as error:
-            results[row] = Result(row, [], failure=describe_failure(error))
-    for i in range(rounds):
-        print(f'round {i + 1} of {rounds}', file=sys.stderr)
+        with failing_alone(row):
+            runners[row] = Runner(row, args, device, options.inference)
+            results[row] = Result([], runners[row].memory, runners[row].first_step)
+    for i in range(options.rounds):
+        print(f'round {i + 1} of {options.rounds}', file=sys.stderr)
+        for precision in dict.fromkeys(row.precision for row in runners):
+            if device.type == 'cpu':
+                rates.setdefault(precision, []).append(matrix_product_rate(precision))
         for row, runner in list(runners.items()):
-            try:
-                results[row].times.extend(runner.time(steps))
-            except Exception as error:
-                results[row] = Result(row, [], failure=describe_failure(error))
-                del runners[row]
+            with failing_alone(row):
+                results[row].times.append(runner.time(options.steps))
 
 
-def memory_vs_depth(args, device, precision):
+def memory_vs_depth(options, device, precision):
     """{mode: bytes at each of DEPTHS}, NaN where memory ran out."""
-    curves = {mode: [] for mode in MODES}
+    curves = {mode: [] for mode in EAGER_MODES}
     for depth in DEPTHS:
-        workload = describe_network(argparse.Namespace(**{**vars(args), 'depth': depth}))
+        args = network_flags(**{**vars(options), 'depth': depth})
+        print(f'depth {depth}', file=sys.stderr)
         for mode, curve in curves.items():
-            print(f'depth {depth}, {mode}', file=sys.stderr)
             try:
-                curve.append(Runner(Row('ours', mode, precision), workload, device, False).memory)
+                curve.append(Runner(Row('ours', mode, precision), args, device).memory)
             except Exception as error:
-                if describe_failure(error) != 'out of memory':
+                if not train.ran_out_of_memory(error):
                     raise
                 curve.append(math.nan)
     return curves
 
 
-def loader_speed(root, image_size, batch_size, device, workers, rounds):
-    """Images per second of each pass through the training images in `root`, after one to start."""
-    dataset = data.describe('imagenet', root, image_size)
-    _, loader, _ = data.make_loaders(dataset, batch_size, device=device, workers=workers)
-    speeds = []
-    for epoch in range(rounds + 1):
-        loader.set_epoch(epoch)
-        started = time.perf_counter()
-        for _ in loader:
-            pass
-        if device.type == 'cuda':
-            torch.cuda.synchronize()
-        speeds.append(loader.num_images / (time.perf_counter() - started))
-    return speeds[1:]
+def measure_loader(options, device):
+    """Prints images per second of each pass through DIR/train, after one to start."""
+    for workers in options.workers:
+        dataset = data.describe('imagenet', options.loader, options.image_size)
+        _, loader, _ = data.make_loaders(dataset, options.batch_size, device=device,
+                                         workers=workers)
+        speeds = []
+        for epoch in range(options.rounds + 1):
+            loader.set_epoch(epoch)
+            started = time.perf_counter()
+            for _ in loader:
+                pass
+            if device.type == 'cuda':
+                torch.cuda.synchronize()
+            speeds.append(loader.num_images / (time.perf_counter() - started))
+        median, low, high = statistics.median(speeds[1:]), min(speeds[1:]), max(speeds[1:])
+        print(f'--workers {workers}: {median:.0f} images/s ({low:.0f}-{high:.0f}), '
+              f'{median / max(1, workers):.0f} for each of them', flush=True)
 
 
 # ---- showing ------------------------------------------------------------------------------
 
-COLUMNS = ('row', 'precision', 'ms', 'quartiles', 'images/s', 'speed', 'memory', 'ratio',
-           'first step')
+CELLS = {'row': '{row}', 'precision': '{precision}', 'ms': '{ms:,.2f}',
+         'quartiles': '{ms_quartile1:,.2f}-{ms_quartile3:,.2f}',
+         'images/s': '{images_per_second:,.0f}', 'speed': '{speed_ratio:.2f}x',
+         'x limit': '{limit_ratio:.2f}', 'memory': '{memory_mib:,.0f} MiB',
+         'ratio': '{memory_ratio:.3f}', 'first step': '{first_step_seconds:.1f} s'}
 
 
-def table_rows(results, workload, baseline):
-    """Numbers of each result: ms, its quartiles, images/s, speed, bytes, memory ratio, seconds."""
-    base = next((result for result in results if result.row == baseline), Result(baseline, []))
-    for result in results:
-        low, median, high = result.quartiles
-        yield result, (median, low, high, 1e3 * workload.batch_size / median,
-                       base.quartiles[1] / median, result.memory, result.memory / base.memory,
-                       result.first_step)
+def quartiles(times):
+    """25%, 50% and 75% of the steps took no longer, in milliseconds."""
+    times = times if len(times) > 1 else 2 * (times or [math.nan])
+    return [1e3 * t for t in statistics.quantiles(times, n=4, method='inclusive')]
 
 
-def print_table(results, workload, baseline):
-    def cell(pattern, value):
-        return '-' if math.isnan(value) else pattern.format(value)
+def tabulate(results, baseline, batch_size, limits):
+    """What the CSV file has of each row, in dicts; NaN where something was not measured.
 
-    lines = [COLUMNS]
-    for result, numbers in table_rows(results, workload, baseline):
-        median, low, high, rate, speed, memory, memory_ratio, first = numbers
-        cells = [cell('{:,.2f}', median), f'{low:,.2f}-{high:,.2f}', cell('{:,.0f}', rate),
-                 cell('{:.2f}x', speed), cell('{:,.0f} MiB', memory / 2**20),
-                 cell('{:.3f}', memory_ratio), cell('{:.1f} s', first)]
-        lines.append((result.row.name, result.row.precision,
-                      *([result.failure] if result.failure else cells)))
-    widths = [max(len(line[i]) for line in lines if i < 2 or len(line) == len(COLUMNS))
-              for i in range(len(COLUMNS))]
+    `limits` are the least milliseconds a step could take, by precision.
+    """
+    base = results.get(baseline, Result([]))
+    for row, result in results.items():
+        low, median, high = quartiles(result.times)
+        yield dict(
+            row=row.name, precision=row.precision, ms=median, ms_quartile1=low, ms_quartile3=high,
+            images_per_second=1e3 * batch_size / median,
+            speed_ratio=quartiles(base.times)[1] / median, memory_bytes=result.memory,
+            memory_ratio=result.memory / base.memory, first_step_seconds=result.first_step,
+            limit_ratio=median / limits.get(row.precision, math.nan), failure=result.failure,
+            rounds=len(result.times))
+
+
+def print_table(table):
+    lines = [list(CELLS)]
+    for numbers in table:
+        cells = [text.format(**numbers, memory_mib=numbers['memory_bytes'] / 2**20)
+                 for text in CELLS.values()]
+        lines.append([*cells[:2], numbers['failure']] if numbers['failure'] else
+                     ['-' if 'nan' in cell else cell for cell in cells])
+    widths = [max(len(line[i]) for line in lines if i < 2 or len(line) > 3)
+              for i in range(len(CELLS))]
     for line in lines:
-        texts = [text.ljust(width) if i < 2 or len(line) == 3 else text.rjust(width)
-                 for i, (text, width) in enumerate(zip(line, widths))]
-        print('  '.join(texts).rstrip())
-    print(f'speed and memory are relative to {baseline.name}, {baseline.precision}')
+        print('  '.join(text.ljust(width) if i < 2 or len(line) == 3 else text.rjust(width)
+                        for i, (text, width) in enumerate(zip(line, widths))))
 
 
-def print_loader_speed(args, device):
-    for workers in args.workers:
-        speeds = loader_speed(args.loader, args.image_size, args.batch_size, device, workers,
-                              args.rounds or 10)
-        median = statistics.median(speeds)
-        print(f'--workers {workers}: {median:.0f} images/s ({min(speeds):.0f}-{max(speeds):.0f}), '
-              f'{median / max(1, workers):.0f} for each of them', flush=True)
-
-
-def write_csv(path, results, workload, baseline, title):
+def write_csv(path, table, title):
     with open(path, 'w', newline='') as file:
-        writer = csv.writer(file)
-        writer.writerow(['row', 'precision', 'ms', 'ms_quartile1', 'ms_quartile3',
-                         'images_per_second', 'speed_ratio', 'memory_bytes', 'memory_ratio',
-                         'first_step_seconds', 'failure', 'steps', 'workload'])
-        for result, numbers in table_rows(results, workload, baseline):
-            writer.writerow([result.row.name, result.row.precision,
-                             *('' if math.isnan(number) else f'{number:.6g}' for number in numbers),
-                             result.failure, len(result.times), title])
+        writer = csv.DictWriter(file, [*table[0], 'workload'])
+        writer.writeheader()
+        for numbers in table:
+            texts = {name: f'{value:.6g}' if isinstance(value, float) else value
+                     for name, value in numbers.items()}
+            writer.writerow({name: '' if text == 'nan' else text for name, text in texts.items()}
+                            | {'workload': title})
 
 
-def draw_results(path, results, title, memory_label):
+def draw_table(path, table, title, memory_label):
     """Horizontal bars of time and memory, a row each."""
-    results = [result for result in results if not result.failure][::-1]
-    names = [f'{result.row.name}, {result.row.precision}' for result in results]
-    colors = [plot.COLORS[1 if result.row.source == 'ours' else 0] for result in results]
-    with rc_context({**plot.STYLE, 'axes.grid.axis': 'x'}):
-        figure = Figure(figsize=(10, 1.2 + 0.3 * len(results)), layout='constrained')
+    table = [numbers for numbers in table if not numbers['failure']][::-1]
+    names = ['{row}, {precision}'.format(**numbers) for numbers in table]
+    colors = [plot.COLORS[numbers['row'].startswith('ours')] for numbers in table]
+    ms, low, high, memory = ([numbers[key] for numbers in table] for key in (
+        'ms', 'ms_quartile1', 'ms_quartile3', 'memory_bytes'))
+    spread = [[b - a for a, b in zip(low, ms)], [b - a for a, b in zip(ms, high)]]
+    with new_figure(path, title, (10, 1.2 + 0.3 * len(table)), grid='x') as figure:
         left, right = figure.subplots(1, 2, sharey=True)
-        medians = [result.quartiles[1] for result in results]
-        spread = [[middle - low, high - middle] for low, middle, high
-                  in (result.quartiles for result in results)]
-        left.barh(names, medians, color=colors, xerr=list(zip(*spread)), ecolor=plot.GREY)
+        left.barh(names, ms, color=colors, xerr=spread, ecolor=plot.GREY)
         left.set_xlabel('ms per step (median and quartiles)')
-        right.barh(names, [result.memory / 2**20 for result in results], color=colors)
+        right.barh(names, [size / 2**20 for size in memory], color=colors)
         right.set(xlabel=memory_label, xlim=(0, None))
-        figure.suptitle(title, fontsize=9, color=plot.GREY)
-    plot.save_figure(figure, path)
 
 
 def draw_memory_vs_depth(path, curves, title, memory_label):
-    with rc_context(plot.STYLE):
-        figure = Figure(figsize=(6, 4), layout='constrained')
+    with new_figure(path, title, (6, 4)) as figure:
         axes = figure.subplots()
         for color, (mode, curve) in zip(plot.COLORS, curves.items()):
             axes.plot(DEPTHS, [size / 2**20 for size in curve], color=color, marker='o', label=mode)
         axes.set(xlabel='depth', ylabel=memory_label, xlim=(0, None), ylim=(0, None))
         axes.legend(loc='upper left')
+
+
+@contextlib.contextmanager
+def new_figure(path, title, size, grid='y'):
+    with rc_context({**plot.STYLE, 'axes.grid.axis': grid}):
+        figure = Figure(figsize=size, layout='constrained')
+        yield figure
         figure.suptitle(title, fontsize=9, color=plot.GREY)
     plot.save_figure(figure, path)
 
@@ -435,137 +497,106 @@ def draw_memory_vs_depth(path, curves, title, memory_label):
 def make_parser():
     parser = flags.Parser(prog='bench.py', description=__doc__, allow_abbrev=False,
                           formatter_class=argparse.RawDescriptionHelpFormatter)
-    group = parser.add_argument_group('network')
-    group.add_argument('--arch', choices=flags.ARCHITECTURES, metavar='NAME',
-                       help='an ImageNet network instead of DenseNet-BC for CIFAR')
-    group.add_argument('--depth', type=flags.POSITIVE, help='(default: 100)')
-    group.add_argument('--growth-rate', type=flags.POSITIVE, help='(default: 12)')
-    group.add_argument('--image-size', type=flags.POSITIVE, metavar='PIXELS',
-                       help='(default: 32, with --arch 224)')
-    group.add_argument('--batch-size', '-b', type=flags.POSITIVE, default=64,
-                       help='(default: %(default)s)')
-    group = parser.add_argument_group('rows')
-    group.add_argument('--precision', nargs='+', choices=('fp32', 'tf32', 'bf16', 'fp16'),
-                       help='(default: tf32 bf16 on cuda, else fp32)')
-    group.add_argument('--compile', action='store_true',
-                       help='also torch.compile: minutes for each network')
-    group.add_argument('--inference', action='store_true', help='not training: evaluation')
-    group.add_argument('--rows', nargs='+', metavar='PATTERN',
-                       help='only rows of such names, such as \'ours*\' \'torchvision plain\'')
-    group.add_argument('--baseline', metavar='NAME',
-                       help='the row that ratios refer to (default: the first)')
-    group = parser.add_argument_group('measuring')
-    group.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
-    group.add_argument('--rounds', type=flags.POSITIVE, help='(default: 10)')
-    group.add_argument('--steps', type=flags.POSITIVE,
-                       help='steps of each row in a round (default: 20 on cuda, 1 on a CPU)')
-    group.add_argument('--csv', type=Path, metavar='FILE')
-    group.add_argument('--plot', type=Path, metavar='FILE', help='a figure of the table')
-    group.add_argument('--memory-vs-depth', nargs='?', type=Path, metavar='FILE',
-                       const=Path('images/memory-vs-depth.png'),
-                       help='only draw memory against depth (default: %(const)s)')
-    group = parser.add_argument_group('input pipeline')
-    group.add_argument('--loader', type=Path, metavar='DIR',
-                       help='only read, crop and jitter the images in DIR/train')
-    group.add_argument('--workers', type=flags.number(int, '[0, inf)'), nargs='+', default=[1],
-                       help='numbers of processes that read (default: 1)')
+    add = parser.add_argument_group('network').add_argument
+    add('--arch', choices=flags.ARCHITECTURES, metavar='NAME', help='an ImageNet network')
+    add('--depth', type=flags.POSITIVE, help='(default: 100)')
+    add('--growth-rate', type=flags.POSITIVE, help='(default: 12, or that of the --arch)')
+    add('--image-size', type=flags.number(int, f'[1, {data.MAX_SIZE}]'), metavar='PIXELS',
+        help='(default: 32, with --arch 224)')
+    add('--batch-size', '-b', type=flags.POSITIVE, default=64, help='(default: %(default)s)')
+    add = parser.add_argument_group('rows').add_argument
+    add('--precision', nargs='+', choices=('fp32', 'tf32', 'bf16', 'fp16'),
+        help='(default: tf32 bf16 on cuda, else fp32)')
+    add('--compile', action='store_true', help='also torch.compile: minutes for each network')
+    add('--inference', action='store_true', help='not training: evaluation')
+    add('--rows', nargs='+', metavar='PATTERN', help='only rows of such names, as \'ours*\'')
+    add('--baseline', metavar='NAME', help='the row that ratios refer to (default: the first)')
+    add = parser.add_argument_group('measuring').add_argument
+    add('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
+    add('--rounds', type=flags.POSITIVE, default=10, help='(default: %(default)s)')
+    add('--steps', type=flags.POSITIVE,
+        help='of each row in a round, where their mean counts (default: 20 on cuda, 1 on a CPU)')
+    add('--csv', type=Path, metavar='FILE')
+    add('--plot', type=Path, metavar='FILE', help='a figure of the table')
+    add('--memory-vs-depth', nargs='?', type=Path, const=Path('images/memory-vs-depth.png'),
+        metavar='FILE', help='only draw memory against depth (default: %(const)s)')
+    add = parser.add_argument_group('input pipeline').add_argument
+    add('--loader', type=Path, metavar='DIR', help='only read and augment images in DIR/train')
+    add('--workers', type=flags.number(int, '[0, 1024]'), nargs='+', default=[1],
+        help='numbers of processes that read (default: 1)')
     return parser
 
 
-def choose_rows(args, device):
-    """The rows to measure, and the one that the others are compared with."""
-    rows = make_rows(args, device)
-
-    def named(patterns, flag, rows):
-        found = [row for row in rows if any(fnmatch.fnmatchcase(row.name, p) for p in patterns)]
-        if not found:
-            names = ', '.join(dict.fromkeys(f"'{row.name}'" for row in rows))
-            raise flags.UsageError(f'{flag}: no row is called that; here there are {names}')
-        return found
-
-    if args.rows:
-        rows = named(args.rows, '--rows', rows)
-    return rows, named([args.baseline], '--baseline', rows)[0] if args.baseline else rows[0]
-
-
-def check_flags(args):
-    paths = [path for path in (args.csv, args.plot, args.memory_vs_depth) if path is not None]
-    for path in paths:
-        if path.is_dir() or not os.access(path.parent, os.W_OK) or paths.count(path) > 1:
-            raise flags.UsageError(f'{path}: no file of its own can be written there')
-        if path is not args.csv and path.suffix not in ('.png', '.pdf', '.svg'):
-            raise flags.UsageError(f'{path}: a figure is a .png, .pdf or .svg file')
-    if args.arch and (args.depth or args.growth_rate):
-        raise flags.UsageError('--arch has a depth and a growth rate of its own')
-    for mode, others in USELESS.items():
-        if getattr(args, mode):
-            for flag in others:
-                if getattr(args, flag) not in (None, False):
-                    raise flags.UsageError(f'--{mode.replace("_", "-")} has no use for --'
-                                           f'{flag.replace("_", "-")}')
-    if args.memory_vs_depth and len(args.precision or ()) > 1:
-        raise flags.UsageError('--memory-vs-depth draws one --precision')
-
-
-def check_workload(workload, inference):
-    """Raises what such a network says to such a batch; takes no time and no memory."""
-    with torch.device('meta'):
-        model = make_model(Row('ours', 'plain', 'fp32'), workload).train(not inference)
-        model(torch.empty(workload.batch_size, 3, workload.image_size, workload.image_size))
-
-
-def main(argv=None):
-    parser = make_parser()
-    try:
-        args = parser.parse_args(argv)
-        check_flags(args)
-        device = train.choose_device(args.device)
-        precisions = [train.choose_precision(name, device) for name in args.precision or ['auto']]
-        if args.loader:
-            print_loader_speed(args, device)
-            return
-        rows, baseline = choose_rows(args, device)
-        workload = describe_network(args)
-        check_workload(workload, args.inference)
-    except (flags.UsageError, data.DataError, ValueError, RuntimeError, TypeError) as error:
-        parser.exit(2, f'bench.py: error: {str(error).splitlines()[0]}\n')
-    on_cuda = device.type == 'cuda'
-    hardware = (torch.cuda.get_device_name() if on_cuda
-                else f'CPU, {torch.get_num_threads()} threads')
-    batches = f'batches of {args.batch_size} at {workload.image_size} pixels'
-    memory_label = 'peak memory, MiB' if on_cuda else 'held for backward, MiB'
-    if args.memory_vs_depth:
-        title = (f'DenseNet-BC k={workload.growth_rate}, {batches}, {precisions[0]}; {hardware}, '
-                 f'torch {torch.__version__}')
-        draw_memory_vs_depth(args.memory_vs_depth, memory_vs_depth(args, device, precisions[0]),
-                             title, memory_label)
-        print(args.memory_vs_depth)
-        return
-    title = (f'{workload.name}, {"inference" if args.inference else "training"}, {batches}; '
-             f'{hardware}, {versions()}')
-    print(title)
-    results = {}
-    try:
-        measure(rows, workload, device, args.inference, args.rounds or 10,
-                args.steps or (20 if on_cuda else 1), results)
-    finally:  # what was measured is shown, also after Ctrl-C
-        measured = list(results.values())
-        print_table(measured, workload, baseline)
-        if args.csv:
-            write_csv(args.csv, measured, workload, baseline, title)
-        if args.plot:
-            draw_results(args.plot, measured, title, memory_label)
-    if any(result.failure.startswith('failed') for result in measured):
-        sys.exit(1)
+def check_files(options):
+    """Before anything is measured that could not be written then."""
+    for path in filter(None, (options.csv, options.plot, options.memory_vs_depth)):
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise UserError(f'{path}: no file can be written there')
+        if path != options.csv and path.suffix not in ('.png', '.pdf', '.svg'):
+            raise UserError(f'{path}: a figure is a .png, .pdf or .svg file')
 
 
 def versions():
     names = [f'torch {torch.__version__}', f'torchvision {torchvision.__version__}']
-    try:
-        names.append(f'timm {importlib.metadata.version("timm")}')
-    except importlib.metadata.PackageNotFoundError:
-        pass  # its rows say so
+    for package in ('timm', 'onnxruntime'):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # its rows say so
+            names.append(f'{package} {importlib.metadata.version(package)}')
     return ', '.join(names)
+
+
+def compare(options, device, args, title, memory_label):
+    """Measures all rows and shows them. Returns whether none failed, but for lack of memory."""
+    rows, baseline = choose_rows(options, device)
+    flops, results, rates = convolution_flops(args, options.inference), {}, {}
+    print(title)
+    try:
+        measure(rows, args, device, options, results, rates)
+    finally:  # what was measured is shown, also after Ctrl-C
+        rates = {precision: statistics.median(values) for precision, values in rates.items()}
+        limits = {precision: 1e3 * flops / rate for precision, rate in rates.items()}
+        table = list(tabulate(results, baseline, options.batch_size, limits))
+        print_table(table)
+        print(f'speed and memory are relative to {baseline.name}, {baseline.precision}')
+        for precision, limit in limits.items():
+            print(f'limit, {precision}: {limit:,.2f} ms, {flops / 1e9:,.1f} GFLOP of convolutions '
+                  f'at the {rates[precision] / 1e9:,.0f} GFLOP/s of a large matrix product')
+        if options.csv and table:
+            write_csv(options.csv, table, title)
+        if options.plot and table:
+            draw_table(options.plot, table, title, memory_label)
+    return not any(result.failure.startswith('failed') for result in results.values())
+
+
+def run(options):
+    check_files(options)
+    device = train.choose_device(options.device)
+    precisions = [train.choose_precision(name, device) for name in options.precision or ['auto']]
+    if options.loader:
+        return measure_loader(options, device)
+    args, on_cuda = network_flags(**vars(options)), device.type == 'cuda'
+    options.steps = options.steps or (20 if on_cuda else 1)
+    name = f'DenseNet-BC k={args.growth_rate}, {precisions[0]}'
+    if not options.memory_vs_depth:
+        name = f'{train.model_name(args)}, {"inference" if options.inference else "training"}'
+    machine = (torch.cuda.get_device_name() if on_cuda
+               else f'CPU, {torch.get_num_threads()} threads')
+    title = (f'{name}, batches of {args.batch_size} at {args.image_size} pixels; {machine}, '
+             f'{versions()}')
+    memory_label = 'peak memory, MiB' if on_cuda else 'held for backward, MiB'
+    if options.memory_vs_depth:
+        curves = memory_vs_depth(options, device, precisions[0])
+        draw_memory_vs_depth(options.memory_vs_depth, curves, title, memory_label)
+        print(options.memory_vs_depth)
+    elif not compare(options, device, args, title, memory_label):
+        sys.exit(1)
+
+
+def main(argv=None):
+    try:
+        run(make_parser().parse_args(argv))
+    except (UserError, OSError) as error:
+        runlog.warn(error, 'error', 'bench.py')
+        sys.exit(2)
 
 
 if __name__ == '__main__':

@@ -1,24 +1,21 @@
-"""Checkpoints: what training changes, written so that a file is either the old one or the new one.
+"""Checkpoints: what training changes, saved so that a file is either the old one or the new one.
 
-    state = TrainState(model, optimizer, scaler, interval=torch.zeros(4, device=device))
-    save('work/x/latest.pth', state.state_dict(), keep=1, args=vars(args))
-    path, saved, complaints = load_newest('work/x/latest.pth')  # or else latest.pth.1, and so on
+    state = TrainState(model, optimizer, scaler, sums=torch.zeros(2, device=device))
+    save('work/x/latest.pth', {**state.state_dict(), 'args': vars(args)}, keep_previous=True)
+    path, saved = load_newest('work/x/latest.pth')    # or latest.pth.1, if that one is damaged
     state.load_state_dict(saved)
 
-A checkpoint holds tensors and plain values alone, so that reading one can't run code:
-`torch.load(path, weights_only=True)['model']` is the model's state dict. It is a zip archive, as
-torch writes it, whose comment is the SHA-256 of all that comes before: no damage goes unnoticed.
+A checkpoint holds tensors and plain values alone, so that loading one can't run code:
+`torch.load(path, weights_only=True)['model']` is the model's state dict. It is a zip archive with
+a CRC for each record, and `load` checks them.
 """
 
 import argparse
 import contextlib
-import hashlib
 import io
 import math
 import os
 import re
-import shutil
-import struct
 import warnings
 import zipfile
 from dataclasses import dataclass
@@ -26,58 +23,59 @@ from pathlib import Path
 
 import torch
 
-SEAL = b'sha256 '  # before the checksum, 64 digits, in the archive's comment
-SEAL_LENGTH = len(SEAL) + 64
+from errors import UserError
 
 
-class CheckpointError(Exception):
-    """A checkpoint that is missing, broken or of another model, said in one line."""
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged or of another model."""
 
 
 @dataclass
 class TrainState:
     """All that training changes, and so all that a checkpoint holds.
 
-    An interval is what comes after the last row of train.csv. Its sums are on the device, so that
-    no step has to wait for them. Where several processes train together, each has sums and a random
-    state of its own; all else is the same in all of them.
+    The interval is what comes after the last row of train.csv. Its sums are on the device, where
+    no step has to wait for them; of several processes, each has its own sums and random state.
     """
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    # float32 [4]: loss, errors, steps before the first that was not finite, and its `culprit`
-    interval: torch.Tensor
-    interval_steps: int = 0
-    interval_images: int = 0
-    epoch_sums: tuple = (0.0, 0.0, 0)  # loss, errors, images of the intervals of this epoch
-    epoch: int = 1                     # counted from 1
-    step: int = 0                      # steps of this epoch that are done
+    sums: torch.Tensor         # float32 [2]: loss and errors of this process in the interval
+    interval_images: int = 0   # of all processes
+    epoch_sums: tuple = (0.0, 0.0, 0)  # loss, errors, images of all processes in this epoch's rows
+    epoch: int = 1             # counted from 1
+    step: int = 0              # steps of this epoch that are done
     last_error: float = math.nan  # percent, of the last epoch's evaluation
     best_error: float = math.inf
     best_epoch: int = 0
-    # Of all training that led here: seconds of training, testing and saving, up to the last save,
-    # and the most bytes that were allocated on the GPU, rank 0's.
-    seconds: float = 0.0
-    peak_memory: int = 0
+    seconds: float = 0.0       # of training, evaluation and saving, over all resumed runs
+    peak_memory: int = 0       # bytes allocated on rank 0's GPU
 
     # Without an annotation, so not a field: the plain values among them.
-    _plain = ('interval_steps', 'interval_images', 'epoch_sums', 'epoch', 'step', 'last_error',
-              'best_error', 'best_epoch')
-    _used = ('seconds', 'peak_memory')  # which older checkpoints lack
+    _plain = ('interval_images', 'epoch_sums', 'epoch', 'step', 'last_error', 'best_error',
+              'best_epoch', 'seconds', 'peak_memory')
 
     def begin_epoch(self, epoch):
         self.epoch, self.step, self.epoch_sums = epoch, 0, (0.0, 0.0, 0)
         self.begin_interval()
 
     def begin_interval(self):
-        self.interval.zero_()
-        self.interval_steps = self.interval_images = 0
+        self.sums.zero_()
+        self.interval_images = 0
 
     def count_step(self, num_images):
-        self.interval_steps += 1
-        self.interval_images += num_images
         self.step += 1
+        self.interval_images += num_images
+
+    def random_state(self):
+        return {'cpu': torch.get_rng_state(),
+                'cuda': torch.cuda.get_rng_state() if self.sums.is_cuda else None}
+
+    def set_random_state(self, state):
+        torch.set_rng_state(state['cpu'])
+        if self.sums.is_cuda and state['cuda'] is not None:
+            torch.cuda.set_rng_state(state['cuda'])
 
     @contextlib.contextmanager
     def rehearsal(self):
@@ -85,10 +83,10 @@ class TrainState:
         def tensors():
             optimizer = [value for values in self.optimizer.state.values()
                          for value in values.values() if torch.is_tensor(value)]
-            return [*self.model.state_dict().values(), self.interval, *optimizer]
+            return [*self.model.state_dict().values(), self.sums, *optimizer]
 
         before = {tensor.data_ptr(): tensor.clone() for tensor in tensors()}
-        scaler, random_state = self.scaler.state_dict(), self._random_state()
+        scaler, random_state = self.scaler.state_dict(), self.random_state()
         try:
             yield
         finally:
@@ -96,213 +94,175 @@ class TrainState:
                 for tensor in tensors():
                     if tensor.data_ptr() in before:
                         tensor.copy_(before[tensor.data_ptr()])
-                    else:  # made by SGD, Adam or RMSprop in its first step: that starts from zeros
+                    else:  # made by the optimizer's first step: all of ours start from zeros
                         tensor.zero_()
             self.scaler.load_state_dict(scaler)
-            self._set_random_state(random_state)
-
-    def _random_state(self):
-        return {'cpu': torch.get_rng_state(),
-                'cuda': torch.cuda.get_rng_state() if self.interval.is_cuda else None}
-
-    def _set_random_state(self, state):
-        torch.set_rng_state(state['cpu'])
-        if self.interval.is_cuda and state['cuda'] is not None:
-            torch.cuda.set_rng_state(state['cuda'])
+            self.set_random_state(random_state)
 
     def own_state(self):
         """What is this process's alone."""
-        return {'interval': self.interval.cpu(), 'rng': self._random_state()}
+        return {'interval': self.sums.cpu(), 'rng': self.random_state()}
 
     def state_dict(self, own_states=None):
-        """What a checkpoint holds; `own_states` are all processes', in the order of ranks."""
+        """What a checkpoint holds; `own_states` are those of all processes, by rank."""
         return {
             'model': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(),
             'scaler': self.scaler.state_dict(), 'processes': own_states or [self.own_state()],
-            **{name: getattr(self, name) for name in (*self._plain, *self._used)},
+            **{name: getattr(self, name) for name in self._plain},
         }
 
     def load_state_dict(self, saved, source='the checkpoint', rank=0, world_size=1):
-        """Go on from a checkpoint, random state included, as one of some processes.
+        """Resume from a checkpoint, random state included.
 
-        They may be more or fewer than before: then rank 0 takes over all sums, and a process that
-        is new keeps the random state it has.
+        With another number of processes than it was saved by, rank 0 takes over all sums, and a
+        process that is new keeps its random state.
 
         Raises:
-            CheckpointError: it is of another model, or lacks something; names the first difference.
+            CheckpointError: it is of another model, or not of a run.
         """
         load_weights(self.model, saved.get('model'), source)
         if 'optimizer' not in saved:
             raise CheckpointError(f'{source} holds weights alone: --pretrained {source} starts '
                                   f'training from them')
         try:
-            # The momenta are the checkpoint's; decay and the like are this run's. The learning rate
-            # is that of the last step, until the next one sets it.
+            # Momenta are the checkpoint's; weight decay and the like are this run's. The learning
+            # rate is the last step's, until the next step sets it.
             pairs = zip(self.optimizer.param_groups, saved['optimizer']['param_groups'])
             groups = [{**group, 'params': saved_group['params'],
-                       'lr': _with_value(group['lr'], float(saved_group['lr']))}
+                       'lr': torch.full_like(group['lr'], float(saved_group['lr']))
+                       if torch.is_tensor(group['lr']) else float(saved_group['lr'])}
                       for group, saved_group in pairs]
             self.optimizer.load_state_dict({**saved['optimizer'], 'param_groups': groups})
             self.scaler.load_state_dict(saved['scaler'])
-            for name in self._plain:
-                setattr(self, name, type(getattr(self, name))(saved[name]))
-            for name in self._used:
-                setattr(self, name, type(getattr(self, name))(saved.get(name, 0)))
-            self._check_values()
+            for name in self._plain:  # older checkpoints lack some
+                default = getattr(self, name)
+                setattr(self, name, type(default)(saved.get(name, default)))
             processes = saved['processes']
             if rank < len(processes):
-                self._set_random_state(processes[rank]['rng'])
-            sums = torch.stack([process['interval'] for process in processes])
+                self.set_random_state(processes[rank]['rng'])
+            sums = torch.stack([process['interval'][:2] for process in processes])
             if len(processes) == world_size:
-                self.interval.copy_(sums[rank])
+                self.sums.copy_(sums[rank])
             else:
-                loss, errors, *_ = sums.sum(0) if rank == 0 else sums.new_zeros(4)
-                self.interval.copy_(torch.stack([loss, errors, *sums[:, 2:].amin(0)]))
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError,
-                RuntimeError) as error:
-            raise CheckpointError(f'{source} cannot be resumed from: '
-                                  f'{type(error).__name__}: {_one_line(error)}') from error
-
-    def _check_values(self):
-        """Raises ValueError for what no run can have saved."""
-        if not (1 <= self.epoch <= 10**9 and self.step >= 0 and self.interval_steps >= 0
-                and len(self.epoch_sums) == 3 and sum(self.epoch_sums) >= 0
-                and 0 <= self.seconds < 1e12 and self.peak_memory >= 0):
-            raise ValueError(f'epoch {self.epoch}, step {self.step}, sums {self.epoch_sums}, '
-                             f'{self.seconds} seconds, {self.peak_memory} bytes')
-        for parameter, values in self.optimizer.state.items():
-            for name, value in values.items():
-                if torch.is_tensor(value) and value.shape not in (parameter.shape, torch.Size()):
-                    raise ValueError(f'a {name} of another shape')
-                if isinstance(value, str):
-                    raise ValueError(f'a {name} that is no number')
+                self.sums.copy_(sums.sum(0) if rank == 0 else torch.zeros(2))
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(f'{source} cannot be resumed from: {type(error).__name__}: '
+                                  f'{_one_line(error)}') from error
 
 
-def _with_value(number, value):
-    """The value as what the number is: a tensor on its device, or a float."""
-    return torch.full_like(number, value) if torch.is_tensor(number) else value
+def check_fixed_flags(args, saved_args, names):
+    """Raises CheckpointError if a flag differs with which a run can't be resumed."""
+    for flag in names:
+        if getattr(args, flag) != saved_args.get(flag):
+            raise CheckpointError(f'{args.resume} is of another architecture or optimizer: its '
+                                  f'{flag} is {saved_args.get(flag)}, not {getattr(args, flag)}')
 
 
-def save(path, state, keep=0, **extra):
-    """Write `state` and what else is given; complete and on the disk before it takes its name.
+def resume(state, saved, args, num_images, rank=0, world_size=1):
+    """Bring `state` to where the checkpoint was, or to the beginning of --start-epoch.
 
-    The last `keep` files that had that name stay, as path.1 (the newest), path.2 and so on. At
-    every moment the newest one that is there is whole, as far as the disk can tell.
+    Raises:
+        CheckpointError: it is of another model, or within an epoch of other batches.
+    """
+    state.load_state_dict(saved, args.resume, rank, world_size)
+    if args.start_epoch:
+        state.begin_epoch(args.start_epoch)
+    before = saved['args'].get('batch_size'), saved.get('num_images')
+    now = args.batch_size, num_images
+    if state.step and before != now:
+        raise CheckpointError(f'{args.resume} was written within an epoch of {before[1]} images in '
+                              f'batches of {before[0]}, and cannot go on in one of {now[1]} in '
+                              f'batches of {now[0]}; --start-epoch {state.epoch} begins it anew')
+
+
+def save(path, content, keep_previous=False):
+    """Save plain values and tensors; whole and on the disk before the file takes its name.
+
+    With `keep_previous`, the file that had the name becomes path.1. At every moment one of the two
+    is there and whole.
     """
     path, archive = Path(path), io.BytesIO()
-    torch.save({**state, **extra, 'sealed': True}, archive)
-    # The archive ends with the length of its comment, 0, as two bytes.
-    content = archive.getbuffer()[:-2], struct.pack('<H', SEAL_LENGTH), SEAL
-    before = _temporary(f'{path}.1')
-    before.unlink(missing_ok=True)
-    if keep and path.is_file():
-        try:
-            os.link(path, before)  # a second name: the first one is in use until the last moment
-        except OSError:  # a file system without links
-            shutil.copyfile(path, before)
-    try:
-        with replacing(path) as file:
-            for part in (*content, _checksum(*content)):
-                file.write(part)
-        _shift(path, before, keep)
-    finally:
-        before.unlink(missing_ok=True)
+    torch.save(content, archive)  # in memory: into a full disk, torch.save fails in odd ways
+    with replacing(path, path.with_name(f'{path.name}.1') if keep_previous else None) as file:
+        file.write(archive.getbuffer())
 
 
-def _shift(path, before, keep):
-    """Let `before` be path.1, what was that be path.2, and so on, until there are `keep`."""
-    older = versions(path)[1:]
-    for i, version in enumerate(older, start=1):  # if one in between was taken away
-        os.replace(version, f'{path}.{i}')
-    older = versions(path)[1:]
-    if before.exists():
-        for i, version in reversed(list(enumerate(older[:keep - 1], start=2))):
-            os.replace(version, f'{path}.{i}')
-        os.replace(before, f'{path}.1')
-    for version in older[keep:]:
-        version.unlink()
+@contextlib.contextmanager
+def replacing(path, previous=None):
+    """A binary file that takes the name `path` once it is whole; an error changes nothing.
 
-
-def versions(path):
-    """The checkpoints of that name, whether or not it is there, and then path.1, path.2, ..."""
+    The one that had the name is renamed `previous`, if that is given, or else is gone.
+    """
     path = Path(path)
-    older = [version for version in path.parent.glob('*') if version.stem == path.name
-             and re.fullmatch(r'\.[1-9]\d{0,2}', version.suffix)]  # and not those of other people
-    return [path, *sorted(older, key=lambda version: int(version.suffix[1:]))]
-
-
-def set_aside_damaged(path):
-    """Rename what `load_newest` found damaged, lest it be kept instead of what is sound."""
-    for version in versions(path):
-        try:
-            load(version)
-            return
-        except CheckpointError:
-            with contextlib.suppress(FileNotFoundError):
-                os.replace(version, f'{version}.damaged')
-
-
-def _checksum(*parts):
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest().encode()
+    temporary = path.with_name(f'.{path.name}.tmp')
+    try:
+        with open(temporary, 'wb') as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno:  # a write names no file
+            error.filename = str(path)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    os.fsync(directory)  # the rename itself
+    os.close(directory)
 
 
 def load(path):
     """The dictionary that a checkpoint holds, its tensors on the CPU.
 
     Raises:
-        CheckpointError: no such file, or not a checkpoint, or a damaged one, or one that would
-            run code.
+        CheckpointError: no such file, not a checkpoint, a damaged one, or one that would run code.
     """
     try:
-        content = Path(path).read_bytes()
-    except FileNotFoundError as error:
-        raise CheckpointError(f'{path} is not there: --resume and --pretrained take the path of a '
-                              f'checkpoint, such as work/cifar10.base/latest.pth') from error
-    except OSError as error:
-        raise CheckpointError(f'{path} cannot be read: {error.strerror}') from error
-    sealed = content[-SEAL_LENGTH:-64] == SEAL
-    if sealed and content[-64:] != _checksum(memoryview(content)[:-64]):
-        raise CheckpointError(f'{path} is damaged: its checksum is not that of what it holds')
-    try:
-        if zipfile.is_zipfile(io.BytesIO(content)):
-            with zipfile.ZipFile(io.BytesIO(content)) as archive:
-                if sum(record.file_size for record in archive.infolist()) > len(content):
-                    raise ValueError('records that are compressed')  # torch writes none: a bomb
+        if zipfile.is_zipfile(path):  # torch.load would not check the CRCs
+            with zipfile.ZipFile(path) as archive:
+                record = archive.testzip()
+            if record:
+                raise CheckpointError(f'{path} is damaged: the CRC of {record} is wrong')
         with warnings.catch_warnings(), \
                 torch.serialization.safe_globals([argparse.Namespace]):  # timm keeps its flags so
             warnings.simplefilter('ignore')  # of a pickle's age: what is wrong is said below
-            saved = torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)
-    except Exception as error:  # whatever a file that is no checkpoint makes the reader stumble on
-        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-            raise  # that is not the file's fault
-        raise CheckpointError(f'{path} is not a checkpoint, or a broken one '
+            saved = torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f'{path} is not there: give the path of a checkpoint, such as '
+                              f'work/cifar10.base/latest.pth') from error
+    except Exception as error:  # a file that is no checkpoint makes the reader fail in any way
+        if isinstance(error, (CheckpointError, MemoryError)):
+            raise
+        if isinstance(error, OSError) and error.filename is not None:  # not opened
+            raise CheckpointError(f'{path} cannot be read: {error.strerror}') from error
+        raise CheckpointError(f'{path} is not a checkpoint, or a damaged one '
                               f'({type(error).__name__})') from error
     if not isinstance(saved, dict):
         raise CheckpointError(f'{path} is not a checkpoint: it holds a {type(saved).__name__}')
-    if saved.pop('sealed', False) and not sealed:
-        raise CheckpointError(f'{path} is damaged: its checksum is not where it should be')
     return saved
 
 
 def load_newest(path):
-    """The newest of `versions` that is sound: its path, what it holds, and complaints of the rest.
+    """`path`, or the one before it where that is damaged or missing: its name, what it holds.
 
     Raises:
-        CheckpointError: there is none; says what is wrong with the first, as `load` does.
+        CheckpointError: neither can be loaded; says what is wrong with `path`.
     """
-    complaints, first = [], None
-    for version in versions(path):
-        try:
-            return str(version), load(version), complaints
-        except CheckpointError as error:
-            first = first or error
-            complaints.append(str(error) if version.exists() else f'{version} is not there')
-    others = len(complaints) - 1
-    raise CheckpointError(f'{first}' + f'; nor is any of the {others} before it sound'
-                          * (others > 0)) from first
+    try:
+        return str(path), load(path)
+    except CheckpointError:
+        with contextlib.suppress(CheckpointError):
+            return f'{path}.1', load(f'{path}.1')
+        raise
+
+
+def set_aside_damaged(path):
+    """Where path.1 is resumed instead of `path`: rename that, or it would be the next path.1."""
+    path = Path(path)
+    if path.suffix == '.1' and path.with_suffix('').exists():
+        os.replace(path.with_suffix(''), path.with_suffix('.damaged'))
 
 
 def load_weights_file(path):
@@ -316,7 +276,7 @@ def load_weights_file(path):
             from safetensors.torch import load_file
 
             return load_file(path)
-        except Exception as error:  # not installed, no such file, a broken one
+        except Exception as error:  # not installed, no such file, a damaged one
             raise CheckpointError(f'{path} cannot be read: {_one_line(error)}') from error
     saved = load(path)
     return next((saved[key] for key in ('model', 'state_dict') if key in saved), saved)
@@ -356,26 +316,10 @@ def _one_line(text):
     return ' '.join(str(text).split())
 
 
-def _temporary(path):
-    """The name of a file that is not complete yet; `runlog.claim` takes out what is left of one."""
-    return Path(path).with_name(f'.{Path(path).name}.tmp')
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A binary file that takes the place of `path` once it is whole; an error changes nothing."""
-    path, temporary = Path(path), _temporary(path)
-    try:
-        with open(temporary, 'wb') as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno:  # a write names no file
-            error.filename = str(path)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    os.fsync(directory)  # the rename itself
-    os.close(directory)
+def first_not_finite(model):
+    """The name of the first parameter or running statistic that is not finite, or None."""
+    tensors = {name: value for name, value in model.state_dict().items()
+               if value.is_floating_point()}
+    # Sums of absolute values: those of squares would overflow before the numbers do.
+    bad = ~torch.stack(torch._foreach_norm([*tensors.values()], 1)).isfinite()
+    return [*tensors][bad.int().argmax()] if bad.any() else None

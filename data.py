@@ -29,6 +29,8 @@ from torch.utils.data import DataLoader, default_collate, default_convert
 from torchvision import datasets, transforms
 from tqdm import tqdm
 
+from errors import UserError
+
 SMALL = 64  # pixels: images up to this size are held in memory, larger ones are read by workers
 MAX_SIZE = 4096  # pixels: the largest --image-size
 PAD = 4     # pixels: zero padding of small images before the random crop (paper, section 4.1)
@@ -72,7 +74,7 @@ CLASSES = {
 warnings.filterwarnings('ignore', 'Corrupt EXIF data', UserWarning)
 
 
-class DataError(Exception):
+class DataError(UserError):
     """Data that are missing, broken or not laid out as they should be, said in one line."""
 
 

@@ -1,20 +1,24 @@
-"""Several processes that train one model: those that torchrun starts, or this one alone.
+"""Several processes that are one run, and the signals that stop it.
 
     torchrun --nproc-per-node 4 train.py ...     # four GPUs of this machine
 
-    with distributed.process_group():
-        with distributed.all_or_none():          # what fails in one process ends all of them
-            model = ...
+    with distributed.process_group(), StopSignals() as stop:
         forward = distributed.wrap(model)        # PyTorch's DistributedDataParallel
+        with stop.deferred():
+            for images, labels in loader:
+                train_step(...)
+                stop.check()                     # raises Stopped in all processes at the same step
 
-Gradients on GPUs go by NCCL; all else, such as whether to stop, by gloo between the hosts, so that
-no GPU is waited for. In a process that is alone nothing here does anything: there is one code path.
+Gradients on GPUs go by NCCL; all else goes by gloo between the hosts, so that nothing synchronizes
+with a GPU. Every function is a no-op with one process. A process that fails says why and exits;
+torchrun then stops the others.
 """
 
 import contextlib
 import inspect
+import math
 import os
-import platform
+import signal
 import sys
 import time
 from pathlib import Path
@@ -24,8 +28,52 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 
-class PeerError(Exception):
-    """Another process has failed, and has said why."""
+class Stopped(Exception):
+    """A signal asked this process, or another one of the run, to stop."""
+
+    def __init__(self, signum):
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+class StopSignals:
+    """SIGINT, SIGTERM and SIGUSR1 end a run: at once or, within `deferred`, at the next `check`.
+
+    A second SIGINT kills, but not under torchrun: there the first may have come twice, from the
+    terminal and from torchrun.
+    """
+
+    received, is_deferred = 0, False
+
+    def __enter__(self):
+        self.handlers = {signum: signal.signal(signum, self._note)
+                         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def __exit__(self, *_):
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
+
+    @contextlib.contextmanager
+    def deferred(self):
+        self.is_deferred = True
+        yield
+        self.is_deferred = False
+
+    def _note(self, signum, _):
+        if not self.is_deferred:
+            leave(128 + signum)
+        self.received = signum
+        if signum == signal.SIGINT and not dist.is_torchelastic_launched():
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def check(self):
+        """Raises Stopped if any process has received a signal; all of them call it."""
+        signum = torch.tensor(self.received)
+        if world_size() > 1:
+            dist.all_reduce(signum, dist.ReduceOp.MAX)
+        if signum:
+            raise Stopped(signum.item())
 
 
 @contextlib.contextmanager
@@ -34,7 +82,7 @@ def process_group():
     if not (dist.is_torchelastic_launched() and int(os.environ['WORLD_SIZE']) > 1):
         yield
         return
-    # The store may be that of torchrun, in which processes that were killed have left addresses.
+    # A store for each start: in that of torchrun, killed processes have left their addresses.
     store, own_rank, processes = next(dist.rendezvous('env://'))
     store = dist.PrefixStore(f'start {os.environ["TORCHELASTIC_RESTART_COUNT"]}', store)
     dist.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo',
@@ -43,23 +91,19 @@ def process_group():
         with contextlib.redirect_stdout(nowhere if rank() else sys.stdout):
             try:
                 yield
-            except SystemExit:  # all of them leave
-                _say_goodbye()
+            except SystemExit:  # all processes stop together
+                _leave_group()
                 raise
-    _say_goodbye()
+    _leave_group()
 
 
-def _say_goodbye():
+def _leave_group():
     time.sleep(0.1)  # torch before 2.8 hangs if threads of gloo still want the interpreter's lock
     dist.destroy_process_group()
 
 
 def leave(code):
-    """Exit after an error.
-
-    With several processes at once, and without the shutdown of Python: in that, threads of torch
-    may crash, or wait for processes that are gone.
-    """
+    """Exit; of several processes without Python's shutdown, which would wait for the others."""
     if world_size() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -76,88 +120,39 @@ def rank():
 
 
 def local_rank():
-    """The rank among the processes on this machine, and so the number of this one's GPU."""
+    """The rank among the processes on this machine, which is the number of this one's GPU."""
     return int(os.environ['LOCAL_RANK']) if dist.is_initialized() else 0
 
 
-def launcher():
-    """What tells this torchrun from all others, also after it started its processes again; or None.
-
-    The number of its process is not enough: in a container it is always the same.
-    """
-    if not dist.is_torchelastic_launched():
-        return None
-    parent = Path(f'/proc/{os.getppid()}/stat')
-    start = parent.read_text().rpartition(')')[2].split()[19] if parent.exists() else ''
-    return f'{os.environ["TORCHELASTIC_RUN_ID"]} {platform.node()} {os.getppid()} {start}'
-
-
 def is_restart():
-    """Has the torchrun that started this process started it, or one in its place, before?"""
-    return dist.is_torchelastic_launched() and os.environ['TORCHELASTIC_RESTART_COUNT'] != '0'
+    """Has torchrun started these processes before, under --max-restarts?"""
+    return os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0'
 
 
-def may_restart():
-    """Does a torchrun watch over this process that will start it again should it fail?"""
-    return dist.is_torchelastic_launched() and os.environ['TORCHELASTIC_MAX_RESTARTS'] != '0'
+def torchrun_started():
+    """When the torchrun that started this process was started itself, in seconds of time.time().
+
+    The times of the directory /proc/<pid> don't say it: they are those of the first look at it.
+    """
+    stat = Path(f'/proc/{os.getppid()}/stat')
+    if not stat.exists():  # not on Linux
+        return math.inf
+    ticks = int(stat.read_text().rpartition(')')[2].split()[19])  # from the machine's start
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf('SC_CLK_TCK')
+    return time.time() - age
+
+
+def lost_a_peer(error):
+    """Is this error what a process gets whose peer has died?"""
+    return world_size() > 1 and (isinstance(error, dist.DistError) or 'gloo' in str(error))
 
 
 def all_gather(value):
-    """Each process's value, in the order of ranks."""
+    """Each process's value, a list in the order of ranks."""
     values = [value] * world_size()
     if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
-
-
-def of_rank_0(function):
-    """What `function()` returns in rank 0, or its error, for all; the others don't call it."""
-    with all_or_none():
-        result = [function() if rank() == 0 else None]
-    if world_size() > 1:
-        dist.broadcast_object_list(result)
-    return result[0]
-
-
-@contextlib.contextmanager
-def all_or_none():
-    """A context that an error in one process ends in all; the lowest rank with that error has it.
-
-    Raises:
-        PeerError: in the others.
-    """
-    failure = None
-    try:
-        yield
-    except Exception as error:
-        failure = error
-    messages = all_gather(failure and f'{type(failure).__name__}: {failure}')
-    if failure and messages.index(messages[rank()]) == rank():
-        raise failure
-    if any(messages):
-        raise PeerError
-
-
-def in_turns(function):
-    """What `function()` returns: rank 0 calls it first, then one process of each machine, then all.
-
-    What it downloads is so downloaded once, whether or not the machines have a disk in common.
-    """
-    result, turn = None, 0 if rank() == 0 else 1 if local_rank() == 0 else 2
-    for i in range(3 if world_size() > 1 else 1):
-        with all_or_none():
-            if i == turn:
-                result = function()
-    return result
-
-
-def agree(code):
-    """The largest of all processes' whole numbers."""
-    if world_size() == 1:
-        return code
-    codes = torch.tensor(code)
-    dist.all_reduce(codes, dist.ReduceOp.MAX)
-    return codes.item()
 
 
 def all_reduce(tensor):
@@ -167,29 +162,42 @@ def all_reduce(tensor):
     return tensor
 
 
+def from_rank_0(function):
+    """What `function()` returns in rank 0, for all processes; the others don't call it."""
+    result = [function() if rank() == 0 else None]
+    if world_size() > 1:
+        dist.broadcast_object_list(result)
+    return result[0]
+
+
+@contextlib.contextmanager
+def rank_0_first():
+    """A context that the others enter when rank 0 has left it: what it downloads is there then."""
+    if rank() > 0:
+        all_gather(None)
+    yield
+    if rank() == 0:
+        all_gather(None)
+
+
 def wrap(model):
     """The forward of a model whose gradients are to be the mean over all processes."""
     if world_size() == 1:
         return model
-    # Each process keeps running statistics of its own, and `share_statistics` makes them one: a
-    # broadcast with every forward, DDP's default, would be one more message in each step.
+    # Each process keeps its own running statistics until `share_statistics`: DDP's default, a
+    # broadcast with every forward, would be one more message in each step.
     known = inspect.signature(DistributedDataParallel).parameters
     flag = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'
     return DistributedDataParallel(model, gradient_as_bucket_view=True, **{flag: False})
 
 
 def no_sync(forward, last):
-    """A context for a part of a batch: gradients are sent after the last one."""
+    """A context for a micro-batch: gradients are exchanged in the last one of a step."""
     return contextlib.nullcontext() if last or world_size() == 1 else forward.no_sync()
 
 
 def share_statistics(model):
-    """Take over the running statistics of rank 0, as DDP does by default."""
+    """Broadcast the running statistics of rank 0, as DDP does by default."""
     if world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
-
-
-def lost_a_peer(error):
-    """Is this what a process is told whose peer has died?"""
-    return world_size() > 1 and (isinstance(error, dist.DistError) or 'gloo' in str(error))

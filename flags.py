@@ -1,10 +1,9 @@
 """The flags of train.py: what they are called, their defaults, and what does not go together.
 
-    args = flags.parse_args(['--depth', '40'])
+    args, saved = flags.parse_args(['--depth', '40'])
 
-What is not given comes from the checkpoint that --resume names, else from the recipe of the data
-set. The defaults are the paper's, section 4.2; other names of a flag are those of the classic
-repositories.
+What is not given comes from the checkpoint that --resume names (`saved`), else from the recipe of
+the data set. The defaults are the paper's, section 4.2; the aliases are the classic repositories'.
 """
 
 import argparse
@@ -18,6 +17,7 @@ import data
 import distributed
 import runlog
 from checkpoint import CheckpointError
+from errors import UserError
 
 TORCHVISION_WEIGHTS = ('densenet121', 'densenet161', 'densenet169', 'densenet201')
 ARCHITECTURES = TORCHVISION_WEIGHTS + ('densenet264', 'densenet232_k48', 'densenet264_k48')
@@ -29,18 +29,19 @@ FIXED_FLAGS = (*LAYER_FLAGS, 'growth_rate', 'compression', 'bottleneck', 'init_f
                'bn_size', 'optimizer', 'freeze_features')
 # Flags of one call of this script; with --resume, all others are by default the checkpoint's.
 CALL_FLAGS = ('save', 'name', 'resume', 'overwrite', 'start_epoch', 'pretrained',
-              'reset_classifier', 'evaluate', 'predict', 'device')
-# Flags that may differ between the machines of one run.
-MACHINE_FLAGS = ('data', 'workers')
+              'reset_classifier', 'evaluate', 'device')
+EXAMPLES = """examples:
+  python train.py --depth 40 --no-bottleneck --compression 1 --name densenet-40-12
+  python train.py --name densenet-40-12 --resume
+  python train.py --dataset folder --data flowers --pretrained --reset-classifier --lr 0.01
 
-
-class UsageError(Exception):
-    """Flags that don't go together or with this machine, said in one line."""
+With --resume, flags that are not given are the checkpoint's, all but --device.
+"""
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # said in one line, without the page of usage before it
-        raise UsageError(message)
+        raise UserError(message)
 
 
 def number(kind, interval):
@@ -64,8 +65,7 @@ POSITIVE, SHARE = number(int, '[1, 1000000000]'), number(float, '[0, 1)')
 
 def make_parser():
     parser = Parser(prog='train.py', description='Train a DenseNet.', allow_abbrev=False,
-                    epilog='With --resume, flags that are not given are the checkpoint\'s, all '
-                           'but --device.')
+                    epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_and_model_flags(parser)
     add_recipe_flags(parser)
     add_run_flags(parser)
@@ -175,119 +175,60 @@ def add_run_flags(parser):
                        help='train the classifier alone; all else stays as --pretrained has it')
     group.add_argument('--evaluate', '--testOnly', action='store_true',
                        help='only test what --resume or --pretrained names')
-    group.add_argument('--predict', nargs='+', metavar='IMAGE',
-                       help='only say what --resume or --pretrained sees in these files')
     group.add_argument('--ten-crop', '--tenCrop', action='store_true',
                        help='test on ten crops of each image over 64 pixels')
-    group.add_argument('--save-every', type=POSITIVE, default=1, metavar='EPOCHS',
-                       help='epochs from one latest.pth to the next (default: %(default)s)')
-    group.add_argument('--keep', type=number(int, '[0, 1000]'), default=1, metavar='N',
-                       help='keep the N files before latest.pth, as latest.pth.1 (the newest), '
-                            'latest.pth.2, ... (default: %(default)s)')
     group.add_argument('--print-freq', '-p', type=POSITIVE, default=50, metavar='STEPS',
                        help='steps to a row of train.csv (default: %(default)s)')
     group.add_argument('--tensorboard', action='store_true', help='write event files as well')
-    group.add_argument('--tensorboard-graph', action='store_true',
-                       help='and into them the network as a graph')
     group.add_argument('--no-plot', dest='plot', action='store_false',
                        help='draw no figures after each epoch')
 
 
 def parse_args(argv=None, parser=None):
-    """The flags; what is not given comes from the resumed checkpoint, else from the data set.
+    """The flags, and what the checkpoint to resume holds, or None.
 
     Args:
         parser: that of `make_parser`, to which others may have been added.
 
     Raises:
-        UsageError: flags that are wrong, don't go together, or differ between processes.
-        CheckpointError: nothing to resume.
+        UserError: flags that are wrong or don't go together, or nothing to resume.
     """
     parser = parser or make_parser()
-    with distributed.all_or_none():
-        args = parser.parse_args(argv)
-    check_same_flags(args)
-    restart = flags_of_a_restart(args)
-    start = argparse.Namespace(**{**vars(args), **restart})
+    args, saved, given = parser.parse_args(argv), None, {}
+    if is_own_restart(args):
+        given = dict(resume=str(run_directory(args) / 'latest.pth'), overwrite=False,
+                     pretrained=None, reset_classifier=False, start_epoch=None)
+    start = argparse.Namespace(**{**vars(args), **given})
     if start.resume is not None:
-        restart['resume'], saved = distributed.of_rank_0(
-            lambda: saved_flags(parser, resume_path(start)))
-        own = set(CALL_FLAGS)
-        if any(getattr(args, flag) is not None for flag in LAYER_FLAGS):
-            own.update(LAYER_FLAGS)
-        parser.set_defaults(**{flag: saved[flag] for flag in vars(args)
-                               if flag in saved and flag not in own})
+        path = resume_path(start)
+        given['resume'], saved = checkpoint.load_newest(path)
+        if given['resume'] != path:
+            runlog.warn(f'{path} is damaged or missing: going on from the one before, '
+                        f'{given["resume"]}')
+        if not all(isinstance(saved.get(key), dict) for key in ('args', 'dataset', 'model')):
+            raise CheckpointError(f'{given["resume"]} holds no run to resume; for weights alone '
+                                  f'--pretrained')
+        own = {*CALL_FLAGS, *(LAYER_FLAGS if any(getattr(args, flag) is not None
+                                                 for flag in LAYER_FLAGS) else ())}
+        parser.set_defaults(**{flag: value for flag, value in saved['args'].items()
+                               if flag in vars(args) and flag not in own})
     else:
         parser.set_defaults(**recipe(args))
-    args = argparse.Namespace(**{**vars(parser.parse_args(argv)), **restart})
+    args = argparse.Namespace(**{**vars(parser.parse_args(argv)), **given})
     check_flags(args)
-    return args
+    return args, saved
 
 
-def saved_flags(parser, path):
-    """The checkpoint to resume, an older one where that of `path` is damaged, and its flags."""
-    path, saved, complaints = checkpoint.load_newest(path)
-    for complaint in complaints:
-        runlog.warn(f'{complaint}; going on from the one before, {path}')
-    if not all(isinstance(saved.get(key), dict) for key in ('args', 'dataset', 'model')):
-        raise CheckpointError(f'{path} holds no run to resume; for weights alone --pretrained')
-    for action in parser._actions:
-        value = saved['args'].get(action.dest)
-        needed = action.default is not None or action.dest in ('lr', 'momentum')
-        is_missing = value is None and needed and action.dest in saved['args']
-        if is_missing or (value is not None and not is_value_of(action, value)):
-            raise CheckpointError(f'{path} is damaged: its {action.dest} is {value!r}')
-    return path, saved['args']
+def is_own_restart(args):
+    """Has torchrun started this run again (--max-restarts), after it has saved a checkpoint?
 
-
-def is_value_of(action, value):
-    """Could a flag have this value? A checkpoint may be a stranger's."""
-    if action.nargs == 0:
-        return isinstance(value, (bool, str))  # a flag without a value, and --no-cuda
-    try:
-        for one in value if action.nargs == '+' else [value]:
-            if action.type:
-                action.type(str(one))
-            if action.choices and one not in action.choices:
-                return False
-    except (argparse.ArgumentTypeError, TypeError):
-        return False
-    return True
-
-
-def check_same_flags(args):
-    first, *others = distributed.all_gather(vars(args))
-    for rank, other in enumerate(others, start=1):
-        for flag, value in first.items():
-            if flag not in MACHINE_FLAGS and other[flag] != value:
-                raise UsageError(f'the processes have different flags: {flag} is {value} in rank 0 '
-                                 f'and {other[flag]} in rank {rank}')
-
-
-def flags_of_a_restart(args):
-    """What changes where `torchrun --max-restarts` watches over the run.
-
-    A run that this torchrun has begun goes on from its latest checkpoint, whatever it was begun
-    from; and with --resume, one that has no checkpoint yet begins.
+    A run directory's checkpoint that is younger than torchrun is this run's own. One that is killed
+    in a save can leave latest.pth.1 alone.
     """
-    if not distributed.may_restart() or args.evaluate or args.predict:
-        return {}
     latest = run_directory(args) / 'latest.pth'
-    launchers = distributed.all_gather(distributed.launcher())  # one on each machine
-    if distributed.is_restart() and distributed.of_rank_0(lambda: saved_by(launchers, latest)):
-        return dict(resume=str(latest), overwrite=False, pretrained=None, reset_classifier=False,
-                    start_epoch=None)
-    if args.resume == '' and not distributed.of_rank_0(lambda: any(
-            version.exists() for version in checkpoint.versions(latest))):
-        return dict(resume=None)
-    return {}
-
-
-def saved_by(launchers, path):
-    """Was the newest sound checkpoint of that name written under one of these torchruns?"""
-    with contextlib.suppress(CheckpointError):
-        return checkpoint.load_newest(path)[1].get('launcher') in launchers
-    return False
+    saved = [path for path in (latest, Path(f'{latest}.1')) if path.exists()]
+    return (distributed.is_restart() and not args.evaluate
+            and any(path.stat().st_mtime > distributed.torchrun_started() for path in saved))
 
 
 def recipe(args):
@@ -309,51 +250,57 @@ def hyper_parameters(args):
     add_data_and_model_flags(parser)
     add_recipe_flags(parser)
     return {flag: getattr(args, flag) for flag in vars(parser.parse_args([]))
-            if flag not in MACHINE_FLAGS}
+            if flag not in ('data', 'workers')}
+
+
+def with_network(args, image_size):
+    """The flags, with depth or architecture and growth rate filled in by the size of the images."""
+    chosen = {**vars(args), 'image_size': image_size}
+    small = image_size <= data.SMALL
+    if args.arch is None and args.block_config is None:
+        if small:
+            chosen['depth'] = args.depth or 100
+        else:  # as the official code, which takes the depth for the name
+            chosen.update(depth=None, arch=f'densenet{args.depth or 121}')
+            if chosen['arch'] not in ARCHITECTURES:
+                raise UserError(f'--depth {args.depth}: for images of {image_size} pixels there '
+                                f'are --arch {", ".join(ARCHITECTURES)} and --block-config')
+    if args.growth_rate is None and chosen['arch'] is None:
+        chosen['growth_rate'] = 12 if small else 32
+    return argparse.Namespace(**chosen)
 
 
 def check_flags(args):
-    processes = distributed.world_size()
-    for flag in ('evaluate', 'predict', 'freeze_features'):
+    for flag in ('evaluate', 'freeze_features'):
         if getattr(args, flag) and args.resume is None and args.pretrained is None:
-            raise UsageError(f'--{flag.replace("_", "-")} needs a model: --resume CHECKPOINT or '
-                             f'--pretrained [FILE]')
-    if args.evaluate and args.predict:
-        raise UsageError('--evaluate and --predict exclude each other')
-    if args.predict and processes > 1:
-        raise UsageError('--predict is for one process: python train.py, without torchrun')
+            raise UserError(f'--{flag.replace("_", "-")} needs a model: --resume CHECKPOINT or '
+                            f'--pretrained [FILE]')
     if args.resume is not None and args.pretrained is not None:
-        raise UsageError('--resume and --pretrained exclude each other: both bring weights')
+        raise UserError('--resume and --pretrained exclude each other: both bring weights')
     if args.reset_classifier and args.pretrained is None:
-        raise UsageError('--reset-classifier is for the weights of --pretrained')
-    if args.reset_classifier and args.predict:
-        raise UsageError('--reset-classifier leaves nothing to --predict with')
+        raise UserError('--reset-classifier is for the weights of --pretrained')
     if sum(getattr(args, flag) is not None for flag in LAYER_FLAGS) > 1:
-        raise UsageError('--arch, --depth and --block-config exclude each other: give one')
-    if not args.evaluate and not args.predict:
-        check_training_flags(args, processes)
+        raise UserError('--arch, --depth and --block-config exclude each other: give one')
+    if not args.evaluate:
+        check_training_flags(args)
 
 
-def check_training_flags(args, processes):
-    if processes > args.batch_size:
-        raise UsageError(f'--batch-size {args.batch_size} is that of all processes together, and '
-                         f'there are {processes}: give each of them an image or more')
+def check_training_flags(args):
+    processes = distributed.world_size()
     if args.grad_accum * processes > args.batch_size:
-        share = f'the share of one of {processes} processes of ' * (processes > 1)
-        raise UsageError(f'--grad-accum {args.grad_accum} is more parts than {share}a batch of '
-                         f'{args.batch_size} has images')
+        raise UserError(f'--batch-size {args.batch_size}, for all processes together, is less than '
+                        f'an image for each of {processes} processes and --grad-accum '
+                        f'{args.grad_accum} parts')
     if args.start_epoch and args.start_epoch > args.epochs:
-        raise UsageError(f'--start-epoch {args.start_epoch} is after the last of {args.epochs}')
+        raise UserError(f'--start-epoch {args.start_epoch} is after the last of {args.epochs}')
     if args.warmup_epochs > args.epochs:
-        raise UsageError(f'--warmup-epochs {args.warmup_epochs:g} is longer than --epochs '
-                         f'{args.epochs}')
+        raise UserError(f'--warmup-epochs {args.warmup_epochs:g} is longer than --epochs '
+                        f'{args.epochs}')
     if not str(run_directory(args)).isprintable():
-        raise UsageError(f'{run_directory(args)} has letters that cannot be printed: name another '
-                         f'directory by --save or --name')
-    if args.tensorboard_graph and not args.tensorboard:
-        raise UsageError('--tensorboard-graph is a part of --tensorboard: give both')
+        raise UserError(f'{run_directory(args)} has letters that cannot be printed: name another '
+                        f'directory by --save or --name')
     if args.tensorboard and importlib.util.find_spec('tensorboard') is None:
-        raise UsageError('--tensorboard needs a package: pip install tensorboard')
+        raise UserError('--tensorboard needs a package: pip install tensorboard')
 
 
 def run_directory(args):

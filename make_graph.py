@@ -21,15 +21,12 @@ import graphviz
 import torch
 from torch import nn
 
-import checkpoint
 import data
 import flags
 import plot
 import train
-from checkpoint import CheckpointError
-from data import DataError
 from densenet import DenseBlock, DenseNet
-from flags import UsageError
+from errors import UserError
 
 FORMATS = ('.png', '.svg', '.pdf', '.dot')
 FONT = dict(fontname='Helvetica,Arial,sans-serif', fontsize='12')
@@ -200,23 +197,22 @@ def build_model(argv):
     """The flags, the network on torch's meta device, and the pixels of its images."""
     parser = make_parser()
     parser.set_defaults(dataset=None)
-    args = flags.parse_args(argv, parser)
+    args, saved = flags.parse_args(argv, parser)
     if args.output.suffix not in FORMATS:
-        raise UsageError(f'--output {args.output}: its name must end in {", ".join(FORMATS)}')
+        raise UserError(f'--output {args.output}: its name must end in {", ".join(FORMATS)}')
     if args.dataset is None:
         args.dataset = 'imagenet' if args.arch else 'cifar10'
-    if args.resume:
-        saved = checkpoint.load(args.resume)
+    if saved:
         with torch.device('meta'):
             return args, DenseNet(**saved['config']), saved['dataset']['image_size']
-    if args.dataset == 'imagenet':  # its classes are known, and nothing of it has to be there
-        dataset = data.Description('imagenet', Path(args.data), train.imagenet_classes(),
-                                   args.image_size or 224)
+    if args.dataset == 'imagenet':  # nothing of it has to be there
+        num_classes, image_size = 1000, args.image_size or 224
     else:
         dataset = data.describe(args.dataset, args.data, args.image_size)
-    args = train.choose_model(args, dataset.image_size)
+        num_classes, image_size = len(dataset.classes), dataset.image_size
+    args = flags.with_network(args, image_size)
     with torch.device('meta'):
-        return args, train.build_model(args, dataset), dataset.image_size
+        return args, train.build_model(args, num_classes, image_size), image_size
 
 
 def write(graph, path):
@@ -227,7 +223,7 @@ def write(graph, path):
             path.write_bytes(graph.pipe(format=path.suffix[1:], quiet=True))
             return path
         except graphviz.CalledProcessError as error:
-            raise UsageError(f'dot failed: {error.stderr.decode(errors="replace").strip()}; '
+            raise UserError(f'dot failed: {error.stderr.decode(errors="replace").strip()}; '
                              f'--output FILE.dot keeps its input') from error
         except graphviz.ExecutableNotFound:
             picture, path = path, path.with_suffix('.dot')
@@ -248,7 +244,7 @@ def main(argv=None):
         else:
             graph = block_graph(model, image_size, title, args.max_layers)
         print(write(graph, args.output))
-    except (UsageError, CheckpointError, DataError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f'make_graph.py: error: {error}', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:  # dot may take long

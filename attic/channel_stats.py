@@ -4,10 +4,10 @@
     python attic/channel_stats.py --dataset cifar100
     python attic/channel_stats.py --dataset imagenet --data /data/imagenet --workers 16
 
-Of the training images, on the scale 0..255; ImageNet's are scaled and cropped as for testing. Two
+Of the training images, on the scale 0..255; ImageNet's are resized and cropped as for testing. Two
 standard deviations are in use: CIFAR is normalised by that of all pixels together, ImageNet by the
-mean of what each image has by itself. The first is larger: it counts, too, how images differ from
-each other in brightness.
+mean over the images of each one's own. The first is larger, since it also counts how images differ
+from each other in brightness.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def channel_statistics(dataset, workers=0):
     return loader.num_images, torch.stack([mean, (square - mean**2).sqrt(), own_std])
 
 
-def make_parser():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--dataset', choices=data.NAMES, default='cifar10',
@@ -51,11 +51,6 @@ def make_parser():
                         help='where the data are or go (default: %(default)s)')
     parser.add_argument('--workers', type=flags.number(int, '[0, 1024]'), default=0,
                         help='processes that read images over 64 pixels (default: 0)')
-    return parser
-
-
-def main(argv=None):
-    parser = make_parser()
     args = parser.parse_args(argv)
     try:
         dataset = data.describe(args.dataset, args.data)

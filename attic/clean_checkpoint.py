@@ -2,9 +2,9 @@
 
     python attic/clean_checkpoint.py work/x/best.pth --output weights.pth
 
-The weights are rounded to fp16 (batch statistics stay fp32: a variance may be below fp16's
-smallest number); optimizer, random states and sums are left out. `train.py` evaluates, predicts
-and fine-tunes with it as with any other checkpoint, but can't go on training where it stopped.
+The weights are rounded to fp16 (running statistics stay fp32: a variance may be below fp16's
+smallest number); optimizer, random states and sums are left out. Evaluation, `predict.py` and
+fine-tuning take it as any other checkpoint, but training can't be resumed from it.
 """
 
 import argparse
@@ -24,7 +24,7 @@ KEPT = ('config', 'dataset', 'args', 'last_error', 'best_error', 'best_epoch', '
 
 
 def clean(saved, source):
-    """What to keep of a checkpoint of train.py, which `checkpoint.load(source)` returns.
+    """What to keep of `saved`, the dictionary that `checkpoint.load(source)` returns.
 
     Raises:
         CheckpointError: it is another kind of file, or a weight is too large for fp16.
@@ -40,23 +40,17 @@ def clean(saved, source):
     return {'model': model, **{key: saved[key] for key in KEPT if key in saved}}
 
 
-def make_parser():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('checkpoint', type=Path, help='best.pth or latest.pth of a run')
     parser.add_argument('--output', type=Path, required=True, metavar='FILE',
                         help='where to write; must not be there yet')
-    return parser
-
-
-def main(argv=None):
-    parser = make_parser()
     args = parser.parse_args(argv)
     try:
         saved = checkpoint.load(args.checkpoint)
-        if any(version.exists() for version in checkpoint.versions(args.output)):
-            raise CheckpointError(f'{args.output} or an older version of it is there already: name '
-                                  f'another file')
+        if args.output.exists():
+            raise CheckpointError(f'{args.output} is there already: name another file')
         checkpoint.save(args.output, clean(saved, args.checkpoint))
     except CheckpointError as error:
         parser.exit(2, f'clean_checkpoint.py: error: {error}\n')

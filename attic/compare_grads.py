@@ -5,9 +5,9 @@
     python attic/compare_grads.py --device cuda            # by cuDNN, where there is one
 
 Both have the same weights and see the same images and labels, in training mode. For each layer the
-table has the shape of what it puts out, how far ours is from torchvision's, and the same for the
-gradients of its parameters and for its running statistics after the step: each the largest
-difference, as a share of the layer's largest number. The exit code is 1 where one is above 1e-9.
+table has the shape of its output and how far output, gradients of the parameters, and running
+statistics after the step are from torchvision's: the largest difference, as a share of the layer's
+largest number. The exit code is 1 where one is above 1e-9.
 """
 
 import argparse
@@ -29,10 +29,10 @@ TOLERANCE = 1e-9
 
 
 def run(model, images, labels):
-    """A step of training without the update. Returns {name: what it puts out} of the layers.
+    """Forward and backward in training mode. Returns {name of a layer: its output}.
 
-    A hook on a layer inside one of our blocks would make it fall back to the plain way. Hence a
-    layer's output is found in that of its block, where all are one after the other.
+    A hook inside one of our blocks would make it take the plain path. Hence a layer's output is
+    cut out of that of its block, where all are concatenated.
     """
     outputs, hooks = {}, []
 
@@ -81,17 +81,12 @@ def compare(ours, theirs, images, labels):
             difference(module.buffers(), their_module.buffers()))
 
 
-def make_parser():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--arch', choices=flags.TORCHVISION_WEIGHTS, default='densenet121')
     parser.add_argument('--memory-efficient', action='store_true')
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
-    return parser
-
-
-def main(argv=None):
-    parser = make_parser()
     args = parser.parse_args(argv)
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.exit(2, f'{parser.prog}: error: --device cuda: torch finds none here\n')

@@ -7,12 +7,12 @@ The classic story of a DenseNet that would not learn ended at a library whose gr
 concatenation that went into a convolution were wrong (attic/debugging-discussion.md); the check of
 then had concatenated before a linear layer, and so had not seen it. This one goes through all that
 a dense block is made of: concatenation into convolution, layers, transitions, and whole blocks and
-networks by the plain way and by the hand-written backward of densenet.py.
+networks by the plain path and by the hand-written backward of densenet.py.
 
-Each number of the input and of the parameters is moved by +-h, and the change of a random
-combination of the outputs is compared with what autograd says. The last column is the largest
-difference, as a share of the largest gradient. ReLUs have kinks: where one lies within h, the
-difference quotient means nothing, so one that is off is taken again with other h.
+Each number of the input and of the parameters is moved by +-h, and the change of a random linear
+combination of the outputs is compared with the gradient. The last column is the largest difference,
+as a share of the largest gradient. Where the kink of a ReLU lies within h, the difference quotient
+means nothing; so one that is off is computed again with another h.
 """
 
 import argparse
@@ -113,15 +113,10 @@ def quotient(objective, flat, i, h):
     return (values[0] - values[1]) / (2 * h)
 
 
-def make_parser():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
-    return parser
-
-
-def main(argv=None):
-    parser = make_parser()
     args = parser.parse_args(argv)
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.exit(2, f'{parser.prog}: error: --device cuda: torch finds none here\n')

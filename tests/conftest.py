@@ -1,3 +1,4 @@
+import csv
 import os
 import tarfile
 from pathlib import Path
@@ -7,8 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
+import train
+from attic.torture import check_same_run
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / 'shared' / 'data'
+SMALL = ['--depth', '10', '--growth-rate', '4', '--batch-size', '4', '--print-freq', '3',
+         '--device', 'cpu', '--no-plot']
 
 
 def pytest_collection_modifyitems(items):
@@ -16,6 +22,34 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker('cuda'):
                 item.add_marker(pytest.mark.skip(reason='needs a CUDA device'))
+
+
+@pytest.fixture(scope='session')
+def folder(tmp_path_factory):
+    """36 images to train on and 8 to test: 9 steps an epoch in batches of 4."""
+    root = tmp_path_factory.mktemp('folder')
+    return write_images(root, {f'{split}/{label}': n for split, n in (('train', 9), ('val', 2))
+                               for label in 'abcd'}, (8, 8))
+
+
+@pytest.fixture
+def small(folder):
+    """Flags of the smallest run."""
+    return ['--dataset', 'folder', '--data', str(folder), *SMALL]
+
+
+@pytest.fixture(scope='session')
+def recipe(folder):
+    """Flags of a run with all in it that is random, and all that is carried from step to step."""
+    return ['--dataset', 'folder', '--data', str(folder), *SMALL, '--epochs', '4', '--lr', '0.05',
+            '--drop-rate', '0.2', '--grad-accum', '2', '--lr-schedule', 'cosine']
+
+
+@pytest.fixture(scope='session')
+def uninterrupted(recipe, tmp_path_factory):
+    run = tmp_path_factory.mktemp('uninterrupted')
+    train.main([*recipe, '--save', str(run)])
+    return run
 
 
 @pytest.fixture(scope='session')
@@ -43,6 +77,32 @@ def photographs(cifar10_jpeg, tmp_path_factory):
                     path.write_bytes(tar.extractfile(member).read())
             if found == 64:
                 return root
+
+
+def read_csv(path):
+    with open(path, newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def fails(capsys, *argv, script=train, lines=1):
+    """The one line that a wrong command ends with."""
+    call = getattr(script, 'cli', script.main)
+    with pytest.raises(SystemExit) as exit_:
+        call(list(map(str, argv)))
+    assert exit_.value.code == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[-1].startswith(f'{script.__name__}.py: error: ') and len(errors) <= lines, errors
+    return errors[-1]
+
+
+def raise_no_network(*_, **__):
+    raise OSError('no network')
+
+
+def assert_same_run(one, other):
+    """The same weights, optimizer, counters and random state to the bit; the same CSV rows."""
+    check_same_run(one, other)
+    assert len(read_csv(one / 'train.csv')) == 3 * 4
 
 
 class Opener:

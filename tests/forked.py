@@ -1,6 +1,7 @@
 """Scripts in processes of their own, forked from one that has imported train.py: no waiting for it.
 
-    ended = forked.run('import train; train.cli(sys.argv[1:])', ['--help'])
+    ended = forked.run(forked.RUN, ['--help'])
+    ended = forked.run(forked.interrupted('evaluate', 3, 'os.kill(os.getpid(), 15)'), argv)
 """
 
 import multiprocessing
@@ -15,22 +16,53 @@ from unittest.mock import patch
 HERE = Path(__file__).resolve().parent
 CONTEXT = multiprocessing.get_context('forkserver')
 CONTEXT.set_forkserver_preload(['train', 'forked'])
+RUN = 'import train; train.cli(sys.argv[1:])'
 
 
-def run(script, argv):
-    """`returncode`, `stdout` and `stderr` of a script, as of subprocess.run."""
+def run(script, argv, while_it_runs=lambda pid: None):
+    """`returncode`, `stdout` and `stderr` of a script, as of subprocess.run.
+
+    `while_it_runs` is called with its process id, which is that of its process group, too.
+    """
     with patch.dict(os.environ, PYTHONPATH=f'{HERE.parent}{os.pathsep}{HERE}'):
         forkserver.ensure_running()
     with tempfile.TemporaryDirectory() as directory:
         process = CONTEXT.Process(target=_run, args=(script, list(map(str, argv)), directory))
         process.start()
-        process.join()
+        try:
+            while_it_runs(process.pid)
+            process.join(300)
+        finally:
+            process.kill()
+            process.join()
         printed = [(Path(directory) / name).read_text() for name in ('stdout', 'stderr')]
     return SimpleNamespace(returncode=process.exitcode, stdout=printed[0], stderr=printed[1])
 
 
 def _run(script, argv, directory):
+    os.setsid()
     for number, name in enumerate(('stdout', 'stderr'), start=1):
         os.dup2(os.open(os.path.join(directory, name), os.O_WRONLY | os.O_CREAT), number)
     sys.argv[1:] = argv
     exec(script, {'__name__': '__main__', 'sys': sys})
+
+
+def interrupted(function, when, action):
+    """A train.py that does something at a known moment: the `when`th call of a function of it."""
+    return f'''
+import os, signal, sys
+import train
+calls, function = 0, train.{function}
+def counted(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == {when}:
+        {action}
+    return function(*args, **kwargs)
+train.{function} = counted
+train.cli(sys.argv[1:])
+'''
+
+
+def run_interrupted(argv, function, when, signum):
+    return run(interrupted(function, when, f'os.kill(os.getpid(), {int(signum)})'), argv)

@@ -1,7 +1,9 @@
-"""What bench.py compares, and how it counts bytes; how fast anything is, it alone can say."""
+"""What bench.py compares, and how it counts bytes and FLOPs; not how fast anything is."""
 
 import csv
 import math
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -9,16 +11,25 @@ import torch
 import torchvision
 from conftest import write_images
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import densenet
 import train
-from bench import Row, Workload
+from bench import Row
 
 TINY = ['--depth', '10', '--growth-rate', '4', '--batch-size', '4', '--image-size', '8',
         '--device', 'cpu', '--rounds', '2']
 NAMES = ['torchvision plain, NCHW', 'torchvision plain', 'timm plain', 'torchvision checkpointed',
          'ours plain', 'ours checkpointed', 'ours block', 'ours memory-efficient']
+KERNELS = ['ours block, CPU kernels', 'ours block, CPU kernels, memory-efficient']
+OURS = ['--rows', 'ours plain']
+
+
+@pytest.fixture(autouse=True)
+def small_and_without_kernels(monkeypatch):
+    monkeypatch.setattr(bench, 'MATRICES', ((64, 32), (32, 16)))
+    monkeypatch.setattr(bench, 'has_cpu_kernels', lambda: False)
 
 
 def read_csv(path):
@@ -26,19 +37,77 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize('argv, parameters', [
-    (['--depth', '100', '--growth-rate', '12'], 769_162),
-    (['--arch', 'densenet121'], 7_978_856), (['--arch', 'densenet161'], 28_681_000)])
-def test_all_networks_of_a_table_have_the_same_size(argv, parameters):
-    workload = bench.describe_network(bench.make_parser().parse_args(argv))
+def blocks_of(model):
+    return [module for module in model.modules() if isinstance(module, densenet.DenseBlock)]
+
+
+def runner(*row, inference=False, depth=10, image_size=8, **settings):
+    args = bench.network_flags(depth=depth, growth_rate=4, image_size=image_size, batch_size=4)
+    return bench.Runner(Row(*row, **settings), args, torch.device('cpu'), inference)
+
+
+@pytest.mark.parametrize('given, parameters', [
+    (dict(depth=100, growth_rate=12), 769_162), (dict(arch='densenet161'), 28_681_000)])
+def test_all_networks_of_a_table_have_the_same_size(given, parameters):
+    args = bench.network_flags(**given, batch_size=2)
     for source in ('ours', 'torchvision', 'timm'):
         if source == 'timm':
             pytest.importorskip('timm')
         with torch.device('meta'):
-            model = bench.make_model(Row(source, 'plain', 'fp32'), workload)
-            logits = model(torch.empty(2, 3, workload.image_size, workload.image_size))
+            model = bench.make_model(Row(source, 'plain', 'fp32'), args)
+            logits = model(torch.empty(2, 3, args.image_size, args.image_size))
         assert sum(p.numel() for p in model.parameters()) == parameters
-        assert logits.shape == (2, 10 if workload.small else 1000)
+        assert logits.shape == (2, 1000 if 'arch' in given else 10)
+
+
+# ---- FLOPs -----------------------------------------------------------------------------------
+
+def test_flops_of_a_step_are_those_of_the_plain_network_in_training():
+    args = bench.network_flags(depth=22, growth_rate=8, batch_size=2)
+    with torch.device('meta'), FlopCounterMode(display=False) as counter:
+        model = bench.make_model(Row('ours', 'plain', 'fp32'), args)
+        model(torch.empty(2, 3, args.image_size, args.image_size)).sum().backward()
+    counts = counter.get_flop_counts()['Global']
+    truth = counts[torch.ops.aten.convolution] + counts[torch.ops.aten.convolution_backward]
+    truth += 2 * 2 * 32**2 * model.features.conv0.weight.numel()  # images have no gradient here
+    assert bench.convolution_flops(args, inference=False) == truth
+    assert bench.convolution_flops(args, inference=True) == truth / 3
+
+
+def test_flops_of_a_small_network_by_hand():
+    args = bench.network_flags(depth=10, growth_rate=4, image_size=8, batch_size=3)
+    by_pixels = {64: 3 * 8 * 9 + 8 * 16 + 16 * 4 * 9,  # stem, and a layer of 8 channels
+                 16: 12 * 6 + 6 * 16 + 16 * 4 * 9,     # transition, pooled first, and a layer
+                 4: 10 * 5 + 5 * 16 + 16 * 4 * 9}
+    by_hand = 2 * 3 * sum(pixels * products for pixels, products in by_pixels.items())
+    assert bench.convolution_flops(args, inference=True) == by_hand
+
+
+def test_the_limit_is_the_flops_at_the_rate_of_the_matrix_product(tmp_path, monkeypatch, capsys):
+    turns, time = [], bench.Runner.time
+    monkeypatch.setattr(bench, 'matrix_product_rate', lambda precision: (
+        turns.append(precision), {'fp32': 2e9, 'bf16': 4e9}[precision])[1])
+    monkeypatch.setattr(bench.Runner, 'time', lambda self, steps: (
+        turns.append(self.row.name), time(self, steps))[1])
+    bench.main([*TINY, *OURS, '--precision', 'fp32', 'bf16', '--csv', str(tmp_path / 'x.csv')])
+    assert turns == 2 * ['fp32', 'bf16', 'ours plain', 'ours plain']
+    flops = bench.convolution_flops(bench.network_flags(
+        depth=10, growth_rate=4, image_size=8, batch_size=4), inference=False)
+    table = capsys.readouterr().out
+    for row, rate in zip(read_csv(tmp_path / 'x.csv'), (2e9, 4e9)):
+        limit = float(row['ms']) / float(row['limit_ratio'])
+        assert limit == pytest.approx(1e3 * flops / rate, rel=1e-4)
+        assert f'limit, {row["precision"]}: {limit:.2f} ms' in table
+
+
+def test_the_rate_of_the_matrix_product(monkeypatch):
+    products, mm = [], torch.mm
+    monkeypatch.setattr(torch, 'mm', lambda a, b, out: (
+        products.append(a.dtype), mm(a, b, out=out)))
+    now = iter([0.0, 1.0, 10.0, 14.0, 20.0, 22.0])  # three products, of 1, 4 and 2 seconds
+    monkeypatch.setattr(bench.time, 'perf_counter', lambda: next(now))
+    assert bench.matrix_product_rate('bf16') == 2 * 64 * 32 * 16 / 2
+    assert products == 3 * [torch.bfloat16]
 
 
 # ---- bytes -----------------------------------------------------------------------------------
@@ -59,26 +128,23 @@ def saved_bytes(model, images):
         return output, sum(saved.values())
 
 
+def model_and_images(source, mode, depth):
+    args = bench.network_flags(depth=depth)
+    return bench.make_model(Row(source, mode, 'fp32'), args).train(), torch.randn(2, 3, 32, 32)
+
+
 @pytest.mark.parametrize('source, mode', [
     ('ours', 'plain'), ('ours', 'block'), ('ours', 'memory-efficient'), ('torchvision', 'plain')])
 def test_bytes_held_are_those_that_autograd_saves(source, mode):
-    workload = Workload('', 12, (6, 6, 6), 24, 32, 2)
-    model = bench.make_model(Row(source, mode, 'fp32'), workload).train()
-    images = torch.randn(2, 3, 32, 32)
+    model, images = model_and_images(source, mode, depth=40)
     _, truth = saved_bytes(model, images)
     # Autograd's count has the images in it, too.
     assert bench.bytes_held(model, images) == pytest.approx(truth - images.nbytes, rel=0.01)
 
 
-def bytes_of(mode, **network):
-    model = bench.make_model(Row('ours', mode, 'fp32'), Workload(**{
-        'name': '', 'growth_rate': 12, 'num_init_features': 24, 'image_size': 32, 'batch_size': 2,
-        **network}))
-    return bench.bytes_held(model.train(), torch.randn(2, 3, 32, 32))
-
-
 def test_a_block_holds_a_quarter_of_the_plain_bytes_and_memory_efficient_a_seventh():
-    held = {mode: bytes_of(mode, block_config=(16, 16, 16)) for mode in bench.MODES}  # BC-100-12
+    held = {mode: bench.bytes_held(*model_and_images('ours', mode, depth=100))
+            for mode in bench.EAGER_MODES}
     assert held['block'] <= 0.25 * held['plain']
     assert held['memory-efficient'] <= 0.15 * held['plain']
     assert held['block'] < held['checkpointed'] < 0.6 * held['plain']
@@ -96,7 +162,7 @@ def test_bytes_grow_linearly_with_the_layers_of_a_block():
         assert block_bytes(32, True, efficient) <= 2.2 * block_bytes(16, True, efficient)
 
 
-# ---- tables ----------------------------------------------------------------------------------
+# ---- rows ------------------------------------------------------------------------------------
 
 def test_a_table_has_all_rows_in_csv_and_figure(tmp_path, capsys):
     pytest.importorskip('timm')
@@ -112,12 +178,12 @@ def test_a_table_has_all_rows_in_csv_and_figure(tmp_path, capsys):
         assert float(row['speed_ratio']) == pytest.approx(float(plain['ms']) / ms, rel=1e-4)
         assert float(row['memory_ratio']) == pytest.approx(
             memory / float(plain['memory_bytes']), rel=1e-4)
-        assert float(row['first_step_seconds']) > 0 and row['steps'] == '2'
-        assert f'torch {torch.__version__}' in row['workload']
+        assert float(row['first_step_seconds']) > 0 and row['rounds'] == '2'
+        assert f'torch {torch.__version__.partition("+")[0]}' in row['workload']
     image = np.asarray(Image.open(tmp_path / 'bench.png').convert('L'))
     assert min(image.shape) > 300 and image.std() > 10  # there is ink
     table = capsys.readouterr().out.splitlines()
-    assert [line for name in NAMES for line in table if line.startswith(f'{name}  ')] == table[2:-1]
+    assert [line for name in NAMES for line in table if line.startswith(f'{name}  ')] == table[2:-2]
 
 
 def test_every_row_takes_the_training_step_of_train(monkeypatch):
@@ -128,34 +194,51 @@ def test_every_row_takes_the_training_step_of_train(monkeypatch):
     ours, theirs = dict.fromkeys(map(id, models))
     # The first step, then in each of two rounds a warm-up and three steps.
     assert [id(model) for model in models] == [ours, theirs] + 2 * (4 * [ours] + 4 * [theirs])
-    paths = {block.path for model in models for block in model.modules()
-             if isinstance(block, densenet.DenseBlock)}
-    assert paths == {'linear'}
 
 
-def runner(*row, inference=False, device='cpu', **settings):
-    return bench.Runner(Row(*row, **settings), Workload('', 4, (2, 2), 8, 8, 4),
-                        torch.device(device), inference)
+def test_a_time_is_the_mean_of_the_steps_in_a_round(monkeypatch):
+    row = runner('ours', 'plain', 'fp32')
+    now = [0.0]
+    row.step = lambda images, labels: now.__setitem__(0, now[0] + 6.0)
+    monkeypatch.setattr(bench.time, 'perf_counter', lambda: now[0])
+    assert row.time(steps=3) == 6.0
 
 
-@pytest.mark.parametrize('mode, path', [
-    ('plain', 'plain'), ('block', 'linear'), ('memory-efficient', 'linear'),
-    ('checkpointed', 'checkpointed')])
-def test_a_row_goes_the_way_that_it_is_named_after(mode, path):
-    blocks = [module for module in runner('ours', mode, 'fp32').model.modules()
-              if isinstance(module, densenet.DenseBlock)]
-    assert {block.path for block in blocks} == {path}
+@pytest.mark.parametrize('mode', bench.MODES)
+def test_a_row_goes_the_way_that_it_is_named_after(mode):
+    if 'kernels' in mode and not bench.has_cpu_kernels():
+        pytest.skip('no CPU kernels here')
+    model = runner('ours', mode, 'fp32').model
+    path = mode if mode in ('plain', 'checkpointed') else (
+        'kernels' if 'kernels' in mode else 'linear')
+    assert {block.path for block in blocks_of(model)} == {path}
+    assert {block.memory_efficient for block in blocks_of(model)} == {
+        mode in ('checkpointed', 'memory-efficient', 'kernels, memory-efficient')}
+    assert {module.cpu_kernels for module in model.modules()
+            if hasattr(module, 'linear_memory')} == {None if 'kernels' in mode else False}
+
+
+@pytest.mark.parametrize('argv, expected', [
+    ([], KERNELS), (['--inference'], KERNELS[:1]), (['--precision', 'bf16'], KERNELS)])
+def test_kernels_have_rows_where_they_are(argv, expected, monkeypatch):
+    monkeypatch.setattr(bench, 'has_cpu_kernels', lambda: True)
+    options = bench.make_parser().parse_args(argv)
+    for device in ('cpu', 'cuda'):
+        rows = [row.name for row in bench.make_rows(options, torch.device(device))]
+        assert [name for name in rows if 'kernels' in name] == expected * (device == 'cpu')
 
 
 def test_a_row_is_what_its_name_says():
-    plain, half = runner('torchvision', 'plain', 'fp32'), runner('torchvision', 'plain', 'bf16')
+    plain, half, checkpointed = (
+        runner('torchvision', *row, depth=16, image_size=16)
+        for row in (('plain', 'fp32'), ('plain', 'bf16'), ('checkpointed', 'fp32')))
     assert half.memory == pytest.approx(plain.memory / 2, rel=0.1)
-    assert runner('torchvision', 'checkpointed', 'fp32').memory < 0.9 * plain.memory
+    assert checkpointed.memory < 0.9 * plain.memory
     nchw = runner('torchvision', 'plain', 'fp32', channels_last=False)
     for row, channels_last in ((plain, True), (nchw, False)):
         weight = row.model.features.conv0.weight
         assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
-    assert plain.model.training and plain.state.interval[0] > 0
+    assert plain.model.training and plain.state.sums[0] > 0
     assert not runner('ours', 'plain', 'fp32', inference=True).model.training
 
 
@@ -163,7 +246,7 @@ def test_each_turn_has_its_own_precision(monkeypatch):
     seen, step = [], train.train_step
     monkeypatch.setattr(train, 'train_step', lambda state, *args, **kwargs: (
         seen.append(torch.backends.cudnn.allow_tf32), step(state, *args, **kwargs)))
-    bench.main([*TINY, '--rows', 'ours plain', '--precision', 'fp32', 'bf16'])
+    bench.main([*TINY, *OURS, '--precision', 'fp32', 'bf16'])
     assert seen == [False, True] + 2 * [False, False, True, True]
 
 
@@ -177,6 +260,17 @@ def test_inference_has_rows_without_memory(tmp_path):
     assert all(float(row['ms']) > 0 and row['memory_bytes'] == '' for row in rows)
 
 
+def test_onnxruntime_computes_what_the_network_does():
+    for package in ('onnxruntime', 'onnxscript'):
+        pytest.importorskip(package)
+    row = runner('onnxruntime', 'plain', 'fp32', inference=True)
+    logits, = row.step(*row.batch)
+    assert not row.model.training and math.isnan(row.memory)
+    torch.testing.assert_close(torch.from_numpy(logits), row.model(row.batch[0]),
+                               atol=1e-5, rtol=1e-5)
+    assert row.time(steps=1) > 0
+
+
 def test_compiled_rows_are_compiled(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, 'compile', lambda self: compiled.append(self))  # minutes
@@ -184,7 +278,9 @@ def test_compiled_rows_are_compiled(monkeypatch):
     assert [type(model) for model in compiled] == [torchvision.models.DenseNet, densenet.DenseNet]
 
 
-def test_out_of_memory_is_a_row(capsys, tmp_path):
+# ---- what goes wrong -------------------------------------------------------------------------
+
+def test_out_of_memory_is_a_row(capsys, tmp_path, monkeypatch):
     time = bench.Runner.time
 
     def out_of_memory_if_plain(self, steps):
@@ -192,15 +288,14 @@ def test_out_of_memory_is_a_row(capsys, tmp_path):
             raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')
         return time(self, steps)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench.Runner, 'time', out_of_memory_if_plain)
-        bench.main([*TINY, '--rows', 'ours*', '--csv', str(tmp_path / 'bench.csv')])
+    monkeypatch.setattr(bench.Runner, 'time', out_of_memory_if_plain)
+    bench.main([*TINY, '--rows', 'ours*', '--csv', str(tmp_path / 'bench.csv')])
     table = capsys.readouterr().out
     assert table.count('out of memory') == 1 and 'nan' not in table
     assert [row['failure'] for row in read_csv(tmp_path / 'bench.csv')] == ['out of memory'] + \
         3 * ['']
-    bench.main([*TINY, '--rows', 'ours*', '--batch-size', '1000000000'])  # for real
-    assert capsys.readouterr().out.count('out of memory') == 4
+    bench.main([*TINY, *OURS, '--batch-size', '1000000000'])  # for real
+    assert capsys.readouterr().out.count('out of memory') == 1
 
 
 def test_a_failing_row_is_said_and_the_others_are_shown(capsys, monkeypatch):
@@ -226,26 +321,72 @@ def test_what_was_measured_before_an_interruption_is_shown(capsys, monkeypatch):
     assert len([line for line in capsys.readouterr().out.splitlines() if ' MiB ' in line]) == 2
 
 
-def test_without_timm_its_row_says_so(capsys, monkeypatch):
-    monkeypatch.setitem(__import__('sys').modules, 'timm.models.densenet', None)
-    bench.main([*TINY, '--rows', 'timm*', 'ours plain'])
-    assert 'needs a package' in capsys.readouterr().out
+@pytest.mark.parametrize('package, argv', [
+    ('timm.models.densenet', ['--rows', 'timm*']), ('onnxscript', ['--rows', 'onnx*']),
+    ('onnxruntime', ['--rows', 'onnx*'])])
+def test_without_a_package_its_row_says_so(package, argv, capsys, monkeypatch):
+    for present in ('onnxruntime', 'onnxscript'):
+        monkeypatch.setitem(sys.modules, present, types.ModuleType(present))
+    sys.modules['onnxruntime'].SessionOptions = types.SimpleNamespace
+    monkeypatch.setitem(sys.modules, package, None)
+    bench.main([*TINY, '--inference', *argv, 'ours plain'])
+    assert f'needs a package: import of {package} halted' in capsys.readouterr().out
 
+
+def test_a_row_whose_blocks_fall_back_is_no_row(monkeypatch):
+    make_model = bench.make_model
+
+    def hooked(row, args):
+        model = make_model(row, args)
+        model.features.denseblock2.denselayer1.norm1.register_forward_hook(lambda *_: None)
+        return model
+
+    monkeypatch.setattr(bench, 'make_model', hooked)
+    with pytest.raises(RuntimeError, match='a block went the plain way: .*norm1 has hooks'):
+        runner('ours', 'block', 'fp32')
+
+
+@pytest.mark.parametrize('argv, complaint', [
+    (['--rows', 'mine'], "no row is called that; here there are 'torchvision plain, NCHW'"),
+    (['--rows', 'ours*', '--baseline', 'timm plain'], '--baseline: no row is called that; here'),
+    (['--precision', 'tf32', '--device', 'cpu'], 'tf32 is for cuda'),
+    (['--depth', '41'], 'nearest 40 and 46'),
+    (['--depth', '100', '--image-size', '128'], 'for images of 128 pixels there are --arch'),
+    (['--rounds', '0'], "'0' is not a whole number"),
+    (['--csv', 'no/such/folder/x.csv'], 'no/such/folder/x.csv: no file can be written there'),
+    (['--plot', '.'], 'no file can be written there'),
+    (['--arch', 'densenet121', '--depth', '40'], 'exclude each other'),
+    (['--batch-size', '99999999999999999999999'], 'bench.py: error: '),
+    (['--growth-rate', '999999999'], 'bench.py: error: '),
+    (['--plot', 'x.xyz'], 'x.xyz: a figure is a .png, .pdf or .svg file'),
+    (['--memory-vs-depth', '--arch', 'densenet121'], 'exclude each other'),
+    (['--loader', 'nowhere'], 'no train in nowhere'),
+    (['--image-size', '2'], 'images of at least 4 pixels'),
+    (['--arch', 'densenet121', '--image-size', '65', '--precision', 'fp8'], 'invalid choice'),
+    (['--arch', 'resnet50'], 'invalid choice')])
+def test_bad_input_is_one_line(argv, complaint, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        bench.main(argv)
+    assert exit_.value.code == 2
+    error, = capsys.readouterr().err.splitlines()
+    assert error.startswith('bench.py: error: ') and complaint in error
+
+
+# ---- other measurements ----------------------------------------------------------------------
 
 def test_memory_against_depth(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, 'DEPTHS', (10, 22, 40))
-    drawn = {}
-    monkeypatch.setattr(bench, 'draw_memory_vs_depth', lambda path, curves, *labels, draw=(
-        bench.draw_memory_vs_depth): (drawn.update(curves), draw(path, curves, *labels)))
+    monkeypatch.setattr(bench, 'DEPTHS', (10, 16, 22))
+    drawn, draw = {}, bench.draw_memory_vs_depth
+    monkeypatch.setattr(bench, 'draw_memory_vs_depth', lambda path, curves, *labels: (
+        drawn.update(curves), draw(path, curves, *labels)))
     bench.main(['--growth-rate', '4', '--batch-size', '4', '--image-size', '8', '--device', 'cpu',
                 '--memory-vs-depth', str(tmp_path / 'memory.png')])
     assert (tmp_path / 'memory.png').stat().st_size > 10_000
     assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / 'memory.png')
-    plain, block, efficient, checkpointed = (drawn[mode] for mode in (
-        'plain', 'block', 'memory-efficient', 'checkpointed'))
     for curve in drawn.values():
         assert len(curve) == 3 and curve == sorted(curve)
-    assert efficient[-1] < block[-1] < checkpointed[-1] < plain[-1]
+    assert (drawn['memory-efficient'][-1] < drawn['block'][-1] < drawn['checkpointed'][-1]
+            < drawn['plain'][-1])
 
 
 def test_the_loader_is_timed_by_the_images_that_arrive(tmp_path, monkeypatch, capsys):
@@ -259,51 +400,6 @@ def test_the_loader_is_timed_by_the_images_that_arrive(tmp_path, monkeypatch, ca
         '--workers 2: 3 images/s (3-3), 2 for each of them']
 
 
-def test_a_row_whose_blocks_fall_back_is_no_row(monkeypatch):
-    make_model = bench.make_model
-
-    def hooked(row, workload):
-        model = make_model(row, workload)
-        model.features.denseblock2.denselayer1.norm1.register_forward_hook(lambda *_: None)
-        return model
-
-    assert {block.path for block in bench.blocks_of(runner('ours', 'block', 'fp32').model)} == {
-        'linear'}
-    monkeypatch.setattr(bench, 'make_model', hooked)
-    with pytest.raises(RuntimeError, match='a block went the plain way: .*norm1 has hooks'):
-        runner('ours', 'block', 'fp32')
-
-
-@pytest.mark.parametrize('argv, complaint', [
-    (['--rows', 'mine'], "no row is called that; here there are 'torchvision plain, NCHW'"),
-    (['--rows', 'ours*', '--baseline', 'timm plain'], "--baseline: no row is called that; here"),
-    (['--precision', 'tf32', '--device', 'cpu'], 'tf32 is for cuda'),
-    (['--depth', '41'], 'nearest 40 and 46'),
-    (['--rounds', '0'], "'0' is not a whole number"),
-    (['--csv', 'no/such/folder/x.csv'], 'no/such/folder/x.csv: no file of its own can be'),
-    (['--plot', '.'], 'no file of its own can be written there'),
-    (['--plot', 'x.png', '--csv', 'x.png'], 'no file of its own can be written there'),
-    (['--arch', 'densenet121', '--depth', '40'], '--arch has a depth and a growth rate of its own'),
-    (['--batch-size', '1', '--image-size', '4'], 'more than 1 value per channel'),
-    (['--batch-size', '99999999999999999999999'], 'bench.py: error: '),
-    (['--growth-rate', '999999999'], 'bench.py: error: '),
-    (['--plot', 'x.xyz'], 'x.xyz: a figure is a .png, .pdf or .svg file'),
-    (['--memory-vs-depth', '--arch', 'densenet121'], 'has no use for --arch'),
-    (['--memory-vs-depth', 'x.png', '--rounds', '3'], 'has no use for --rounds'),
-    (['--memory-vs-depth', 'x.png', '--precision', 'fp32', 'bf16'], 'draws one --precision'),
-    (['--loader', 'nowhere'], 'no train in nowhere'),
-    (['--loader', 'nowhere', '--arch', 'densenet121'], '--loader has no use for --arch'),
-    (['--image-size', '2'], 'H and W at least 4'),
-    (['--arch', 'densenet121', '--image-size', '65', '--precision', 'fp8'], 'invalid choice'),
-    (['--arch', 'resnet50'], 'invalid choice')])
-def test_bad_input_is_one_line(argv, complaint, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        bench.main(argv)
-    assert exit_.value.code == 2
-    error, = capsys.readouterr().err.splitlines()
-    assert error.startswith('bench.py: error: ') and complaint in error
-
-
 @pytest.mark.cuda
 @pytest.mark.parametrize('inference', [False, True])
 def test_all_rows_run_on_cuda(inference, tmp_path):
@@ -311,8 +407,7 @@ def test_all_rows_run_on_cuda(inference, tmp_path):
     bench.main([*argv, '--precision', 'fp32', 'tf32', 'bf16', 'fp16', '--csv',
                 str(tmp_path / 'bench.csv'), *['--inference'] * inference])
     rows = read_csv(tmp_path / 'bench.csv')
-    graphed = 4 * 1 if inference else 4 * 3 + 2 * len(bench.KERNEL_MODES)
-    assert sum('CUDA graph' in row['row'] for row in rows) == graphed
+    assert sum('CUDA graph' in row['row'] for row in rows) == 4 * (1 if inference else 3)
     assert all(not row['failure'] or 'needs a package' in row['failure'] for row in rows)
     for row in rows:
         if not row['failure']:

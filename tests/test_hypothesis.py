@@ -9,7 +9,7 @@ import tempfile
 
 import pytest
 import torch
-from conftest import write_images
+from conftest import raise_no_network, write_images
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -28,8 +28,8 @@ NUMBERS = st.sampled_from('-1 0 1e-300 1e-9 0.05 0.5 0.999 1 2 1e30 1e308 1e400 
 
 
 @pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp('folder'), {
+def few(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp('few'), {
         'train/a': 6, 'train/b': 6, 'val/a': 1, 'val/b': 1}, (8, 8))
 
 
@@ -60,16 +60,16 @@ def kind_of(parse):
 
 @settings(QUICKLY, max_examples=100)
 @given(drawn=st.lists(flag_and_values(), max_size=3))
-def test_a_command_is_a_run_or_one_line(folder, drawn):
-    argv = ['--dataset', 'folder', '--data', str(folder), '--growth-rate', '4', '--batch-size', '4',
+def test_a_command_is_a_run_or_one_line(few, drawn):
+    argv = ['--dataset', 'folder', '--data', str(few), '--growth-rate', '4', '--batch-size', '4',
             '--device', 'cpu', '--no-plot', '--workers', '0', '--block-config', '1', '1', '1']
     argv += [word for words in drawn for word in words]
     printed, errors, here = io.StringIO(), io.StringIO(), os.getcwd()
     code = None
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, 'fit', one_epoch(train.fit))
-        patch.setattr(torch.hub, 'download_url_to_file', no_network)
-        patch.setattr('urllib.request.urlopen', no_network)
+        patch.setattr(torch.hub, 'download_url_to_file', raise_no_network)
+        patch.setattr('urllib.request.urlopen', raise_no_network)
         os.chdir(directory)
         try:
             with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
@@ -92,10 +92,6 @@ def one_epoch(fit):
     def fit_briefly(args, *others):
         return fit(argparse.Namespace(**{**vars(args), 'epochs': 1}), *others)
     return fit_briefly
-
-
-def no_network(*_, **__):
-    raise OSError('no network')
 
 
 # Some of these are out of range.

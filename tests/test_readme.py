@@ -1,26 +1,45 @@
 """What the README and the pages of attic/ say: commands, flags, links and the paper's numbers."""
 
+import argparse
 import importlib
 import re
 import shlex
 import subprocess
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+import torch
+import torchvision
+from conftest import ROOT, cache_densenet121
 
 from images import error_vs_parameters
 
 README = (ROOT / 'README.md').read_text()
 PAGES = {path.relative_to(ROOT): path.read_text()
          for path in (ROOT / 'README.md', *sorted((ROOT / 'attic').glob('*.md')))}
-# In blocks of commands, and within sentences.
+# In blocks of commands, where a backslash continues a line, and within sentences.
 COMMANDS = [(str(page), command) for page, text in PAGES.items() for command in re.findall(
-    r'(?:^ {4}|`)(?:python|torchrun.*?) ((?:\w+/)?\w+\.py\b[^`#\n]*)', text, re.MULTILINE)]
+    r'(?:^ {4}|`)(?:python|torchrun.*?) ((?:\w+/)?\w+\.py\b[^`#\n]*)',
+    re.sub(r'\\\n +', '', text), re.MULTILINE)]
+
+
+class Parsing(BaseException):
+    """Has the parser that was about to parse."""
 
 
 def make_parser(script):
-    module = 'flags' if script == 'train.py' else script.removesuffix('.py').replace('/', '.')
-    return importlib.import_module(module).make_parser()
+    name = 'flags' if script == 'train.py' else script.removesuffix('.py').replace('/', '.')
+    module = importlib.import_module(name)
+    if hasattr(module, 'make_parser'):
+        return module.make_parser()
+
+    def stop(parser, argv=None):
+        raise Parsing(parser)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Parsing) as stopped:
+        patch.setattr(argparse.ArgumentParser, 'parse_args', stop)
+        module.main([])
+    return stopped.value.args[0]
 
 
 @pytest.mark.parametrize('page, command', COMMANDS)
@@ -32,13 +51,14 @@ def test_a_command_is_understood(page, command):
         make_parser(script).parse_args(argv)
 
 
-def test_make_runs_the_commands_that_the_readme_gives():
+def test_make_runs_the_commands_that_the_pages_give():
     makefile = (ROOT / 'Makefile').read_text()
-    commands = [command.strip() for page, command in COMMANDS if page == 'README.md']
-    figures = README.partition('## Figures')[2].partition('\n## ')[0]
-    drawing = {command for command in commands if f'    python {command}\n' in figures}
-    assert len(commands) > 30 and len(drawing) == 7
-    for command in (*drawing, next(c for c in commands if '--dataset shapes' in c)):
+    figures = PAGES[Path('attic/figures.md')].partition('The last one draws')[0]
+    drawing = {command.strip() for page, command in COMMANDS
+               if page == 'attic/figures.md' and f'    python {command}\n' in figures}
+    readme = [command for page, command in COMMANDS if page == 'README.md']
+    assert len(readme) > 25 and len(COMMANDS) > 55 and len(drawing) == 7
+    for command in (*drawing, next(c for c in readme if '--dataset shapes' in c)):
         assert f'$(BIN)/python {command}' in makefile, command
 
 
@@ -67,6 +87,22 @@ def test_links_and_images_resolve(page):
                                                                   re.MULTILINE)}, link
 
 
+def test_the_readmes_model_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    theirs = torchvision.models.densenet121()
+    cache_densenet121(tmp_path, theirs)
+    hub = PAGES[Path('attic/export.md')].partition('## torch.hub')[2]
+    model, cloned = (re.search(r'```python\n(.*?)```', text, re.DOTALL)[1]
+                     for text in (README.partition('## Copy the model')[2], hub))
+    names = dict(images=torch.randn(2, 3, 32, 32), torch=torch, torchvision=torchvision)
+    exec(model, names)
+    assert names['logits'].shape == (2, 10) and names['feature_map'].shape == (2, 342, 8, 8)
+    for key, weight in names['model'].state_dict().items():
+        assert torch.equal(weight, theirs.state_dict()[key]), key
+    exec(cloned.replace('path/to/clone', str(ROOT)), names)
+    assert names['model'].config['growth_rate'] == 12
+
+
 def slug(title):
     """GitHub's name of a heading."""
     return re.sub(r'[^\w -]', '', title.lower()).replace(' ', '-')
@@ -86,9 +122,9 @@ def test_the_papers_table_is_what_the_figure_draws():
 
 def test_the_results_are_those_of_the_runs_that_are_here():
     """Each row that names a directory of a run: final and best error, and the epochs."""
-    rows = re.findall(r'^\|.*\(work/(\S+)\).*\| ([\d.]+)% \| ([\d.]+)% \| (\d+) \|', README,
-                      re.MULTILINE)
-    assert rows
+    rows = re.findall(r'^\|.*\((?:\.\./)?work/([^\s)]+)\).*\| ([\d.]+)% \| ([\d.]+)% \| (\d+) \|',
+                      '\n'.join(PAGES.values()), re.MULTILINE)
+    assert len(rows) == 6
     for run, *said in rows:
         lines = (ROOT / 'work' / run / 'test.csv').read_text().splitlines()[1:]
         errors = [float(line.split(',')[2]) for line in lines]

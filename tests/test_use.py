@@ -4,7 +4,6 @@ import argparse
 import math
 import pickle
 import re
-import subprocess
 import sys
 import tarfile
 
@@ -12,14 +11,23 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, Opener, cache_densenet121, write_images
+from conftest import (
+    ROOT,
+    SMALL,
+    Opener,
+    cache_densenet121,
+    fails,
+    raise_no_network,
+    read_csv,
+    write_images,
+)
 from PIL import Image
-from test_train import SMALL, fails, read_csv
 from torchvision import transforms
 
 import checkpoint
 import data
 import densenet
+import predict
 import train
 
 NARROW = dict(growth_rate=4, block_config=(2, 2), num_init_features=8)
@@ -48,9 +56,9 @@ def trained(photos, tmp_path_factory):
     return run
 
 
-def run(capsys, *argv):
+def run(capsys, *argv, script=train):
     capsys.readouterr()
-    train.main(list(map(str, argv)))
+    script.main(list(map(str, argv)))
     return capsys.readouterr().out.splitlines()
 
 
@@ -123,17 +131,14 @@ def test_one_crop_and_ten(trained, photos, capsys):
     assert both[0] == f'one crop: {one}' and both[1].startswith('ten crops: test loss ')
 
 
-def test_densenet121_at_224_pixels_trains_a_few_steps_and_is_tested_on_ten_crops(
-        photos, tmp_path, capsys):
-    lines = run(capsys, '--dataset', 'imagenet', '--data', photos, '--arch', 'densenet121',
-                '--batch-size', 4, '--epochs', 1, '--print-freq', 1, '--ten-crop', '--workers', 1,
-                '--device', 'cpu', '--no-plot', '--save', tmp_path / 'run')
-    assert re.match(r'densenet121: 6,955,906 parameters; imagenet: 12 training and 6 test images '
+def test_densenet121_at_224_pixels_trains_and_is_tested_on_ten_crops(tmp_path, capsys):
+    write_images(tmp_path / 'data', {'train/a': 2, 'train/b': 1, 'val/a': 1, 'val/b': 1}, (80, 90))
+    lines = run(capsys, '--dataset', 'imagenet', '--data', tmp_path / 'data', '--arch',
+                'densenet121', '--batch-size', 2, '--epochs', 1, '--print-freq', 1, '--ten-crop',
+                '--workers', 1, '--device', 'cpu', '--no-plot', '--save', tmp_path / 'run')
+    assert re.match(r'densenet121: 6,955,906 parameters; imagenet: 3 training and 2 test images '
                     r'of 224 pixels, 2 classes', lines[0])
-    assert [row['epoch'] for row in read_csv(tmp_path / 'run/train.csv')] == [
-        '0.33333', '0.66667', '1.00000']
-    assert all(0 <= float(row['data_wait']) <= 100
-               for row in read_csv(tmp_path / 'run/train.csv'))
+    assert [row['epoch'] for row in read_csv(tmp_path / 'run/train.csv')] == ['0.50000', '1.00000']
     assert len(read_csv(tmp_path / 'run/test.csv')) == 1
 
 
@@ -175,10 +180,11 @@ def test_small_images_are_normalised_as_the_model_was_trained(tmp_path, capsys):
 
 
 @pytest.mark.parametrize('flags', [[], ['--ten-crop']])
-def test_predictions_are_the_probabilities_of_the_classes(trained, photos, capsys, flags):
+def test_predictions_are_the_probabilities_of_the_classes(trained, photos, tmp_path, capsys, flags):
     files = [photos / 'val/dark/0.png', photos / 'val/bright/1.png']
-    lines = run(capsys, '--predict', *files, '--resume', trained / 'latest.pth', '--device', 'cpu',
-                *flags)
+    lines = run(capsys, *files, '--checkpoint', trained / 'latest.pth', '--device', 'cpu', '--csv',
+                tmp_path / 'x.csv', *flags, script=predict)
+    rows = read_csv(tmp_path / 'x.csv')
     saved = torch.load(trained / 'latest.pth', weights_only=True)
     model = densenet.DenseNet(**saved['config']).eval()
     model.load_state_dict(saved['model'])
@@ -191,10 +197,23 @@ def test_predictions_are_the_probabilities_of_the_classes(trained, photos, capsy
         with torch.no_grad():
             shares = model(images).mean(0).softmax(0)
         first = int(shares.argmax())
-        expected = [f'{("bright", "dark")[label]} {100 * shares[label]:.2f}%'
-                    for label in (first, 1 - first)]
-        assert line == f'{path}: {", ".join(expected)}'
-    assert 'dark' in lines[0].split(': ')[1].split()[0]
+        expected = [(('bright', 'dark')[label], float(shares[label])) for label in
+                    (first, 1 - first)]
+        assert line == f'{path}: ' + ', '.join(f'{name} {100 * p:.2f}%' for name, p in expected)
+        for name, p in expected:
+            row = rows.pop(0)
+            assert (row['file'], row['class']) == (str(path), name)
+            assert math.isclose(float(row['probability']), p, abs_tol=2e-6)
+    assert rows == [] and 'dark' in lines[0].split(': ')[1].split()[0]
+
+
+def test_predictions_have_the_error_of_the_evaluation(uninterrupted, folder, tmp_path, capsys):
+    images = [folder / 'val/a/0.png', folder / 'val/a/1.png', *(folder / f'val/{c}' for c in 'bcd')]
+    lines = run(capsys, *images, '--checkpoint', uninterrupted / 'latest.pth', script=predict)
+    paths, seen = zip(*(line.split(': ') for line in lines))
+    assert list(paths) == sorted(str(path) for path in folder.glob('val/*/*'))
+    wrong = sum(path.split('/')[-2] != first.split()[0] for path, first in zip(paths, seen))
+    assert 100 * wrong / 8 == float(read_csv(uninterrupted / 'test.csv')[-1]['error']) > 0
 
 
 def test_predictions_of_imagenets_models_have_words(tmp_path, photos, monkeypatch, capsys):
@@ -203,48 +222,53 @@ def test_predictions_of_imagenets_models_have_words(tmp_path, photos, monkeypatc
     with torch.no_grad():
         model.classifier.bias[[0, 999]] = torch.tensor([35.0, 30.0])
     cache_densenet121(tmp_path, model)
-    line, = run(capsys, '--predict', photos / 'val/dark/0.png', '--pretrained', '--arch',
-                'densenet121', '--device', 'cpu', '--image-size', 96)
+    line, = run(capsys, photos / 'val/dark/0.png', '--arch', 'densenet121', script=predict)
     assert re.search(r': tench \d+\.\d\d%, toilet tissue \d', line) and line.count('%') == 5
 
 
-def test_what_cannot_be_predicted(trained, tmp_path, capsys):
+def test_what_cannot_be_predicted(trained, photos, tmp_path, monkeypatch, capsys):
     (tmp_path / 'text.jpg').write_text('no picture')
-    resume = ['--resume', trained / 'latest.pth', '--device', 'cpu']
-    assert 'text.jpg: cannot be read' in fails(capsys, '--predict', tmp_path / 'text.jpg', *resume)
-    assert 'nowhere.jpg: cannot be read' in fails(capsys, '--predict', 'nowhere.jpg', *resume)
-    assert 'needs a model' in fails(capsys, '--predict', 'x.jpg')
-    assert 'exclude each other' in fails(capsys, '--predict', 'x.jpg', '--evaluate', *resume)
-    error = fails(capsys, '--predict', 'x.jpg', '--pretrained', trained / 'latest.pth',
-                  *NARROW_FLAGS)
-    assert 'by --resume' in error
+    (tmp_path / 'empty').mkdir()
+    torch.save(densenet.DenseNet(**NARROW).state_dict(), tmp_path / 'weights.pth')
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', raise_no_network)
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    model, photo = ['--checkpoint', trained / 'latest.pth'], photos / 'val/dark/0.png'
+    for argv, message in (
+            ([tmp_path / 'text.jpg', *model], 'text.jpg: cannot be read'),
+            (['nowhere.jpg', *model], 'nowhere.jpg: cannot be read'),
+            ([tmp_path / 'empty', *model], 'empty has no images in it'),
+            ([photo], 'one of the arguments --checkpoint --arch is required'),
+            ([photo, '--checkpoint', 'nowhere.pth'], 'nowhere.pth is not there'),
+            ([photo, '--checkpoint', tmp_path / 'weights.pth'], 'holds no run'),
+            ([photo, *model, '--csv', tmp_path / 'nowhere/x.csv'], 'No such file'),
+            ([photo, *model, '--device', 'abacus'], 'abacus'),
+            ([photo, '--arch', 'densenet121'], 'could not download')):
+        assert message in fails(capsys, *argv, script=predict, lines=1 + ('--arch' in argv))
 
 
 # ---- hostile files ---------------------------------------------------------------------------
 
 @pytest.mark.filterwarnings('ignore')  # torch has its doubts about the pickle's version
-@pytest.mark.parametrize('door', [
-    ['--resume'], ['--pretrained'], ['--evaluate', '--resume'], ['--evaluate', '--pretrained'],
-    ['--predict', 'x.jpg', '--resume'], ['--arch', 'densenet121', '--pretrained']])
-@pytest.mark.parametrize('sealed', [True, False])
-def test_a_strangers_file_runs_no_code(photos, tmp_path, monkeypatch, capsys, door, sealed):
+@pytest.mark.parametrize('zipped', [True, False])
+def test_a_strangers_file_runs_no_code(photos, tmp_path, monkeypatch, capsys, zipped):
     harm, file = tmp_path / 'harm', tmp_path / 'bad.pth'
-    if sealed:  # with a checksum that is right
+    if zipped:
         checkpoint.save(file, {'model': Opener(harm)})
     else:
         file.write_bytes(pickle.dumps(Opener(harm)))  # as torch wrote its files before 1.6
-    argv = ['--dataset', 'folder', '--data', photos, '--device', 'cpu', *door]
-    if 'densenet121' not in door:
-        argv += [file]
-    else:
-        cache_densenet121(tmp_path, None, file.read_bytes())
-        monkeypatch.setenv('TORCH_HOME', str(tmp_path))
-    fails(capsys, *argv, '--save', tmp_path / 'run')
+    cache_densenet121(tmp_path, None, file.read_bytes())
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    training = ['--dataset', 'folder', '--data', photos, '--device', 'cpu', '--save',
+                tmp_path / 'run']
+    for door in (['--resume', file], ['--pretrained', file], ['--evaluate', '--resume', file],
+                 ['--arch', 'densenet121', '--pretrained']):
+        fails(capsys, *training, *door)
+    for door in (['--checkpoint', file], ['--arch', 'densenet121']):
+        fails(capsys, photos / 'val/dark/0.png', *door, script=predict)
     with pytest.raises(Exception, match='Weights only load failed|weights_only'):
-        torch.hub.load(str(ROOT), 'densenet121', source='local', pretrained=True) \
-            if 'densenet121' in door else torch.load(file, weights_only=True)
+        torch.hub.load(str(ROOT), 'densenet121', source='local', pretrained=True)
     assert not harm.exists()
-    torch.load(file, weights_only=False) if sealed else pickle.loads(file.read_bytes())
+    torch.load(file, weights_only=False) if zipped else pickle.loads(file.read_bytes())
     assert harm.exists()  # elsewhere the same file does it
 
 
@@ -260,12 +284,12 @@ def test_the_hub_has_the_networks_from_a_clone(tmp_path, monkeypatch):
     ours = torch.hub.load(str(ROOT), 'densenet121', source='local', pretrained=True).eval()
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-4)
-    # A whole clone is not needed on the path: it is loaded as a stranger would.
-    elsewhere = subprocess.run(
-        [sys.executable, '-c', f'import torch; print(len(list(torch.hub.load({str(ROOT)!r}, '
-         '"densenet121", source="local", num_classes=7).parameters())))'],
-        cwd=tmp_path, capture_output=True, text=True)
-    assert elsewhere.stdout.strip() == '364', elsewhere.stderr
+    # The clone need not be on the path, nor be imported already.
+    monkeypatch.setattr(sys, 'path', [path for path in sys.path if path not in ('', str(ROOT))])
+    monkeypatch.delitem(sys.modules, 'densenet')
+    model = torch.hub.load(str(ROOT), 'densenet121', source='local', num_classes=7)
+    assert len(list(model.parameters())) == 364
+    assert sys.modules.pop('densenet') is not densenet
 
 
 @pytest.mark.filterwarnings('ignore')  # the exporters warn of their own future
@@ -275,8 +299,10 @@ def test_the_readmes_code_loads_and_exports(trained, photos, tmp_path, monkeypat
     (tmp_path / 'work/flowers').symlink_to(trained)
     (tmp_path / 'photo.jpg').symlink_to(photos / 'val/dark/0.png')
     names = {}
-    section = (ROOT / 'README.md').read_text().split('A checkpoint holds all that')[1]
-    loading, preparing, exporting, *_ = re.findall(r'```python\n(.*?)```', section, re.DOTALL)
+    readme, export = ((ROOT / page).read_text() for page in ('README.md', 'attic/export.md'))
+    section = readme.split('Checkpoints load with `weights_only=True`')[1]
+    loading, preparing, exporting, _ = re.findall(
+        r'```python\n(.*?)```', section.partition('```\n')[0] + '```\n' + export, re.DOTALL)
     exec(loading + preparing, names)
     model, image = names['model'], names['image']
     assert names['saved']['dataset']['classes'][names['label']] == 'dark'

@@ -1,0 +1,483 @@
+"""Runs that are stopped, killed, damaged or out of disk space, and resumed: nothing is lost."""
+
+import fcntl
+import itertools
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import time
+
+import forked
+import numpy as np
+import pytest
+import torch
+from conftest import assert_same_run, fails, read_csv, write_images
+from forked import RUN, interrupted, run_interrupted
+
+import checkpoint
+import densenet
+import train
+
+# ---- stopped and killed ----------------------------------------------------------------------
+
+@pytest.mark.parametrize('function, when, signum, code, epoch, step', [
+    ('learning_rate', 14, signal.SIGTERM, 143, 2, 5),   # within a print interval
+    ('learning_rate', 18, signal.SIGINT, 130, 2, 9),    # the last step of an epoch
+    ('evaluate', 3, signal.SIGTERM, 143, 3, 9),
+    ('evaluate', 4, signal.SIGTERM, 143, 4, 9),         # after the last step of all
+    ('make_step', 1, signal.SIGTERM, 143, 1, 1),        # warming up
+    ('data.MemoryLoader.set_epoch', 3, signal.SIGUSR1, 138, 1, 1),  # starting to load data
+    ('end_epoch', 2, signal.SIGUSR1, 138, 3, 1),
+    ('learning_rate', 23, signal.SIGKILL, -9, 3, 0),    # back to what was saved after epoch 2
+    ('end_epoch', 2, signal.SIGKILL, -9, 2, 0),
+    ('learning_rate', 4, signal.SIGKILL, -9, 1, 0),     # before the first epoch was done
+    ('checkpoint.os.replace', 7, signal.SIGKILL, -9, 1, 0),  # latest.pth is latest.pth.1, alone
+])
+def test_interrupted_and_resumed_equals_uninterrupted(
+        recipe, uninterrupted, tmp_path, function, when, signum, code, epoch, step):
+    run = tmp_path / 'run'
+    ended = run_interrupted([*recipe, '--save', str(run)], function, when, signum)
+    assert ended.returncode == code, ended.stderr
+    assert 'Traceback' not in ended.stderr
+    _, saved = checkpoint.load_newest(run / 'latest.pth')
+    assert (saved['epoch'], saved['step']) == (epoch, step)
+    train.main(['--save', str(run), '--resume', '--device', 'cpu'])  # the other flags are kept
+    assert_same_run(run, uninterrupted)
+
+
+@pytest.mark.parametrize('function, signum', [
+    ('build_model', signal.SIGTERM), ('build_model', signal.SIGINT),
+    ('data.make_loaders', signal.SIGUSR1)])
+def test_a_signal_before_there_is_anything_to_save(recipe, tmp_path, function, signum):
+    ended = run_interrupted([*recipe, '--save', str(tmp_path / 'run')], function, 1, signum)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (128 + signum, '', '')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_second_sigint_stops_at_once(recipe, tmp_path):
+    script = interrupted('learning_rate', 5, 'os.kill(os.getpid(), 2); os.kill(os.getpid(), 2)')
+    ended = forked.run(script, [*recipe, '--save', tmp_path / 'run'])
+    assert ended.returncode == -signal.SIGINT
+    saved = checkpoint.load(tmp_path / 'run/latest.pth')
+    assert (saved['epoch'], saved['step']) == (1, 0)
+
+
+@pytest.fixture(scope='module')
+def large(tmp_path_factory):
+    """Flags of a run on images that are read by workers: ten steps an epoch."""
+    root = write_images(tmp_path_factory.mktemp('large'), {
+        'train/a': 10, 'train/b': 10, 'val/a': 1, 'val/b': 1}, (66, 66))
+    return ['--dataset', 'folder', '--data', root, '--block-config', 1, 1, '--growth-rate', 4,
+            '--batch-size', 2, '--device', 'cpu', '--no-plot']
+
+
+@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_whole_group_lets_the_workers_finish(large, tmp_path, signum):
+    rows = tmp_path / 'run/train.csv'
+
+    def signal_the_group(pid):
+        while not rows.exists() or len(rows.read_text().splitlines()) < 6:
+            os.kill(pid, 0)  # raises if it has ended
+            time.sleep(0.01)
+        os.killpg(pid, signum)
+
+    argv = [*large, '--workers', 2, '--epochs', 500, '--print-freq', 1, '--save', tmp_path / 'run']
+    ended = forked.run(RUN, argv, signal_the_group)
+    assert (ended.returncode, ended.stderr) == (128 + signum, '')
+    saved = checkpoint.load(tmp_path / 'run/latest.pth')
+    assert 10 * (saved['epoch'] - 1) + saved['step'] >= 5
+
+
+# ---- resumed ---------------------------------------------------------------------------------
+
+def test_a_run_goes_on_from_its_best_epoch_as_it_went_on_there(
+        recipe, uninterrupted, tmp_path):
+    run = tmp_path / 'run'
+    shutil.copytree(uninterrupted, run)
+    train.main(['--resume', str(run / 'best.pth'), '--device', 'cpu'])
+    assert_same_run(run, uninterrupted)
+
+
+def test_checkpoints_of_the_version_before(recipe, uninterrupted, tmp_path):
+    """They have four sums, one of which counts images, and flags that are gone."""
+    run = tmp_path / 'run'
+    assert run_interrupted([*recipe, '--save', run], 'learning_rate', 14, signal.SIGTERM) \
+        .returncode == 143
+    saved = checkpoint.load(run / 'latest.pth')
+    for process in saved['processes']:
+        process['interval'] = torch.cat([process['interval'], torch.tensor([8.0, 0.0])])
+    torch.save({**saved, 'args': {**saved['args'], 'save_every': 1, 'keep': 1},
+                'launcher': {}}, run / 'latest.pth')
+    train.main(['--save', str(run), '--resume', '--device', 'cpu'])
+    assert_same_run(run, uninterrupted)
+
+
+def test_resuming_a_finished_run_only_says_so_and_more_epochs_go_on(small, tmp_path, capsys):
+    run = ['--save', str(tmp_path / 'run')]
+    train.main([*small, *run, '--epochs', '2'])
+    before = (tmp_path / 'run/train.csv').read_text()
+    last = capsys.readouterr().out.splitlines()[-1]
+    train.main([*run, '--resume'])
+    assert capsys.readouterr().out.splitlines()[-1] == last
+    assert (tmp_path / 'run/train.csv').read_text() == before
+    train.main([*run, '--resume', '--epochs', '3'])
+    assert [row['epoch'] for row in read_csv(tmp_path / 'run/test.csv')] == ['1', '2', '3']
+
+
+def test_the_time_of_a_run_is_that_of_all_its_stretches(small, tmp_path):
+    run, before, spent = ['--save', str(tmp_path / 'run')], 0, 0
+    for argv in ([*small, '--epochs', '2'], ['--resume', '--epochs', '3']):
+        started = time.monotonic()
+        train.main([*argv, *run])
+        spent += time.monotonic() - started
+        saved = checkpoint.load(tmp_path / 'run/latest.pth')
+        assert before < saved['seconds'] < spent
+        before = saved['seconds']
+    older = checkpoint.load(tmp_path / 'run/latest.pth')
+    del older['seconds'], older['peak_memory']  # as before there were any
+    checkpoint.save(tmp_path / 'run/latest.pth', older)
+    started = time.monotonic()
+    train.main(['--resume', '--epochs', '4', *run])
+    seconds = checkpoint.load(tmp_path / 'run/latest.pth')['seconds']
+    assert 0 < seconds < time.monotonic() - started
+
+
+def test_resuming_elsewhere_leaves_the_old_run_alone(small, tmp_path):
+    train.main([*small, '--epochs', '2', '--save', str(tmp_path / 'old')])
+    before = {path.name: path.read_bytes() for path in (tmp_path / 'old').iterdir()}
+    train.main(['--resume', str(tmp_path / 'old'), '--save', str(tmp_path / 'new'), '--epochs',
+                '4', '--start-epoch', '3', '--lr', '0.01'])
+    assert {path.name: path.read_bytes() for path in (tmp_path / 'old').iterdir()} == before
+    assert [row['epoch'] for row in read_csv(tmp_path / 'new/test.csv')] == ['3', '4']
+
+
+def test_best_is_the_best_and_no_worse_model_takes_its_place(recipe, uninterrupted, tmp_path):
+    errors = [float(row['error']) for row in read_csv(uninterrupted / 'test.csv')]
+    best = checkpoint.load(uninterrupted / 'best.pth')
+    assert best['epoch'] - 1 == best['best_epoch'] == 1 + int(np.argmin(errors))
+    assert math.isclose(best['best_error'], min(errors), rel_tol=1e-5)
+    run = tmp_path / 'run'
+    shutil.copytree(uninterrupted, run)
+    # Too small a learning rate to learn anything in, and all that was learnt is dropped.
+    train.main(['--save', str(run), '--resume', '--start-epoch', str(best['best_epoch']),
+                '--drop-rate', '0.99', '--lr', '1'])
+    after = checkpoint.load(run / 'best.pth')
+    assert after['best_error'] <= best['best_error']
+    assert after['best_error'] == after['last_error']
+
+
+def test_flags_win_over_the_resumed_checkpoint(small, tmp_path):
+    run = ['--save', str(tmp_path / 'run')]
+    train.main([*small, *run, '--epochs', '1'])
+    train.main([*run, '--resume', '--epochs', '2', '--weight-decay', '0.5', '--momentum', '0.1'])
+    saved = checkpoint.load(tmp_path / 'run/latest.pth')
+    group, = saved['optimizer']['param_groups']
+    assert (group['weight_decay'], group['momentum']) == (0.5, 0.1)
+    assert (saved['args']['weight_decay'], saved['args']['batch_size']) == (0.5, 4)
+
+
+def test_a_depth_that_names_a_model_can_be_resumed_by_the_same_command(tmp_path):
+    write_images(tmp_path, {'train/a': 4, 'val/a': 1}, (65, 65))
+    argv = ['--dataset', 'folder', '--data', str(tmp_path), '--depth', '121', '--batch-size', '2',
+            '--growth-rate', '4', '--workers', '0', '--device', 'cpu', '--no-plot', '--save',
+            str(tmp_path / 'run')]
+    train.main([*argv, '--epochs', '1'])
+    train.main([*argv, '--epochs', '2', '--resume'])
+    assert [row['epoch'] for row in read_csv(tmp_path / 'run/test.csv')] == ['1', '2']
+
+
+def test_an_epoch_is_not_continued_on_other_data(recipe, folder, tmp_path, capsys):
+    other = tmp_path / 'folder'
+    shutil.copytree(folder, other)
+    argv = [str(other) if flag == str(folder) else flag for flag in recipe]
+    run = tmp_path / 'run'
+    assert run_interrupted([*argv, '--save', str(run)], 'learning_rate', 14, signal.SIGTERM) \
+        .returncode == 143
+    assert 'in batches of 4, and cannot' in fails(capsys, '--save', run, '--resume', '-b', 2)
+    (other / 'train/a/0.png').unlink()
+    error = fails(capsys, '--save', run, '--resume')
+    assert 'an epoch of 36 images' in error and '--start-epoch 2' in error
+    train.main(['--save', str(run), '--resume', '--start-epoch', '2'])
+    assert [row['epoch'] for row in read_csv(run / 'test.csv')] == ['1', '2', '3', '4']
+
+
+def test_a_torn_row_is_mended_on_resuming(small, tmp_path):
+    run = tmp_path / 'run'
+    train.main([*small, '--save', str(run), '--epochs', '2'])
+    whole = (run / 'train.csv').read_text()
+    with open(run / 'train.csv', 'a') as file:
+        file.write('2.3333,1.9')
+    train.main(['--save', str(run), '--resume', '--epochs', '3'])
+    assert (run / 'train.csv').read_text().startswith(whole)
+    assert len(read_csv(run / 'train.csv')) == 3 * 3
+
+
+def test_rows_of_an_older_version_are_kept(small, tmp_path):
+    run = tmp_path / 'run'
+    train.main([*small, '--save', str(run), '--epochs', '1'])
+    old = [line.rpartition(',')[0] for line in (run / 'train.csv').read_text().splitlines()]
+    (run / 'train.csv').write_text('\n'.join(old) + '\n')
+    for epochs in ('2', '3'):
+        train.main(['--save', str(run), '--resume', '--epochs', epochs])
+    lines = (run / 'train.csv').read_text().splitlines()
+    assert lines[1:4] == [f'{line},nan' for line in old[1:]] and len(lines) == 1 + 3 * 3
+
+
+# ---- the run directory -----------------------------------------------------------------------
+
+def test_overwriting_begins_anew(small, tmp_path):
+    run = ['--save', str(tmp_path / 'run')]
+    train.main([*small, *run, '--epochs', '2'])
+    train.main([*small, *run, '--epochs', '1', '--overwrite'])
+    assert len(read_csv(tmp_path / 'run/test.csv')) == 1
+    assert checkpoint.load(tmp_path / 'run/latest.pth')['epoch'] == 2
+
+
+def test_a_run_that_is_there_is_left_alone(small, tmp_path, capsys):
+    run = tmp_path / 'run'
+    train.main([*small, '--save', str(run), '--epochs', '1'])
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    assert 'holds a run' in fails(capsys, *small, '--save', run)
+    other = [*small, '--save', run, '--resume']
+    assert re.search('depth is 10, not 16', fails(capsys, *other, '--depth', 16))
+    assert re.search('growth_rate is 4, not 8', fails(capsys, *other, '--growth-rate', 8))
+    write_images(tmp_path / 'two', {'train/a': 4, 'train/b': 4, 'val/a': 1, 'val/b': 1}, (8, 8))
+    assert 'other classes than' in fails(capsys, *other, '--data', tmp_path / 'two')
+    assert re.search('optimizer is sgd, not adam', fails(capsys, *other, '--optimizer', 'adam'))
+    lock = os.open(run, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    assert 'in use' in fails(capsys, *other)
+    assert 'in use' in fails(capsys, *small, '--save', run, '--overwrite')
+    os.close(lock)
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_a_worker_that_outlives_its_run_does_not_hold_the_directory(tmp_path):
+    script = f'''
+import os, time, runlog
+with runlog.claim({str(tmp_path)!r}):
+    started, start = os.pipe()
+    if os.fork() == 0:
+        os.write(start, b'.')
+        time.sleep(30)
+        os._exit(0)
+    os.read(started, 1)  # killed sooner, it could end before the child has let go of the lock
+    os.kill(os.getpid(), 9)
+'''
+    groups = []
+    ended = forked.run(script, [], groups.append)
+    assert ended.returncode == -signal.SIGKILL
+    with train.runlog.claim(tmp_path):
+        os.killpg(groups[0], signal.SIGKILL)  # raises if the child is not there
+
+
+def test_what_a_killed_run_has_not_completed_is_taken_out(small, tmp_path):
+    run = tmp_path / 'run'
+    run.mkdir()
+    for name in ('.latest.pth.tmp', '.train.csv.tmp', '.loss.png.123.tmp'):
+        (run / name).write_text('half')
+    train.main([*small, '--epochs', '1', '--save', str(run)])
+    assert not list(run.glob('.*'))
+
+
+def test_files_that_are_no_run(small, tmp_path, capsys):
+    (tmp_path / 'text.pth').write_text('not a checkpoint')
+    assert 'is not a checkpoint' in fails(capsys, *small, '--resume', tmp_path / 'text.pth')
+    train.main([*small, '--epochs', '1', '--save', str(tmp_path / 'run')])
+    saved = checkpoint.load(tmp_path / 'run/latest.pth')
+    for key, value in (('args', None), ('dataset', None), ('processes', None), ('epoch', 'x'),
+                       ('optimizer', {**saved['optimizer'], 'state': 5})):
+        torch.save({**saved, key: value}, tmp_path / 'other.pth')
+        error = fails(capsys, '--resume', tmp_path / 'other.pth', '--save', tmp_path / 'new')
+        assert re.search('cannot be resumed|holds no run to resume', error), (key, value)
+    torch.save(densenet.densenet_cifar(10, 4).state_dict(), tmp_path / 'weights.pth')
+    assert '--pretrained' in fails(capsys, *small, '--resume', tmp_path / 'weights.pth')
+    (tmp_path / 'file').write_text('')
+    assert 'cannot make' in fails(capsys, *small, '--save', tmp_path / 'file')
+
+
+# ---- damage ----------------------------------------------------------------------------------
+
+def test_a_damaged_checkpoint_costs_no_more_than_an_epoch(recipe, uninterrupted, tmp_path, capsys):
+    run = tmp_path / 'run'
+    ended = run_interrupted([*recipe, '--save', str(run)], 'learning_rate', 23, signal.SIGKILL)
+    assert ended.returncode == -signal.SIGKILL
+    latest = run / 'latest.pth'
+    latest.write_bytes(latest.read_bytes()[:-1])
+    assert f'{latest} is not a checkpoint, or a damaged one' in fails(
+        capsys, *recipe, '--pretrained', latest, '--save', tmp_path / 'other')
+    train.main(['--save', str(run), '--resume', '--device', 'cpu'])
+    printed = capsys.readouterr()
+    assert printed.err == (f'train.py: warning: {latest} is damaged or missing: going on from '
+                           f'the one before, {latest}.1\n')
+    assert f'resuming {latest}.1 in epoch 2 after step 0' in printed.out
+    assert_same_run(run, uninterrupted)
+    assert latest.with_name('latest.pth.damaged').exists()
+    for name in ('latest.pth', 'latest.pth.1'):
+        (run / name).write_bytes(b'')
+    assert f'{latest} is not a checkpoint' in fails(capsys, '--save', run, '--resume')
+
+
+@pytest.mark.parametrize('function, when, file', [
+    ('evaluate', 1, 'best.pth'), ('end_epoch', 2, 'test.csv'), ('close_interval', 8, 'train.csv')])
+def test_a_full_disk_ends_a_run_that_can_be_resumed(
+        recipe, uninterrupted, tmp_path, monkeypatch, capsys, function, when, file):
+    run, calls, call = tmp_path / 'run', itertools.count(1), getattr(train, function)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill_disk(*args):
+        if next(calls) == when:
+            size = (run / file).stat().st_size if file.endswith('csv') else 2000
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, before[1]))
+        return call(*args)
+
+    monkeypatch.setattr(train, function, fill_disk)
+    try:
+        error = fails(capsys, *recipe, '--save', run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        monkeypatch.undo()
+    assert error == f'train.py: error: {run / file}: File too large'
+    train.main(['--save', str(run), '--resume', '--device', 'cpu'])
+    assert_same_run(run, uninterrupted)
+
+
+@pytest.mark.parametrize('what, message', [
+    ('gone', r'run/(best|latest).pth: No such file or directory'),
+    ('a folder', 'run/latest.pth: Not a directory')])
+def test_a_run_whose_files_are_taken_away(small, tmp_path, monkeypatch, capsys, what, message):
+    run, end_epoch = tmp_path / 'run', train.end_epoch
+
+    def take_away(state, *args):
+        if state.epoch == 3:
+            if what == 'gone':
+                shutil.rmtree(run)
+            else:
+                (run / 'latest.pth').unlink()
+                (run / 'latest.pth').mkdir()
+        return end_epoch(state, *args)
+
+    monkeypatch.setattr(train, 'end_epoch', take_away)
+    assert re.search(message, fails(capsys, *small, '--save', run, '--epochs', 9))
+    if what == 'a folder':
+        monkeypatch.undo()
+        (run / 'latest.pth').rmdir()
+        train.main(['--save', str(run), '--resume', '--epochs', '4'])
+        assert [row['epoch'] for row in read_csv(run / 'test.csv')] == ['1', '2', '3', '4']
+
+
+def test_a_broken_test_image_is_one_line(tmp_path, capsys):
+    data, run = tmp_path / 'folder', tmp_path / 'run'
+    write_images(data, {'train/a': 4, 'train/b': 4, 'val/a': 1, 'val/b': 1}, (66, 66))
+    broken = data / 'val/b/0.png'
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:500])
+    argv = ['--dataset', 'folder', '--data', data, '--block-config', 1, 1, '--growth-rate', 4,
+            '--batch-size', 4, '--epochs', 1, '--workers', 0, '--device', 'cpu', '--no-plot',
+            '--save', run]
+    assert 'val/b/0.png: cannot be read' in fails(capsys, *argv)
+    broken.write_bytes(whole)
+    train.main(['--save', str(run), '--resume'])
+    assert len(read_csv(run / 'test.csv')) == 1
+
+
+# ---- numbers that are not finite -------------------------------------------------------------
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(small, tmp_path, capsys):
+    run = tmp_path / 'run'
+    train.main([*small, '--save', str(run), '--epochs', '1'])
+    before = (run / 'latest.pth').read_bytes()
+    error = fails(capsys, '--save', run, '--resume', '--epochs', 3, '--lr', 1e30)
+    assert re.search('the loss of steps 1 to 3 in epoch 2 is not finite', error)
+    assert (run / 'latest.pth').read_bytes() == before
+    assert [row['epoch'] for row in read_csv(run / 'test.csv')] == ['1']
+
+
+def test_a_signal_does_not_save_a_loss_that_is_not_finite(recipe, tmp_path):
+    """In fp16 a loss can overflow and leave the weights well, for the scaler skips such a step."""
+    run = tmp_path / 'run'
+    script = interrupted('train_step', 13, """args[0].sums.fill_(float('inf'))
+        os.kill(os.getpid(), 15)""")
+    ended = forked.run(script, [*recipe, '--precision', 'fp16', '--save', run])
+    assert ended.returncode == 2 and 'the loss in epoch 2 is not finite' in ended.stderr
+    saved = checkpoint.load(run / 'latest.pth')
+    assert (saved['epoch'], saved['step']) == (2, 0)
+    assert len(read_csv(run / 'train.csv')) == 4
+
+
+@pytest.mark.parametrize('what', ['weight', 'running_var'])
+def test_a_model_that_is_not_finite_is_not_saved(small, tmp_path, monkeypatch, capsys, what):
+    evaluate, run = train.evaluate, tmp_path / 'run'
+
+    def spoil(model, *args):
+        results = evaluate(model, *args)
+        if model.training is False and (run / 'best.pth').exists():
+            getattr(model.features.norm5, what).data[1] = math.inf
+        return results
+
+    monkeypatch.setattr(train, 'evaluate', spoil)
+    error = fails(capsys, *small, '--save', run, '--epochs', 3)
+    assert (f'a weight in epoch 3 is not finite, and the first bad parameter is '
+            f'features.norm5.{what}: ') in error
+    assert checkpoint.load(run / 'latest.pth')['epoch'] == 2
+
+
+def test_a_signal_does_not_save_weights_that_have_just_gone_wrong(small, tmp_path):
+    run = tmp_path / 'run'
+    ended = run_interrupted([*small, '--save', str(run), '--lr', '1e15', '--weight-decay', '1e30'],
+                            'learning_rate', 1, signal.SIGTERM)
+    assert ended.returncode == 2 and 'in epoch 1 is not finite, and the first bad' in ended.stderr
+    weights = checkpoint.load(run / 'latest.pth')['model'].values()
+    assert all(weight.isfinite().all() for weight in weights)
+
+
+# ---- CUDA ------------------------------------------------------------------------------------
+
+@pytest.mark.cuda
+def test_the_most_memory_of_a_run_is_that_of_all_its_stretches(tmp_path, capsys):
+    run = ['--dataset', 'shapes', '--depth', '10', '--no-plot', '--save', str(tmp_path / 'run')]
+    torch.cuda.reset_peak_memory_stats()
+    train.main([*run, '--epochs', '1', '--batch-size', '1000'])
+    peak = torch.cuda.max_memory_allocated()
+    train.main([*run, '--epochs', '2', '--batch-size', '10', '--resume'])
+    saved = checkpoint.load(tmp_path / 'run/latest.pth')
+    assert saved['peak_memory'] == peak > 1000 * 32 * 32 * 24 * 2  # bytes of a block's first maps
+    assert f'at most {peak / 2**30:.2f} GiB on the GPU' in capsys.readouterr().out
+
+
+@pytest.mark.cuda
+def test_interrupted_on_cuda_goes_on_in_the_same_place(recipe, tmp_path):
+    argv = [flag for flag in recipe if flag not in ('--device', 'cpu')]
+    run = tmp_path / 'run'
+    ended = run_interrupted([*argv, '--save', str(run)], 'learning_rate', 14, signal.SIGTERM)
+    assert ended.returncode == 143, ended.stderr
+    train.main(['--save', str(run), '--resume'])
+    assert [row['epoch'] for row in read_csv(run / 'test.csv')] == ['1', '2', '3', '4']
+    assert len(read_csv(run / 'train.csv')) == 3 * 4
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('flags', [[], ['--no-cuda-graph'], ['--precision', 'fp16'],
+                                   ['--memory-efficient', '--precision', 'fp32']])
+def test_deterministic_runs_on_cuda_end_with_the_same_bits(recipe, tmp_path, flags):
+    argv = [flag for flag in recipe if flag not in ('--device', 'cpu')]
+    argv += ['--deterministic', *flags, '--save']
+    ended = forked.run(RUN, [*argv, tmp_path / 'one'])
+    assert ended.returncode == 0, ended.stderr
+    ended = run_interrupted([*argv, str(tmp_path / 'two')], 'learning_rate', 14, signal.SIGUSR1)
+    assert ended.returncode == 138, ended.stderr
+    ended = forked.run(RUN, ['--save', tmp_path / 'two', '--resume'])
+    assert ended.returncode == 0, ended.stderr
+    assert_same_run(tmp_path / 'one', tmp_path / 'two')
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('optimizer', ['sgd', 'adam'])
+def test_a_run_of_the_cpu_goes_on_on_cuda(recipe, tmp_path, optimizer):
+    argv = [*recipe, '--optimizer', optimizer, '--save', str(tmp_path / 'run')]
+    train.main([*argv, '--epochs', '1'])
+    train.main(['--save', str(tmp_path / 'run'), '--resume', '--epochs', '2', '--device', 'cuda'])
+    assert [row['epoch'] for row in read_csv(tmp_path / 'run/test.csv')] == ['1', '2']
