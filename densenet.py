@@ -782,6 +782,9 @@ class _EagerOperations:
     @staticmethod
     def complete(total, maps, a, b):
         """total - (a + (data - mean) * b): the gradient of maps, from that of all their readers."""
+        if total.dtype == a.dtype:
+            share = _affine(maps.data, maps.mean, b, a)
+            return torch.sub(total, share, out=share)
         share = (maps.data - _per_channel(maps.mean)).mul_(_per_channel(b)).add_(_per_channel(a))
         return (total - share).to(maps.data.dtype)
 
