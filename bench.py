@@ -488,7 +488,7 @@ def new_figure(path, title, size, grid='y'):
     with rc_context({**plot.STYLE, 'axes.grid.axis': grid}):
         figure = Figure(figsize=size, layout='constrained')
         yield figure
-        figure.suptitle(title, fontsize=9, color=plot.GREY)
+        figure.suptitle(title, fontsize=8, color=plot.GREY)
     plot.save_figure(figure, path)
 
 
