@@ -41,6 +41,7 @@ def run(script, argv, while_it_runs=lambda pid: None):
 
 def _run(script, argv, directory):
     os.setsid()
+    multiprocessing.set_start_method(None, force=True)  # Python's default, as in a new process
     for number, name in enumerate(('stdout', 'stderr'), start=1):
         os.dup2(os.open(os.path.join(directory, name), os.O_WRONLY | os.O_CREAT), number)
     sys.argv[1:] = argv

@@ -70,8 +70,8 @@ def large(tmp_path_factory):
     """Flags of a run on images that are read by workers: ten steps an epoch."""
     root = write_images(tmp_path_factory.mktemp('large'), {
         'train/a': 10, 'train/b': 10, 'val/a': 1, 'val/b': 1}, (66, 66))
-    return ['--dataset', 'folder', '--data', root, '--block-config', 1, 1, '--growth-rate', 4,
-            '--batch-size', 2, '--device', 'cpu', '--no-plot']
+    return ['--dataset', 'folder', '--data', root, '--image-size', 66, '--block-config', 1, 1,
+            '--growth-rate', 4, '--batch-size', 2, '--device', 'cpu', '--no-plot']
 
 
 @pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGUSR1])
