@@ -663,7 +663,6 @@ def test_a_plot_that_fails_is_one_warning(small, tmp_path, capsys, monkeypatch):
     (['--pretrained', '--arch', 'densenet264'], 'which are for --arch densenet121, densenet161'),
     (['--start-epoch', '301'], 'after the last of 300'),
     (['--image-size', '48'], '--image-size is for folder and imagenet'),
-    (['--dataset', 'shapes', '--ten-crop'], '--ten-crop is for'),
     (['--evaluate'], 'needs a model'),
     (['--reset-classifier'], 'for the weights of --pretrained'),
     (['--pretrained'], 'torchvision.s weights, .* images of more than 64 pixels'),
