@@ -97,6 +97,7 @@ def test_a_run_goes_on_from_its_best_epoch_as_it_went_on_there(
         recipe, uninterrupted, tmp_path):
     run = tmp_path / 'run'
     shutil.copytree(uninterrupted, run)
+    (run / 'latest.pth').unlink()
     train.main(['--resume', str(run / 'best.pth'), '--device', 'cpu'])
     assert_same_run(run, uninterrupted)
 
@@ -146,12 +147,43 @@ def test_the_time_of_a_run_is_that_of_all_its_stretches(small, tmp_path):
 
 
 def test_resuming_elsewhere_leaves_the_old_run_alone(small, tmp_path):
-    train.main([*small, '--epochs', '2', '--save', str(tmp_path / 'old')])
-    before = {path.name: path.read_bytes() for path in (tmp_path / 'old').iterdir()}
-    train.main(['--resume', str(tmp_path / 'old'), '--save', str(tmp_path / 'new'), '--epochs',
-                '4', '--start-epoch', '3', '--lr', '0.01'])
-    assert {path.name: path.read_bytes() for path in (tmp_path / 'old').iterdir()} == before
-    assert [row['epoch'] for row in read_csv(tmp_path / 'new/test.csv')] == ['3', '4']
+    old, new = tmp_path / 'old', tmp_path / 'new'
+    train.main([*small, '--epochs', '2', '--save', str(old)])
+    # The best of the old run is not in the new directory, which gets one of its own.
+    checkpoint.save(old / 'latest.pth', {**checkpoint.load(old / 'latest.pth'), 'best_error': 0.0})
+    before = {path.name: path.read_bytes() for path in old.iterdir()}
+    train.main(['--resume', str(old), '--save', str(new), '--epochs', '4', '--start-epoch', '3',
+                '--lr', '0.01'])
+    assert {path.name: path.read_bytes() for path in old.iterdir()} == before
+    rows = read_csv(new / 'test.csv')
+    assert [row['epoch'] for row in rows] == ['3', '4']
+    best = checkpoint.load(new / 'best.pth')['best_error']
+    assert math.isclose(best, min(float(row['error']) for row in rows), rel_tol=1e-5)
+
+
+def test_the_scale_of_fp16_is_resumed(small, tmp_path):
+    argv = [*small, '--precision', 'fp16', '--save']
+    train.main([*argv, str(tmp_path / 'once'), '--epochs', '2'])
+    train.main([*argv, str(tmp_path / 'twice'), '--epochs', '1'])
+    train.main([*argv, str(tmp_path / 'twice'), '--epochs', '2', '--resume'])
+    scalers = [checkpoint.load(tmp_path / run / 'latest.pth')['scaler']
+               for run in ('once', 'twice')]
+    assert scalers[0] == scalers[1] and scalers[0]['_growth_tracker'] > 9
+
+
+def test_rows_are_on_the_disk_before_the_checkpoint_that_counts_on_them(
+        small, tmp_path, monkeypatch):
+    """A power failure could otherwise leave a checkpoint without its rows."""
+    def spy(owner, name, event):
+        call = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **kwargs: (
+            events.append(event(*args)), call(*args, **kwargs))[1])
+
+    events = []
+    spy(train.RunLog, 'sync', lambda log: 'rows')
+    spy(checkpoint, 'save', lambda path, content: path.name)
+    train.main([*small, '--epochs', '1', '--save', str(tmp_path / 'run')])
+    assert events == ['latest.pth', 'best.pth', 'rows', 'latest.pth']
 
 
 def test_best_is_the_best_and_no_worse_model_takes_its_place(recipe, uninterrupted, tmp_path):

@@ -545,26 +545,28 @@ def test_a_run_says_where_everything_is(small, tmp_path, capsys):
 
 def test_the_time_that_the_loop_waits_for_its_loader(tmp_path, monkeypatch, capsys):
     def sleeping_loader(seconds):
-        for _ in range(2):
+        for _ in range(4):
             clock.sleep(seconds)
             yield torch.zeros(4, 3, 8, 8), torch.zeros(4)
 
     clock = Clock()
     monkeypatch.setattr(runlog, 'time', clock)
-    log = RunLog(tmp_path, steps_per_epoch=2, epochs=10, figures=False)
+    log = RunLog(tmp_path, steps_per_epoch=4, epochs=10, figures=False)
     for epoch, seconds in ((1, 3.0), (2, 0.0)):
         log.start_epoch(epoch)
-        for images, _ in log.watch(sleeping_loader(seconds)):
+        for step, (images, _) in enumerate(log.watch(sleeping_loader(seconds))):
             clock.sleep(1.0)  # the step
             log.advance(len(images))
-        log.train_row(2.5, 75.0, 0.1)
+            if step in (1, 3):
+                log.train_row(2.5, 75.0, 0.1)
         clock.sleep(50.0)  # the evaluation
     log.close()
     assert (tmp_path / 'train.csv').read_text().splitlines()[1:] == [
-        '1.00000,2.5,75,0.1,1.0,75.0', '2.00000,2.5,75,0.1,4.0,0.0']
+        '0.50000,2.5,75,0.1,1.0,75.0', '1.00000,2.5,75,0.1,1.0,75.0',
+        '1.50000,2.5,75,0.1,4.0,0.0', '2.00000,2.5,75,0.1,4.0,0.0']
     assert capsys.readouterr().out.splitlines()[0] == (
-        'epoch 1/10  step 2/2  loss 2.5000  error 75.00%  lr 0.1  1 images/s, 75% waiting for '
-        'data  0:01:12 left')
+        'epoch 1/10  step 2/4  loss 2.5000  error 75.00%  lr 0.1  1 images/s, 75% waiting for '
+        'data  0:02:32 left')
 
 
 class Clock:
@@ -607,6 +609,12 @@ def test_tensorboard_has_the_curves_and_the_hyper_parameters(recipe, uninterrupt
     np.testing.assert_allclose([e.value for e in events.Scalars('val_loss')],
                                [float(row['loss']) for row in rows], rtol=1e-4)
     np.testing.assert_allclose([100 - e.value for e in events.Scalars('val_acc')], errors,
+                               rtol=1e-4)
+    columns = [[float(row[name]) for row in read_csv(run / 'train.csv')]
+               for name in ('loss', 'error')]
+    loss, error = np.reshape(columns, (2, 4, 3)).mean(2)  # of the three rows of an epoch
+    np.testing.assert_allclose([e.value for e in events.Scalars('train_loss')], loss, rtol=1e-4)
+    np.testing.assert_allclose([100 - e.value for e in events.Scalars('train_acc')], error,
                                rtol=1e-4)
     assert math.isclose(events.Scalars('final_error')[-1].value, errors[-1], rel_tol=1e-4)
     assert math.isclose(events.Scalars('best_error')[-1].value, min(errors), rel_tol=1e-4)
