@@ -477,13 +477,14 @@ def explained(args):
     """What can go wrong in a step and be put right by flags, said in one line."""
     try:
         yield
-    except (ValueError, RuntimeError, MemoryError) as error:
+    except (ValueError, RuntimeError, MemoryError, ConnectionError, EOFError) as error:
         text = ' '.join(str(error).split())
         if 'value per channel' in text:
             raise UserError('a batch, or a part of one by --grad-accum or torchrun, has a single '
                             'image, and its last feature map is one pixel, which has no variance: '
                             'change --batch-size or --grad-accum') from error
-        if 'DataLoader worker' in text:
+        # A batch of a reader that has just died is a connection that is reset, or at its end.
+        if 'DataLoader worker' in text or isinstance(error, (ConnectionError, EOFError)):
             raise DataError(f'a process that reads images has died ({text}): if it was for lack of '
                             f'memory, give fewer --workers than {args.workers}') from error
         if args.deterministic and 'deterministic' in text:
