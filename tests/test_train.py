@@ -32,6 +32,7 @@ from conftest import (
 from forked import RUN, interrupted
 
 import checkpoint
+import data
 import densenet
 import flags
 import runlog
@@ -734,13 +735,21 @@ def test_an_image_reader_that_is_killed_is_one_line(tmp_path):
     script = interrupted('learning_rate', 3, """
         for child in open(f'/proc/self/task/{os.getpid()}/children').read().split():
             os.kill(int(child), 9)""")
-    argv = ['--dataset', 'folder', '--data', tmp_path, '--block-config', '1', '1', '--growth-rate',
-            '4', '--batch-size', '2', '--workers', '2', '--device', 'cpu', '--no-plot', '--save',
-            tmp_path / 'run']
+    argv = ['--dataset', 'folder', '--data', tmp_path, '--image-size', 66, '--block-config', 1, 1,
+            '--growth-rate', 4, '--batch-size', 2, '--workers', 2, '--device', 'cpu', '--no-plot',
+            '--save', tmp_path / 'run']
     ended = forked.run(script, argv)
     assert ended.returncode == 2, ended.stderr
     line, = ended.stderr.splitlines()
     assert 'a process that reads images has died' in line and 'fewer --workers than 2' in line
+
+
+@pytest.mark.parametrize('error', [ConnectionResetError(104, 'reset by peer'), EOFError()])
+def test_so_is_one_that_dies_while_a_batch_is_taken_from_it(
+        small, tmp_path, monkeypatch, capsys, error):
+    monkeypatch.setattr(data.MemoryLoader, '__iter__', Mock(side_effect=error))
+    assert 'a process that reads images has died' in fails(
+        capsys, *small, '--save', tmp_path / 'run')
 
 
 # ---- CUDA ------------------------------------------------------------------------------------
