@@ -49,7 +49,8 @@ def warn(message, kind='warning', script='train.py'):
 
 def _print(*words, file):
     try:
-        print(*words, file=file, flush=True)
+        # With its end in one write: lines of several processes must not get into each other.
+        print(' '.join(map(str, words)) + '\n', end='', file=file, flush=True)
     except OSError:
         with open(os.devnull, 'w') as nowhere:  # or Python would fail again at its exit
             os.dup2(nowhere.fileno(), file.fileno())
