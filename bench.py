@@ -24,7 +24,6 @@ import fnmatch
 import functools
 import gc
 import importlib.metadata
-import importlib.util
 import math
 import os
 import statistics
@@ -231,7 +230,7 @@ class Runner:
 
     def _check_path(self):
         """Nothing is measured under another's name because a block fell back."""
-        if self.row.source != 'ours' or self.row.compiled or self.inference:
+        if self.row.source != 'ours' or self.row.compiled:
             return
         for block in self.model.modules():
             if isinstance(block, densenet.DenseBlock) and block.path != MODES[self.row.mode][-1]:

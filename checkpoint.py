@@ -282,6 +282,23 @@ def load_weights_file(path):
     return next((saved[key] for key in ('model', 'state_dict') if key in saved), saved)
 
 
+def torchvision_weights(arch):
+    """The state dict of torchvision's weights for ImageNet, downloaded if it has to be.
+
+    Raises:
+        CheckpointError: no network, or a broken file in torchvision's cache.
+    """
+    import torchvision  # here, for checkpoints alone need no torchvision
+
+    try:
+        weights = torchvision.models.get_model_weights(arch).DEFAULT
+        return weights.get_state_dict(weights_only=True)
+    except Exception as error:  # torchvision and urllib raise anything
+        reason = str(error).partition('\n')[0]
+        raise CheckpointError(f'torchvision could not download or read its weights of {arch} '
+                              f'({reason})') from error
+
+
 def load_weights(model, weights, source):
     """Load a state dict into `model`.
 

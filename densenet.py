@@ -164,23 +164,21 @@ class _LinearMemory:
 
     linear_memory = cpu_kernels = path = fallback_reason = None
 
-    def _can_run_linear(self, x):
+    def _choose_operations(self, x):
+        """The implementation of the operations for x, or None for the modules one by one."""
         self.fallback_reason = None
         if _is_traced(x):
-            return False
+            return None
+        kernels = None if self.cpu_kernels is False else _cpu_kernels()
+        ops = kernels if kernels and kernels.supports(x) else _EagerOperations
         wanted = self.linear_memory
         if not self.training:  # without gradients there is no memory to save, only time
-            wanted = not torch.is_grad_enabled() and self._operations(x) is not _EagerOperations
+            wanted = not torch.is_grad_enabled() and ops is not _EagerOperations
         elif wanted is None:
             wanted = self.memory_efficient or x.device.type == 'cpu'
         if wanted:
             self.fallback_reason = _fallback_reason(self, x)
-        return wanted and self.fallback_reason is None
-
-    def _operations(self, x):
-        """The implementation of the operations of a block for x."""
-        kernels = None if self.cpu_kernels is False else _cpu_kernels()
-        return kernels if kernels and kernels.supports(x) else _EagerOperations
+        return ops if wanted and self.fallback_reason is None else None
 
 
 class DenseBlock(_LinearMemory, nn.ModuleDict):
@@ -214,11 +212,12 @@ class DenseBlock(_LinearMemory, nn.ModuleDict):
         self.memory_efficient = memory_efficient
 
     def forward(self, x):
-        if self._can_run_linear(x):
-            ops, layers = self._operations(x), list(self.values())
+        ops = self._choose_operations(x)
+        if ops:
             self.path = ops.path
             if not self.training:
                 return self._evaluate(ops, x)
+            layers = list(self.values())
             # Grad mode is read here: within a Function it is always off.
             save_bottlenecks = torch.is_grad_enabled() and not self.memory_efficient
             return _LinearMemoryBlock.apply(ops, layers, save_bottlenecks, x,
@@ -338,8 +337,8 @@ class Transition(_LinearMemory, nn.Sequential):
         if not self._can_pool_first(x):
             x = self.conv(self.relu(self.norm(x)))
             return self.pool(F.dropout(x, self.drop_rate, self.training) if self.drop_rate else x)
-        if self._can_run_linear(x):
-            ops = self._operations(x)
+        ops = self._choose_operations(x)
+        if ops:
             self.path = ops.path
             if not self.training:
                 return _evaluate_half(ops, x, self.norm, self.conv, pool=True)

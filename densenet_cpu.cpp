@@ -713,7 +713,7 @@ struct Partial {
 template <class T, bool POOL>
 void backward_rows(const Input<T> &in, const uint32_t *packed, const Gradient<T> &gradient,
                    const typename Product<T>::Element *padded, const Map<T> &total, bool add,
-                   bool kernel_needed, Range rows, const Partial &partial) {
+                   Range rows, const Partial &partial) {
     const Shape &s = in.shape;
     typedef typename Product<T>::Element E;
     constexpr int PAIR = Product<T>::PAIR;
@@ -765,7 +765,6 @@ void backward_rows(const Input<T> &in, const uint32_t *packed, const Gradient<T>
                 store(sum_g, load(sum_g) + sums[v]);
                 store(sum_gx, load(sum_gx) + products[v]);
             }
-            if (!kernel_needed) return;
             input_panel<T, POOL, NV>(in, pixels, n, channel, vectors, mask, y);
             float *d_panel = partial.d_kernel + channel * padded_columns;
             for (long column = 0; column < columns; column += BLOCK) {
@@ -795,7 +794,7 @@ void backward(const Gradient<T> &gradient, const Input<T> &in, const float *kern
         pack_kernel<T>(kernel, s, true, packed);
         float *mine = partials + size * thread, *vectors = mine + channels * columns;
         memset(mine, 0, size * sizeof(float));
-        backward_rows<T, POOL>(in, packed, gradient, padded, total, add, d_kernel,
+        backward_rows<T, POOL>(in, packed, gradient, padded, total, add,
                                share_of_thread(s.rows(), BLOCK, thread, team),
                                {mine, vectors, vectors + channels});
 #pragma omp barrier
@@ -809,16 +808,15 @@ void backward(const Gradient<T> &gradient, const Input<T> &in, const float *kern
             sum_g[c] = sum(channels * columns + c);
             sum_gx[c] = sum(channels * (columns + 1) + c);
         }
-        if (d_kernel)
-            for_panels(s.channels, [&](auto nv, long first) {
-                constexpr int WIDTH = nv.value * LANES;
+        for_panels(s.channels, [&](auto nv, long first) {
+            constexpr int WIDTH = nv.value * LANES;
 #pragma omp for nowait
-                for (long o = 0; o < s.outputs; o++)
-                    for (long c = first; c < std::min(first + WIDTH, s.channels); c++)
-                        for (long tap = 0; tap < s.taps(); tap++)
-                            d_kernel[(o * s.channels + c + 1) * s.taps() - 1 - tap] =
-                                sum(first * columns + (tap * s.outputs + o) * WIDTH + c - first);
-            });
+            for (long o = 0; o < s.outputs; o++)
+                for (long c = first; c < std::min(first + WIDTH, s.channels); c++)
+                    for (long tap = 0; tap < s.taps(); tap++)
+                        d_kernel[(o * s.channels + c + 1) * s.taps() - 1 - tap] =
+                            sum(first * columns + (tap * s.outputs + o) * WIDTH + c - first);
+        });
     });
 }
 

@@ -83,7 +83,7 @@ def norm_relu_conv(x, mean, scale, bias, kernel, pool=False, out=None, with_stat
 
 
 def norm_relu_conv_backward(grad, x, mean, scale, bias, kernel, total=None, pool=False,
-                            kernel_needed=True, completion=None):
+                            completion=None):
     """Back through `norm_relu_conv`, but for what the norm's own statistics carry.
 
     `completion` (z, mean, a, b) says that grad is still to be completed:
@@ -93,7 +93,7 @@ def norm_relu_conv_backward(grad, x, mean, scale, bias, kernel, total=None, pool
         total     g * scale, added in place to `total` if given
         sum_g     sum of g over pixels
         sum_gx    sum of g * (x - mean)
-        d_kernel  float32, or None if not needed
+        d_kernel  float32
     """
     n, c, h, w = x.shape
     outputs, side = kernel.shape[0], kernel.shape[-1]
@@ -108,7 +108,7 @@ def norm_relu_conv_backward(grad, x, mean, scale, bias, kernel, total=None, pool
     vectors = [_vector(v) for v in (mean, scale, bias)]
     kernel = _vector(kernel)
     sum_g, sum_gx = torch.empty(2, c)
-    d_kernel = torch.empty(kernel.shape) if kernel_needed else None
+    d_kernel = torch.empty(kernel.shape)
     z, *z_vectors = completion or [None] * 4
     z_vectors = [v if v is None else _vector(v) for v in z_vectors]
     _call('norm_relu_conv_backward', x, *_map(grad),
@@ -120,10 +120,9 @@ def norm_relu_conv_backward(grad, x, mean, scale, bias, kernel, total=None, pool
     return total, sum_g, sum_gx, d_kernel
 
 
-def complete(total, x, mean, a, b, out=None):
-    """total - (a + (x - mean) * b), into `out` if given, which may be total."""
-    if out is None:
-        out = _empty(x, *x.shape[1:])
+def complete(total, x, mean, a, b):
+    """total - (a + (x - mean) * b)"""
+    out = _empty(x, *x.shape[1:])
     vectors = [_vector(v) for v in (mean, a, b)]
     _call('complete', x, *_map(total), *_map(x), *map(_pointer, vectors), *_map(out), *_size(x))
     return out

@@ -19,9 +19,8 @@ import data
 import densenet
 import flags
 import runlog
+from checkpoint import CheckpointError
 from errors import UserError
-
-ARCHITECTURES = ('densenet121', 'densenet161', 'densenet169', 'densenet201')
 
 
 def load_model(args):
@@ -35,13 +34,12 @@ def load_model(args):
         model = densenet.DenseNet(**saved['config'])
         checkpoint.load_weights(model, saved.get('model'), args.checkpoint)
         return model.eval(), dataset
-    weights = torchvision.models.get_model_weights(args.arch).DEFAULT
     model = getattr(densenet, args.arch)()
     try:
-        model.load_state_dict(weights.get_state_dict(weights_only=True))
-    except Exception as error:  # no network, or a broken file in its cache
-        raise UserError(f'--arch: torchvision could not download or read its weights of '
-                        f'{args.arch} ({str(error).splitlines()[0]})') from error
+        weights = checkpoint.torchvision_weights(args.arch)
+        checkpoint.load_weights(model, weights, 'torchvision\'s file')
+    except CheckpointError as error:
+        raise UserError(f'--arch: {error}') from error
     return model.eval(), data.Description('imagenet', None, imagenet_classes(), 224,
                                           *data.STATISTICS['imagenet'])
 
@@ -77,7 +75,8 @@ def make_parser():
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='files and folders')
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument('--checkpoint', metavar='FILE', help='latest.pth or best.pth of a run')
-    which.add_argument('--arch', choices=ARCHITECTURES, help='with torchvision\'s weights')
+    which.add_argument('--arch', choices=flags.TORCHVISION_WEIGHTS,
+                       help='with torchvision\'s weights')
     parser.add_argument('--csv', metavar='FILE', help='also write the classes to this file')
     parser.add_argument('--ten-crop', action='store_true',
                         help='the mean over ten crops, for images of more than 64 pixels')

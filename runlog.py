@@ -114,7 +114,7 @@ def clear(directory):
 
 
 def write_record(directory, args, **settings):
-    """args.json: the flags, and what they ran on. Returns it as a dictionary."""
+    """args.json: the flags, and what they ran on."""
     try:
         commit = subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=40'],
                                 cwd=Path(__file__).parent, capture_output=True,
@@ -126,7 +126,6 @@ def write_record(directory, args, **settings):
                            'torchvision': torchvision.__version__, 'cuda': torch.version.cuda}}
     with replacing(directory / 'args.json') as file:
         file.write(json.dumps(record, indent=2).encode())
-    return record
 
 
 # ---- the log ------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import torchvision
 
 import checkpoint
 import data
@@ -168,12 +167,9 @@ def torchvision_weights(arch):
                         f'{data.SMALL} pixels')
     try:
         with distributed.rank_0_first():
-            weights = torchvision.models.get_model_weights(arch).DEFAULT
-            return weights.get_state_dict(weights_only=True)
-    except Exception as error:  # no network, or a broken file in its cache, or a stranger's
-        reason = str(error).partition('\n')[0]
-        raise UserError(f'--pretrained: torchvision could not download or read its weights of '
-                        f'{arch} ({reason}); give a file: --pretrained FILE') from error
+            return checkpoint.torchvision_weights(arch)
+    except CheckpointError as error:
+        raise UserError(f'--pretrained: {error}; give a file: --pretrained FILE') from error
 
 
 def prepare_model(model, args, device):
