@@ -540,7 +540,7 @@ def versions():
     for package in ('timm', 'onnxruntime'):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # its rows say so
             names.append(f'{package} {importlib.metadata.version(package)}')
-    return ', '.join(names)
+    return names
 
 
 def compare(options, device, args, title, memory_label):
@@ -574,13 +574,15 @@ def run(options):
         return measure_loader(options, device)
     args, on_cuda = network_flags(**vars(options)), device.type == 'cuda'
     options.steps = options.steps or (20 if on_cuda else 1)
-    name = f'DenseNet-BC k={args.growth_rate}, {precisions[0]}'
-    if not options.memory_vs_depth:
+    if options.memory_vs_depth:  # of ours alone
+        name, packages = f'DenseNet-BC k={args.growth_rate}, {precisions[0]}', versions()[:1]
+    else:
         name = f'{train.model_name(args)}, {"inference" if options.inference else "training"}'
+        packages = versions()
     machine = (torch.cuda.get_device_name() if on_cuda
                else f'CPU, {torch.get_num_threads()} threads')
     title = (f'{name}, batches of {args.batch_size} at {args.image_size} pixels; {machine}, '
-             f'{versions()}')
+             f'{", ".join(packages)}')
     memory_label = 'peak memory, MiB' if on_cuda else 'held for backward, MiB'
     if options.memory_vs_depth:
         curves = memory_vs_depth(options, device, precisions[0])
