@@ -735,15 +735,15 @@ class _EagerOperations:
 
     @staticmethod
     def statistics(data):
-        """Mean and biased variance of each channel, in two passes."""
-        mean = data.mean((0, 2, 3), dtype=torch.promote_types(data.dtype, torch.float32))
-        return mean, (data - _per_channel(mean)).square_().mean((0, 2, 3))
+        """Mean and biased variance of each channel."""
+        # The results have the precision of the running statistics, which are not needed here.
+        unused = data.new_zeros(data.shape[1], dtype=torch.promote_types(data.dtype, torch.float32))
+        return torch.ops.aten.batch_norm_update_stats.default(data, unused, unused.clone(), 0)
 
     @staticmethod
     def norm_relu_conv(maps, half, pool=False, out=None, statistics=False):
         """The output, in `out` if given, and its `statistics` if wanted, else None and None."""
-        scale = half.weight * (maps.var + half.eps).rsqrt()
-        y = _affine(maps.data, maps.mean, scale, half.bias).relu_()
+        y = _affine(maps, half.weight, half.bias, maps.var, half.eps).relu_()
         y = _conv(F.avg_pool2d(y, 2) if pool else y, half.kernel)
         found = _EagerOperations.statistics(y) if statistics else (None, None)
         return y if out is None else out.copy_(y), *found
@@ -763,8 +763,8 @@ class _EagerOperations:
         """
         if completion is not None:
             grad = _EagerOperations.complete(grad, *completion)
-        invstd = (maps.var + half.eps).rsqrt()
-        y = _affine(maps.data, maps.mean, half.weight * invstd, half.bias).relu_()
+        maps = maps._replace(data=_dense(maps.data))
+        y = _affine(maps, half.weight, half.bias, maps.var, half.eps).relu_()
         g, d_kernel, _ = torch.ops.aten.convolution_backward.default(
             grad, F.avg_pool2d(y, 2) if pool else y, half.kernel.to(y.dtype), None, [1, 1],
             [half.kernel.shape[-1] // 2] * 2, [1, 1], False, [0, 0], 1, [True, True, False])
@@ -772,20 +772,17 @@ class _EagerOperations:
             g = torch.ops.aten.avg_pool2d_backward.default(g, y, [2, 2], [2, 2], [0, 0], False,
                                                            True, None)
         torch.ops.aten.threshold_backward.grad_input(g, y, 0, grad_input=g)  # the ReLU's mask
-        d_bias = g.sum((0, 2, 3), dtype=half.bias.dtype)
-        normed = _affine(maps.data, maps.mean, invstd, out=y)
-        d_weight = normed.mul_(g).sum((0, 2, 3), dtype=half.weight.dtype)
-        return (_scaled(g, half.weight * invstd, total), d_weight, d_bias,
+        # In eval mode, where mean and variance are constants.
+        g, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward.default(
+            g, maps.data, half.weight, maps.mean, maps.var, None, None, False, half.eps, [True] * 3)
+        return (g if total is None else total.add_(g), d_weight, d_bias,
                 d_kernel.to(half.kernel.dtype))
 
     @staticmethod
     def complete(total, maps, a, b):
         """total - (a + (data - mean) * b): the gradient of maps, from that of all their readers."""
-        if total.dtype == a.dtype:
-            share = _affine(maps.data, maps.mean, b, a)
-            return torch.sub(total, share, out=share)
-        share = (maps.data - _per_channel(maps.mean)).mul_(_per_channel(b)).add_(_per_channel(a))
-        return (total - share).to(maps.data.dtype)
+        share = _affine(maps, b, a)
+        return torch.sub(total, share, out=share)
 
 
 @functools.cache
@@ -798,32 +795,17 @@ def _cpu_kernels():
         return None
 
 
-def _per_channel(vector):
-    return vector.view(-1, 1, 1)
-
-
-def _affine(x, mean, scale, bias=None, out=None):
-    """(x - mean) * scale + bias, dense, in x's precision and layout."""
+def _dense(x):
+    """A slice of channels as a tensor of its own, in the same layout."""
     dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
-    if x.dtype == scale.dtype and not dense:
-        # x * scale + (bias - mean * scale) would lose digits where the mean is far from 0.
-        if out is None:
-            out = _EagerOperations.new_maps(x, x.shape[1])
-        torch.sub(x, _per_channel(mean), out=out).mul_(_per_channel(scale))
-        return out if bias is None else out.add_(_per_channel(bias))
-    # In bf16 and fp16 this is one operation, rounded once, and on CPUs five times as fast as
-    # operations of mixed precision.
-    bias = torch.zeros_like(scale) if bias is None else bias
-    return torch.native_batch_norm(x, scale, bias, mean, torch.ones_like(scale), False, 0, 0)[0]
+    return x if dense else x.clone()
 
 
-def _scaled(g, scale, total=None):
-    """g * scale, in the place of g, or added to `total` in place."""
-    if g.dtype != scale.dtype:
-        g = _affine(g, torch.zeros_like(scale), scale)
-        return g if total is None else total.add_(g)
-    scale = _per_channel(scale)
-    return g.mul_(scale) if total is None else total.addcmul_(g, scale)
+def _affine(maps, weight, bias, var=None, eps=0):
+    """(data - mean) / sqrt(var + eps) * weight + bias, dense, in the precision of the data."""
+    var = torch.ones_like(weight) if var is None else var
+    y, *_ = torch.native_batch_norm(_dense(maps.data), weight, bias, maps.mean, var, False, 0, eps)
+    return y
 
 
 def _conv(x, kernel):

@@ -53,7 +53,8 @@ def steps(block, x, count=2):
         x_here = (x * (step + 1)).requires_grad_()
         optimizer.zero_grad()
         output = block(x_here)
-        weights = torch.linspace(-1, 1, output.shape[1], dtype=x.dtype)[:, None, None]
+        weights = torch.linspace(-1, 1, output.shape[1], dtype=x.dtype, device=x.device)
+        weights = weights[:, None, None]
         (output.square() + weights * output).mean().backward()
         seen.append([output.detach(), x_here.grad, *(p.grad for p in block.parameters())])
         optimizer.step()
