@@ -17,6 +17,7 @@ import functools
 import math
 import os
 import platform
+import re
 import sys
 import time
 import warnings
@@ -41,53 +42,79 @@ from runlog import RunLog, say
 AUTOCAST_TYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
-class CaptureError(Exception):
-    """A step that can't be recorded as a CUDA graph, said in one line."""
-
-
 # ---- build: device, model, optimizer --------------------------------------------------------
 
 def choose_device(name):
+    """The torch.device of this process; `name` is that of --device.
+
+    Raises:
+        UserError: it is not there, or torch has no kernels for it.
+    """
+    available = {'cuda': cuda_is_available(name), 'mps': torch.backends.mps.is_available(),
+                 'cpu': True}
     if name == 'auto':
-        name = 'cuda' if torch.cuda.is_available() else 'cpu'
-    available = {'cpu': True, 'cuda': torch.cuda.is_available(),
-                 'mps': torch.backends.mps.is_available()}[name]
-    if not available:
+        name = next(kind for kind in available if available[kind])
+    if not available[name]:
         raise UserError(f'--device {name}: torch {torch.__version__} finds none here; --device '
                         f'auto takes what there is')
-    if distributed.world_size() == 1:
-        return torch.device(name)
-    if name == 'mps':
+    if name == 'mps' and distributed.world_size() > 1:
         raise UserError('--device mps is for one process: python train.py, without torchrun')
-    if name == 'cuda':
-        number, count = distributed.local_rank(), torch.cuda.device_count()
-        if number >= count:
-            raise UserError(f'torchrun started more processes on {platform.node()} than it has '
-                            f'GPUs: --nproc-per-node {count}')
-        torch.cuda.set_device(number)
-        return torch.device(name, number)
-    return torch.device(name)
+    if name != 'cuda':
+        return torch.device(name)
+    gpu, count = distributed.local_rank(), torch.cuda.device_count()
+    if gpu >= count:
+        raise UserError(f'torchrun started more processes on {platform.node()} than it has GPUs: '
+                        f'--nproc-per-node {count}')
+    check_compute_capability(gpu)
+    torch.cuda.set_device(gpu)
+    return torch.device('cuda', gpu) if distributed.world_size() > 1 else torch.device('cuda')
+
+
+def cuda_is_available(name):
+    """Whether torch can use a GPU. One that it can't use is an error, unless `name` is another."""
+    with warnings.catch_warnings(record=True) as reasons:
+        warnings.simplefilter('always')
+        available = torch.cuda.is_available()
+    if name in ('auto', 'cuda') and not available and torch.cuda.device_count():
+        reason = ' '.join(str(reasons[-1].message).split()) if reasons else 'it does not say why'
+        raise UserError(f'torch {torch.__version__} can\'t use the GPU of this machine ({reason}); '
+                        f'--device cpu does without')
+    return available
+
+
+def check_compute_capability(gpu):
+    """Raises UserError if torch has no code for a GPU: else, its first kernel would fail."""
+    major, minor = torch.cuda.get_device_capability(gpu)
+    built = [re.match(r'(sm|compute)_(\d+)(\d)', arch) for arch in torch.cuda.get_arch_list()]
+    # Machine code is for its major version, from its minor one on; compute_ is compiled anew.
+    runs = [int(b[2]) == major and int(b[3]) <= minor if b[1] == 'sm'
+            else (int(b[2]), int(b[3])) <= (major, minor) for b in built if b]
+    if runs and not any(runs):
+        raise UserError(f'{torch.cuda.get_device_name(gpu)} has compute capability '
+                        f'{major}.{minor}, and torch {torch.__version__} was built for '
+                        f'{", ".join(torch.cuda.get_arch_list())}: install one that was built for '
+                        f'it (pytorch.org/get-started), or give --device cpu')
 
 
 def choose_precision(name, device):
-    """fp32, tf32, bf16 or fp16; sets what the libraries of the device may do."""
+    """fp32, tf32, bf16 or fp16; also sets what cuBLAS and cuDNN may do."""
     if name == 'auto':
         has_bf16 = device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
         name = 'bf16' if has_bf16 else 'tf32' if device.type == 'cuda' else 'fp32'
     if name == 'tf32' and device.type != 'cuda':
         raise UserError(f'--precision tf32 is for cuda, and this is {device.type}: try fp32')
     torch.backends.cuda.matmul.allow_tf32 = name != 'fp32'
-    torch.backends.cudnn.allow_tf32 = name != 'fp32'  # torch's default is True
-    torch.backends.cudnn.benchmark = True             # shapes stay the same from step to step
+    torch.backends.cudnn.allow_tf32 = name != 'fp32'
+    torch.backends.cudnn.benchmark = True  # shapes stay the same from step to step
     return name
 
 
-def choose_determinism(wanted):
-    """Whether two runs are to end with the same bits on a GPU, too; on a CPU they do anyway."""
+def set_determinism(wanted):
+    """Make two runs on a GPU end with the same bits; on a CPU they always do."""
     torch.use_deterministic_algorithms(wanted)
     if wanted:
-        torch.backends.cudnn.benchmark = False  # which chooses by time
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing of ours reads it
+        torch.backends.cudnn.benchmark = False  # picks kernels by their timing
+        torch.utils.deterministic.fill_uninitialized_memory = False  # we never read it
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read when cuBLAS starts
 
 
@@ -98,7 +125,7 @@ def make_autocast(precision, device):
 
 
 def build_model(args, num_classes, image_size):
-    """The network that the flags say, on the CPU; `args` are those of `flags.with_network`.
+    """The network described by the flags, on the CPU; `args` come from `flags.with_network`.
 
     Raises:
         UserError: there is no such network, or the images are too small for it.
@@ -140,10 +167,18 @@ def model_name(args):
 
 def load_pretrained(model, args):
     """Weights from a file, ours or another's, or torchvision's download (--pretrained)."""
-    if args.pretrained:
-        source, weights = args.pretrained, checkpoint.load_weights_file(args.pretrained)
+    source, weights = args.pretrained, None
+    if source:
+        weights = checkpoint.load_weights_file(source)
+    elif args.arch in flags.TORCHVISION_WEIGHTS:
+        source = 'torchvision\'s file'
+        with distributed.rank_0_first():
+            weights = checkpoint.torchvision_weights(args.arch)
     else:
-        source, weights = 'torchvision\'s file', torchvision_weights(args.arch)
+        raise UserError(f'--pretrained without a file takes torchvision\'s weights, which are for '
+                        f'--arch {", ".join(flags.TORCHVISION_WEIGHTS)} and images of more than '
+                        f'{data.SMALL} pixels')
+    # ImageNet's stem has a norm, that of small images has none.
     if model.config['small_inputs'] and any(key.endswith('norm0.weight') for key in weights):
         raise CheckpointError(f'{source} has ImageNet\'s 7x7 stem, and images of up to '
                               f'{data.SMALL} pixels get a 3x3 stem: give --image-size '
@@ -157,32 +192,21 @@ def load_pretrained(model, args):
     except CheckpointError as error:
         if 'classifier.' not in str(error):
             raise
-        raise CheckpointError(f'{error}: --reset-classifier starts that one anew') from error
-
-
-def torchvision_weights(arch):
-    if arch not in flags.TORCHVISION_WEIGHTS:
-        raise UserError(f'--pretrained without a file takes torchvision\'s weights, which are for '
-                        f'--arch {", ".join(flags.TORCHVISION_WEIGHTS)} and images of more than '
-                        f'{data.SMALL} pixels')
-    try:
-        with distributed.rank_0_first():
-            return checkpoint.torchvision_weights(arch)
-    except CheckpointError as error:
-        raise UserError(f'--pretrained: {error}; give a file: --pretrained FILE') from error
+        raise CheckpointError(f'{error}: --reset-classifier starts with a new one') from error
 
 
 def prepare_model(model, args, device):
-    """To the device, with frozen features and synchronized norms where the flags say so."""
+    """Freeze features and synchronize norms if the flags say so, and move to the device."""
     if args.freeze_features:
         model.features.requires_grad_(False)
     if args.sync_bn and distributed.world_size() > 1:
         if device.type != 'cuda':
             raise UserError(f'--sync-bn: torch has it for cuda alone, and this is {device.type}')
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    # Convolutions are faster with the channels innermost, also on the CPU; the feature maps take
-    # the layout of the weights.
-    return model.to(device, memory_format=torch.channels_last)
+    # Convolutions are faster in channels_last, on CPUs too; activations follow the weights' layout.
+    # On MPS, which nobody has tried, the default layout is safer.
+    layout = torch.contiguous_format if device.type == 'mps' else torch.channels_last
+    return model.to(device, memory_format=layout)
 
 
 def set_training_mode(model, args):
@@ -201,7 +225,9 @@ def make_optimizer(args, model):
     if args.optimizer == 'sgd':
         optimizer = torch.optim.SGD(parameters, momentum=args.momentum, fused=on_cuda,
                                     nesterov=args.momentum > 0, **common)
-        if args.momentum:  # made now: in fp16 a first step that overflows would leave them unset
+        if args.momentum:
+            # Made now: in fp16 the scaler may skip the first steps, and a graph recorded in one of
+            # them would have no momentum.
             for parameter in parameters:
                 optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
         return optimizer
@@ -212,19 +238,19 @@ def make_optimizer(args, model):
 
 
 def make_state(args, model, device, precision):
-    """Training that has not begun, of a model that is on its device."""
+    """A new TrainState; `model` must be on its device."""
     scaler = torch.amp.GradScaler(device.type, enabled=precision == 'fp16')
     return TrainState(model, make_optimizer(args, model), scaler,
                       sums=torch.zeros(2, device=device))
 
 
 def learning_rate(args, epoch, done=0.0):
-    """The learning rate in `epoch`, counted from 1, of which the share `done` is done.
+    """The learning rate in `epoch`, counted from 1, of which the fraction `done` is done.
 
-    Of 300 epochs, 150 is the first at a tenth and 225 the first at a hundredth (official code); of
-    ImageNet's 90 they are 31 and 61. The first epoch has the full rate, however few there are. In
-    the warm-up epochs the rate is a share of that, which rises from 0.01 to 1 (Goyal et al.:
-    Accurate, Large Minibatch SGD, 2017, section 2.2).
+    multistep: divided by 10 at half and again at three quarters of the epochs (of 300: from epochs
+    150 and 225 on, as in the official code); for ImageNet after each third (of 90: from epochs 31
+    and 61 on). Never before epoch 2. In the warm-up epochs it is multiplied by a factor that rises
+    linearly from 0.01 to 1 (Goyal et al.: Accurate, Large Minibatch SGD, 2017, section 2.2).
     """
     epochs_done = epoch - 1 + done
     lr = args.lr
@@ -233,10 +259,10 @@ def learning_rate(args, epoch, done=0.0):
     if args.lr_schedule == 'cosine':
         return lr * (1 + math.cos(math.pi * epochs_done / args.epochs)) / 2
     if args.dataset == 'imagenet':
-        drops = sum(epoch > max(1, args.epochs * part) for part in (1 / 3, 2 / 3))
+        first_epochs = args.epochs // 3 + 1, args.epochs * 2 // 3 + 1
     else:
-        drops = sum(epoch >= max(2, args.epochs * part) for part in (1 / 2, 3 / 4))
-    return lr / 10**drops
+        first_epochs = args.epochs / 2, args.epochs * 3 / 4
+    return lr / 10 ** sum(epoch >= max(2, first) for first in first_epochs)
 
 
 def set_learning_rate(optimizer, lr):
@@ -251,14 +277,14 @@ def set_learning_rate(optimizer, lr):
 
 def train_step(state, images, labels, batch_size=None, *, autocast, grad_accum=1,
                label_smoothing=0.0, forward=None):
-    """One step on a batch, float32 [B, C, H, W] and int64 [B]; nothing synchronizes with a GPU.
+    """One step on a batch, float32 [B, C, H, W] and int64 [B], without device synchronization.
 
     Of several processes, each calls it with its shard of a batch of `batch_size` images, and with
     `forward`, the model as `distributed.wrap` has it.
     """
-    forward = forward or state.model
-    # DistributedDataParallel will take the mean over the processes.
-    images_per_process = (batch_size or len(images)) / distributed.world_size()
+    forward = state.model if forward is None else forward
+    # DistributedDataParallel takes the mean over W processes: that of sum / (B / W) is sum / B.
+    divisor = (batch_size or len(images)) / distributed.world_size()
     state.optimizer.zero_grad()
     micro_batches = list(zip(images.chunk(grad_accum), labels.chunk(grad_accum)))
     for i, (part, part_labels) in enumerate(micro_batches, start=1):
@@ -267,7 +293,7 @@ def train_step(state, images, labels, batch_size=None, *, autocast, grad_accum=1
                 logits = forward(part)
             loss = F.cross_entropy(at_least_fp32(logits), part_labels, reduction='sum',
                                    label_smoothing=label_smoothing)
-            state.scaler.scale(loss / images_per_process).backward()
+            state.scaler.scale(loss / divisor).backward()
         state.sums[0].add_(loss.detach())
         state.sums[1].add_(count_errors(logits.detach().argmax(1) == part_labels, part_labels))
     state.scaler.step(state.optimizer)
@@ -289,17 +315,18 @@ class CudaGraphStep:
 
     Args:
         step: a function of images and labels, such as `train_step` with all else given.
-        state: what it changes. Recording leaves weights, statistics, optimizer, sums and random
-            state as they were.
-        shapes: those of images, [B, C, H, W], that it will be called with, the largest first.
-            Each has a graph of its own, in the same memory.
+        state: what the step changes; recording leaves it as it was.
+        shapes: of images, [B, C, H, W], the largest first. Each has a graph of its own, in the
+            same memory.
 
     Raises:
-        CaptureError: something in the step can't be recorded; says what.
+        UserError: CUDA broke the recording off. The process can't go on: generators and allocator
+            still believe that there is one.
     """
 
     def __init__(self, step, state, shapes):
         device = state.sums.device
+        self.step, self.state = step, state
         self.batches = {shape: (torch.zeros(shape, device=device),
                                 torch.zeros(shape[0], dtype=torch.int64, device=device))
                         for shape in shapes}
@@ -311,60 +338,94 @@ class CudaGraphStep:
                 for batch in self.batches.values():
                     for _ in range(3):  # libraries choose kernels, the optimizer makes its state
                         step(*batch)
-                state.optimizer.zero_grad()
+                state.optimizer.zero_grad()  # those of the graph are to lie in its pool
                 for shape, batch in self.batches.items():
-                    self.graphs[shape] = self._record(step, batch, pool, stream)
+                    self.graphs[shape] = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(self.graphs[shape], pool=pool, stream=stream):
+                        step(*batch)
+        except RuntimeError as error:
+            while error.__context__ is not None:  # ending a failed recording raises, too
+                error = error.__context__
+            if ran_out_of_memory(error):
+                raise error
+            raise UserError(f'the step can\'t be recorded as a CUDA graph '
+                            f'({str(error).splitlines()[0]}): give --no-cuda-graph') from error
         finally:
             caller.wait_stream(stream)
 
-    @staticmethod
-    def _record(step, batch, pool, stream):
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
-                step(*batch)
-        except RuntimeError as error:
-            cause = error
-            while cause.__context__ is not None:  # the end of a recording that failed fails, too
-                cause = cause.__context__
-            raise CaptureError(str(cause).splitlines()[0]) from error
-        return graph
-
     def __call__(self, images, labels, batch_size=None):
+        """`batch_size` is len(images): with several processes there is no graph."""
         static_images, static_labels = self.batches[images.shape]
         static_images.copy_(images)
         static_labels.copy_(labels)
         self.graphs[images.shape].replay()
 
+    def agrees(self):
+        """Whether a replay of each graph changes the state as an eager step does.
+
+        Whatever GPU and libraries this runs on, it has been checked there. Loss, weights and
+        running statistics are compared with what a step changes in them: rounding makes two steps
+        differ by a hundredth of that or less, a graph that has frozen or forgotten something by
+        about all of it. Nothing is changed.
+        """
+        for batch in self.batches.values():
+            eager = self._changes(self.step, batch)
+            replayed = self._changes(self, batch)
+            if not all((a - b).norm() <= 0.1 * a.norm() for a, b in zip(eager, replayed)):
+                return False
+        return True
+
+    def _changes(self, step, batch):
+        """How a step on random images changes sums, weights and running statistics."""
+        def values():
+            model = self.state.model
+            floats = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+            return [torch.cat([tensor.detach().flatten() for tensor in tensors])
+                    for tensors in ([self.state.sums], model.parameters(), floats)]
+
+        with self.state.rehearsal():
+            images, labels = batch
+            images.normal_()
+            before = values()
+            step(images, labels)
+            return [after - value for after, value in zip(values(), before)]
+
 
 def make_step(args, state, shapes, autocast):
-    """The function of images and labels that trains `state`: a CUDA graph where that can be."""
+    """The function of images and labels that trains `state`, as a CUDA graph where possible.
+
+    Raises:
+        UserError: as `CudaGraphStep`.
+    """
     step = functools.partial(
         train_step, state, autocast=autocast, grad_accum=args.grad_accum,
         label_smoothing=args.label_smoothing, forward=distributed.wrap(state.model))
     device = state.sums.device.type
+    reason = None
+    if device != 'cuda':
+        reason = f'the device is {device}'
+    elif args.optimizer == 'rmsprop' and state.scaler.is_enabled():
+        reason = 'with fp16, rmsprop waits for the host'
+    elif distributed.world_size() > 1:
+        reason = 'several processes exchange gradients in it'
     if args.cuda_graph is False or (args.cuda_graph is None and device != 'cuda'):
         return step
-    try:
-        if device != 'cuda':
-            raise CaptureError(f'the device is {device}')
-        if args.optimizer == 'rmsprop' and state.scaler.is_enabled():
-            raise CaptureError('with fp16, rmsprop waits for the host')
-        if distributed.world_size() > 1:
-            raise CaptureError('several processes exchange gradients in it')
-        return CudaGraphStep(step, state, shapes)
-    except CaptureError as error:
-        say(f'no CUDA graph, each kernel is launched by itself: {error}')
-        return step
+    if reason is None:
+        graphed = CudaGraphStep(step, state, shapes)
+        if graphed.agrees():
+            return graphed
+        reason = 'it does not do what the step does; please report this'
+    say(f'no CUDA graph, each kernel is launched by itself: {reason}')
+    return step
 
 
 # ---- evaluate --------------------------------------------------------------------------------
 
 def classify(model, images, autocast):
-    """Logits [B, classes] of images [B, C, H, W] or, their mean, of crops [B, 10, C, H, W]."""
+    """Logits [B, classes] of images [B, C, H, W], or means over crops [B, 10, C, H, W]."""
     with autocast:
         logits = at_least_fp32(model(images.flatten(0, -4)))
-    return logits.view(len(images), -1, logits.shape[1]).mean(1) if images.dim() > 4 else logits
+    return logits if images.dim() == 4 else logits.view(*images.shape[:2], -1).mean(1)
 
 
 @torch.no_grad()
@@ -374,10 +435,10 @@ def evaluate(model, loader, autocast, stop=None):
     sums = None
     for images, labels in loader:
         logits = classify(model, images, autocast)
-        ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         batch = torch.stack([F.cross_entropy(logits, labels, reduction='sum'),
-                             count_errors(ranked[:, 0], labels),
-                             count_errors(ranked.any(1), labels)])
+                             count_errors(hits[:, 0], labels),
+                             count_errors(hits.any(1), labels)])
         sums = batch if sums is None else sums + batch
         if stop is not None:
             stop.check()
@@ -386,48 +447,49 @@ def evaluate(model, loader, autocast, stop=None):
 
 
 def print_errors(model, dataset, device, autocast, args):
-    """Of the test images; with --ten-crop, of one crop and of ten."""
-    for ten_crop in (False, True)[:1 + args.ten_crop]:
+    """Print test loss and errors; with --ten-crop, of one crop and of ten."""
+    for ten_crop in [False, True] if args.ten_crop else [False]:
         loader = data.make_test_loader(dataset, args.batch_size, device=device,
                                        workers=args.workers, ten_crop=ten_crop,
                                        shard=(distributed.rank(), distributed.world_size()))
         loss, error, error5 = evaluate(model, loader, autocast)
-        crops = ('ten crops: ' if ten_crop else 'one crop: ') if args.ten_crop else ''
+        crops = 'ten crops: ' if ten_crop else 'one crop: ' if args.ten_crop else ''
         say(f'{crops}test loss {loss:.4f}, error {error:.2f}%, top-5 error {error5:.2f}%')
 
 
 # ---- loop ------------------------------------------------------------------------------------
 
-def fit(args, state, step, train_loader, test_loader, log, save, stop, autocast):
+def fit(args, state, train_on, train_loader, test_loader, log, save, stop, autocast):
     """Train and evaluate from where `state` is to the last epoch.
 
     Raises:
-        Stopped: by a signal, after a step or within an evaluation; `state` can be saved.
+        Stopped: a signal arrived; `state` is that after a whole step, and can be saved.
     """
     while state.epoch <= args.epochs:
         set_training_mode(state.model, args)
-        train_loader.set_epoch(state.epoch, start=state.step)  # a resumed run starts in mid-epoch
+        train_loader.set_epoch(state.epoch, start=state.step)  # a resumed run may start mid-epoch
         log.start_epoch(state.epoch, state.step)
         for images, labels in log.watch(train_loader):
             lr = learning_rate(args, state.epoch, state.step / len(train_loader))
             set_learning_rate(state.optimizer, lr)
             batch_size = train_loader.images_in(state.step)
-            step(images, labels, batch_size)
+            train_on(images, labels, batch_size)
             state.count_step(batch_size)
             log.advance(batch_size)
             if state.step % args.print_freq == 0 or state.step == len(train_loader):
-                log.train_row(*close_interval(args, state), lr)
+                log.train_row(*take_means(args, state), lr)
             stop.check()
         distributed.share_statistics(state.model)
         test = evaluate(state.model, test_loader, autocast, stop)
-        improved = end_epoch(state, test, log)
+        improved = record_test(state, test, log)
+        state.begin_epoch(state.epoch + 1)
         if improved:
             save('best.pth')
         log.sync()
         save('latest.pth')
 
 
-def close_interval(args, state):
+def take_means(args, state):
     """Mean loss and error in percent since the last row of train.csv; begins the next interval.
 
     Synchronizes with the device.
@@ -440,54 +502,51 @@ def close_interval(args, state):
         first = state.step - (state.step - 1) % args.print_freq
         raise not_finite(f'the loss of steps {first} to {state.step}', state)
     images = state.interval_images
-    state.epoch_sums = tuple(total + here for total, here
-                             in zip(state.epoch_sums, (loss, errors, images)))
+    state.epoch_sums = tuple(map(sum, zip(state.epoch_sums, (loss, errors, images))))
     state.begin_interval()
     return loss / images, 100 * errors / images
 
 
-def end_epoch(state, test, log):
-    """Note the test results and go to the next epoch; is this one the best?"""
+def record_test(state, test, log):
+    """Record the test results of the epoch; returns whether the error is the lowest so far."""
     loss, error, _ = test
     if not math.isfinite(loss):
         raise not_finite('the test loss', state)
-    state.last_error, improved = error, error < state.best_error
+    state.last_error = error
+    improved = error < state.best_error
     if improved:
         state.best_error, state.best_epoch = error, state.epoch
     train_loss, train_errors, images = state.epoch_sums
     log.end_epoch((train_loss / images, 100 * train_errors / images), test,
                   (state.best_error, state.best_epoch))
-    state.begin_epoch(state.epoch + 1)
     return improved
 
 
 def not_finite(what, state):
     name = checkpoint.first_not_finite(state.model)
-    return UserError(f'{what} in epoch {state.epoch} is not finite'
-                     + f', and the first bad parameter is {name}' * (name is not None)
-                     + ': try a lower --lr; the last checkpoint is untouched')
+    culprit = f', and the first bad parameter is {name}' if name else ''
+    return UserError(f'{what} in epoch {state.epoch} is not finite{culprit}: try a lower --lr; the '
+                     f'last checkpoint is untouched')
 
 
 @contextlib.contextmanager
 def explained(args):
-    """What can go wrong in a step and be put right by flags, said in one line."""
+    """Turns errors of a step that flags can put right into one line, a UserError."""
     try:
         yield
     except (ValueError, RuntimeError, MemoryError, ConnectionError, EOFError) as error:
         text = ' '.join(str(error).split())
-        if 'value per channel' in text:
-            raise UserError('a batch, or a part of one by --grad-accum or torchrun, has a single '
-                            'image, and its last feature map is one pixel, which has no variance: '
-                            'change --batch-size or --grad-accum') from error
-        # A batch of a reader that has just died is a connection that is reset, or at its end.
+        # The connection to a worker process that has died is reset, or at its end.
         if 'DataLoader worker' in text or isinstance(error, (ConnectionError, EOFError)):
             raise DataError(f'a process that reads images has died ({text}): if it was for lack of '
                             f'memory, give fewer --workers than {args.workers}') from error
-        if args.deterministic and 'deterministic' in text:
-            raise UserError(f'--deterministic: {text}') from error
         if ran_out_of_memory(error):
             raise UserError('out of memory: give --memory-efficient, a lower --batch-size, a '
                             'higher --grad-accum, or --precision bf16') from error
+        if 'value per channel' in text:  # a single image whose last feature map is one pixel
+            raise UserError(f'{text}: change --batch-size or --grad-accum') from error
+        if args.deterministic and 'deterministic' in text:
+            raise UserError(f'--deterministic: {text}') from error
         raise
 
 
@@ -500,20 +559,21 @@ def ran_out_of_memory(error):
 # ---- main ------------------------------------------------------------------------------------
 
 def choose_dataset(args, saved):
-    """What is trained or evaluated on, normalised as the checkpoint says."""
-    known = saved and data.Description(root=Path(args.data), **saved['dataset'])
-    other = known and known.name != args.dataset  # which may have a size of its own
-    found = data.describe(args.dataset, args.data,
-                          None if other and args.dataset in data.CLASSES else args.image_size,
-                          split='test' if args.evaluate else 'train')
-    if known is None:
-        return found
-    if found.classes != tuple(known.classes):
-        odd = min(set(found.classes) ^ set(known.classes), default=None)
+    """The data set that the flags name, normalised as the checkpoint says if there is one."""
+    trained_on = saved and saved['dataset']
+    image_size = args.image_size
+    if saved and args.dataset != trained_on['name'] and args.dataset in data.CLASSES:
+        image_size = None  # args has that of the checkpoint, and this data set has its own
+    dataset = data.describe(args.dataset, args.data, image_size,
+                            split='test' if args.evaluate else 'train')
+    if not saved:
+        return dataset
+    if dataset.classes != tuple(trained_on['classes']):
+        differing = min(set(dataset.classes) ^ set(trained_on['classes']), default=None)
+        what = f'{differing} is in only one of them' if differing else 'in another order'
         raise CheckpointError(f'{args.resume} was trained on other classes than those of '
-                              f'{args.dataset} in {args.data}: ' + (
-                                  f'{odd} is in only one of them' if odd else 'in another order'))
-    return dataclasses.replace(found, mean=known.mean, std=known.std)
+                              f'{args.dataset} in {args.data}: {what}')
+    return dataclasses.replace(dataset, mean=trained_on['mean'], std=trained_on['std'])
 
 
 def make_save(args, state, dataset, num_images, directory):
@@ -555,7 +615,7 @@ def train(args, dataset, model, loaders, directory, stop, *, device, precision, 
     if state.epoch <= args.epochs and not best_is_here:  # it is another directory's
         state.best_error, state.best_epoch = math.inf, 0
     if args.compile:
-        model.compile()
+        model.compile(dynamic=False)  # each batch size by itself, as a graph records it
     set_training_mode(model, args)
     image = model.config['in_channels'], dataset.image_size, dataset.image_size
     sizes = args.batch_size, train_loader.num_images % args.batch_size  # the last one is smaller
@@ -602,7 +662,7 @@ def main(argv=None):
         args, saved = distributed.from_rank_0(lambda: flags.parse_args(argv))
         device = choose_device(args.device)
         precision = choose_precision(args.precision, device)
-        choose_determinism(args.deterministic)
+        set_determinism(args.deterministic)
         dataset = choose_dataset(args, saved)
         args = flags.with_network(args, dataset.image_size)
         if saved:

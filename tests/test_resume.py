@@ -30,9 +30,9 @@ import train
     ('evaluate', 4, signal.SIGTERM, 143, 4, 9),         # after the last step of all
     ('make_step', 1, signal.SIGTERM, 143, 1, 1),        # warming up
     ('data.MemoryLoader.set_epoch', 3, signal.SIGUSR1, 138, 1, 1),  # starting to load data
-    ('end_epoch', 2, signal.SIGUSR1, 138, 3, 1),
+    ('record_test', 2, signal.SIGUSR1, 138, 3, 1),
     ('learning_rate', 23, signal.SIGKILL, -9, 3, 0),    # back to what was saved after epoch 2
-    ('end_epoch', 2, signal.SIGKILL, -9, 2, 0),
+    ('record_test', 2, signal.SIGKILL, -9, 2, 0),
     ('learning_rate', 4, signal.SIGKILL, -9, 1, 0),     # before the first epoch was done
     ('checkpoint.os.replace', 7, signal.SIGKILL, -9, 1, 0),  # latest.pth is latest.pth.1, alone
 ])
@@ -354,7 +354,7 @@ def test_a_damaged_checkpoint_costs_no_more_than_an_epoch(recipe, uninterrupted,
 
 
 @pytest.mark.parametrize('function, when, file', [
-    ('evaluate', 1, 'best.pth'), ('end_epoch', 2, 'test.csv'), ('close_interval', 8, 'train.csv')])
+    ('evaluate', 1, 'best.pth'), ('record_test', 2, 'test.csv'), ('take_means', 8, 'train.csv')])
 def test_a_full_disk_ends_a_run_that_can_be_resumed(
         recipe, uninterrupted, tmp_path, monkeypatch, capsys, function, when, file):
     run, calls, call = tmp_path / 'run', itertools.count(1), getattr(train, function)
@@ -381,7 +381,7 @@ def test_a_full_disk_ends_a_run_that_can_be_resumed(
     ('gone', r'run/(best|latest).pth: No such file or directory'),
     ('a folder', 'run/latest.pth: Not a directory')])
 def test_a_run_whose_files_are_taken_away(small, tmp_path, monkeypatch, capsys, what, message):
-    run, end_epoch = tmp_path / 'run', train.end_epoch
+    run, end_epoch = tmp_path / 'run', train.record_test
 
     def take_away(state, *args):
         if state.epoch == 3:
@@ -392,7 +392,7 @@ def test_a_run_whose_files_are_taken_away(small, tmp_path, monkeypatch, capsys, 
                 (run / 'latest.pth').mkdir()
         return end_epoch(state, *args)
 
-    monkeypatch.setattr(train, 'end_epoch', take_away)
+    monkeypatch.setattr(train, 'record_test', take_away)
     assert re.search(message, fails(capsys, *small, '--save', run, '--epochs', 9))
     if what == 'a folder':
         monkeypatch.undo()

@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -173,7 +174,7 @@ def test_a_step_is_the_step_written_out():
         errors += (logits.argmax(1) != labels).sum().item()
     torch.testing.assert_close(state.model.state_dict(), other.model.state_dict())
     assert state.step == 3 and state.interval_images == 24
-    loss, error = train.close_interval(flags_of(), state)
+    loss, error = train.take_means(flags_of(), state)
     assert error == 100 * errors / 24 and math.isclose(loss, loss_sum / 24, rel_tol=1e-5)
     assert state.epoch_sums == (24 * loss, errors, 24)
     assert state.sums.tolist() == [0, 0] and state.interval_images == 0
@@ -294,7 +295,13 @@ def test_a_graph_of_each_shape_has_the_batch_in_its_own_memory(pretended_cuda):
     assert [graphed.graphs[shape].replay.call_count for shape in SHAPES] == [4, 1]
 
 
-def test_a_recording_that_fails_says_what_the_first_error_was(pretended_cuda, capsys, monkeypatch):
+@pytest.mark.parametrize('message, kind, said', [
+    ('operation not permitted when stream is capturing', UserError,
+     r'^the step can\'t be recorded as a CUDA graph \(operation not permitted when stream is '
+     r'capturing\): give --no-cuda-graph$'),
+    ('CUDA out of memory.', torch.OutOfMemoryError, '^CUDA out of memory')])
+def test_a_recording_that_fails_says_what_the_first_error_was(pretended_cuda, monkeypatch, message,
+                                                              kind, said):
     class Graph:
         def __init__(self, *args, **kwargs):
             pass
@@ -302,26 +309,76 @@ def test_a_recording_that_fails_says_what_the_first_error_was(pretended_cuda, ca
         def __enter__(self):
             pass
 
-        def __exit__(self, kind, *_):
-            if kind is not None:
-                raise RuntimeError('operation failed due to a previous error during capture')
+        def __exit__(self, *_):
+            raise RuntimeError('operation failed due to a previous error during capture')
 
     def step(images, labels):
         calls.append(len(images))
         if len(calls) > 6:  # after the warm-up
-            raise RuntimeError('operation not permitted when stream is capturing\nMore about it.')
+            raise (torch.OutOfMemoryError if 'memory' in message else RuntimeError)(
+                f'{message}\nMore about it.')
 
     calls = []
     monkeypatch.setattr(torch.cuda, 'graph', Graph)
     _, state = step_and_state()
-    with pytest.raises(train.CaptureError, match='^operation not permitted when stream is captur'):
+    with pytest.raises(kind, match=said):
         train.CudaGraphStep(step, state, SHAPES)
     assert calls == [8, 8, 8, 5, 5, 5, 8]
 
-    monkeypatch.setattr(train, 'CudaGraphStep', Mock(side_effect=train.CaptureError('a sync')))
-    step = train.make_step(flags_of(), pretended_state_on_cuda(), SHAPES, NO_AUTOCAST)
-    assert step.func is train_step
-    assert capsys.readouterr().out.endswith('is launched by itself: a sync\n')
+
+def replays_nothing(step, state, batch):
+    pass
+
+
+def replays_the_step(step, state, batch):
+    step(*batch)
+
+
+def replays_another_rate(step, state, batch):
+    train.set_learning_rate(state.optimizer, 0.08)
+    step(*batch)
+    train.set_learning_rate(state.optimizer, 0.1)
+
+
+def replays_in_eval_mode(step, state, batch):
+    state.model.eval()
+    step(*batch)
+    state.model.train()
+
+
+def replays_other_images(step, state, batch):
+    step(batch[0] / 2, batch[1])
+
+
+def replays_without_sums(step, state, batch):
+    sums = state.sums.clone()
+    step(*batch)
+    state.sums.copy_(sums)
+
+
+@pytest.mark.parametrize('replay', [
+    replays_the_step, replays_nothing, replays_another_rate, replays_in_eval_mode,
+    replays_other_images, replays_without_sums])
+def test_a_graph_is_compared_with_the_step(pretended_cuda, replay):
+    step, state = step_and_state()
+    graphed = train.CudaGraphStep(step, state, SHAPES)
+    before, random_state = copy.deepcopy(state.state_dict()), torch.get_rng_state()
+    first, last = (functools.partial(function, step, state, graphed.batches[shape])
+                   for function, shape in zip((replays_the_step, replay), SHAPES))
+    graphed.graphs[SHAPES[0]].replay.side_effect = first
+    graphed.graphs[SHAPES[1]].replay.side_effect = last  # a wrong one is found wherever it is
+    assert graphed.agrees() == (replay is replays_the_step)
+    torch.testing.assert_close(state.state_dict(), before, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_a_graph_that_is_not_the_step_is_not_used(monkeypatch, capsys):
+    for agrees in (True, False):
+        graphed = Mock(agrees=Mock(return_value=agrees))
+        monkeypatch.setattr(train, 'CudaGraphStep', Mock(return_value=graphed))
+        step = train.make_step(flags_of(), pretended_state_on_cuda(), SHAPES, NO_AUTOCAST)
+        assert step is graphed if agrees else step.func is train_step
+    assert 'is launched by itself: it does not do what the step does' in capsys.readouterr().out
 
 
 def test_without_a_graph_it_says_why_if_one_was_asked_for(capsys):
@@ -342,10 +399,17 @@ def test_no_graph_for_several_processes(capsys, monkeypatch):
     assert 'by itself: several processes' in capsys.readouterr().out
 
 
-def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+@pytest.fixture
+def two_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setattr(torch.cuda, 'set_device', Mock())
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda _: (8, 6))
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda _: 'GPU')
+    monkeypatch.setattr(torch.cuda, 'get_arch_list', lambda: ['sm_80', 'sm_90', 'sm_100'])
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch, two_gpus):
     monkeypatch.setattr(train.distributed, 'world_size', lambda: 4)
     for rank, device in ((0, 'cuda:0'), (1, 'cuda:1')):
         monkeypatch.setattr(train.distributed, 'local_rank', Mock(return_value=rank))
@@ -354,6 +418,48 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(train.distributed, 'local_rank', Mock(return_value=2))
     with pytest.raises(UserError, match='than it has GPUs: --nproc-per-node 2'):
         train.choose_device('cuda')
+
+
+@pytest.mark.parametrize('capability, built, runs', [
+    ((8, 6), ['sm_80', 'sm_90'], True), ((8, 0), ['sm_86'], False), ((7, 0), ['sm_80'], False),
+    ((12, 0), ['sm_90'], False), ((12, 0), ['sm_90', 'compute_90'], True),
+    ((10, 0), ['sm_100a'], True), ((9, 0), ['sm_90a', 'compute_120'], True),
+    ((9, 0), ['gfx90a'], True), ((5, 2), ['compute_75'], False)])
+def test_a_gpu_that_torch_has_no_code_for_is_one_line(monkeypatch, two_gpus, capability, built,
+                                                      runs):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda _: capability)
+    monkeypatch.setattr(torch.cuda, 'get_arch_list', lambda: built)
+    assert train.choose_device('cpu') == torch.device('cpu')
+    if runs:
+        assert train.choose_device('auto') == torch.device('cuda')
+        return
+    major, minor = capability
+    with pytest.raises(UserError, match=f'capability {major}.{minor}, and torch .* was built for '
+                                        f'{built[0]}'):
+        train.choose_device('auto')
+
+
+def test_a_driver_that_is_too_old_is_no_silent_run_on_the_cpu(monkeypatch, two_gpus):
+    def is_available():
+        warnings.warn('CUDA initialization: The NVIDIA driver on your system is too old\n(found '
+                      'version 11040).', stacklevel=2)
+        return False
+
+    monkeypatch.setattr(torch.cuda, 'is_available', is_available)
+    for name in ('auto', 'cuda'):
+        with pytest.raises(UserError, match=r'driver on your system is too old \(found version '
+                                            r'11040\).\); --device cpu does without'):
+            train.choose_device(name)
+    assert train.choose_device('cpu') == torch.device('cpu')
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
+    assert train.choose_device('auto') == torch.device('cpu')
+
+
+def test_auto_takes_the_gpu_of_a_mac(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
+    assert train.choose_device('auto') == torch.device('mps')
 
 
 class Batches(list):
@@ -390,11 +496,11 @@ def test_a_loss_that_is_not_finite_is_noticed_when_a_row_is_written():
         train_step(state, images * scale, labels, autocast=NO_AUTOCAST)
         state.count_step(len(images))
         if i == 2:
-            train.close_interval(args, state)
+            train.take_means(args, state)
     with pytest.raises(UserError, match='the loss of steps 73 to 75 in epoch 4 is not finite, and '
                                         'the first bad parameter is features.conv0.weight: try a '
                                         'lower --lr'):
-        train.close_interval(args, state)
+        train.take_means(args, state)
 
 
 def test_the_first_bad_parameter_is_named():
