@@ -597,9 +597,8 @@ def make_save(args, state, dataset, num_images, directory):
     return save
 
 
-def train(args, dataset, model, loaders, directory, stop, *, device, precision, saved,
-          resumes_here):
-    """A whole run, in a directory that is ours."""
+def train(args, dataset, model, loaders, directory, stop, *, device, precision, saved, goes_on):
+    """One training run, in a directory that this process has claimed."""
     train_loader, test_loader = loaders
     autocast = make_autocast(precision, device)
     state = make_state(args, model, device, precision)
@@ -612,18 +611,19 @@ def train(args, dataset, model, loaders, directory, stop, *, device, precision, 
     elif args.start_epoch:
         state.begin_epoch(args.start_epoch)
     best_is_here = distributed.from_rank_0((directory / 'best.pth').exists)
-    if state.epoch <= args.epochs and not best_is_here:  # it is another directory's
+    if state.epoch <= args.epochs and not best_is_here:
+        # The best so far is that of another directory's best.pth: this one gets its own.
         state.best_error, state.best_epoch = math.inf, 0
     if args.compile:
         model.compile(dynamic=False)  # each batch size by itself, as a graph records it
-    set_training_mode(model, args)
+    set_training_mode(model, args)  # also as a graph records it
     image = model.config['in_channels'], dataset.image_size, dataset.image_size
-    sizes = args.batch_size, train_loader.num_images % args.batch_size  # the last one is smaller
+    sizes = args.batch_size, train_loader.num_images % args.batch_size  # full and last batches
     with explained(args):
         step = make_step(args, state, [(n, *image) for n in sizes if n], autocast)
     graphed = isinstance(step, CudaGraphStep)
     save = make_save(args, state, dataset, train_loader.num_images, directory)
-    if not resumes_here or args.start_epoch:  # what is killed in its first epoch can be resumed
+    if not goes_on or args.start_epoch:  # so that --resume finds it if this is killed before a save
         save('latest.pth')
     hardware = torch.cuda.get_device_name() if device.type == 'cuda' else device.type
     log = runlog.NoLog()
@@ -659,6 +659,7 @@ def train(args, dataset, model, loaders, directory, stop, *, device, precision, 
 
 def main(argv=None):
     with StopSignals() as stop, distributed.process_group():
+        # `saved` is what the checkpoint of --resume holds, or None.
         args, saved = distributed.from_rank_0(lambda: flags.parse_args(argv))
         device = choose_device(args.device)
         precision = choose_precision(args.precision, device)
@@ -671,7 +672,7 @@ def main(argv=None):
         model = build_model(args, len(dataset.classes), dataset.image_size)
         if args.pretrained is not None:
             load_pretrained(model, args)
-        elif args.evaluate:
+        elif args.evaluate:  # training loads them with all the rest, in `checkpoint.resume`
             checkpoint.load_weights(model, saved.get('model'), args.resume)
         model = prepare_model(model, args, device)
         if args.evaluate:
@@ -679,15 +680,14 @@ def main(argv=None):
                 print_errors(model, dataset, device, make_autocast(precision, device), args)
             return
         directory = flags.run_directory(args)
-        resumes_here = bool(saved) and Path(args.resume).resolve().parent == directory.resolve()
+        resumed = Path(args.resume).resolve() if saved else None
+        latest = directory.resolve() / 'latest.pth'
         with contextlib.ExitStack() as stack:
             if distributed.rank() == 0:
-                stack.enter_context(runlog.claim(directory,
-                                                 may_hold_run=resumes_here or args.overwrite))
+                is_ours = resumed is not None and resumed.parent == latest.parent
+                stack.enter_context(runlog.claim(directory, is_ours or args.overwrite))
                 if args.overwrite:
                     runlog.clear(directory)
-                elif resumes_here:
-                    checkpoint.set_aside_damaged(args.resume)
             with distributed.rank_0_first():
                 dataset, *loaders = data.make_loaders(
                     dataset, args.batch_size, parts=args.grad_accum, device=device,
@@ -695,7 +695,7 @@ def main(argv=None):
                     ten_crop=args.ten_crop, shard=(distributed.rank(), distributed.world_size()))
             with stop.deferred():
                 train(args, dataset, model, loaders, directory, stop, device=device,
-                      precision=precision, saved=saved, resumes_here=resumes_here)
+                      precision=precision, saved=saved, goes_on=resumed == latest)
 
 
 def cli(argv=None):
