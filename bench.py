@@ -166,17 +166,14 @@ def is_installed(package):
     return importlib.util.find_spec(package) is not None
 
 
-def choose_rows(options, device):
-    """The rows to measure, and the one that the others are compared with."""
-    def named(patterns, flag, rows):
-        found = [row for row in rows if any(fnmatch.fnmatchcase(row.name, p) for p in patterns)]
-        if not found:
-            names = ', '.join(dict.fromkeys(f"'{row.name}'" for row in rows))
-            raise UserError(f'{flag}: no row is called that; here there are {names}')
-        return found
-
-    rows = named(options.rows or ['*'], '--rows', make_rows(options, device))
-    return rows, named([options.baseline or '*'], '--baseline', rows)[0]
+def select(rows, patterns, flag):
+    """The rows whose names match one of the patterns; UserError if there is none."""
+    found = [row for row in rows
+             if any(fnmatch.fnmatchcase(row.name, pattern) for pattern in patterns)]
+    if not found:
+        names = ', '.join(dict.fromkeys(f"'{row.name}'" for row in rows))
+        raise UserError(f'{flag}: no row is called that; here there are {names}')
+    return found
 
 
 # ---- measuring ----------------------------------------------------------------------------
@@ -327,14 +324,6 @@ def matrix_product_rate(precision):
     return 2 * a.numel() * b.shape[1] / statistics.median(times)
 
 
-def describe_failure(error):
-    """What a row that failed says instead of numbers."""
-    if train.ran_out_of_memory(error):
-        return 'out of memory'
-    first_line = str(error).partition('\n')[0]
-    return f'failed: {type(error).__name__}: {first_line}'
-
-
 def measure(rows, args, device, options, results, rates):
     """Fills in `results`, {row: Result}, and on a CPU `rates`, {precision: FLOP/s in each round}.
 
@@ -347,7 +336,10 @@ def measure(rows, args, device, options, results, rates):
         try:
             yield
         except Exception as error:
-            results[row] = Result([], failure=describe_failure(error))
+            failure = f'failed: {type(error).__name__}: {error}'.partition('\n')[0]
+            if train.ran_out_of_memory(error):
+                failure = 'out of memory'
+            results[row] = Result([], failure=failure)
             runners.pop(row, None)
 
     for row in rows:
@@ -417,13 +409,6 @@ def print_table(table):
             print('{row}, {precision}: {failure}'.format(**numbers))
 
 
-def write_csv(path, table):
-    with open(path, 'w', newline='') as file:
-        writer = csv.DictWriter(file, table[0])
-        writer.writeheader()
-        writer.writerows(table)
-
-
 def draw_table(path, table, title, memory_label):
     """Horizontal bars of time and memory, a row each."""
     table = [numbers for numbers in table if not numbers['failure']][::-1]
@@ -459,8 +444,10 @@ def make_parser():
         help='(default: tf32 bf16 on cuda, else fp32)')
     add('--compile', action='store_true', help='also torch.compile: minutes for each network')
     add('--inference', action='store_true', help='not training: evaluation')
-    add('--rows', nargs='+', metavar='PATTERN', help='only rows of such names, as \'ours*\'')
-    add('--baseline', metavar='NAME', help='the row that ratios refer to (default: the first)')
+    add('--rows', nargs='+', metavar='PATTERN', default=['*'],
+        help='only rows of such names, as \'ours*\'')
+    add('--baseline', metavar='NAME', default='*',
+        help='the row that ratios refer to (default: the first)')
     add = parser.add_argument_group('measuring').add_argument
     add('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
     add('--rounds', type=flags.POSITIVE, default=10, help='(default: %(default)s)')
@@ -502,7 +489,8 @@ def run(options):
     for precision in options.precision:
         train.choose_precision(precision, device)  # refuses what the device has not
     args = network_flags(**vars(options))
-    rows, baseline = choose_rows(options, device)
+    rows = select(make_rows(options, device), options.rows, '--rows')
+    baseline = select(rows, [options.baseline], '--baseline')[0]
     flops = convolution_flops(args, options.inference)  # a UserError if there is no such network
     title = describe(rows, args, device, options.inference)
     print(title)
@@ -519,7 +507,10 @@ def run(options):
             print(f'limit, {precision}: {limit:,.2f} ms, {flops / 1e9:,.1f} GFLOP of convolutions '
                   f'at the {rates[precision] / 1e9:,.0f} GFLOP/s of a large matrix product')
         if options.csv and table:
-            write_csv(options.csv, table)
+            with open(options.csv, 'w', newline='') as file:
+                writer = csv.DictWriter(file, table[0])
+                writer.writeheader()
+                writer.writerows(table)
         if options.plot and table:
             memory_label = 'peak memory, MiB' if on_cuda else 'held for backward, MiB'
             draw_table(options.plot, table, title, memory_label)
