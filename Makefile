@@ -23,7 +23,7 @@ figures: .venv/.installed-dev
 	$(BIN)/python images/error_vs_parameters.py work/densenet-bc-40-12
 	$(BIN)/python plot.py work/densenet-bc-40-12
 	$(BIN)/python plot.py work/optimizers/sgd work/optimizers/adam work/optimizers/rmsprop
-	$(BIN)/python bench.py --memory-vs-depth --batch-size 8 --device cpu
+	$(BIN)/python images/memory_vs_depth.py
 	$(BIN)/python bench.py --depth 40 --rounds 20 --device cpu --plot images/speed.png
 	@if command -v dot > /dev/null; \
 	then $(BIN)/python make_graph.py --depth 22 --output images/densenet-bc-22-12.png; \

@@ -1,20 +1,22 @@
-"""Time and memory of a step of ours beside torchvision's and timm's DenseNet, all in one run.
+"""Time and memory of our training step beside torchvision's and timm's, all in one run.
 
     python bench.py                                       # DenseNet-BC-100-12, batches of 64
     python bench.py --arch densenet121 --batch-size 256   # images of 224 pixels
     python bench.py --rows 'ours*' --baseline 'ours plain' --csv bench.csv --plot bench.png
     python bench.py --inference --precision fp32 bf16     # on a CPU with ONNX Runtime, too
-    python bench.py --memory-vs-depth --batch-size 8      # draws images/memory-vs-depth.png
-    python bench.py --loader /data/imagenet --workers 1 8 # images that are read in a second
 
-The step is train.py's own, on random images. The rows take turns, a warm-up and a few steps each in
-a round, so that what slows the machine down for a while slows them all: a time is the median over
-all rounds, with the quartiles beside it. Memory is on a GPU the peak of a step (with weights and
-momentum; of a graph, that of recording it), on a CPU what the forward pass holds for backward.
-"First step" is the time from the model in host memory to the end of its first step, compiling and
-recording included; later rows may find that earlier ones have tuned or compiled the same, so for a
-number to quote run that row alone. "x limit", on a CPU, is the time over that of all convolutions
-of the step at the rate of a large matrix product, which is measured in each round as well.
+The step is train.py's own, on random images. The rows take turns, a warm-up and a few steps each
+in a round, so that what slows the machine down for a while slows them all: a time is the median
+over all rounds, with the quartiles beside it. Rows of timm and ONNX Runtime are there if the
+packages are. The other columns:
+
+memory: on a GPU the peak of a step (with weights and momentum; of a graph, that of recording it),
+    on a CPU what the forward pass holds for backward.
+first step: from the model in host memory to the end of its first step, compiling and recording
+    included. Later rows may find that earlier ones have tuned or compiled the same: for a number
+    to quote, run that row alone.
+x limit: on a CPU, the time over that of all convolutions of the step at the rate of a large matrix
+    product, which is measured in each round as well.
 """
 
 import argparse
@@ -23,7 +25,7 @@ import csv
 import fnmatch
 import functools
 import gc
-import importlib.metadata
+import importlib.util
 import math
 import os
 import statistics
@@ -33,6 +35,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torchvision
 from matplotlib import rc_context
@@ -58,10 +61,9 @@ MODES = {'plain': (False, False, False, 'plain'),
          'checkpointed': (False, True, False, 'checkpointed'),
          'block': (True, False, False, 'linear'),
          'memory-efficient': (True, True, False, 'linear'),
-         'kernels': (True, False, None, 'kernels'),
-         'kernels, memory-efficient': (True, True, None, 'kernels')}
+         'block, CPU kernels': (True, False, None, 'kernels'),
+         'block, CPU kernels, memory-efficient': (True, True, None, 'kernels')}
 EAGER_MODES = [mode for mode in MODES if 'kernels' not in mode]
-DEPTHS = (22, 40, 70, 100, 130, 160, 190, 220, 250)  # of --memory-vs-depth
 MATRICES = (4096, 1024), (1024, 1024)  # whose product has the rate that a step is held against
 
 
@@ -75,11 +77,8 @@ class Row(NamedTuple):
 
     @property
     def name(self):
-        if self.source == 'onnxruntime':
-            return self.source
-        return (f'{self.source} {self.mode.replace("kernels", "block, CPU kernels")}'
-                + ', NCHW' * (not self.channels_last) + ', compiled' * self.compiled
-                + ', CUDA graph' * self.graph)
+        return (f'{self.source} {self.mode}' + ', NCHW' * (not self.channels_last)
+                + ', compiled' * self.compiled + ', CUDA graph' * self.graph)
 
 
 class Result(NamedTuple):
@@ -105,7 +104,6 @@ def make_model(row, args):
 
     Raises:
         UserError: there is no such network.
-        ImportError: it needs a package that is not installed.
     """
     linear_memory, memory_efficient, cpu_kernels, _ = MODES[row.mode]
     num_classes = 10 if args.image_size <= data.SMALL else 1000
@@ -142,37 +140,40 @@ def make_rows(options, device):
     rows, on_cuda = [], device.type == 'cuda'
     modes = MODES if device.type == 'cpu' and has_cpu_kernels() else EAGER_MODES
     if options.inference:
-        modes = [mode for mode in modes if mode in ('plain', 'kernels')]
-    default = ('tf32', 'bf16') if on_cuda else ('fp32',)
-    for precision in dict.fromkeys(options.precision or default):
-        theirs, timm = (Row(source, 'plain', precision) for source in ('torchvision', 'timm'))
+        modes = [mode for mode in modes if mode in ('plain', 'block, CPU kernels')]
+    for precision in options.precision:
+        theirs = Row('torchvision', 'plain', precision)
         ours = [Row('ours', mode, precision) for mode in modes]
         if precision in ('fp32', 'tf32'):  # as torchvision's comes, before anybody tunes it
             rows.append(theirs._replace(channels_last=False))
-        rows += [theirs, timm]
+        rows.append(theirs)
+        if is_installed('timm'):
+            rows.append(theirs._replace(source='timm'))
         if not options.inference:
             rows.append(theirs._replace(mode='checkpointed'))
-        rows += ours + [row._replace(graph=True) for row in ours
-                        if on_cuda and row.mode != 'checkpointed']
-        if options.compile:
-            rows += [row._replace(compiled=True, graph=graph) for row in (theirs, ours[0])
-                     for graph in (False, True)[:1 + on_cuda]]
-        if options.inference and not on_cuda and precision == 'fp32':
+        compiled = [row._replace(compiled=True) for row in (theirs, ours[0]) if options.compile]
+        rows += ours + compiled
+        if on_cuda:
+            rows += [row._replace(graph=True) for row in ours + compiled
+                     if row.mode != 'checkpointed']
+        if (options.inference and not on_cuda and precision == 'fp32'
+                and is_installed('onnxruntime') and is_installed('onnxscript')):
             rows.append(Row('onnxruntime', 'plain', precision))
     return rows
 
 
-def choose_rows(options, device):
-    """The rows to measure, and the one that the others are compared with."""
-    def named(patterns, flag, rows):
-        found = [row for row in rows if any(fnmatch.fnmatchcase(row.name, p) for p in patterns)]
-        if not found:
-            names = ', '.join(dict.fromkeys(f"'{row.name}'" for row in rows))
-            raise UserError(f'{flag}: no row is called that; here there are {names}')
-        return found
+def is_installed(package):
+    return importlib.util.find_spec(package) is not None
 
-    rows = named(options.rows or ['*'], '--rows', make_rows(options, device))
-    return rows, named([options.baseline or '*'], '--baseline', rows)[0]
+
+def select(rows, patterns, flag):
+    """The rows whose names match one of the patterns; UserError if there is none."""
+    found = [row for row in rows
+             if any(fnmatch.fnmatchcase(row.name, pattern) for pattern in patterns)]
+    if not found:
+        names = ', '.join(dict.fromkeys(f"'{row.name}'" for row in rows))
+        raise UserError(f'{flag}: no row is called that; here there are {names}')
+    return found
 
 
 # ---- measuring ----------------------------------------------------------------------------
@@ -262,7 +263,6 @@ class Runner:
 def make_onnxruntime_step(model, images):
     """Inference by ONNX Runtime on the exported network, in as many threads as torch has."""
     import onnxruntime
-    import onnxscript  # noqa: F401  torch's exporter needs it
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
@@ -324,16 +324,6 @@ def matrix_product_rate(precision):
     return 2 * a.numel() * b.shape[1] / statistics.median(times)
 
 
-def describe_failure(error):
-    """What a row that failed says instead of numbers; running out of memory is no surprise."""
-    if train.ran_out_of_memory(error):
-        return 'out of memory'
-    text = str(error).partition('\n')[0]
-    if isinstance(error, ImportError):
-        return f'needs a package: {text}'
-    return f'failed: {type(error).__name__}: {text}'
-
-
 def measure(rows, args, device, options, results, rates):
     """Fills in `results`, {row: Result}, and on a CPU `rates`, {precision: FLOP/s in each round}.
 
@@ -346,7 +336,10 @@ def measure(rows, args, device, options, results, rates):
         try:
             yield
         except Exception as error:
-            results[row] = Result([], failure=describe_failure(error))
+            failure = f'failed: {type(error).__name__}: {error}'.partition('\n')[0]
+            if train.ran_out_of_memory(error):
+                failure = 'out of memory'
+            results[row] = Result([], failure=failure)
             runners.pop(row, None)
 
     for row in rows:
@@ -364,42 +357,6 @@ def measure(rows, args, device, options, results, rates):
                 results[row].times.append(runner.time(options.steps))
 
 
-def memory_vs_depth(options, device, precision):
-    """{mode: bytes at each of DEPTHS}, NaN where memory ran out."""
-    curves = {mode: [] for mode in EAGER_MODES}
-    for depth in DEPTHS:
-        args = network_flags(**{**vars(options), 'depth': depth})
-        print(f'depth {depth}', file=sys.stderr)
-        for mode, curve in curves.items():
-            try:
-                curve.append(Runner(Row('ours', mode, precision), args, device).memory)
-            except Exception as error:
-                if not train.ran_out_of_memory(error):
-                    raise
-                curve.append(math.nan)
-    return curves
-
-
-def measure_loader(options, device):
-    """Prints images per second of each pass through DIR/train, after one to start."""
-    for workers in options.workers:
-        dataset = data.describe('imagenet', options.loader, options.image_size)
-        _, loader, _ = data.make_loaders(dataset, options.batch_size, device=device,
-                                         workers=workers)
-        speeds = []
-        for epoch in range(options.rounds + 1):
-            loader.set_epoch(epoch)
-            started = time.perf_counter()
-            for _ in loader:
-                pass
-            if device.type == 'cuda':
-                torch.cuda.synchronize()
-            speeds.append(loader.num_images / (time.perf_counter() - started))
-        median, low, high = statistics.median(speeds[1:]), min(speeds[1:]), max(speeds[1:])
-        print(f'--workers {workers}: {median:.0f} images/s ({low:.0f}-{high:.0f}), '
-              f'{median / max(1, workers):.0f} for each of them', flush=True)
-
-
 # ---- showing ------------------------------------------------------------------------------
 
 CELLS = {'row': '{row}', 'precision': '{precision}', 'ms': '{ms:,.2f}',
@@ -411,50 +368,45 @@ CELLS = {'row': '{row}', 'precision': '{precision}', 'ms': '{ms:,.2f}',
 
 def quartiles(times):
     """25%, 50% and 75% of the steps took no longer, in milliseconds."""
-    times = times if len(times) > 1 else 2 * (times or [math.nan])
-    return [1e3 * t for t in statistics.quantiles(times, n=4, method='inclusive')]
+    return (1e3 * np.quantile(times or [math.nan], [0.25, 0.5, 0.75])).tolist()
 
 
-def tabulate(results, baseline, batch_size, limits):
-    """What the CSV file has of each row, in dicts; NaN where something was not measured.
+def tabulate(results, baseline, batch_size, limits, title):
+    """The rows of the CSV file, in dicts; NaN where something was not measured.
 
-    `limits` are the least milliseconds a step could take, by precision.
+    Args:
+        results: {row: Result}.
+        baseline: the row that `speed_ratio` and `memory_ratio` refer to.
+        limits: {precision: the least milliseconds that a step could take}.
+        title: the workload and the machine.
     """
     base = results.get(baseline, Result([]))
+    table = []
     for row, result in results.items():
         low, median, high = quartiles(result.times)
-        yield dict(
+        table.append(dict(
             row=row.name, precision=row.precision, ms=median, ms_quartile1=low, ms_quartile3=high,
             images_per_second=1e3 * batch_size / median,
-            speed_ratio=quartiles(base.times)[1] / median, memory_bytes=result.memory,
-            memory_ratio=result.memory / base.memory, first_step_seconds=result.first_step,
-            limit_ratio=median / limits.get(row.precision, math.nan), failure=result.failure,
-            rounds=len(result.times))
+            speed_ratio=quartiles(base.times)[1] / median,
+            limit_ratio=median / limits.get(row.precision, math.nan),
+            memory_mib=result.memory / 2**20, memory_ratio=result.memory / base.memory,
+            first_step_seconds=result.first_step, rounds=len(result.times),
+            failure=result.failure, workload=title))
+    return table
 
 
 def print_table(table):
     lines = [list(CELLS)]
     for numbers in table:
-        cells = [text.format(**numbers, memory_mib=numbers['memory_bytes'] / 2**20)
-                 for text in CELLS.values()]
-        lines.append([*cells[:2], numbers['failure']] if numbers['failure'] else
-                     ['-' if 'nan' in cell else cell for cell in cells])
-    widths = [max(len(line[i]) for line in lines if i < 2 or len(line) > 3)
-              for i in range(len(CELLS))]
+        cells = [text.format(**numbers) for text in CELLS.values()]
+        lines.append(['-' if 'nan' in cell else cell for cell in cells])
+    widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
-        print('  '.join(text.ljust(width) if i < 2 or len(line) == 3 else text.rjust(width)
-                        for i, (text, width) in enumerate(zip(line, widths))))
-
-
-def write_csv(path, table, title):
-    with open(path, 'w', newline='') as file:
-        writer = csv.DictWriter(file, [*table[0], 'workload'])
-        writer.writeheader()
-        for numbers in table:
-            texts = {name: f'{value:.6g}' if isinstance(value, float) else value
-                     for name, value in numbers.items()}
-            writer.writerow({name: '' if text == 'nan' else text for name, text in texts.items()}
-                            | {'workload': title})
+        print('  '.join(cell.ljust(width) if i < 2 else cell.rjust(width)
+                        for i, (cell, width) in enumerate(zip(line, widths))))
+    for numbers in table:
+        if numbers['failure']:
+            print('{row}, {precision}: {failure}'.format(**numbers))
 
 
 def draw_table(path, table, title, memory_label):
@@ -462,32 +414,16 @@ def draw_table(path, table, title, memory_label):
     table = [numbers for numbers in table if not numbers['failure']][::-1]
     names = ['{row}, {precision}'.format(**numbers) for numbers in table]
     colors = [plot.COLORS[numbers['row'].startswith('ours')] for numbers in table]
-    ms, low, high, memory = ([numbers[key] for numbers in table] for key in (
-        'ms', 'ms_quartile1', 'ms_quartile3', 'memory_bytes'))
-    spread = [[b - a for a, b in zip(low, ms)], [b - a for a, b in zip(ms, high)]]
-    with new_figure(path, title, (10, 1.2 + 0.3 * len(table)), grid='x') as figure:
-        left, right = figure.subplots(1, 2, sharey=True)
-        left.barh(names, ms, color=colors, xerr=spread, ecolor=plot.GREY)
-        left.set_xlabel('ms per step (median and quartiles)')
-        right.barh(names, [size / 2**20 for size in memory], color=colors)
-        right.set(xlabel=memory_label, xlim=(0, None))
-
-
-def draw_memory_vs_depth(path, curves, title, memory_label):
-    with new_figure(path, title, (6, 4)) as figure:
-        axes = figure.subplots()
-        for color, (mode, curve) in zip(plot.COLORS, curves.items()):
-            axes.plot(DEPTHS, [size / 2**20 for size in curve], color=color, marker='o', label=mode)
-        axes.set(xlabel='depth', ylabel=memory_label, xlim=(0, None), ylim=(0, None))
-        axes.legend(loc='upper left')
-
-
-@contextlib.contextmanager
-def new_figure(path, title, size, grid='y'):
-    with rc_context({**plot.STYLE, 'axes.grid.axis': grid}):
-        figure = Figure(figsize=size, layout='constrained')
-        yield figure
+    ms, low, high, memory = (np.array([numbers[key] for numbers in table]) for key in (
+        'ms', 'ms_quartile1', 'ms_quartile3', 'memory_mib'))
+    with rc_context({**plot.STYLE, 'axes.grid.axis': 'x'}):
+        figure = Figure(figsize=(10, 1.2 + 0.3 * len(table)), layout='constrained')
         figure.suptitle(title, fontsize=8, color=plot.GREY)
+        left, right = figure.subplots(1, 2, sharey=True)
+        left.barh(names, ms, color=colors, xerr=[ms - low, high - ms], ecolor=plot.GREY)
+        left.set_xlabel('ms per step (median and quartiles)')
+        right.barh(names, memory, color=colors)
+        right.set(xlabel=memory_label, xlim=(0, None))
     plot.save_figure(figure, path)
 
 
@@ -508,87 +444,77 @@ def make_parser():
         help='(default: tf32 bf16 on cuda, else fp32)')
     add('--compile', action='store_true', help='also torch.compile: minutes for each network')
     add('--inference', action='store_true', help='not training: evaluation')
-    add('--rows', nargs='+', metavar='PATTERN', help='only rows of such names, as \'ours*\'')
-    add('--baseline', metavar='NAME', help='the row that ratios refer to (default: the first)')
+    add('--rows', nargs='+', metavar='PATTERN', default=['*'],
+        help='only rows of such names, as \'ours*\'')
+    add('--baseline', metavar='NAME', default='*',
+        help='the row that ratios refer to (default: the first)')
     add = parser.add_argument_group('measuring').add_argument
     add('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
     add('--rounds', type=flags.POSITIVE, default=10, help='(default: %(default)s)')
     add('--steps', type=flags.POSITIVE,
         help='of each row in a round, where their mean counts (default: 20 on cuda, 1 on a CPU)')
-    add('--csv', type=Path, metavar='FILE')
-    add('--plot', type=Path, metavar='FILE', help='a figure of the table')
-    add('--memory-vs-depth', nargs='?', type=Path, const=Path('images/memory-vs-depth.png'),
-        metavar='FILE', help='only draw memory against depth (default: %(const)s)')
-    add = parser.add_argument_group('input pipeline').add_argument
-    add('--loader', type=Path, metavar='DIR', help='only read and augment images in DIR/train')
-    add('--workers', type=flags.number(int, '[0, 1024]'), nargs='+', default=[1],
-        help='numbers of processes that read (default: 1)')
+    add('--csv', type=output_file('.csv'), metavar='FILE', help='the table, a .csv file')
+    add('--plot', type=output_file('.png', '.pdf', '.svg'), metavar='FILE',
+        help='its figure, a .png, .pdf or .svg file')
     return parser
 
 
-def check_files(options):
-    """Before anything is measured that could not be written then."""
-    for path in filter(None, (options.csv, options.plot, options.memory_vs_depth)):
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise UserError(f'{path}: no file can be written there')
-        if path != options.csv and path.suffix not in ('.png', '.pdf', '.svg'):
-            raise UserError(f'{path}: a figure is a .png, .pdf or .svg file')
+def output_file(*suffixes):
+    """An argparse type; refuses, before anything is measured, what could not be written then."""
+    def parse(text):
+        path = Path(text)
+        if path.suffix not in suffixes or not os.access(path.parent, os.W_OK):
+            raise argparse.ArgumentTypeError(
+                f'{text!r} is not a {", ".join(suffixes)} file in a directory that can be written')
+        return path
+    return parse
 
 
-def versions():
-    names = [f'torch {torch.__version__}', f'torchvision {torchvision.__version__}']
-    for package in ('timm', 'onnxruntime'):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # its rows say so
-            names.append(f'{package} {importlib.metadata.version(package)}')
-    return names
+def describe(rows, args, device, inference):
+    """The workload, the machine and the versions, in one line."""
+    machine = (torch.cuda.get_device_name() if device.type == 'cuda'
+               else f'CPU, {torch.get_num_threads()} threads')
+    packages = dict.fromkeys(['torch', *(row.source for row in rows if row.source != 'ours')])
+    versions = [f'{name} {importlib.import_module(name).__version__}' for name in packages]
+    return (f'{train.model_name(args)}, {"inference" if inference else "training"}, batches of '
+            f'{args.batch_size} at {args.image_size} pixels; {machine}, {", ".join(versions)}')
 
 
-def compare(options, device, args, title, memory_label):
-    """Measures all rows and shows them. Returns whether none failed, but for lack of memory."""
-    rows, baseline = choose_rows(options, device)
-    flops, results, rates = convolution_flops(args, options.inference), {}, {}
+def run(options):
+    """Measures all rows and shows them; exits with 1 if one failed, but for lack of memory."""
+    device = train.choose_device(options.device)
+    on_cuda = device.type == 'cuda'
+    options.steps = options.steps or (20 if on_cuda else 1)
+    options.precision = options.precision or (['tf32', 'bf16'] if on_cuda else ['fp32'])
+    for precision in options.precision:
+        train.choose_precision(precision, device)  # refuses what the device has not
+    args = network_flags(**vars(options))
+    rows = select(make_rows(options, device), options.rows, '--rows')
+    baseline = select(rows, [options.baseline], '--baseline')[0]
+    flops = convolution_flops(args, options.inference)  # a UserError if there is no such network
+    title = describe(rows, args, device, options.inference)
     print(title)
+    results, rates = {}, {}
     try:
         measure(rows, args, device, options, results, rates)
     finally:  # what was measured is shown, also after Ctrl-C
         rates = {precision: statistics.median(values) for precision, values in rates.items()}
         limits = {precision: 1e3 * flops / rate for precision, rate in rates.items()}
-        table = list(tabulate(results, baseline, options.batch_size, limits))
+        table = tabulate(results, baseline, args.batch_size, limits, title)
         print_table(table)
         print(f'speed and memory are relative to {baseline.name}, {baseline.precision}')
         for precision, limit in limits.items():
             print(f'limit, {precision}: {limit:,.2f} ms, {flops / 1e9:,.1f} GFLOP of convolutions '
                   f'at the {rates[precision] / 1e9:,.0f} GFLOP/s of a large matrix product')
         if options.csv and table:
-            write_csv(options.csv, table, title)
+            with open(options.csv, 'w', newline='') as file:
+                writer = csv.DictWriter(file, table[0])
+                writer.writeheader()
+                writer.writerows(table)
         if options.plot and table:
+            memory_label = 'peak memory, MiB' if on_cuda else 'held for backward, MiB'
             draw_table(options.plot, table, title, memory_label)
-    return not any(result.failure.startswith('failed') for result in results.values())
-
-
-def run(options):
-    check_files(options)
-    device = train.choose_device(options.device)
-    precisions = [train.choose_precision(name, device) for name in options.precision or ['auto']]
-    if options.loader:
-        return measure_loader(options, device)
-    args, on_cuda = network_flags(**vars(options)), device.type == 'cuda'
-    options.steps = options.steps or (20 if on_cuda else 1)
-    if options.memory_vs_depth:  # of ours alone
-        name, packages = f'DenseNet-BC k={args.growth_rate}, {precisions[0]}', versions()[:1]
-    else:
-        name = f'{train.model_name(args)}, {"inference" if options.inference else "training"}'
-        packages = versions()
-    machine = (torch.cuda.get_device_name() if on_cuda
-               else f'CPU, {torch.get_num_threads()} threads')
-    title = (f'{name}, batches of {args.batch_size} at {args.image_size} pixels; {machine}, '
-             f'{", ".join(packages)}')
-    memory_label = 'peak memory, MiB' if on_cuda else 'held for backward, MiB'
-    if options.memory_vs_depth:
-        curves = memory_vs_depth(options, device, precisions[0])
-        draw_memory_vs_depth(options.memory_vs_depth, curves, title, memory_label)
-        print(options.memory_vs_depth)
-    elif not compare(options, device, args, title, memory_label):
+    if any(result.failure.startswith('failed') for result in results.values()):
         sys.exit(1)
 
 

@@ -7,9 +7,9 @@
     python make_graph.py --resume work/demo/best.pth
 
 Views: `blocks`, as the paper draws its networks (figures 1 and 2), and `autograd`, the functions
-that backward goes through. An --arch is ImageNet's network, unless a --dataset is given. The
-program `dot` of graphviz draws; where it is missing, its input is written, a .dot file. (It takes
-minutes to lay out the autograd view of hundreds of layers.)
+that backward goes through, which takes minutes to lay out for hundreds of layers. An --arch is
+ImageNet's network, unless a --dataset is given. It needs the program `dot` of graphviz, but for a
+FILE.dot, which is that program's input.
 """
 
 import argparse
@@ -216,22 +216,15 @@ def build_model(argv):
 
 
 def write(graph, path):
-    """The picture, or without the program dot its input. Returns the path of what was written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix != '.dot':
-        try:
-            path.write_bytes(graph.pipe(format=path.suffix[1:], quiet=True))
-            return path
-        except graphviz.CalledProcessError as error:
-            raise UserError(f'dot failed: {error.stderr.decode(errors="replace").strip()}; '
-                             f'--output FILE.dot keeps its input') from error
-        except graphviz.ExecutableNotFound:
-            picture, path = path, path.with_suffix('.dot')
-            print(f'make_graph.py: warning: the program dot is missing (apt install graphviz, brew '
-                  f'install graphviz); with it, dot -T{picture.suffix[1:]} {path} -o {picture}',
-                  file=sys.stderr)
-    path.write_text(graph.source)
-    return path
+    if path.suffix == '.dot':
+        path.write_text(graph.source)
+        return
+    try:
+        path.write_bytes(graph.pipe(format=path.suffix[1:], quiet=True))
+    except graphviz.ExecutableNotFound as error:
+        raise UserError('the program dot is missing (apt install graphviz, brew install '
+                        'graphviz); --output FILE.dot writes its input') from error
 
 
 def main(argv=None):
@@ -243,12 +236,11 @@ def main(argv=None):
             graph = autograd_graph(model, image_size, title)
         else:
             graph = block_graph(model, image_size, title, args.max_layers)
-        print(write(graph, args.output))
+        write(graph, args.output)
+        print(args.output)
     except (UserError, OSError) as error:
         print(f'make_graph.py: error: {error}', file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:  # dot may take long
-        sys.exit(130)
 
 
 if __name__ == '__main__':

@@ -5,12 +5,12 @@
     python plot.py work/cifar10.base work/cifar10.cosine  # compare: work/compare-error.png, ...
     python plot.py work/demo --output figures --format svg
 
-A run is a directory with train.csv and test.csv, as train.py writes them; the header-less
-`epoch,loss,error` files of bamos/densenet.pytorch work too. The figures are loss, error and
-loss-error (both side by side). It may be run at any time, also while the run is going on.
+A run is a directory with train.csv and test.csv, as train.py writes them. The figures are loss,
+error and loss-error (both side by side). They can be drawn at any time, also during the run.
 """
 
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -23,8 +23,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodF
 
 FIGURES = {'loss': ['loss'], 'error': ['error'], 'loss-error': ['loss', 'error']}
 AXIS_LABELS = {'loss': 'cross-entropy loss', 'error': 'error (%)'}
-CLASSIC_COLUMNS = ['epoch', 'loss', 'error']
-COLUMNS = [*CLASSIC_COLUMNS, 'lr']  # that are read; the others are not drawn
+COLUMNS = ['epoch', *AXIS_LABELS]  # that are read
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; its yellow is too pale here.
 COLORS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000']
@@ -36,7 +35,6 @@ STYLE = {
     'axes.grid': True, 'axes.grid.axis': 'y', 'axes.axisbelow': True, 'grid.color': '#e6e6e6',
     'grid.linewidth': 0.6, 'lines.linewidth': 1.4, 'lines.markersize': 4, 'text.usetex': False,
     'savefig.dpi': 200, 'pdf.fonttype': 42,  # TrueType: publishers turn down Type 3 fonts
-    'svg.hashsalt': 'plot.py',  # the same ids, and so the same file, every time
 }
 
 
@@ -57,36 +55,29 @@ def warn(message):
 
 
 def read_table(path):
-    """{column: values} of a CSV file, {} if there is none; rows that are not whole are left out.
+    """{column: values} of a CSV file, {} if there is none; incomplete rows are left out.
 
-    Raises UsageError for a file with neither a header nor rows of CLASSIC_COLUMNS.
+    Raises UsageError for a file whose header has no epoch.
     """
     if not path.exists():
         return {}
     with open(path, encoding='utf-8-sig', errors='replace') as file:
-        lines = [line.split(',') for line in file if line.strip()]
-    header = [name.strip() for name in lines[0]] if lines else []
-    has_header = 'epoch' in header
-    names = header if has_header else CLASSIC_COLUMNS
-    rows, left_out = [], 0
-    for line in lines[has_header:]:
-        try:
-            row = {name: float(field) for name, field in zip(names, line, strict=True)
-                   if name in COLUMNS}
-        except ValueError:  # for example the last row of a process that was killed
-            left_out += 1
-            continue
-        # A run resumed from its last checkpoint repeats some epochs: the later rows count.
-        while rows and rows[-1]['epoch'] >= row['epoch']:
-            rows.pop()
-        rows.append(row)
-    if left_out and not rows and not has_header:
-        raise UsageError(f'{path} is not a CSV file of a run: it must begin with a header such as '
-                         f'{",".join(COLUMNS)}, or with a row of {",".join(CLASSIC_COLUMNS)}')
-    if left_out:
-        warn(f'{path}: left out what is not a whole row of numbers: {left_out} of {len(lines)} '
-             f'lines')
-    return {name: np.array([row[name] for row in rows]) for name in names if name in COLUMNS}
+        lines = [line.strip().split(',') for line in file]
+    if not lines:
+        return {}
+    header = [name.strip() for name in lines[0]]
+    if 'epoch' not in header:
+        raise UsageError(f'{path} is not a CSV file of a run: its first line must be a header such '
+                         f'as {",".join(COLUMNS)}')
+    rows = []
+    for line in lines[1:]:
+        # The last row of a process that was killed may be incomplete.
+        with contextlib.suppress(ValueError):
+            rows.append({name: float(field) for name, field in zip(header, line, strict=True)
+                         if name in COLUMNS})
+    if len(rows) < len(lines) - 1:
+        warn(f'{path}: left out {len(lines) - 1 - len(rows)} incomplete rows of {len(lines) - 1}')
+    return {name: np.array([row[name] for row in rows]) for name in header if name in COLUMNS}
 
 
 def points(table, column):
@@ -136,17 +127,6 @@ def running_mean(epochs, values):
     return np.array([weights[w] @ values[w] / weights[w].sum() for w in windows])
 
 
-def lr_drops(epochs, lr):
-    """Epochs after which the learning rate fell to half or less, if it only falls in such steps.
-
-    A cosine also halves from row to row at its very end, but before that it falls slowly.
-    """
-    before, after = lr[:-1], lr[1:]
-    fell = after < before
-    halved = fell & (after < 0.5001 * before)  # the file has six digits
-    return epochs[:-1][halved] if np.array_equal(fell, halved) else epochs[:0]
-
-
 def format_value(column, value):
     return f'{value:.2f}%' if column == 'error' else f'{value:#.3g}'.rstrip('.')
 
@@ -154,54 +134,33 @@ def format_value(column, value):
 # ---- drawing ------------------------------------------------------------------------------
 
 def draw_train_mean(axes, run, column, label, **style):
-    """Returns [(epochs, means)], or [] where there is nothing to draw."""
     epochs, values = points(run.train, column)
-    if not len(epochs):
-        return []
-    mean = running_mean(epochs, values)
-    axes.plot(epochs, mean, marker='o' if len(epochs) == 1 else '',
-              label=label and f'{label}, final {format_value(column, mean[-1])}', **style)
-    return [(epochs, mean)]
+    if len(epochs):
+        mean = running_mean(epochs, values)
+        axes.plot(epochs, mean, marker='o' if len(epochs) == 1 else '',
+                  label=label and f'{label}, final {format_value(column, mean[-1])}', **style)
 
 
 def draw_test(axes, run, column, label, **style):
-    """Returns [(epochs, values)], or [] where there is nothing to draw."""
     epochs, values = points(run.test, column)
-    if not len(epochs):
-        return []
-    final = format_value(column, run.test[column][-1])  # which may be nan
-    best = f'{format_value(column, values.min())} (epoch {epochs[values.argmin()]:g})'
-    axes.plot(epochs, values, marker='o' if len(epochs) <= 20 else '',
-              label=f'{label}, final {final}, best {best}', **style)
-    return [(epochs, values)]
-
-
-def draw_run(axes, run, column):
-    """One run: training and test in two colours. Returns the curves that the axes must show."""
-    axes.plot(*points(run.train, column), color=COLORS[0], alpha=0.3, linewidth=0.7)
-    curves = [*draw_train_mean(axes, run, column, 'train (mean over an epoch)', color=COLORS[0]),
-              *draw_test(axes, run, column, 'test', color=COLORS[1])]
-    for i, epoch in enumerate(lr_drops(*points(run.train, 'lr'))):
-        axes.axvline(epoch, color=GREY, linestyle=(0, (4, 3)), linewidth=0.7, zorder=1,
-                     label='' if i else 'learning rate drops')
-    return curves
+    if len(epochs):
+        final = format_value(column, run.test[column][-1])  # which may be nan
+        best = f'{format_value(column, values.min())} (epoch {epochs[values.argmin()]:g})'
+        axes.plot(epochs, values, marker='o' if len(epochs) <= 20 else '',
+                  label=f'{label}, final {final}, best {best}', **style)
 
 
 def draw_comparison(axes, runs, column):
-    """A colour a run: test thick, training thin. Returns the curves that the axes must show."""
-    curves = []
+    """A colour a run: test thick, training thin."""
     for i, run in enumerate(runs):
-        # A line of the legend has room for 22 letters; matplotlib leaves out one that begins
-        # with an underscore.
+        # A line of the legend has room for 22 letters.
         name = run.name if len(run.name) <= 22 else f'{run.name[:10]}…{run.name[-11:]}'
-        name = f' {name}' if name.startswith('_') else name
         color = COLORS[i % len(COLORS)]
         is_tested = len(points(run.test, column)[0]) > 0
-        curves += draw_train_mean(axes, run, column, '' if is_tested else f'{name}, train',
-                                  color=color, linewidth=0.6, alpha=0.7)
-        curves += draw_test(axes, run, column, name, color=color,
-                            linestyle=['-', '--', '-.'][i // len(COLORS) % 3])
-    return curves
+        draw_train_mean(axes, run, column, '' if is_tested else f'{name}, train', color=color,
+                        linewidth=0.6, alpha=0.7)
+        draw_test(axes, run, column, name, color=color,
+                  linestyle=['-', '--', '-.'][i // len(COLORS) % 3])
 
 
 def set_epoch_axis(axes, epochs):
@@ -236,29 +195,36 @@ def make_figure(runs, columns):
         figure = Figure(figsize=(6 if len(columns) == 1 else 11, height), layout='constrained')
         figure.get_layout_engine().set(wspace=0.06)
         for axes, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns):
-            if len(runs) == 1:
-                curves = draw_run(axes, runs[0], column)
-            else:
-                curves = draw_comparison(axes, runs, column)
-            axes.set(xlabel='epoch', ylabel=AXIS_LABELS[column])
-            if curves:
-                set_epoch_axis(axes, np.concatenate([epochs for epochs, _ in curves]))
-                set_value_axis(axes, np.concatenate([values for _, values in curves]))
-                # Above the axes, where it can't cover a curve, however the run goes.
-                title = 'test thick, train (mean over an epoch) thin' if len(runs) > 1 else None
-                axes.legend(loc='lower left', bbox_to_anchor=(0, 1), alignment='left', title=title)
+            draw_panel(axes, runs, column)
         if len(runs) == 1:
             figure.suptitle(runs[0].name, fontsize=9, color=GREY)
     return figure
 
 
+def draw_panel(axes, runs, column):
+    axes.set(xlabel='epoch', ylabel=AXIS_LABELS[column])
+    if len(runs) == 1:
+        draw_train_mean(axes, runs[0], column, 'train (mean over an epoch)', color=COLORS[0])
+        draw_test(axes, runs[0], column, 'test', color=COLORS[1])
+    else:
+        draw_comparison(axes, runs, column)
+    if axes.lines:
+        set_epoch_axis(axes, np.concatenate([line.get_xdata() for line in axes.lines]))
+        set_value_axis(axes, np.concatenate([line.get_ydata() for line in axes.lines]))
+        if len(runs) == 1:  # behind them, and not to set the axes by
+            axes.plot(*points(runs[0].train, column), color=COLORS[0], alpha=0.3, linewidth=0.7,
+                      zorder=1)
+        # Above the axes, where it can't cover a curve, however the run goes.
+        title = 'test thick, train (mean over an epoch) thin' if len(runs) > 1 else None
+        axes.legend(loc='lower left', bbox_to_anchor=(0, 1), alignment='left', title=title)
+
+
 def save_figure(figure, path):
     """Writes the figure whole or not at all, for somebody may be looking at the last one."""
-    dates = {'.svg': {'Date': None}, '.pdf': {'CreationDate': None}}  # none, so that files repeat
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')  # train.py removes old ones
     try:
         with matplotlib.rc_context(STYLE):
-            figure.savefig(temporary, format=path.suffix[1:], metadata=dates.get(path.suffix))
+            figure.savefig(temporary, format=path.suffix[1:])
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

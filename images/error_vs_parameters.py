@@ -65,22 +65,12 @@ def draw_run(axes, directory):
                     f'{args["epochs"]} epochs')
 
 
-def make_parser():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('runs', metavar='RUN', nargs='*', type=Path,
                         help='directories of runs on CIFAR-10')
-    return parser
-
-
-def main(argv=None):
-    parser = make_parser()
     args = parser.parse_args(argv)
-    for directory in args.runs:
-        errors = plot.read_table(directory / 'test.csv').get('error', ())
-        if not len(errors) or not (directory / 'args.json').exists():
-            parser.exit(2, f'error_vs_parameters.py: error: {directory} is no directory of a run, '
-                           f'with args.json and test.csv\n')
     with rc_context(plot.STYLE):
         figure = Figure(figsize=(10, 4.2), layout='constrained')
         panels = figure.subplots(1, 2, width_ratios=(1.5, 1))

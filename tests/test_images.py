@@ -1,4 +1,4 @@
-"""images/: the figures that are drawn and not measured."""
+"""images/: that the README's figures show what they say."""
 
 import json
 
@@ -8,13 +8,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Polygon
 from PIL import Image
 
-from images import dense_block, error_vs_parameters
+from images import dense_block, error_vs_parameters, memory_vs_depth
 
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
     (tmp_path / 'images').mkdir()
-    for script in (dense_block, error_vs_parameters):
+    for script in (dense_block, error_vs_parameters, memory_vs_depth):
         monkeypatch.setattr(script, 'ROOT', tmp_path)
     return tmp_path / 'images'
 
@@ -49,3 +49,18 @@ def test_the_errors_of_the_paper_and_of_a_run(elsewhere, tmp_path, capsys, monke
     np.testing.assert_allclose(lines['DenseNet'], [[1.019722, 5.24], [6.979642, 4.10],
                                                    [27.249082, 3.74]])
     assert len(cifar100.lines) == 3
+
+
+def test_memory_against_depth(elsewhere, monkeypatch):
+    monkeypatch.setattr(memory_vs_depth, 'DEPTHS', (10, 16, 22))
+    figures = []
+    monkeypatch.setattr(memory_vs_depth.plot, 'save_figure',
+                        lambda figure, path: figures.append((figure, path)))
+    memory_vs_depth.main()
+    [(figure, path)] = figures
+    assert path == elsewhere / 'memory-vs-depth.png'
+    curves = {line.get_label(): line.get_ydata().tolist() for line in figure.axes[0].lines}
+    for curve in curves.values():
+        assert len(curve) == 3 and curve == sorted(curve)
+    assert (curves['memory-efficient'][-1] < curves['block'][-1] < curves['checkpointed'][-1]
+            < curves['plain'][-1])

@@ -24,11 +24,12 @@ def no_change_of_matplotlibs_settings():
 
 
 def write_run(directory, train=None, test=None):
-    """A run directory with these lines in its files."""
+    """A run directory with these lines in its files, and a header if they have none."""
     directory.mkdir(parents=True)
     for name, lines in (('train.csv', train), ('test.csv', test)):
         if lines is not None:
-            (directory / name).write_text('\n'.join(lines) + '\n')
+            header = [] if lines[0].startswith('epoch') else ['epoch,loss,error']
+            (directory / name).write_text('\n'.join(header + lines) + '\n')
     return directory
 
 
@@ -60,7 +61,7 @@ def lines_of(axes, color):
     return [line for line in axes.lines if line.get_color() == color]
 
 
-# ---- running mean, learning rate ----------------------------------------------------------
+# ---- running mean -------------------------------------------------------------------------
 
 def brute_force_mean(epochs, values):
     spans = [b - a for a, b in zip(epochs, epochs[1:])]
@@ -103,38 +104,11 @@ def test_running_mean_recovers_from_a_huge_spike():
     assert mean[25] > 1e28
 
 
-def test_lr_drops_of_the_papers_schedule():
-    epochs = np.arange(1, 300 * 16 + 1) / 16
-    # Counted from 1, epoch 150 is the first at 0.01: it runs from progress 149 to 150.
-    lr = np.select([epochs <= 149, epochs <= 224], [0.1, 0.01], 0.001)
-    assert plot.lr_drops(epochs, lr).tolist() == [149.0, 224.0]
-
-
-def test_lr_drops_after_warmup_and_by_half_but_for_rounding():
-    lr = np.array([0.01, 0.02, 0.0666667, 0.0666667, 0.0666667, 0.0333333, 0.0333333, 0.0333333,
-                   0.0166667, 0.0166667])
-    assert plot.lr_drops(np.arange(1.0, 11.0), lr).tolist() == [5.0, 8.0]
-
-
-@pytest.mark.parametrize('rows', [1, 16])
-def test_no_lr_drops_for_cosine(rows):
-    progress = np.arange(300 * rows) / (300 * rows)
-    lr = 0.05 * (1 + np.cos(np.pi * progress))
-    lr = np.append(lr, 0.0)  # its end, where it more than halves from row to row
-    assert (lr[-3:-1] / 2 >= lr[-2:]).all()
-    assert len(plot.lr_drops(np.arange(len(lr)) / rows, lr)) == 0
-
-
 # ---- reading ------------------------------------------------------------------------------
 
 def test_columns_are_found_by_name(tmp_path):
     spreadsheet = b'\xef\xbb\xbferror,data_wait, lr,epoch,loss\r\n50,7,0.1,1,2.5\r\n25,7,0.1,2,1.5'
     assert read(tmp_path, spreadsheet) == {
-        'epoch': [1, 2], 'loss': [2.5, 1.5], 'error': [50, 25], 'lr': [0.1, 0.1]}
-
-
-def test_classic_file_without_a_header(tmp_path):
-    assert read(tmp_path, b'1,2.5,50\n2,1.5,25\n') == {
         'epoch': [1, 2], 'loss': [2.5, 1.5], 'error': [50, 25]}
 
 
@@ -157,11 +131,6 @@ def test_a_file_cut_off_anywhere_gives_its_whole_rows(tmp_path):
         assert read(tmp_path, cut.encode())['error'] == [float(row.split(',')[2]) for row in whole]
 
 
-def test_rows_done_again_after_resuming_replace_the_first_ones(tmp_path):
-    assert read(tmp_path, b'0.5,9,90\n1,8,80\n1.5,7,70\n1.75,1,10\n1.5,6,60\n2,5,50\n') == {
-        'epoch': [0.5, 1, 1.5, 2], 'loss': [9, 8, 6, 5], 'error': [90, 80, 60, 50]}
-
-
 # ---- figures ------------------------------------------------------------------------------
 
 def test_legend_says_final_and_best(tmp_path):
@@ -178,7 +147,7 @@ def test_legend_says_final_and_best(tmp_path):
 
 def test_curves_are_the_files_numbers(tmp_path):
     axes = draw(some_run(tmp_path / 'run'))
-    raw, mean = lines_of(axes, plot.COLORS[0])
+    mean, raw = lines_of(axes, plot.COLORS[0])
     [test] = lines_of(axes, plot.COLORS[1])
     assert raw.get_ydata().tolist() == [round(60 / i, 4) for i in range(1, 13)]
     assert raw.get_alpha() < 0.5 and mean.get_alpha() is None
@@ -187,14 +156,6 @@ def test_curves_are_the_files_numbers(tmp_path):
     assert test.get_xdata().tolist() == [1, 2, 3]
     assert test.get_ydata().tolist() == [20.0, 4.65, 4.73]
     assert test.get_marker() == 'o'  # three points only
-    assert lines_of(axes, plot.GREY) == []
-
-
-def test_lr_drops_are_marked_and_labelled_once(tmp_path):
-    rows = [f'{i / 2},1,5,{0.1 if i <= 8 else 0.01 if i <= 12 else 0.001}' for i in range(1, 17)]
-    axes = draw(write_run(tmp_path / 'run', ['epoch,loss,error,lr', *rows]))
-    assert [mark.get_xdata()[0] for mark in lines_of(axes, plot.GREY)] == [4.0, 6.0]
-    assert legend_of(axes)[1:] == ['learning rate drops']
 
 
 def test_log_axis_over_a_decade_with_plain_ticks_and_zeros(tmp_path):
@@ -245,7 +206,7 @@ def test_epoch_axis_has_whole_epochs(tmp_path, progress, last):
 
 def test_a_single_row_can_be_seen(tmp_path):
     axes = draw(write_run(tmp_path / 'run', ['0.1,2,80'], ['1,1,50']))
-    _, mean = lines_of(axes, plot.COLORS[0])
+    mean, _ = lines_of(axes, plot.COLORS[0])
     assert (mean.get_marker(), lines_of(axes, plot.COLORS[1])[0].get_marker()) == ('o', 'o')
 
 
@@ -260,11 +221,11 @@ def test_legend_covers_no_curve(tmp_path):
 
 def test_comparison_has_a_colour_a_run(tmp_path):
     runs = plot.read_runs([some_run(tmp_path / 'work' / 'a'),
-                           some_run(tmp_path / 'work' / '_b', best=4.5),
+                           some_run(tmp_path / 'work' / 'b', best=4.5),
                            some_run(tmp_path / 'elsewhere' / 'a', best=4.1)])
     axes = plot.make_figure(runs, ['error']).axes[0]
     assert legend_of(axes) == ['work/a, final 4.73%, best 4.65% (epoch 2)',
-                               'work/_b, final 4.73%, best 4.50% (epoch 2)',
+                               'work/b, final 4.73%, best 4.50% (epoch 2)',
                                'elsewhere/a, final 4.73%, best 4.10% (epoch 2)']
     for color in plot.COLORS[:3]:
         train, test = lines_of(axes, color)
@@ -273,17 +234,17 @@ def test_comparison_has_a_colour_a_run(tmp_path):
 
 
 def test_comparison_of_runs_that_only_trained(tmp_path):
-    runs = plot.read_runs([write_run(tmp_path / '_a', ['0.5,2,80']),
+    runs = plot.read_runs([write_run(tmp_path / 'a', ['0.5,2,80']),
                            write_run(tmp_path / ('b' * 30), ['0.5,2,81', '1,2,71'])])
     axes = plot.make_figure(runs, ['error']).axes[0]
-    assert legend_of(axes) == ['_a, train, final 80.00%',
+    assert legend_of(axes) == ['a, train, final 80.00%',
                                'bbbbbbbbbb…bbbbbbbbbbb, train, final 76.00%']
     assert axes.lines[0].get_marker() == 'o'
 
 
 # ---- command line -------------------------------------------------------------------------
 
-def test_writes_every_format_and_leaves_nothing_else(tmp_path, capsys, monkeypatch):
+def test_writes_every_format_and_leaves_nothing_else(tmp_path, capsys):
     run = some_run(tmp_path / 'run')
     plot.main([str(run), '--format', *MAGIC])
     figures = {f'{name}.{suffix}' for name in ('loss', 'error', 'loss-error') for suffix in MAGIC}
@@ -294,10 +255,9 @@ def test_writes_every_format_and_leaves_nothing_else(tmp_path, capsys, monkeypat
     for name in figures:
         assert (run / name).read_bytes().startswith(MAGIC[name[-3:]])
     again = tmp_path / 'new' / 'folder'
-    monkeypatch.setattr(plot, 'FIGURES', {'loss': ['loss']})
-    plot.main([str(run), '--output', str(again), '--format', *MAGIC])
-    for suffix in MAGIC:  # figures repeat to the byte
-        assert (again / f'loss.{suffix}').read_bytes() == (run / f'loss.{suffix}').read_bytes()
+    plot.main([str(run), '--output', str(again)])
+    for name in ('loss.png', 'error.png', 'loss-error.png'):  # figures repeat to the byte
+        assert (again / name).read_bytes() == (run / name).read_bytes()
 
 
 def test_a_viewer_keeps_the_figure_it_has_opened(tmp_path):
@@ -346,7 +306,7 @@ def refused(capsys, *argv):
     (None, 'nothing to draw'),
     ({}, 'nothing to draw'),
     ({'train.csv': TRAIN_HEADER + '\n', 'test.csv': ''}, 'nothing to draw'),
-    ({'train.csv': '1,nan,nan\n'}, 'nothing to draw'),
+    ({'train.csv': 'epoch,loss,error\n1,nan,nan\n'}, 'nothing to draw'),
     ({'train.csv/x': ''}, 'Is a directory'),
     ({'train.csv': 'ID3\x04 a song\n\x00\n'}, 'train.csv is not a CSV file of a run'),
     ({'train.csv': 'time,temperature\n1,20\n'}, 'train.csv is not a CSV file of a run'),

@@ -23,6 +23,9 @@ COMMANDS = [(str(page), command) for page, text in PAGES.items() for command in 
     re.sub(r'\\\n +', '', text), re.MULTILINE)]
 
 
+WITHOUT_FLAGS = {'images/dense_block.py', 'images/memory_vs_depth.py'}  # test_images.py runs them
+
+
 class Parsing(BaseException):
     """Has the parser that was about to parse."""
 
@@ -45,8 +48,8 @@ def make_parser(script):
 @pytest.mark.parametrize('page, command', COMMANDS)
 def test_a_command_is_understood(page, command):
     script, *argv = shlex.split(command)
-    if script == 'images/dense_block.py':
-        assert not argv  # it has no flags; tests/test_images.py runs it
+    if script in WITHOUT_FLAGS:
+        assert not argv
     elif argv != ['--help']:
         make_parser(script).parse_args(argv)
 
@@ -64,7 +67,7 @@ def test_make_runs_the_commands_that_the_pages_give():
 
 def test_every_flag_exists():
     named = {flag for text in PAGES.values() for flag in re.findall(r'`(--[a-zA-Z-]+)', text)}
-    scripts = {command.split()[0] for _, command in COMMANDS} - {'images/dense_block.py'}
+    scripts = {command.split()[0] for _, command in COMMANDS} - WITHOUT_FLAGS
     known = {option for script in scripts for action in make_parser(script)._actions
              for option in action.option_strings}
     assert named - known <= {'--max-restarts'}  # torchrun's

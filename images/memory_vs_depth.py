@@ -1,0 +1,52 @@
+"""Draw the memory that a training step of DenseNet-BC (k=12) holds for backward, against its depth.
+
+    python images/memory_vs_depth.py        # draws images/memory-vs-depth.png
+
+Of batches of 8 images, in fp32 on a CPU, without the weights. "Checkpointed" is our model with
+torch.utils.checkpoint; "block" and "memory-efficient" are its linear-memory block.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import bench  # noqa: E402
+import plot  # noqa: E402
+
+DEPTHS = (22, 40, 70, 100, 130, 160, 190, 220, 250)
+BATCH_SIZE = 8
+
+
+def measure(mode):
+    """MiB held for backward at each of DEPTHS; `mode` is a key of bench.MODES."""
+    curve = []
+    for depth in DEPTHS:
+        model = bench.make_model(bench.Row('ours', mode, 'fp32'), bench.network_flags(depth=depth))
+        model.train().to(memory_format=torch.channels_last)
+        curve.append(bench.bytes_held(model, torch.randn(BATCH_SIZE, 3, 32, 32)) / 2**20)
+    return curve
+
+
+def main():
+    with rc_context(plot.STYLE):
+        figure = Figure(figsize=(6, 4), layout='constrained')
+        axes = figure.subplots()
+        for mode, color in zip(bench.EAGER_MODES, plot.COLORS):
+            axes.plot(DEPTHS, measure(mode), color=color, marker='o', label=mode)
+        axes.set(xlabel='depth', ylabel='held for backward, MiB', xlim=(0, None), ylim=(0, None))
+        axes.legend(loc='upper left')
+        figure.suptitle(f'DenseNet-BC k=12, fp32, batches of {BATCH_SIZE} at 32 pixels; CPU, torch '
+                        f'{torch.__version__}', fontsize=8, color=plot.GREY)
+    path = ROOT / 'images' / 'memory-vs-depth.png'
+    plot.save_figure(figure, path)
+    print(path.relative_to(ROOT))
+
+
+if __name__ == '__main__':
+    main()
