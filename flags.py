@@ -244,15 +244,6 @@ def recipe(args):
     return common
 
 
-def hyper_parameters(args):
-    """{flag: value} of data, model and recipe: of all that has a part in what is learnt."""
-    parser = Parser()
-    add_data_and_model_flags(parser)
-    add_recipe_flags(parser)
-    return {flag: getattr(args, flag) for flag in vars(parser.parse_args([]))
-            if flag not in ('data', 'workers')}
-
-
 def with_network(args, image_size):
     """The flags, with depth or architecture and growth rate filled in by the size of the images."""
     chosen = {**vars(args), 'image_size': image_size}
