@@ -195,12 +195,8 @@ def parse_args(argv=None, parser=None):
     """
     parser = parser or make_parser()
     args, saved, given = parser.parse_args(argv), None, {}
-    if is_own_restart(args):
-        given = dict(resume=str(run_directory(args) / 'latest.pth'), overwrite=False,
-                     pretrained=None, reset_classifier=False, start_epoch=None)
-    start = argparse.Namespace(**{**vars(args), **given})
-    if start.resume is not None:
-        path = resume_path(start)
+    if args.resume is not None:
+        path = resume_path(args)
         given['resume'], saved = checkpoint.load_newest(path)
         if given['resume'] != path:
             runlog.warn(f'{path} is damaged or missing: going on from the one before, '
@@ -217,18 +213,6 @@ def parse_args(argv=None, parser=None):
     args = argparse.Namespace(**{**vars(parser.parse_args(argv)), **given})
     check_flags(args)
     return args, saved
-
-
-def is_own_restart(args):
-    """Has torchrun started this run again (--max-restarts), after it has saved a checkpoint?
-
-    A run directory's checkpoint that is younger than torchrun is this run's own. One that is killed
-    in a save can leave latest.pth.1 alone.
-    """
-    latest = run_directory(args) / 'latest.pth'
-    saved = [path for path in (latest, Path(f'{latest}.1')) if path.exists()]
-    return (distributed.is_restart() and not args.evaluate
-            and any(path.stat().st_mtime > distributed.torchrun_started() for path in saved))
 
 
 def recipe(args):
