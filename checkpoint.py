@@ -79,7 +79,7 @@ class TrainState:
 
     @contextlib.contextmanager
     def rehearsal(self):
-        """A context that undoes in place what the steps in it change."""
+        """Undo, in place, what the steps within this context change."""
         def tensors():
             optimizer = [value for values in self.optimizer.state.values()
                          for value in values.values() if torch.is_tensor(value)]
@@ -125,12 +125,14 @@ class TrainState:
             raise CheckpointError(f'{source} holds weights alone: --pretrained {source} starts '
                                   f'training from them')
         # Momenta are the checkpoint's; weight decay and the like are this run's. The learning rate
-        # is the last step's, until the next step sets it.
-        pairs = zip(self.optimizer.param_groups, saved['optimizer']['param_groups'])
-        groups = [{**group, 'params': saved_group['params'],
-                   'lr': torch.full_like(group['lr'], float(saved_group['lr']))
-                   if torch.is_tensor(group['lr']) else float(saved_group['lr'])}
-                  for group, saved_group in pairs]
+        # is the last step's, until the next step sets it: a tensor here if this run has one.
+        groups = []
+        for group, saved_group in zip(self.optimizer.param_groups,
+                                      saved['optimizer']['param_groups']):
+            lr = float(saved_group['lr'])
+            if torch.is_tensor(group['lr']):
+                lr = torch.full_like(group['lr'], lr)
+            groups.append({**group, 'params': saved_group['params'], 'lr': lr})
         self.optimizer.load_state_dict({**saved['optimizer'], 'param_groups': groups})
         self.scaler.load_state_dict(saved['scaler'])
         for name in self.counters():
@@ -173,8 +175,9 @@ def resume(state, saved, args, num_images, rank=0, world_size=1):
 def save(path, content, keep_previous=False):
     """Save plain values and tensors; whole and on the disk before the file takes its name.
 
-    With `keep_previous`, the file that had the name becomes path.1. At every moment one of the two
-    is there and whole. An error leaves both as they were.
+    With `keep_previous`, the file that had the name becomes path.1. A process that is killed at any
+    moment leaves at least one of the two, and what it leaves is whole. A failed write changes
+    neither.
     """
     path, archive = Path(path), io.BytesIO()
     torch.save(content, archive)  # in memory: into a full disk, torch.save fails in odd ways

@@ -290,19 +290,19 @@ class FigureDrawer:
     def redraw(self):
         """Draw, unless the last drawing is not done yet: then the next call will."""
         if self.process is None or self.process.poll() is not None:
-            self.is_drawn()
+            self.wait()
             self.process = subprocess.Popen(
                 self.command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL, start_new_session=True)  # Ctrl-C is for the training
 
     def finish(self):
-        """Draw what there is now, and say whether it is drawn."""
-        self.is_drawn()
+        """Draw what there is now; returns whether it is drawn."""
+        self.wait()
         self.redraw()
-        return self.is_drawn()
+        return self.wait()
 
-    def is_drawn(self):
-        """Wait for the last drawing, if there is one; has it succeeded?"""
+    def wait(self):
+        """Wait for the last drawing, if any; returns whether it succeeded, warns once if not."""
         failed = self.process is not None and self.process.wait() != 0
         if failed and not self.warned:
             warn(f'the figures were not drawn: {shlex.join(self.command)} says why')
