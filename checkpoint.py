@@ -12,13 +12,12 @@ a CRC for each record, and `load` checks them.
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import math
 import os
-import re
-import warnings
+import textwrap
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,12 +29,12 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged or of another model."""
 
 
-@dataclass
+@dataclasses.dataclass
 class TrainState:
     """All that training changes, and so all that a checkpoint holds.
 
-    The interval is what comes after the last row of train.csv. Its sums are on the device, where
-    no step has to wait for them; of several processes, each has its own sums and random state.
+    The interval is what comes after the last row of train.csv. Its sums stay on the device, so
+    that no step synchronizes with it; sums and random state are per process.
     """
 
     model: torch.nn.Module
@@ -52,9 +51,10 @@ class TrainState:
     seconds: float = 0.0       # of training, evaluation and saving, over all resumed runs
     peak_memory: int = 0       # bytes allocated on rank 0's GPU
 
-    # Without an annotation, so not a field: the plain values among them.
-    _plain = ('interval_images', 'epoch_sums', 'epoch', 'step', 'last_error', 'best_error',
-              'best_epoch', 'seconds', 'peak_memory')
+    def counters(self):
+        """The plain values among the fields: those that have a default."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)
+                if field.default is not dataclasses.MISSING}
 
     def begin_epoch(self, epoch):
         self.epoch, self.step, self.epoch_sums = epoch, 0, (0.0, 0.0, 0)
@@ -79,7 +79,7 @@ class TrainState:
 
     @contextlib.contextmanager
     def rehearsal(self):
-        """A context whose steps leave no trace; every tensor keeps its place in memory."""
+        """Undo, in place, what the steps within this context change."""
         def tensors():
             optimizer = [value for values in self.optimizer.state.values()
                          for value in values.values() if torch.is_tensor(value)]
@@ -108,7 +108,7 @@ class TrainState:
         return {
             'model': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(),
             'scaler': self.scaler.state_dict(), 'processes': own_states or [self.own_state()],
-            **{name: getattr(self, name) for name in self._plain},
+            **self.counters(),
         }
 
     def load_state_dict(self, saved, source='the checkpoint', rank=0, world_size=1):
@@ -118,36 +118,33 @@ class TrainState:
         process that is new keeps its random state.
 
         Raises:
-            CheckpointError: it is of another model, or not of a run.
+            CheckpointError: it is of another model, or holds weights alone.
         """
         load_weights(self.model, saved.get('model'), source)
         if 'optimizer' not in saved:
             raise CheckpointError(f'{source} holds weights alone: --pretrained {source} starts '
                                   f'training from them')
-        try:
-            # Momenta are the checkpoint's; weight decay and the like are this run's. The learning
-            # rate is the last step's, until the next step sets it.
-            pairs = zip(self.optimizer.param_groups, saved['optimizer']['param_groups'])
-            groups = [{**group, 'params': saved_group['params'],
-                       'lr': torch.full_like(group['lr'], float(saved_group['lr']))
-                       if torch.is_tensor(group['lr']) else float(saved_group['lr'])}
-                      for group, saved_group in pairs]
-            self.optimizer.load_state_dict({**saved['optimizer'], 'param_groups': groups})
-            self.scaler.load_state_dict(saved['scaler'])
-            for name in self._plain:  # older checkpoints lack some
-                default = getattr(self, name)
-                setattr(self, name, type(default)(saved.get(name, default)))
-            processes = saved['processes']
-            if rank < len(processes):
-                self.set_random_state(processes[rank]['rng'])
-            sums = torch.stack([process['interval'][:2] for process in processes])
-            if len(processes) == world_size:
-                self.sums.copy_(sums[rank])
-            else:
-                self.sums.copy_(sums.sum(0) if rank == 0 else torch.zeros(2))
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise CheckpointError(f'{source} cannot be resumed from: {type(error).__name__}: '
-                                  f'{_one_line(error)}') from error
+        # Momenta are the checkpoint's; weight decay and the like are this run's. The learning rate
+        # is the last step's, until the next step sets it: a tensor here if this run has one.
+        groups = []
+        for group, saved_group in zip(self.optimizer.param_groups,
+                                      saved['optimizer']['param_groups']):
+            lr = float(saved_group['lr'])
+            if torch.is_tensor(group['lr']):
+                lr = torch.full_like(group['lr'], lr)
+            groups.append({**group, 'params': saved_group['params'], 'lr': lr})
+        self.optimizer.load_state_dict({**saved['optimizer'], 'param_groups': groups})
+        self.scaler.load_state_dict(saved['scaler'])
+        for name in self.counters():
+            setattr(self, name, saved[name])
+        processes = saved['processes']
+        if rank < len(processes):
+            self.set_random_state(processes[rank]['rng'])
+        sums = torch.stack([process['interval'] for process in processes])
+        if len(processes) == world_size:
+            self.sums.copy_(sums[rank])
+        else:
+            self.sums.copy_(sums.sum(0) if rank == 0 else torch.zeros(2))
 
 
 def check_fixed_flags(args, saved_args, names):
@@ -178,35 +175,24 @@ def resume(state, saved, args, num_images, rank=0, world_size=1):
 def save(path, content, keep_previous=False):
     """Save plain values and tensors; whole and on the disk before the file takes its name.
 
-    With `keep_previous`, the file that had the name becomes path.1. At every moment one of the two
-    is there and whole.
+    With `keep_previous`, the file that had the name becomes path.1. A process that is killed at any
+    moment leaves at least one of the two, and what it leaves is whole. A failed write changes
+    neither.
     """
     path, archive = Path(path), io.BytesIO()
     torch.save(content, archive)  # in memory: into a full disk, torch.save fails in odd ways
-    with replacing(path, path.with_name(f'{path.name}.1') if keep_previous else None) as file:
-        file.write(archive.getbuffer())
-
-
-@contextlib.contextmanager
-def replacing(path, previous=None):
-    """A binary file that takes the name `path` once it is whole; an error changes nothing.
-
-    The one that had the name is renamed `previous`, if that is given, or else is gone.
-    """
-    path = Path(path)
     temporary = path.with_name(f'.{path.name}.tmp')
     try:
         with open(temporary, 'wb') as file:
-            yield file
+            file.write(archive.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-        if previous is not None and path.exists():
-            os.replace(path, previous)
+        if keep_previous and path.exists():
+            os.replace(path, f'{path}.1')
         os.replace(temporary, path)
-    except BaseException as error:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno:  # a write names no file
-            error.filename = str(path)
+        error.filename = str(path)  # a failed write names no file
         raise
     directory = os.open(path.parent, os.O_RDONLY)
     os.fsync(directory)  # the rename itself
@@ -225,16 +211,14 @@ def load(path):
                 record = archive.testzip()
             if record:
                 raise CheckpointError(f'{path} is damaged: the CRC of {record} is wrong')
-        with warnings.catch_warnings(), \
-                torch.serialization.safe_globals([argparse.Namespace]):  # timm keeps its flags so
-            warnings.simplefilter('ignore')  # of a pickle's age: what is wrong is said below
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm keeps its flags so
             saved = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f'{path} is not there: give the path of a checkpoint, such as '
                               f'work/cifar10.base/latest.pth') from error
+    except (CheckpointError, MemoryError):
+        raise
     except Exception as error:  # a file that is no checkpoint makes the reader fail in any way
-        if isinstance(error, (CheckpointError, MemoryError)):
-            raise
         if isinstance(error, OSError) and error.filename is not None:  # not opened
             raise CheckpointError(f'{path} cannot be read: {error.strerror}') from error
         raise CheckpointError(f'{path} is not a checkpoint, or a damaged one '
@@ -258,13 +242,6 @@ def load_newest(path):
         raise
 
 
-def set_aside_damaged(path):
-    """Where path.1 is resumed instead of `path`: rename that, or it would be the next path.1."""
-    path = Path(path)
-    if path.suffix == '.1' and path.with_suffix('').exists():
-        os.replace(path.with_suffix(''), path.with_suffix('.damaged'))
-
-
 def load_weights_file(path):
     """The state dict in a file: our checkpoint, or one of torchvision or timm, bare or not.
 
@@ -277,7 +254,8 @@ def load_weights_file(path):
 
             return load_file(path)
         except Exception as error:  # not installed, no such file, a damaged one
-            raise CheckpointError(f'{path} cannot be read: {_one_line(error)}') from error
+            reason = textwrap.shorten(str(error), 200)
+            raise CheckpointError(f'{path} cannot be read: {reason}') from error
     saved = load(path)
     return next((saved[key] for key in ('model', 'state_dict') if key in saved), saved)
 
@@ -294,7 +272,7 @@ def torchvision_weights(arch):
         weights = torchvision.models.get_model_weights(arch).DEFAULT
         return weights.get_state_dict(weights_only=True)
     except Exception as error:  # torchvision and urllib raise anything
-        reason = str(error).partition('\n')[0]
+        reason = textwrap.shorten(str(error), 200)
         raise CheckpointError(f'torchvision could not download or read its weights of {arch} '
                               f'({reason})') from error
 
@@ -303,34 +281,15 @@ def load_weights(model, weights, source):
     """Load a state dict into `model`.
 
     Raises:
-        CheckpointError: the two don't fit; names the first difference.
+        CheckpointError: the two don't fit; names the first differences.
     """
     if not isinstance(weights, dict) or not all(torch.is_tensor(w) for w in weights.values()):
         raise CheckpointError(f'{source} holds no weights of a model')
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise CheckpointError(f'{source} is of another architecture: '
-                              f'{_first_difference(str(error))}') from error
-
-
-def _first_difference(message):
-    """The first of the complaints in the message of nn.Module.load_state_dict."""
-    size = re.search(r'size mismatch for (\S+): .* shape torch.Size\((.*?)\) from checkpoint, .* '
-                     r'torch.Size\((.*?)\)', message)
-    missing = re.search(r'Missing key\(s\) in state_dict: "(.*?)"', message)
-    unexpected = re.search(r'Unexpected key\(s\) in state_dict: "(.*?)"', message)
-    if missing:
-        return f'it has no {missing[1]}'
-    if unexpected:
-        return f'it has {unexpected[1]}, and this model has not'
-    if size:
-        return f'{size[1]} is {size[2]} there and {size[3]} here'
-    return _one_line(message)
-
-
-def _one_line(text):
-    return ' '.join(str(text).split())
+        differences = textwrap.shorten(str(error), 300)  # the first of hundreds
+        raise CheckpointError(f'{source} is of another architecture: {differences}') from error
 
 
 def first_not_finite(model):

@@ -15,13 +15,10 @@ torchrun then stops the others.
 """
 
 import contextlib
-import inspect
-import math
 import os
 import signal
 import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -87,17 +84,12 @@ def process_group():
     store = dist.PrefixStore(f'start {os.environ["TORCHELASTIC_RESTART_COUNT"]}', store)
     dist.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo',
                             store=store, rank=own_rank, world_size=processes)
-    with open(os.devnull, 'w') as nowhere:
-        with contextlib.redirect_stdout(nowhere if rank() else sys.stdout):
-            try:
-                yield
-            except SystemExit:  # all processes stop together
-                _leave_group()
-                raise
-    _leave_group()
-
-
-def _leave_group():
+    with open(os.devnull, 'w') as nowhere, \
+            contextlib.redirect_stdout(nowhere if rank() else sys.stdout):
+        try:
+            yield
+        except SystemExit as stopped:  # all processes stop together
+            leave(stopped.code)
     time.sleep(0.1)  # torch before 2.8 hangs if threads of gloo still want the interpreter's lock
     dist.destroy_process_group()
 
@@ -122,24 +114,6 @@ def rank():
 def local_rank():
     """The rank among the processes on this machine, which is the number of this one's GPU."""
     return int(os.environ['LOCAL_RANK']) if dist.is_initialized() else 0
-
-
-def is_restart():
-    """Has torchrun started these processes before, under --max-restarts?"""
-    return os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0'
-
-
-def torchrun_started():
-    """When the torchrun that started this process was started itself, in seconds of time.time().
-
-    The times of the directory /proc/<pid> don't say it: they are those of the first look at it.
-    """
-    stat = Path(f'/proc/{os.getppid()}/stat')
-    if not stat.exists():  # not on Linux
-        return math.inf
-    ticks = int(stat.read_text().rpartition(')')[2].split()[19])  # from the machine's start
-    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf('SC_CLK_TCK')
-    return time.time() - age
 
 
 def lost_a_peer(error):
@@ -184,11 +158,12 @@ def wrap(model):
     """The forward of a model whose gradients are to be the mean over all processes."""
     if world_size() == 1:
         return model
+    forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
     # Each process keeps its own running statistics until `share_statistics`: DDP's default, a
-    # broadcast with every forward, would be one more message in each step.
-    known = inspect.signature(DistributedDataParallel).parameters
-    flag = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{flag: False})
+    # broadcast with every forward, would be one more message in each step. Set here, because the
+    # constructor's argument has different names in torch 2.6 and 2.14.
+    forward.broadcast_buffers = False
+    return forward
 
 
 def no_sync(forward, last):

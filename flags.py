@@ -195,12 +195,8 @@ def parse_args(argv=None, parser=None):
     """
     parser = parser or make_parser()
     args, saved, given = parser.parse_args(argv), None, {}
-    if is_own_restart(args):
-        given = dict(resume=str(run_directory(args) / 'latest.pth'), overwrite=False,
-                     pretrained=None, reset_classifier=False, start_epoch=None)
-    start = argparse.Namespace(**{**vars(args), **given})
-    if start.resume is not None:
-        path = resume_path(start)
+    if args.resume is not None:
+        path = resume_path(args)
         given['resume'], saved = checkpoint.load_newest(path)
         if given['resume'] != path:
             runlog.warn(f'{path} is damaged or missing: going on from the one before, '
@@ -219,18 +215,6 @@ def parse_args(argv=None, parser=None):
     return args, saved
 
 
-def is_own_restart(args):
-    """Has torchrun started this run again (--max-restarts), after it has saved a checkpoint?
-
-    A run directory's checkpoint that is younger than torchrun is this run's own. One that is killed
-    in a save can leave latest.pth.1 alone.
-    """
-    latest = run_directory(args) / 'latest.pth'
-    saved = [path for path in (latest, Path(f'{latest}.1')) if path.exists()]
-    return (distributed.is_restart() and not args.evaluate
-            and any(path.stat().st_mtime > distributed.torchrun_started() for path in saved))
-
-
 def recipe(args):
     """Defaults that depend on other flags: the paper's (section 4.2), those of the optimizers."""
     lr = {'sgd': 0.1, 'adam': 1e-3, 'adamw': 1e-3, 'rmsprop': 1e-2}[args.optimizer]
@@ -242,15 +226,6 @@ def recipe(args):
     if args.dataset in ('cifar10', 'cifar100') and not args.augment:
         return dict(**common, drop_rate=0.2)
     return common
-
-
-def hyper_parameters(args):
-    """{flag: value} of data, model and recipe: of all that has a part in what is learnt."""
-    parser = Parser()
-    add_data_and_model_flags(parser)
-    add_recipe_flags(parser)
-    return {flag: getattr(args, flag) for flag in vars(parser.parse_args([]))
-            if flag not in ('data', 'workers')}
 
 
 def with_network(args, image_size):

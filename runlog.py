@@ -11,14 +11,14 @@
 """
 
 import contextlib
-import csv
 import fcntl
+import itertools
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
-import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +27,6 @@ import torch
 import torchvision
 from tqdm import tqdm
 
-from checkpoint import replacing
 from errors import UserError
 
 TRAIN_COLUMNS = ('epoch', 'loss', 'error', 'lr', 'images_per_second', 'data_wait')
@@ -124,8 +123,7 @@ def write_record(directory, args, **settings):
     record = {'args': vars(args), **settings, 'git_commit': commit,
               'versions': {'python': platform.python_version(), 'torch': torch.__version__,
                            'torchvision': torchvision.__version__, 'cuda': torch.version.cuda}}
-    with replacing(directory / 'args.json') as file:
-        file.write(json.dumps(record, indent=2).encode())
+    (directory / 'args.json').write_text(json.dumps(record, indent=2))
 
 
 # ---- the log ------------------------------------------------------------------------------
@@ -222,14 +220,8 @@ class RunLog:
         if self.figures:
             self.figures.redraw()
 
-    def end_run(self, hyper_parameters, errors):
-        """Draw the last figures; for TensorBoard {name: value} and (final, best) error, percent."""
-        if self.tensorboard:
-            known = {name: value if isinstance(value, (bool, int, float)) else str(value)
-                     for name, value in hyper_parameters.items() if value is not None}
-            # '.': by default it would be a run beside this one, named by the time.
-            self.tensorboard.add_hparams(known, dict(zip(('final_error', 'best_error'), errors)),
-                                         run_name='.', global_step=self.epochs)
+    def end_run(self):
+        """Draw the last figures, and say where they are."""
         if self.figures and self.figures.finish():
             say('figures:', *(self.directory / f'{name}.png' for name in FIGURES))
 
@@ -258,18 +250,23 @@ class NoLog:
 
 
 class CsvFile:
-    """Appends rows, each flushed; of an earlier file it keeps the rows up to `last_epoch`."""
+    """Appends rows, each flushed; cuts an earlier file off after the rows up to `last_epoch`."""
 
     def __init__(self, path, columns, last_epoch):
-        rows = list(_rows(path, columns, last_epoch)) if path.exists() else []
-        with replacing(path) as file:
-            file.write('\n'.join(map(','.join, [columns, *rows, ''])).encode())
-        self.file = open(path, 'a', newline='')
-        self.writer = csv.writer(self.file, lineterminator='\n')
+        def is_kept(line):
+            epoch = line.partition(b',')[0]
+            return line.endswith(b'\n') and (  # a process that is killed can leave part of a row
+                epoch == b'epoch' or float(epoch) < last_epoch + 1e-5)
+
+        self.file = open(path, 'a')
+        kept = list(itertools.takewhile(is_kept, path.read_bytes().splitlines(keepends=True)))
+        self.file.truncate(sum(map(len, kept)))
+        if not kept:
+            self.write(*columns)
 
     def write(self, *values):
         try:
-            self.writer.writerow(values)
+            self.file.write(','.join(map(str, values)) + '\n')
             self.file.flush()
         except OSError as error:
             error.filename = self.file.name
@@ -283,47 +280,31 @@ class CsvFile:
         os.fsync(self.file.fileno())
 
 
-def _rows(path, columns, last_epoch):
-    with open(path, newline='', errors='replace') as file:
-        for row in csv.DictReader(file):
-            values = [row.get(name, 'nan') for name in columns]  # older files have fewer columns
-            # A process that is killed can leave a part of a row.
-            with contextlib.suppress(TypeError, ValueError):
-                if list(map(float, values))[0] < last_epoch + 1e-5:
-                    yield values
-
-
 class FigureDrawer:
     """Runs plot.py in the background; a plot that fails is one warning."""
 
     def __init__(self, directory):
-        script = Path(__file__).with_name('plot.py')
-        self.command = [sys.executable, str(script), str(directory)]
-        self.thread, self.drawn, self.warned = None, False, False
+        self.command = [sys.executable, str(Path(__file__).with_name('plot.py')), str(directory)]
+        self.process, self.warned = None, False
 
     def redraw(self):
         """Draw, unless the last drawing is not done yet: then the next call will."""
-        if self.thread is None or not self.thread.is_alive():
-            self.thread = threading.Thread(target=self._draw, daemon=True)
-            self.thread.start()
+        if self.process is None or self.process.poll() is not None:
+            self.wait()
+            self.process = subprocess.Popen(
+                self.command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL, start_new_session=True)  # Ctrl-C is for the training
 
     def finish(self):
-        """Draw what there is now, and say whether it is drawn."""
-        if self.thread is not None:
-            self.thread.join()
-        self._draw()
-        return self.drawn
+        """Draw what there is now; returns whether it is drawn."""
+        self.wait()
+        self.redraw()
+        return self.wait()
 
-    def _draw(self):
-        self.drawn, complaint = False, ''
-        try:  # in a session of its own: Ctrl-C is for the training
-            ended = subprocess.run(self.command, stdin=subprocess.DEVNULL,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=60,
-                                   text=True, errors='replace', start_new_session=True)
-            self.drawn, complaint = ended.returncode == 0, ended.stderr
-        except (OSError, subprocess.TimeoutExpired) as error:
-            complaint = str(error)
-        if not self.drawn and not self.warned:
-            last = (complaint.strip().splitlines() or ['no reason given'])[-1]
-            warn(f'the figures were not drawn: {last}')
+    def wait(self):
+        """Wait for the last drawing, if any; returns whether it succeeded, warns once if not."""
+        failed = self.process is not None and self.process.wait() != 0
+        if failed and not self.warned:
+            warn(f'the figures were not drawn: {shlex.join(self.command)} says why')
             self.warned = True
+        return not failed

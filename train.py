@@ -648,7 +648,7 @@ def train(args, dataset, model, loaders, directory, stop, *, device, precision, 
             say(f'{stopped}: saved in epoch {state.epoch} after step {state.step}; --resume goes '
                 f'on from {directory / "latest.pth"}')
             sys.exit(128 + stopped.signum)
-        log.end_run(flags.hyper_parameters(args), (state.last_error, state.best_error))
+        log.end_run()
     used = str(timedelta(seconds=round(state.seconds)))
     if state.peak_memory:
         used += f' with at most {state.peak_memory / 2**30:.2f} GiB on the GPU'

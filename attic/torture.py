@@ -1,8 +1,7 @@
 """Break runs of train.py on purpose, at random moments, and count what is lost by it.
 
-    python attic/torture.py                        # in full: minutes on two CPU cores
-    python attic/torture.py --short                # each fault once, as the tests do
-    python attic/torture.py --only killed stopped  # some of them
+    python attic/torture.py            # in full: minutes on two CPU cores
+    python attic/torture.py --short    # each fault once, as the tests do
 
 The runs are small, on random images in a temporary directory. One has survived a fault if, resumed,
 it ends as one that nothing happened to: the same weights, optimizer, random state and test.csv to
@@ -201,14 +200,11 @@ FAULTS = killed, stopped, disk_full, damaged, two_at_once
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('--short', action='store_true', help='each fault once')
-    parser.add_argument('--only', nargs='+', metavar='FAULT', help='some of the faults')
     args = parser.parse_args(argv)
     os.environ['PYTHONPATH'] = str(ROOT)  # for the process that all others are forked from
     lab, tries, all_lost = Lab(), 1 if args.short else 25, 0
     print(f'{"fault":<15}{"tried":>6}{"survived":>10}{"lost":>6}', flush=True)
     for fault in FAULTS:
-        if args.only and fault.__name__ not in args.only:
-            continue
         lost, started = 0, time.monotonic()
         for run in [lab.new_run() for _ in range(tries)]:
             try:

@@ -1,11 +1,8 @@
 """A file is either the old one or the new one, and a stranger's file can't run code."""
 
-import hashlib
-import io
 import os
 import random
 import re
-import struct
 import zipfile
 
 import pytest
@@ -15,9 +12,7 @@ from conftest import Opener
 
 import checkpoint
 import densenet
-import train
 from checkpoint import CheckpointError
-from flags import parse_args
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -35,16 +30,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         assert caught.value.filename == str(path)
         assert path.read_bytes() == before and os.listdir(tmp_path) == ['latest.pth']
     assert checkpoint.load(path)['args'] == {'depth': 40}
-
-
-def test_a_new_file_has_its_name_only_once_it_is_whole(tmp_path):
-    path = tmp_path / 'latest.pth'
-    path.write_bytes(b'old')
-    with checkpoint.replacing(path) as file:
-        file.write(b'new')
-        file.flush()
-        assert path.read_bytes() == b'old'
-    assert path.read_bytes() == b'new'
 
 
 def test_the_file_before_is_kept(tmp_path):
@@ -165,61 +150,13 @@ def test_the_newest_one_that_is_whole(tmp_path):
     for value in range(2):
         checkpoint.save(path, {'value': value}, keep_previous=True)
     assert checkpoint.load_newest(path) == (str(path), {'value': 1})
-    checkpoint.set_aside_damaged(str(path))
-    assert {file.name for file in tmp_path.iterdir()} == {'latest.pth', 'latest.pth.1'}
     path.write_bytes(b'damaged')
     assert checkpoint.load_newest(path) == (f'{path}.1', {'value': 0})
-    checkpoint.set_aside_damaged(f'{path}.1')
-    assert {file.name for file in tmp_path.iterdir()} == {'latest.pth.damaged', 'latest.pth.1'}
+    path.unlink()
     assert checkpoint.load_newest(path) == (f'{path}.1', {'value': 0})
-    checkpoint.set_aside_damaged(f'{path}.1')
     (tmp_path / 'latest.pth.1').write_bytes(b'')
     with pytest.raises(CheckpointError, match='latest.pth is not there'):
         checkpoint.load_newest(path)
-
-
-def as_written_before(saved):
-    """The bytes of a checkpoint as it was written before, made of what today's code has saved.
-
-    It had a SHA-256 as the archive's comment, four numbers an interval, and flags that are gone.
-    """
-    old = {**saved, 'interval_steps': 2, 'launcher': None, 'sealed': True}
-    old['args'] = {**saved['args'], 'keep': 1, 'save_every': None, 'predict': None}
-    old['processes'] = [{**process, 'interval': torch.tensor([*process['interval'], 5, 7.0])}
-                        for process in saved['processes']]
-    archive = io.BytesIO()
-    torch.save(old, archive)
-    content = archive.getvalue()[:-2] + struct.pack('<H', 71) + b'sha256 '
-    return content + hashlib.sha256(content).hexdigest().encode()
-
-
-def test_a_checkpoint_of_the_older_code_is_resumed(tmp_path):
-    def state(seed):
-        torch.manual_seed(seed)
-        return train.make_state(args, densenet.densenet_cifar(10, 4), torch.device('cpu'), 'fp32')
-
-    path = tmp_path / 'latest.pth'
-    args, _ = parse_args(['--device', 'cpu', '--save', str(tmp_path)])
-    before, after = state(1), state(2)
-    step = train.make_step(args, before, [], torch.autocast('cpu', enabled=False))
-    for _ in range(2):
-        step(torch.randn(8, 3, 8, 8), torch.randint(10, (8,)))
-        before.count_step(8)
-    before.seconds, before.best_error = 12.5, 40.0
-    saved = {**before.state_dict(), 'args': vars(args), 'num_images': 80, 'config': {},
-             'dataset': {}}
-    path.write_bytes(as_written_before(saved))
-    args, loaded = parse_args(['--device', 'cpu', '--save', str(tmp_path), '--resume'])
-    checkpoint.check_fixed_flags(args, loaded['args'], train.flags.FIXED_FLAGS)
-    checkpoint.resume(after, loaded, args, num_images=80)
-    torch.testing.assert_close(after.state_dict(), before.state_dict(), rtol=0, atol=0,
-                               equal_nan=True)
-    assert after.step == 2 and after.sums.shape == (2,) and after.sums[0] > 0
-    content = bytearray(path.read_bytes())
-    content[content.index(before.sums.numpy().tobytes())] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(CheckpointError, match='is damaged: the CRC of'):
-        checkpoint.load(path)
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
@@ -247,18 +184,21 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path):
 
 
 @pytest.mark.parametrize('theirs, difference', [
-    (lambda: densenet.densenet_cifar(40, 12), 'it has features.denseblock1.denselayer4'),
-    (lambda: densenet.densenet_cifar(16, 12), 'it has no features.denseblock1.denselayer3'),
-    (lambda: densenet.densenet_cifar(22, 8), 'features.conv0.weight is [16, 3, 3, 3] there and '
-                                             '[24, 3, 3, 3] here'),
-    (lambda: densenet.densenet_cifar(22, 12, num_classes=100), 'classifier.weight is [100, 69]'),
-    (lambda: torchvision.models.resnet18(), 'it has no features.conv0.weight'),
+    (lambda: densenet.densenet_cifar(40, 12), 'Unexpected key(s) in state_dict: "features.'
+                                          'denseblock1.denselayer4'),
+    (lambda: densenet.densenet_cifar(16, 12), 'Missing key(s) in state_dict: "features.'
+                                          'denseblock1.denselayer3'),
+    (lambda: densenet.densenet_cifar(22, 8), 'size mismatch for features.conv0.weight: copying '
+                                         'a param with shape torch.Size([16, 3, 3, 3]) from'),
+    (lambda: densenet.densenet_cifar(22, 12, num_classes=100), 'size mismatch for '
+     'classifier.weight: copying a param with shape torch.Size([100, 69]) from checkpoint'),
+    (lambda: torchvision.models.resnet18(), 'Missing key(s) in state_dict: "features.conv0.'),
 ])
-def test_weights_of_another_architecture_name_the_first_difference(theirs, difference):
+def test_weights_of_another_architecture_name_the_first_differences(theirs, difference):
     model = densenet.densenet_cifar(22, 12)
     with pytest.raises(CheckpointError, match=re.escape(difference)) as caught:
         checkpoint.load_weights(model, theirs().state_dict(), 'x.pth')
-    assert '\n' not in str(caught.value)
+    assert '\n' not in str(caught.value) and len(str(caught.value)) < 350
 
 
 @pytest.mark.parametrize('weights', [None, {'weight': 3}, 'text'])

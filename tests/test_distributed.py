@@ -1,15 +1,13 @@
 """Several processes against one: the same losses, weights and counts; killed and broken ones.
 
-Most of these start torchrun's agent, with its restarts, in a process forked from one that has torch
+Most of these start torchrun's agent in a process forked from one that has torch
 imported, and its workers are forked from that; one test goes by the command itself.
 """
 
 import os
 import re
-import shutil
 import subprocess
 import sys
-import time
 
 import forked
 import pytest
@@ -18,14 +16,13 @@ from conftest import ROOT, SMALL, assert_same_run, read_csv, write_images
 from forked import interrupted
 
 import checkpoint
-import distributed
 import flags
 import train
 from densenet import densenet_cifar
 from errors import UserError
 
-# What torchrun does with its flags, for a script given as text: processes, restarts, the script and
-# its arguments.
+# What torchrun does with its flags, for a script given as text: processes, the script and its
+# arguments.
 TORCHRUN = '''
 import signal, sys, uuid, torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -35,9 +32,9 @@ def work(script, argv):
     sys.argv[1:] = argv
     exec(script, {'__name__': '__main__'})
 
-processes, restarts, script, *argv = sys.argv[1:]
+processes, script, *argv = sys.argv[1:]
 config = LaunchConfig(1, 1, int(processes), run_id=str(uuid.uuid4()), rdzv_backend='c10d',
-                      rdzv_endpoint='localhost:0', max_restarts=int(restarts),
+                      rdzv_endpoint='localhost:0', max_restarts=0,
                       monitor_interval=0.05, start_method='fork')
 elastic_launch(config, work)(script, argv)
 '''
@@ -119,9 +116,9 @@ def train_some(argv, batch_statistics, epochs=2):
 '''
 
 
-def torchrun(processes, argv, script=TRAIN, restarts=0):
+def torchrun(processes, argv, script=TRAIN):
     """The end of some processes that run a script under torchrun: exit code and output."""
-    return forked.run(TORCHRUN, [processes, restarts, script, *argv])
+    return forked.run(TORCHRUN, [processes, script, *argv])
 
 
 def complaints(ended):
@@ -216,16 +213,6 @@ def uninterrupted(recipe, tmp_path_factory):
     return run
 
 
-@pytest.fixture(scope='module')
-def older_run(recipe, tmp_path_factory):
-    """A run of an epoch by one process, an hour old."""
-    run = tmp_path_factory.mktemp('older') / 'run'
-    train.main([*recipe, '--epochs', '1', '--lr', '0.001', '--save', str(run)])
-    for path in run.iterdir():
-        os.utime(path, (time.time() - 3600,) * 2)
-    return run
-
-
 def test_one_of_two_is_told_to_stop_and_both_go_on_where_they_were(
         recipe, uninterrupted, tmp_path):
     run = tmp_path / 'run'
@@ -253,102 +240,24 @@ def test_another_number_of_processes_goes_on(recipe, uninterrupted, tmp_path):
         assert [row['epoch'] for row in found] == [row['epoch'] for row in expected]
 
 
-def killed(when, function='learning_rate', rank=1):
-    """A train.py of which a process is killed in a call, but only when torchrun first starts it."""
-    return interrupted(function, when, (
-        f"os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and os.environ['RANK'] == '{rank}' "
-        f'and os.kill(os.getpid(), signal.SIGKILL)'))
-
-
-def test_torchrun_comes_back_from_a_killed_worker(recipe, uninterrupted, tmp_path):
+def test_a_killed_worker_ends_a_run_and_torchrun_restarts_one_that_is_resumed(
+        recipe, uninterrupted, tmp_path):
     script, run = tmp_path / 'script.py', tmp_path / 'run'
-    script.write_text(killed(14))
+    script.write_text(interrupted('learning_rate', 14, (
+        "os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and os.environ['RANK'] == '1' "
+        'and os.kill(os.getpid(), signal.SIGKILL)')))
+    ended = torchrun(2, [*recipe, '--save', run], script.read_text())
+    assert ended.returncode != 0 and complaints(ended) in ([], [LOST])
     command = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
-               '--max-restarts', '1', script, *recipe, '--save', run]
+               '--max-restarts', '1', script, '--save', run, '--resume']
     ended = subprocess.run(
         [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=120,
         env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)})
     assert ended.returncode == 0, ended.stderr
-    assert f'resuming {run / "latest.pth"} in epoch 2 after step 0' in ended.stdout
-    assert_same_run(run, uninterrupted)
-
-
-def test_a_restart_does_not_overwrite_its_own_run(recipe, uninterrupted, older_run, tmp_path):
-    run = tmp_path / 'run'
-    shutil.copytree(older_run, run)
-    ended = torchrun(2, [*recipe, '--save', run, '--overwrite'], killed(14), restarts=1)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count('resuming') == 1 and 'in epoch 2 after step 0' in ended.stdout
-    assert_same_run(run, uninterrupted)
-
-
-def test_a_restart_does_not_resume_the_run_that_it_was_to_overwrite(
-        recipe, uninterrupted, older_run, tmp_path):
-    run = tmp_path / 'run'
-    shutil.copytree(older_run, run)
-    script = killed(1, 'build_model', rank=0)  # before anything is saved
-    ended = torchrun(2, [*recipe, '--save', run, '--overwrite'], script, restarts=1)
-    assert ended.returncode == 0, ended.stderr
-    assert 'resuming' not in ended.stdout
-    assert_same_run(run, uninterrupted)
-
-
-@pytest.mark.parametrize('start', [[], ['--start-epoch', 3]])
-def test_a_resumed_run_that_is_restarted_goes_on_from_its_own_checkpoint(
-        uninterrupted, tmp_path, start, recipe):
-    run = tmp_path / 'run'
-    if start:
-        shutil.copytree(uninterrupted, run)
-    else:
-        script = interrupted('learning_rate', 14, 'os.kill(os.getpid(), signal.SIGTERM)')
-        torchrun(2, [*recipe, '--save', run], script)
-    # Without --save: the directory is that of the checkpoint.
-    ended = torchrun(2, ['--resume', run, *start], killed(14 if start else 6), restarts=1)
-    assert ended.returncode == 0, ended.stderr
     resumed = [line.partition(' in ')[2] for line in ended.stdout.splitlines()
                if line.startswith(f'resuming {run / "latest.pth"}')]
-    if start:  # the old run, and then its own
-        assert resumed == ['epoch 3 after step 0', 'epoch 4 after step 0']
-        assert [row['epoch'] for row in read_csv(run / 'test.csv')] == ['1', '2', '3', '4']
-    else:
-        assert resumed == ['epoch 2 after step 5', 'epoch 3 after step 0']
-        assert_same_run(run, uninterrupted)
-
-
-def test_a_restart_does_not_take_over_the_run_of_another_day(recipe, older_run):
-    before = {path.name: path.read_bytes() for path in older_run.iterdir()}
-    ended = torchrun(2, [*recipe, '--save', older_run], restarts=1)
-    assert ended.returncode != 0
-    assert sum('holds a run' in line for line in complaints(ended)) == 2  # asked twice
-    assert {path.name: path.read_bytes() for path in older_run.iterdir()} == before
-
-
-@pytest.mark.parametrize('name, age, restarts, argv, own', [
-    ('latest.pth', -60, 1, [], True), ('latest.pth', -60, 1, ['--overwrite'], True),
-    ('latest.pth.1', -60, 1, [], True),  # killed between the two renames of a save
-    ('latest.pth', 60, 1, [], False), ('latest.pth.1', 60, 1, ['--overwrite'], False),
-    ('best.pth', -60, 1, [], False), ('latest.pth', -60, 0, [], False),
-    ('latest.pth', -60, 1, ['--evaluate'], False)])
-def test_whose_checkpoint_it_is(tmp_path, monkeypatch, name, age, restarts, argv, own):
-    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', str(restarts))
-    (tmp_path / name).touch()
-    os.utime(tmp_path / name, (distributed.torchrun_started() - age,) * 2)
-    args = flags.make_parser().parse_args(['--save', str(tmp_path), *argv])
-    assert flags.is_own_restart(args) is own
-
-
-def test_when_torchrun_started():
-    script = '''
-import os, sys, time, distributed
-time.sleep(1)
-if os.fork() == 0:  # its parent has begun to run before this process looks at it
-    print(time.time() - distributed.torchrun_started(), flush=True)
-    os._exit(0)
-os.wait()
-'''
-    before = time.time()
-    age = float(forked.run(script, []).stdout)
-    assert 1 <= age + 0.02 and age < time.time() - before + 0.02
+    assert resumed == ['epoch 2 after step 0', 'epoch 3 after step 0']
+    assert_same_run(run, uninterrupted)
 
 
 def test_an_image_that_cannot_be_read_is_named_and_the_epoch_kept(tmp_path):

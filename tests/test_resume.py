@@ -34,7 +34,7 @@ import train
     ('learning_rate', 23, signal.SIGKILL, -9, 3, 0),    # back to what was saved after epoch 2
     ('record_test', 2, signal.SIGKILL, -9, 2, 0),
     ('learning_rate', 4, signal.SIGKILL, -9, 1, 0),     # before the first epoch was done
-    ('checkpoint.os.replace', 7, signal.SIGKILL, -9, 1, 0),  # latest.pth is latest.pth.1, alone
+    ('checkpoint.os.replace', 4, signal.SIGKILL, -9, 1, 0),  # latest.pth is latest.pth.1, alone
 ])
 def test_interrupted_and_resumed_equals_uninterrupted(
         recipe, uninterrupted, tmp_path, function, when, signum, code, epoch, step):
@@ -102,20 +102,6 @@ def test_a_run_goes_on_from_its_best_epoch_as_it_went_on_there(
     assert_same_run(run, uninterrupted)
 
 
-def test_checkpoints_of_the_version_before(recipe, uninterrupted, tmp_path):
-    """They have four sums, one of which counts images, and flags that are gone."""
-    run = tmp_path / 'run'
-    assert run_interrupted([*recipe, '--save', run], 'learning_rate', 14, signal.SIGTERM) \
-        .returncode == 143
-    saved = checkpoint.load(run / 'latest.pth')
-    for process in saved['processes']:
-        process['interval'] = torch.cat([process['interval'], torch.tensor([8.0, 0.0])])
-    torch.save({**saved, 'args': {**saved['args'], 'save_every': 1, 'keep': 1},
-                'launcher': {}}, run / 'latest.pth')
-    train.main(['--save', str(run), '--resume', '--device', 'cpu'])
-    assert_same_run(run, uninterrupted)
-
-
 def test_resuming_a_finished_run_only_says_so_and_more_epochs_go_on(small, tmp_path, capsys):
     run = ['--save', str(tmp_path / 'run')]
     train.main([*small, *run, '--epochs', '2'])
@@ -137,13 +123,6 @@ def test_the_time_of_a_run_is_that_of_all_its_stretches(small, tmp_path):
         saved = checkpoint.load(tmp_path / 'run/latest.pth')
         assert before < saved['seconds'] < spent
         before = saved['seconds']
-    older = checkpoint.load(tmp_path / 'run/latest.pth')
-    del older['seconds'], older['peak_memory']  # as before there were any
-    checkpoint.save(tmp_path / 'run/latest.pth', older)
-    started = time.monotonic()
-    train.main(['--resume', '--epochs', '4', *run])
-    seconds = checkpoint.load(tmp_path / 'run/latest.pth')['seconds']
-    assert 0 < seconds < time.monotonic() - started
 
 
 def test_resuming_elsewhere_leaves_the_old_run_alone(small, tmp_path):
@@ -247,17 +226,6 @@ def test_a_torn_row_is_mended_on_resuming(small, tmp_path):
     assert len(read_csv(run / 'train.csv')) == 3 * 3
 
 
-def test_rows_of_an_older_version_are_kept(small, tmp_path):
-    run = tmp_path / 'run'
-    train.main([*small, '--save', str(run), '--epochs', '1'])
-    old = [line.rpartition(',')[0] for line in (run / 'train.csv').read_text().splitlines()]
-    (run / 'train.csv').write_text('\n'.join(old) + '\n')
-    for epochs in ('2', '3'):
-        train.main(['--save', str(run), '--resume', '--epochs', epochs])
-    lines = (run / 'train.csv').read_text().splitlines()
-    assert lines[1:4] == [f'{line},nan' for line in old[1:]] and len(lines) == 1 + 3 * 3
-
-
 # ---- the run directory -----------------------------------------------------------------------
 
 def test_overwriting_begins_anew(small, tmp_path):
@@ -320,11 +288,10 @@ def test_files_that_are_no_run(small, tmp_path, capsys):
     assert 'is not a checkpoint' in fails(capsys, *small, '--resume', tmp_path / 'text.pth')
     train.main([*small, '--epochs', '1', '--save', str(tmp_path / 'run')])
     saved = checkpoint.load(tmp_path / 'run/latest.pth')
-    for key, value in (('args', None), ('dataset', None), ('processes', None), ('epoch', 'x'),
-                       ('optimizer', {**saved['optimizer'], 'state': 5})):
-        torch.save({**saved, key: value}, tmp_path / 'other.pth')
+    for key in ('args', 'dataset', 'model'):
+        torch.save({**saved, key: None}, tmp_path / 'other.pth')
         error = fails(capsys, '--resume', tmp_path / 'other.pth', '--save', tmp_path / 'new')
-        assert re.search('cannot be resumed|holds no run to resume', error), (key, value)
+        assert 'holds no run to resume' in error, key
     torch.save(densenet.densenet_cifar(10, 4).state_dict(), tmp_path / 'weights.pth')
     assert '--pretrained' in fails(capsys, *small, '--resume', tmp_path / 'weights.pth')
     (tmp_path / 'file').write_text('')
@@ -347,10 +314,18 @@ def test_a_damaged_checkpoint_costs_no_more_than_an_epoch(recipe, uninterrupted,
                            f'the one before, {latest}.1\n')
     assert f'resuming {latest}.1 in epoch 2 after step 0' in printed.out
     assert_same_run(run, uninterrupted)
-    assert latest.with_name('latest.pth.damaged').exists()
     for name in ('latest.pth', 'latest.pth.1'):
         (run / name).write_bytes(b'')
     assert f'{latest} is not a checkpoint' in fails(capsys, '--save', run, '--resume')
+
+
+def test_the_checkpoint_before_the_latest_can_be_resumed(recipe, uninterrupted, tmp_path):
+    run = tmp_path / 'run'
+    shutil.copytree(uninterrupted, run)
+    before = (run / 'latest.pth').read_bytes()
+    train.main(['--resume', str(run / 'latest.pth.1'), '--device', 'cpu'])
+    assert_same_run(run, uninterrupted)
+    assert (run / 'latest.pth.1').read_bytes() == before
 
 
 @pytest.mark.parametrize('function, when, file', [

@@ -701,16 +701,14 @@ def test_output_that_nobody_reads_does_not_end_a_run(small, tmp_path):
     assert forked.run(full, argv).returncode == 2  # it is there already
 
 
-def test_tensorboard_has_the_curves_and_the_hyper_parameters(recipe, uninterrupted, tmp_path):
+def test_tensorboard_has_the_curves(recipe, uninterrupted, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     run = tmp_path / 'run'
     train.main([*recipe, '--tensorboard', '--save', str(run)])
     assert_same_run(run, uninterrupted)
     events = EventAccumulator(str(run / 'tensorboard')).Reload()
-    curves = {'train_loss', 'train_acc', 'val_loss', 'val_acc'}
-    assert set(events.Tags()['scalars']) == curves | {'final_error', 'best_error'}
+    assert set(events.Tags()['scalars']) == {'train_loss', 'train_acc', 'val_loss', 'val_acc'}
     rows = read_csv(run / 'test.csv')
     errors = [float(row['error']) for row in rows]
     np.testing.assert_allclose([e.value for e in events.Scalars('val_loss')],
@@ -723,13 +721,6 @@ def test_tensorboard_has_the_curves_and_the_hyper_parameters(recipe, uninterrupt
     np.testing.assert_allclose([e.value for e in events.Scalars('train_loss')], loss, rtol=1e-4)
     np.testing.assert_allclose([100 - e.value for e in events.Scalars('train_acc')], error,
                                rtol=1e-4)
-    assert math.isclose(events.Scalars('final_error')[-1].value, errors[-1], rel_tol=1e-4)
-    assert math.isclose(events.Scalars('best_error')[-1].value, min(errors), rel_tol=1e-4)
-
-    content = events.SummaryMetadata('_hparams_/session_start_info').plugin_data.content
-    values = HParamsPluginData.FromString(content).session_start_info.hparams
-    assert values['lr'].number_value == 0.05 and values['optimizer'].string_value == 'sgd'
-    assert 'save' not in values and 'workers' not in values
 
 
 def test_tensorboard_on_a_full_disk_is_one_line(small, tmp_path, monkeypatch, capsys):
@@ -742,15 +733,15 @@ def test_tensorboard_on_a_full_disk_is_one_line(small, tmp_path, monkeypatch, ca
 
 def test_a_plot_that_fails_is_one_warning(small, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train.runlog, '__file__', str(tmp_path / 'runlog.py'))
-    # More on stderr than a pipe holds does not stop it.
-    (tmp_path / 'plot.py').write_text('import sys; sys.stderr.write(100_000 * "x")\n'
-                                      'raise ValueError("no ink")')
+    (tmp_path / 'plot.py').write_text('raise ValueError("no ink")')
     argv = [flag for flag in small if flag != '--no-plot']
     train.main([*argv, '--save', str(tmp_path / 'run'), '--epochs', '3'])
-    output, warnings = capsys.readouterr()
+    output, errors = capsys.readouterr()
     assert 'figures:' not in output
-    warnings = warnings.splitlines()
-    assert warnings == ['train.py: warning: the figures were not drawn: ValueError: no ink']
+    warning, command = errors.splitlines()[0].removesuffix(' says why').split(' drawn: ')
+    assert warning == 'train.py: warning: the figures were not' and errors.count('\n') == 1
+    ended = subprocess.run(shlex.split(command), capture_output=True, text=True)
+    assert 'ValueError: no ink' in ended.stderr
 
 
 # ---- wrong input -----------------------------------------------------------------------------
