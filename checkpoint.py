@@ -135,12 +135,13 @@ class TrainState:
             groups.append({**group, 'params': saved_group['params'], 'lr': lr})
         self.optimizer.load_state_dict({**saved['optimizer'], 'param_groups': groups})
         self.scaler.load_state_dict(saved['scaler'])
-        for name in self.counters():
-            setattr(self, name, saved[name])
+        for name, default in self.counters().items():  # older checkpoints lack some
+            setattr(self, name, saved.get(name, default))
         processes = saved['processes']
         if rank < len(processes):
             self.set_random_state(processes[rank]['rng'])
-        sums = torch.stack([process['interval'] for process in processes])
+        # In older checkpoints an interval has four values.
+        sums = torch.stack([process['interval'][:2] for process in processes])
         if len(processes) == world_size:
             self.sums.copy_(sums[rank])
         else:

@@ -163,7 +163,8 @@ def add_run_flags(parser):
     group.add_argument('--save', metavar='DIR', help='the run directory, wherever you like')
     again = group.add_mutually_exclusive_group()
     again.add_argument('--resume', nargs='?', const='', metavar='CHECKPOINT',
-                       help='go on from a checkpoint (default: latest.pth of the run directory)')
+                       help='go on from a checkpoint (default: latest.pth of the run directory, '
+                            'or from the beginning if there is none)')
     again.add_argument('--overwrite', action='store_true', help='replace the run that is there')
     group.add_argument('--start-epoch', type=POSITIVE, metavar='EPOCH',
                        help='start at the beginning of this epoch, counted from 1')
@@ -191,12 +192,17 @@ def parse_args(argv=None, parser=None):
         parser: that of `make_parser`, to which others may have been added.
 
     Raises:
-        UserError: flags that are wrong or don't go together, or nothing to resume.
+        UserError: flags that are wrong or don't go together, or a checkpoint that can't be read.
     """
     parser = parser or make_parser()
     args, saved, given = parser.parse_args(argv), None, {}
+    path = resume_path(args)
+    is_here = os.path.exists(path) or os.path.exists(f'{path}.1')
+    if args.resume == '' and not is_here and not args.evaluate:
+        # So that one command can be given again and again, by torchrun --max-restarts for example.
+        runlog.say(f'nothing to resume in {run_directory(args)}: this run begins there')
+        args.resume = given['resume'] = None
     if args.resume is not None:
-        path = resume_path(args)
         given['resume'], saved = checkpoint.load_newest(path)
         if given['resume'] != path:
             runlog.warn(f'{path} is damaged or missing: going on from the one before, '

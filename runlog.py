@@ -11,6 +11,7 @@
 """
 
 import contextlib
+import csv
 import fcntl
 import itertools
 import json
@@ -258,7 +259,8 @@ class CsvFile:
             return line.endswith(b'\n') and (  # a process that is killed can leave part of a row
                 epoch == b'epoch' or float(epoch) < last_epoch + 1e-5)
 
-        self.file = open(path, 'a')
+        self.file = open(path, 'a', newline='')
+        self.writer = csv.writer(self.file, lineterminator='\n')
         kept = list(itertools.takewhile(is_kept, path.read_bytes().splitlines(keepends=True)))
         self.file.truncate(sum(map(len, kept)))
         if not kept:
@@ -266,7 +268,7 @@ class CsvFile:
 
     def write(self, *values):
         try:
-            self.file.write(','.join(map(str, values)) + '\n')
+            self.writer.writerow(values)
             self.file.flush()
         except OSError as error:
             error.filename = self.file.name
@@ -291,9 +293,10 @@ class FigureDrawer:
         """Draw, unless the last drawing is not done yet: then the next call will."""
         if self.process is None or self.process.poll() is not None:
             self.wait()
-            self.process = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL, start_new_session=True)  # Ctrl-C is for the training
+            with contextlib.suppress(OSError):  # no memory for a process now: the next call draws
+                self.process = subprocess.Popen(
+                    self.command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL, start_new_session=True)  # Ctrl-C is for the training
 
     def finish(self):
         """Draw what there is now; returns whether it is drawn."""

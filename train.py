@@ -685,7 +685,8 @@ def main(argv=None):
         with contextlib.ExitStack() as stack:
             if distributed.rank() == 0:
                 is_ours = resumed is not None and resumed.parent == latest.parent
-                stack.enter_context(runlog.claim(directory, is_ours or args.overwrite))
+                stack.enter_context(runlog.claim(directory,
+                                                 may_hold_run=is_ours or args.overwrite))
                 if args.overwrite:
                     runlog.clear(directory)
             with distributed.rank_0_first():

@@ -240,23 +240,20 @@ def test_another_number_of_processes_goes_on(recipe, uninterrupted, tmp_path):
         assert [row['epoch'] for row in found] == [row['epoch'] for row in expected]
 
 
-def test_a_killed_worker_ends_a_run_and_torchrun_restarts_one_that_is_resumed(
-        recipe, uninterrupted, tmp_path):
+def test_torchrun_comes_back_from_a_killed_worker(recipe, uninterrupted, tmp_path):
     script, run = tmp_path / 'script.py', tmp_path / 'run'
     script.write_text(interrupted('learning_rate', 14, (
         "os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and os.environ['RANK'] == '1' "
         'and os.kill(os.getpid(), signal.SIGKILL)')))
-    ended = torchrun(2, [*recipe, '--save', run], script.read_text())
-    assert ended.returncode != 0 and complaints(ended) in ([], [LOST])
     command = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
-               '--max-restarts', '1', script, '--save', run, '--resume']
+               '--max-restarts', '1', script, *recipe, '--save', run, '--resume']
     ended = subprocess.run(
         [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=120,
         env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)})
     assert ended.returncode == 0, ended.stderr
-    resumed = [line.partition(' in ')[2] for line in ended.stdout.splitlines()
-               if line.startswith(f'resuming {run / "latest.pth"}')]
-    assert resumed == ['epoch 2 after step 0', 'epoch 3 after step 0']
+    found = [line for line in ended.stdout.splitlines() if 'resum' in line]
+    assert found == [f'nothing to resume in {run}: this run begins there',
+                     f'resuming {run / "latest.pth"} in epoch 2 after step 0']
     assert_same_run(run, uninterrupted)
 
 

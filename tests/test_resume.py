@@ -322,10 +322,22 @@ def test_a_damaged_checkpoint_costs_no_more_than_an_epoch(recipe, uninterrupted,
 def test_the_checkpoint_before_the_latest_can_be_resumed(recipe, uninterrupted, tmp_path):
     run = tmp_path / 'run'
     shutil.copytree(uninterrupted, run)
-    before = (run / 'latest.pth').read_bytes()
     train.main(['--resume', str(run / 'latest.pth.1'), '--device', 'cpu'])
     assert_same_run(run, uninterrupted)
-    assert (run / 'latest.pth.1').read_bytes() == before
+    assert checkpoint.load(run / 'latest.pth.1')['epoch'] == 4
+
+
+def test_a_run_that_goes_back_and_is_killed_goes_on_from_there(recipe, uninterrupted, tmp_path):
+    run = tmp_path / 'run'
+    shutil.copytree(uninterrupted, run)
+    shutil.copy(run / 'latest.pth.1', run / 'best.pth')
+    ended = run_interrupted(['--resume', str(run / 'best.pth'), '--device', 'cpu'],
+                            'learning_rate', 3, signal.SIGKILL)
+    assert ended.returncode == -9, ended.stderr
+    train.main(['--save', str(run), '--resume', '--device', 'cpu'])
+    rows = [float(row['epoch']) for row in read_csv(run / 'train.csv')]
+    assert rows == [float(row['epoch']) for row in read_csv(uninterrupted / 'train.csv')]
+    assert checkpoint.load(run / 'latest.pth')['epoch'] == 5
 
 
 @pytest.mark.parametrize('function, when, file', [

@@ -770,6 +770,7 @@ def test_a_plot_that_fails_is_one_warning(small, tmp_path, capsys, monkeypatch):
     (['--start-epoch', '301'], 'after the last of 300'),
     (['--image-size', '48'], '--image-size is for folder and imagenet'),
     (['--evaluate'], 'needs a model'),
+    (['--evaluate', '--resume'], 'work/cifar10.base/latest.pth is not there'),
     (['--reset-classifier'], 'for the weights of --pretrained'),
     (['--pretrained'], 'torchvision.s weights, .* images of more than 64 pixels'),
     (['--resume', '--overwrite'], 'not allowed with'),
