@@ -388,9 +388,9 @@ def evaluate(model, loader, autocast, stop=None):
 def print_errors(model, dataset, device, autocast, args):
     """Of the test images; with --ten-crop, of one crop and of ten."""
     for ten_crop in (False, True)[:1 + args.ten_crop]:
-        loader = data.make_test_loader(dataset, args.batch_size, device=device,
-                                       workers=args.workers, ten_crop=ten_crop,
-                                       shard=(distributed.rank(), distributed.world_size()))
+        loader = data.make_loader(dataset, 'test', args.batch_size, device=device,
+                                  workers=args.workers, ten_crop=ten_crop,
+                                  shard=(distributed.rank(), distributed.world_size()))
         loss, error, error5 = evaluate(model, loader, autocast)
         crops = ('ten crops: ' if ten_crop else 'one crop: ') if args.ten_crop else ''
         say(f'{crops}test loss {loss:.4f}, error {error:.2f}%, top-5 error {error5:.2f}%')
@@ -628,8 +628,8 @@ def main(argv=None):
                     runlog.clear(directory)
                 elif resumes_here:
                     checkpoint.set_aside_damaged(args.resume)
-            with distributed.rank_0_first():
-                dataset, *loaders = data.make_loaders(
+            with distributed.rank_0_first(), explained(args):
+                loaders = data.make_loaders(
                     dataset, args.batch_size, parts=args.grad_accum, device=device,
                     augment=args.augment, seed=args.seed, workers=args.workers,
                     ten_crop=args.ten_crop, shard=(distributed.rank(), distributed.world_size()))

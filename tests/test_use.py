@@ -110,7 +110,7 @@ def test_weights_of_timms_in_three_kinds_of_files(tmp_path, photos, capsys):
         line, = run(capsys, '--evaluate', '--pretrained', tmp_path / name, '--dataset', 'folder',
                     '--data', photos, '--image-size', 66, *NARROW_FLAGS)
         dataset = data.describe('folder', photos, 66)
-        loader = data.make_test_loader(dataset, 4, device=torch.device('cpu'))
+        loader = data.make_loader(dataset, 'test', 4, device=torch.device('cpu'))
         truth = truth or train.evaluate(model, loader, torch.autocast('cpu', enabled=False))
         assert line == (f'test loss {truth[0]:.4f}, error {truth[1]:.2f}%, '
                         f'top-5 error {truth[2]:.2f}%')
