@@ -384,8 +384,8 @@ def measure_loader(options, device):
     """Prints images per second of each pass through DIR/train, after one to start."""
     for workers in options.workers:
         dataset = data.describe('imagenet', options.loader, options.image_size)
-        loader, _ = data.make_loaders(dataset, options.batch_size, device=device,
-                                      workers=workers)
+        loader = data.make_loader(dataset, 'train', options.batch_size, device=device,
+                                  augment=True, workers=workers)
         speeds = []
         for epoch in range(options.rounds + 1):
             loader.set_epoch(epoch)

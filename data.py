@@ -1,9 +1,9 @@
 """The data sets, and loaders that yield `(images, labels)` on the device, normalised.
 
     dataset = data.describe('cifar10', 'work/data')
-    train_loader, test_loader = data.make_loaders(dataset, batch_size=64, device=device)
-    train_loader.set_epoch(1)
-    for images, labels in train_loader: ...        # float32 [B, 3, H, W] and int64 [B]
+    loader = data.make_loader(dataset, 'train', batch_size=64, device=device, augment=True)
+    loader.set_epoch(1)
+    for images, labels in loader: ...              # float32 [B, 3, H, W] and int64 [B]
 
 Small images are decoded once, held on the device as uint8 and augmented there, a batch at a time.
 Larger ones are decoded and augmented by worker processes in each epoch. Either way, all that is
@@ -135,25 +135,9 @@ def describe(name, root='work/data', image_size=None, split='train'):
     return Description(name, root, classes, image_size or 224, *STATISTICS[name])
 
 
-def make_loaders(dataset, batch_size, *, device, parts=1, augment=True, seed=1, workers=0,
-                 ten_crop=False, shard=(0, 1)):
-    """The training loader, which shuffles, and the test loader, which keeps the order.
-
-    Args:
-        parts: test batches are smaller by this factor: with gradient accumulation, the size of a
-            micro-batch.
-
-    The other arguments, and what is raised: as `make_loader`.
-    """
-    common = dict(device=device, workers=workers, shard=shard)
-    train = make_loader(dataset, 'train', batch_size, augment=augment, shuffle=True, seed=seed,
-                        **common)
-    return train, make_loader(dataset, 'test', -(-batch_size // parts), ten_crop=ten_crop, **common)
-
-
-def make_loader(dataset, split, batch_size, *, device, augment=False, shuffle=False, seed=1,
-                workers=0, ten_crop=False, shard=(0, 1)):
-    """A loader of the images of 'train' or 'test'.
+def make_loader(dataset, split, batch_size, *, device, augment=False, seed=1, workers=0,
+                ten_crop=False, shard=(0, 1)):
+    """A loader of the images of 'train', which are shuffled, or 'test', which come in their order.
 
     It has `len()`, the number of batches in an epoch, of which the last may be smaller;
     `set_epoch(epoch, start=0)`; `num_images`; and `images_in(i)`, the size of batch i.
@@ -170,9 +154,11 @@ def make_loader(dataset, split, batch_size, *, device, augment=False, shuffle=Fa
     Raises:
         DataError: data missing or broken, a failed download, or ten crops of small images.
     """
-    _check_ten_crop(dataset, ten_crop)
-    common = dict(mean=dataset.mean, std=dataset.std, device=device, shuffle=shuffle, seed=seed,
-                  shard=shard)
+    if ten_crop and dataset.in_memory:
+        raise DataError(f'--ten-crop is for images larger than {SMALL} pixels, and '
+                        f'{dataset.name} has images of {dataset.image_size}')
+    common = dict(mean=dataset.mean, std=dataset.std, device=device, shuffle=split == 'train',
+                  seed=seed, shard=shard)
     if dataset.in_memory:
         images, labels = _read_split(dataset, split, workers)
         return MemoryLoader(images, labels, batch_size, augment=augment, **common)
@@ -182,21 +168,14 @@ def make_loader(dataset, split, batch_size, *, device, augment=False, shuffle=Fa
                         -(-batch_size // 10) if ten_crop else batch_size, workers=workers, **common)
 
 
-def read_image(path, dataset, ten_crop=False):
-    """A file as the model's input, float32 [3, H, W], or [10, 3, H, W] with `ten_crop`.
+def read_image(path, dataset):
+    """An image file as the model's input, float32 [3, H, W].
 
     Raises:
-        DataError: not an image, or a broken one; or ten crops of small images.
+        DataError: not an image, or a broken one.
     """
-    _check_ten_crop(dataset, ten_crop)
-    image = _test_transform(dataset.image_size, ten_crop)(_decode(path))
+    image = _test_transform(dataset.image_size)(_decode(path))
     return (image.float() - _channels(dataset.mean, 'cpu')) / _channels(dataset.std, 'cpu')
-
-
-def _check_ten_crop(dataset, ten_crop):
-    if ten_crop and dataset.in_memory:
-        raise DataError(f'--ten-crop is for images larger than {SMALL} pixels, and '
-                        f'{dataset.name} has images of {dataset.image_size}')
 
 
 class _Loader:
@@ -296,11 +275,9 @@ class WorkerLoader(_Loader):
     def __init__(self, samples, transform, batch_size, *, device, workers=0, **kwargs):
         self.batches = []  # filled by `_draw`
         super().__init__(len(samples), batch_size, device=device, **kwargs)
-        self.loader = DataLoader(
-            _ImageFiles(samples, transform), batch_sampler=self.batches, num_workers=workers,
-            collate_fn=default_convert, pin_memory=device.type == 'cuda',
-            persistent_workers=workers > 0, worker_init_fn=_leave_signals_to_main,
-            generator=torch.Generator())  # not the global one, which dropout draws from
+        self.loader = _file_loader(samples, transform, self.batches, workers,
+                                   collate_fn=default_convert, persistent_workers=workers > 0,
+                                   pin_memory=device.type == 'cuda')
 
     def _draw(self, generator):
         # Each image has a seed, for its random transforms; a batch is rows of (index, seed).
@@ -309,19 +286,28 @@ class WorkerLoader(_Loader):
         self.batches[:] = [torch.stack([shard, seeds[shard]], 1).numpy() for shard in shards]
 
     def __iter__(self):
-        for i, batch in enumerate(self.uint8_batches(), start=self.start):
+        for i, batch in enumerate(_checked(self.loader), start=self.start):
             yield self._finish(i, *(part.to(self.device, non_blocking=True) for part in batch))
 
-    def uint8_batches(self):
-        """The batches as the workers make them, on the CPU: not normalised."""
-        for batch in self.loader:
-            if isinstance(batch, DataError):
-                raise DataError(*batch.args)
-            yield batch
+
+def _file_loader(samples, transform, batches, workers, **kwargs):
+    """A DataLoader of `_ImageFiles`; `_checked` iterates over it."""
+    return DataLoader(_ImageFiles(samples, transform), batch_sampler=batches, num_workers=workers,
+                      worker_init_fn=_leave_signals_to_main,
+                      generator=torch.Generator(),  # not the global one, which dropout draws from
+                      **kwargs)
+
+
+def _checked(loader):
+    """The batches of a `_file_loader`; raises the DataError that stands in a batch's place."""
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise DataError(*batch.args)
+        yield batch
 
 
 class _ImageFiles(torch.utils.data.Dataset):
-    """Batches of (path, label) as uint8 images and int64 labels."""
+    """Batches of (path, label) as NumPy arrays: uint8 images and int64 labels."""
 
     def __init__(self, samples, transform):
         self.samples, self.transform = samples, transform
@@ -329,7 +315,7 @@ class _ImageFiles(torch.utils.data.Dataset):
     def __getitems__(self, batch):
         """The images of rows of (index, seed), or a DataError for the main process to raise.
 
-        If a worker raised it, it would arrive as the text of that worker's traceback.
+        A worker must not raise it itself: it would arrive as the text of its traceback.
         """
         images = []
         try:
@@ -340,7 +326,7 @@ class _ImageFiles(torch.utils.data.Dataset):
         except DataError as error:
             return error
         labels = [self.samples[index][1] for index in batch[:, 0]]
-        return torch.stack(images), torch.tensor(labels)
+        return torch.stack(images).numpy(), np.array(labels)
 
 
 def _train_transform(size):
@@ -445,27 +431,30 @@ def _list_images(root, split, classes):
 
 
 def _read_folder(dataset, split, workers):
-    """All images of a folder, decoded by processes: threads would wait for the interpreter's lock.
-    """
+    """Processes decode the images: threads would wait for each other's interpreter lock."""
     samples = _list_images(dataset.root, split, dataset.classes)
-    loader = WorkerLoader(
-        samples, _test_transform(dataset.image_size), batch_size=100, mean=dataset.mean,
-        std=dataset.std, device=torch.device('cpu'), workers=workers if len(samples) > 2000 else 0)
-    # Filled by NumPy: torch would start its threads for each copy, and they need the cores.
-    images = np.empty((len(samples), 3, dataset.image_size, dataset.image_size), np.uint8)
+    count, size = len(samples), dataset.image_size
+    rows = np.stack([np.arange(count), np.zeros(count, np.int64)], 1)  # nothing random: seed 0
+    # Batches stay NumPy arrays: torch would pass them through shared memory, of which containers
+    # have little, and start its threads for each copy.
+    loader = _file_loader(samples, _test_transform(size), np.array_split(rows, -(-count // 100)),
+                          workers if count > 2000 else 0, collate_fn=_unchanged)
+    images, done = np.empty((count, 3, size, size), np.uint8), 0
     on_terminal = sys.stdout.isatty()
     silent_until = math.inf if on_terminal else time.monotonic() + PATIENCE
-    done = 0
-    with tqdm(desc=f'reading {split}', total=len(samples), leave=False,
-              disable=not on_terminal) as bar:
-        for batch, _ in loader.uint8_batches():
+    with tqdm(desc=f'reading {split}', total=count, leave=False, disable=not on_terminal) as bar:
+        for batch, _ in _checked(loader):
             images[done:done + len(batch)] = batch
             done += len(batch)
             bar.update(len(batch))
             if time.monotonic() > silent_until:
-                say(f'reading {split}: {done:,} of {len(samples):,} images in {PATIENCE} s')
+                say(f'reading {split}: {done:,} of {count:,} images in {PATIENCE} s')
                 silent_until = math.inf
     return torch.from_numpy(images), torch.tensor([label for _, label in samples])
+
+
+def _unchanged(batch):
+    return batch
 
 
 def _decode(path):

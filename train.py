@@ -629,10 +629,13 @@ def main(argv=None):
                 elif resumes_here:
                     checkpoint.set_aside_damaged(args.resume)
             with distributed.rank_0_first(), explained(args):
-                loaders = data.make_loaders(
-                    dataset, args.batch_size, parts=args.grad_accum, device=device,
-                    augment=args.augment, seed=args.seed, workers=args.workers,
-                    ten_crop=args.ten_crop, shard=(distributed.rank(), distributed.world_size()))
+                common = dict(device=device, workers=args.workers,
+                              shard=(distributed.rank(), distributed.world_size()))
+                loaders = (
+                    data.make_loader(dataset, 'train', args.batch_size, augment=args.augment,
+                                     seed=args.seed, **common),
+                    data.make_loader(dataset, 'test', -(-args.batch_size // args.grad_accum),
+                                     ten_crop=args.ten_crop, **common))
             with stop.deferred():
                 train(args, dataset, model, loaders, directory, stop, device=device,
                       precision=precision, saved=saved, resumes_here=resumes_here)

@@ -135,9 +135,13 @@ def test_no_linear_classifier_tells_the_shapes_apart(shapes, pool):
 
 # ---- folders of images -----------------------------------------------------------------------
 
-def load(root, batch_size=4, image_size=None, name='folder', **kwargs):
+def load(root, batch_size=4, image_size=None, name='folder', augment=True, ten_crop=False,
+         **kwargs):
+    """The description, the training loader and the test loader."""
     dataset = data.describe(name, root, image_size)
-    return dataset, *data.make_loaders(dataset, batch_size, device=CPU, **kwargs)
+    common = dict(batch_size=batch_size, device=CPU, **kwargs)
+    return (dataset, data.make_loader(dataset, 'train', augment=augment, **common),
+            data.make_loader(dataset, 'test', ten_crop=ten_crop, **common))
 
 
 def test_small_folders_are_held_in_memory_as_they_are(tmp_path):
@@ -228,8 +232,8 @@ def test_large_test_images_are_torchvisions_centre_and_ten_crops(photos):
                                  transforms.ToTensor(), normalize])(image)
     crops = [normalize(transforms.functional.to_tensor(crop))
              for crop in transforms.TenCrop(70)(transforms.Resize(80)(image))]
-    _, _, test = load(photos, image_size=70, parts=2)
-    assert [len(labels) for _, labels in test] == [2, 1]  # half of a training batch of 4
+    _, _, test = load(photos, 2, image_size=70)
+    assert [len(labels) for _, labels in test] == [2, 1]
     torch.testing.assert_close(next(iter(test))[0][0], centre, rtol=1e-5, atol=1e-5)
     _, _, test = load(photos, 20, image_size=70, ten_crop=True)
     assert [images.shape for images, _ in test] == [(2, 10, 3, 70, 70), (1, 10, 3, 70, 70)]
@@ -474,8 +478,8 @@ def test_options_that_a_data_set_has_not(photos):
 def test_batches_on_cuda_are_those_on_the_cpu(photos):
     for size in (32, 66):
         dataset = data.describe('folder', photos, size)
-        _, cpu, _ = data.make_loaders(dataset, 4, device=CPU)
-        _, gpu, _ = data.make_loaders(dataset, 4, device=torch.device('cuda'), workers=2)
+        cpu, gpu = (data.make_loader(dataset, 'train', 4, device=torch.device(device), augment=True,
+                                     workers=2) for device in ('cpu', 'cuda'))
         for (images, labels), (other, other_labels) in zip(cpu, gpu, strict=True):
             torch.testing.assert_close(other.cpu(), images, rtol=1e-6, atol=1e-6)
             assert torch.equal(other_labels.cpu(), labels) and other.is_cuda
