@@ -194,7 +194,7 @@ def test_reading_that_takes_long_says_so(many, monkeypatch, capsys, terminal):
     if terminal:
         assert output == '' and 'reading train:' in bar and '/2050 ' in bar
     else:
-        assert output.splitlines() == ['reading train: 100 of 2,050 images in 0 s',
+        assert output.splitlines() == ['reading train: 98 of 2,050 images in 0 s',
                                        'reading test: 2 of 2 images in 0 s'] and bar == ''
 
 
@@ -255,11 +255,11 @@ def test_large_training_images_are_mirrored_and_their_colours_vary(tmp_path):
     Image.fromarray(ramp).save(tmp_path / 'ramp.png')
     dataset = data._ImageFiles([(tmp_path / 'ramp.png', 0)], data._train_transform(66))
     batch = np.array([(0, seed) for seed in range(64)])
-    views = dataset.__getitems__(batch)[0].float()
+    views = torch.from_numpy(dataset.__getitems__(batch)[0]).float()
     falling = (views[:, 0, :, 0] > views[:, 0, :, -1]).float().mean(1)
     assert 16 < falling.round().sum() < 48  # half of them, but for a chance of one in 10,000
     assert views[:, 1].mean((1, 2)).std() > 15
-    assert torch.equal(dataset.__getitems__(batch[5:6])[0][0].float(), views[5])
+    assert np.array_equal(dataset.__getitems__(batch[5:6])[0][0], views[5])
 
 
 def test_sixteen_bits_of_grey_keep_their_levels(tmp_path):

@@ -108,6 +108,13 @@ def test_the_recipes_of_the_paper():
     assert (given.epochs, given.drop_rate, given.augment) == (7, 0.0, True)
 
 
+def test_a_worker_for_each_core_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: range(6), raising=False)
+    for processes, workers in ((1, 6), (2, 3), (8, 1)):
+        monkeypatch.setenv('LOCAL_WORLD_SIZE', str(processes))
+        assert flags_of().workers == workers
+
+
 def test_learning_rate_of_the_recipes():
     args = flags_of()
     rates = [learning_rate(args, epoch) for epoch in range(1, 301)]
