@@ -1,23 +1,25 @@
 """The data sets, and loaders that yield `(images, labels)` on the device, normalised.
 
     dataset = data.describe('cifar10', 'work/data')
-    dataset, train_loader, test_loader = data.make_loaders(dataset, batch_size=64, device=device)
-    train_loader.set_epoch(1)
-    for images, labels in train_loader: ...        # float32 [B, 3, H, W] and int64 [B]
+    loader = data.make_loader(dataset, 'train', batch_size=64, device=device, augment=True)
+    loader.set_epoch(1)
+    for images, labels in loader: ...              # float32 [B, 3, H, W] and int64 [B]
 
-Small images are held on the device as uint8 and augmented there, a batch at a time. Larger ones are
-decoded and augmented by worker processes. Either way, all that is random in an epoch depends on
-nothing but the seed, the epoch and the image's index: an epoch can be resumed at any batch, and the
-shards of several processes make up the same batches that one process has.
+Small images are decoded once, held on the device as uint8 and augmented there, a batch at a time.
+Larger ones are decoded and augmented by worker processes in each epoch. Either way, all that is
+random in an epoch depends on nothing but the seed, the epoch and the image's index: an epoch can be
+resumed at any batch, and the shards of several processes make up the same batches that one process
+has.
 """
 
 import dataclasses
+import math
 import os
 import signal
 import sys
 import threading
+import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,29 +27,32 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader, default_collate, default_convert
+from torch.utils.data import DataLoader, default_convert
 from torchvision import datasets, transforms
 from tqdm import tqdm
 
 from errors import UserError
+from runlog import say
 
 SMALL = 64  # pixels: images up to this size are held in memory, larger ones are read by workers
 MAX_SIZE = 4096  # pixels: the largest --image-size
 PAD = 4     # pixels: zero padding of small images before the random crop (paper, section 4.1)
 NO_LABEL = -100  # the ignore_index of F.cross_entropy
+PATIENCE = 5  # seconds: how long a folder is read in silence
 
 HINT = 'to train without any data: --dataset shapes'
 
 # Channel means and standard deviations on the scale 0..255, as in the official code
-# (attic/channel_stats.py measures them); SVHN is only divided by 255 (paper, section 4.1).
-# None: measured on the training images.
+# (attic/channel_stats.py measures them); SVHN is only divided by 255 (paper, section 4.1). Folders
+# are normalised as ImageNet, which pretrained weights expect.
+IMAGENET_STATISTICS = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 STATISTICS = {
     'cifar10': ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
     'cifar100': ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),
     'svhn': ((0.0, 0.0, 0.0), (255.0, 255.0, 255.0)),
-    'imagenet': ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
-    'folder': None,
-    'shapes': None,
+    'imagenet': IMAGENET_STATISTICS,
+    'folder': IMAGENET_STATISTICS,
+    'shapes': ((127.0938, 127.135414, 127.086905), (80.26133, 79.86884, 79.862017)),
 }
 NAMES = tuple(STATISTICS)
 
@@ -86,8 +91,8 @@ class Description:
     root: Path
     classes: tuple   # names, in the order of the labels
     image_size: int  # pixels, height and width of the model's input
-    mean: tuple | None = None  # of each channel, 0..255; None: not measured yet
-    std: tuple | None = None
+    mean: tuple      # of each channel, 0..255
+    std: tuple
 
     @property
     def in_memory(self):
@@ -114,37 +119,34 @@ def describe(name, root='work/data', image_size=None, split='train'):
         DataError: no such folders, or an image size where there is no choice.
     """
     root = Path(root)
-    if name in ('imagenet', 'folder'):
-        folder = _split_folder(root, split)
-        try:
-            classes = tuple(datasets.folder.find_classes(folder)[0])
-        except OSError as error:
-            raise DataError(f'{folder}: {error}') from error
-        if image_size is None and name == 'folder':
-            size = _decode(_list_images(root, split, classes)[0][0]).size
-            image_size = min(size) if max(size) <= SMALL else None
-        image_size = image_size or 224
-        # Larger images are normalised as ImageNet's, which pretrained weights expect.
-        known = STATISTICS[name if image_size <= SMALL else 'imagenet']
-        return Description(name, root, classes, image_size, *(known or ()))
-    if image_size not in (None, 32):
-        raise DataError(f'--image-size is for folder and imagenet: {name} has images of 32 pixels')
-    return Description(name, root, CLASSES[name], 32, *(STATISTICS[name] or ()))
+    if name in CLASSES:
+        if image_size not in (None, 32):
+            raise DataError(f'--image-size is for folder and imagenet: {name} has images of 32 '
+                            f'pixels')
+        return Description(name, root, CLASSES[name], 32, *STATISTICS[name])
+    folder = _split_folder(root, split)
+    try:
+        classes = tuple(datasets.folder.find_classes(folder)[0])
+    except OSError as error:
+        raise DataError(f'{folder}: {error}') from error
+    if image_size is None and name == 'folder':
+        size = _decode(_list_images(root, split, classes)[0][0]).size
+        image_size = min(size) if max(size) <= SMALL else None
+    return Description(name, root, classes, image_size or 224, *STATISTICS[name])
 
 
-def make_loaders(dataset, batch_size, *, device, parts=1, augment=True, seed=1, workers=0,
-                 ten_crop=False, shard=(0, 1)):
-    """The description with mean and standard deviation, a training loader and a test loader.
+def make_loader(dataset, split, batch_size, *, device, augment=False, seed=1, workers=0,
+                ten_crop=False, shard=(0, 1)):
+    """A loader of the images of 'train', which are shuffled, or 'test', which come in their order.
 
-    The training images are shuffled, the test images come in their order. A loader has `len()`, the
-    number of batches in an epoch, of which the last may be smaller; `set_epoch(epoch, start=0)`;
-    `num_images`; and `images_in(i)`, the size of batch i. With `ten_crop` the test images come as
-    [B, 10, 3, H, W].
+    It has `len()`, the number of batches in an epoch, of which the last may be smaller;
+    `set_epoch(epoch, start=0)`; `num_images`; and `images_in(i)`, the size of batch i.
 
     Args:
         batch_size: of all processes together.
-        parts: test batches are smaller by this factor: with gradient accumulation, the size of a
-            micro-batch.
+        workers: number of processes that decode images; 0: this one does it itself.
+        ten_crop: images come as [B, 10, 3, H, W], in batches of a tenth of the size, so that a
+            batch has `batch_size` crops.
         shard: (rank, number of processes). Each batch is divided evenly over the processes. If a
             small last batch has no image for a process, it gets one labelled `NO_LABEL`, so that
             all processes take the same number of steps.
@@ -152,61 +154,28 @@ def make_loaders(dataset, batch_size, *, device, parts=1, augment=True, seed=1, 
     Raises:
         DataError: data missing or broken, a failed download, or ten crops of small images.
     """
-    common = dict(device=device, shuffle=True, seed=seed, shard=shard)
-    if dataset.in_memory:
-        images, labels = _read_split(dataset, 'train')
-        if dataset.mean is None:
-            mean, std = _measure(images)
-            dataset = dataclasses.replace(dataset, mean=mean, std=std)
-        train = MemoryLoader(images, labels, batch_size, mean=dataset.mean, std=dataset.std,
-                             augment=augment, **common)
-    else:
-        transform = (_train_transform if augment else _test_transform)(dataset.image_size)
-        samples = _list_images(dataset.root, 'train', dataset.classes)
-        train = WorkerLoader(samples, transform, batch_size, mean=dataset.mean, std=dataset.std,
-                             workers=workers, **common)
-    test = make_test_loader(dataset, -(-batch_size // parts), device=device, workers=workers,
-                            ten_crop=ten_crop, shard=shard)
-    return dataset, train, test
-
-
-def make_test_loader(dataset, batch_size, *, device, workers=0, ten_crop=False, shard=(0, 1)):
-    """The test loader of `make_loaders` alone.
-
-    With `ten_crop` a batch has a tenth of the images, so that it has `batch_size` crops. Training
-    images are read only if mean and standard deviation must be measured.
-
-    Raises:
-        DataError: as `make_loaders`.
-    """
-    _check_ten_crop(dataset, ten_crop)
-    mean, std = dataset.mean, dataset.std
-    if mean is None:
-        mean, std = _measure(_read_split(dataset, 'train')[0])
-    common = dict(mean=mean, std=std, device=device, shard=shard)
-    if dataset.in_memory:
-        return MemoryLoader(*_read_split(dataset, 'test'), batch_size, **common)
-    samples = _list_images(dataset.root, 'test', dataset.classes)
-    transform = _test_transform(dataset.image_size, ten_crop)
-    return WorkerLoader(samples, transform, -(-batch_size // 10) if ten_crop else batch_size,
-                        workers=workers, **common)
-
-
-def read_image(path, dataset, ten_crop=False):
-    """A file as the model's input, float32 [3, H, W], or [10, 3, H, W] with `ten_crop`.
-
-    Raises:
-        DataError: not an image, or a broken one; or ten crops of small images.
-    """
-    _check_ten_crop(dataset, ten_crop)
-    image = _test_transform(dataset.image_size, ten_crop)(_decode(path))
-    return (image.float() - _channels(dataset.mean, 'cpu')) / _channels(dataset.std, 'cpu')
-
-
-def _check_ten_crop(dataset, ten_crop):
     if ten_crop and dataset.in_memory:
         raise DataError(f'--ten-crop is for images larger than {SMALL} pixels, and '
                         f'{dataset.name} has images of {dataset.image_size}')
+    common = dict(mean=dataset.mean, std=dataset.std, device=device, shuffle=split == 'train',
+                  seed=seed, shard=shard)
+    if dataset.in_memory:
+        images, labels = _read_split(dataset, split, workers)
+        return MemoryLoader(images, labels, batch_size, augment=augment, **common)
+    transform = (_train_transform(dataset.image_size) if augment
+                 else _test_transform(dataset.image_size, ten_crop))
+    return WorkerLoader(_list_images(dataset.root, split, dataset.classes), transform,
+                        -(-batch_size // 10) if ten_crop else batch_size, workers=workers, **common)
+
+
+def read_image(path, dataset):
+    """An image file as the model's input, float32 [3, H, W].
+
+    Raises:
+        DataError: not an image, or a broken one.
+    """
+    image = _test_transform(dataset.image_size)(_decode(path))
+    return (image.float() - _channels(dataset.mean, 'cpu')) / _channels(dataset.std, 'cpu')
 
 
 class _Loader:
@@ -300,20 +269,15 @@ def crop_and_mirror(images, offsets, mirrored, pad=PAD):
 class WorkerLoader(_Loader):
     """Batches of image files that worker processes decode and augment, as uint8.
 
-    They are normalised on the device: a quarter of the bytes to copy. On CUDA they are copied from
-    pinned memory on a stream of their own, during the step before.
+    They are normalised on the device: a quarter of the bytes to copy.
     """
 
     def __init__(self, samples, transform, batch_size, *, device, workers=0, **kwargs):
         self.batches = []  # filled by `_draw`
         super().__init__(len(samples), batch_size, device=device, **kwargs)
-        on_cuda = device.type == 'cuda'
-        self.copy_stream = torch.cuda.Stream(device) if on_cuda else None
-        self.loader = DataLoader(
-            _ImageFiles(samples, transform), batch_sampler=self.batches, num_workers=workers,
-            collate_fn=default_convert, pin_memory=on_cuda, persistent_workers=workers > 0,
-            worker_init_fn=_leave_signals_to_main,
-            generator=torch.Generator())  # not the global one, which dropout draws from
+        self.loader = _file_loader(samples, transform, self.batches, workers,
+                                   collate_fn=default_convert, persistent_workers=workers > 0,
+                                   pin_memory=device.type == 'cuda')
 
     def _draw(self, generator):
         # Each image has a seed, for its random transforms; a batch is rows of (index, seed).
@@ -322,44 +286,47 @@ class WorkerLoader(_Loader):
         self.batches[:] = [torch.stack([shard, seeds[shard]], 1).numpy() for shard in shards]
 
     def __iter__(self):
-        for i, batch in enumerate(self.loader, start=self.start):
-            if isinstance(batch, DataError):
-                raise DataError(*batch.args)
-            yield self._finish(i, *map(self._to_device, batch))
+        for i, batch in enumerate(_checked(self.loader), start=self.start):
+            yield self._finish(i, *(part.to(self.device, non_blocking=True) for part in batch))
 
-    def _to_device(self, tensor):
-        if self.copy_stream is None:
-            return tensor.to(self.device)
-        with torch.cuda.stream(self.copy_stream):
-            tensor = tensor.to(self.device, non_blocking=True)
-        torch.cuda.current_stream().wait_stream(self.copy_stream)
-        tensor.record_stream(torch.cuda.current_stream())  # or its memory could be reused too early
-        return tensor
+
+def _file_loader(samples, transform, batches, workers, **kwargs):
+    """A DataLoader of `_ImageFiles`; `_checked` iterates over it."""
+    return DataLoader(_ImageFiles(samples, transform), batch_sampler=batches, num_workers=workers,
+                      worker_init_fn=_leave_signals_to_main,
+                      generator=torch.Generator(),  # not the global one, which dropout draws from
+                      **kwargs)
+
+
+def _checked(loader):
+    """The batches of a `_file_loader`; raises the DataError that stands in a batch's place."""
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise DataError(*batch.args)
+        yield batch
 
 
 class _ImageFiles(torch.utils.data.Dataset):
-    """Files as (uint8 tensor, label), by (index, seed)."""
+    """Batches of (path, label) as NumPy arrays: uint8 images and int64 labels."""
 
     def __init__(self, samples, transform):
         self.samples, self.transform = samples, transform
 
-    def __getitem__(self, index_and_seed):
-        index, seed = map(int, index_and_seed)
-        path, label = self.samples[index]
-        image = _decode(path)
-        with torch.random.fork_rng(devices=[]):  # the transforms draw from the global generator
-            torch.default_generator.manual_seed(seed)
-            return self.transform(image), label
-
     def __getitems__(self, batch):
-        """The images and labels of a batch, or its first DataError, for the main process to raise.
+        """The images of rows of (index, seed), or a DataError for the main process to raise.
 
-        If a worker raised it, it would arrive as the text of that worker's traceback.
+        A worker must not raise it itself: it would arrive as the text of its traceback.
         """
+        images = []
         try:
-            return default_collate([self[index_and_seed] for index_and_seed in batch])
+            with torch.random.fork_rng(devices=[]):  # the transforms draw from the global generator
+                for index, seed in batch.tolist():
+                    torch.default_generator.manual_seed(seed)
+                    images.append(self.transform(_decode(self.samples[index][0])))
         except DataError as error:
             return error
+        labels = [self.samples[index][1] for index in batch[:, 0]]
+        return torch.stack(images).numpy(), np.array(labels)
 
 
 def _train_transform(size):
@@ -399,24 +366,12 @@ def _channels(values, device):
     return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
 
 
-def _measure(images):
-    """Mean and standard deviation of each channel, of uint8 [N, C, H, W], in float64."""
-    levels = torch.arange(256, dtype=torch.float64)
-    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256)
-                          for channel in images.transpose(0, 1)]).double()
-    counts /= counts.sum(1, keepdim=True)
-    mean = counts @ levels
-    variance = counts @ levels**2 - mean**2
-    std = variance.clamp(min=1).sqrt()  # not 0 for a constant channel
-    return tuple(mean.tolist()), tuple(std.tolist())
-
-
-def _read_split(dataset, split):
+def _read_split(dataset, split, workers):
     """uint8 images [N, 3, H, W] and int64 labels [N] of 'train' or 'test'."""
     if dataset.name == 'shapes':
         return draw_shapes(split)
     if dataset.name in ('imagenet', 'folder'):
-        return _read_folder(dataset, split)
+        return _read_folder(dataset, split, workers)
     return _read_torchvision(dataset, split)
 
 
@@ -475,16 +430,31 @@ def _list_images(root, split, classes):
     return found.samples
 
 
-def _read_folder(dataset, split):
-    paths, labels = zip(*_list_images(dataset.root, split, dataset.classes))
-    images = torch.empty(len(paths), 3, dataset.image_size, dataset.image_size, dtype=torch.uint8)
-    transform = _test_transform(dataset.image_size)
-    with ThreadPoolExecutor() as pool:
-        squares = pool.map(lambda path: transform(_decode(path)), paths)
-        for i, square in enumerate(tqdm(squares, f'reading {split}', len(paths), leave=False,
-                                        disable=not sys.stdout.isatty())):
-            images[i] = square
-    return images, torch.tensor(labels)
+def _read_folder(dataset, split, workers):
+    """Processes decode the images: threads would wait for each other's interpreter lock."""
+    samples = _list_images(dataset.root, split, dataset.classes)
+    count, size = len(samples), dataset.image_size
+    rows = np.stack([np.arange(count), np.zeros(count, np.int64)], 1)  # nothing random: seed 0
+    # Batches stay NumPy arrays: torch would pass them through shared memory, of which containers
+    # have little, and start its threads for each copy.
+    loader = _file_loader(samples, _test_transform(size), np.array_split(rows, -(-count // 100)),
+                          workers if count > 2000 else 0, collate_fn=_unchanged)
+    images, done = np.empty((count, 3, size, size), np.uint8), 0
+    on_terminal = sys.stdout.isatty()
+    silent_until = math.inf if on_terminal else time.monotonic() + PATIENCE
+    with tqdm(desc=f'reading {split}', total=count, leave=False, disable=not on_terminal) as bar:
+        for batch, _ in _checked(loader):
+            images[done:done + len(batch)] = batch
+            done += len(batch)
+            bar.update(len(batch))
+            if time.monotonic() > silent_until:
+                say(f'reading {split}: {done:,} of {count:,} images in {PATIENCE} s')
+                silent_until = math.inf
+    return torch.from_numpy(images), torch.tensor([label for _, label in samples])
+
+
+def _unchanged(batch):
+    return batch
 
 
 def _decode(path):

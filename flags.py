@@ -81,11 +81,10 @@ def add_data_and_model_flags(parser):
                        help='folder, imagenet (default: 224, or that of small images)')
     group.add_argument('--augment', action=argparse.BooleanOptionalAction, default=True,
                        help='crop and mirror (default: yes, svhn: no)')
-    cores = (os.cpu_count() or 1) // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     group.add_argument('--workers', '--nThreads', type=number(int, '[0, 1024]'),
-                       default=max(1, min(8, cores)),
-                       help='processes that read images over 64 pixels, for each process of '
-                            'torchrun (default: a core each, at most 8; here %(default)s)')
+                       default=default_workers(),
+                       help='processes that decode images, for each process of torchrun '
+                            '(default: a core each, at most 8; here %(default)s)')
 
     group = parser.add_argument_group('model')
     group.add_argument('--arch', choices=ARCHITECTURES, metavar='NAME',
@@ -110,6 +109,13 @@ def add_data_and_model_flags(parser):
                        help='dropout (default: 0; svhn, and cifar without augmentation: 0.2)')
     group.add_argument('--memory-efficient', action='store_true',
                        help='recompute instead of storing: less memory, more time')
+
+
+def default_workers():
+    """A worker for each core that this process may use, shared with the others of torchrun."""
+    has_affinity = hasattr(os, 'sched_getaffinity')  # not on macOS
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return max(1, min(8, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
 
 
 def add_recipe_flags(parser):
@@ -262,11 +268,8 @@ def check_flags(args):
         raise UserError('--reset-classifier is for the weights of --pretrained')
     if sum(getattr(args, flag) is not None for flag in LAYER_FLAGS) > 1:
         raise UserError('--arch, --depth and --block-config exclude each other: give one')
-    if not args.evaluate:
-        check_training_flags(args)
-
-
-def check_training_flags(args):
+    if args.evaluate:
+        return
     processes = distributed.world_size()
     if args.grad_accum * processes > args.batch_size:
         raise UserError(f'--batch-size {args.batch_size}, for all processes together, is less than '
@@ -274,12 +277,6 @@ def check_training_flags(args):
                         f'{args.grad_accum} parts')
     if args.start_epoch and args.start_epoch > args.epochs:
         raise UserError(f'--start-epoch {args.start_epoch} is after the last of {args.epochs}')
-    if args.warmup_epochs > args.epochs:
-        raise UserError(f'--warmup-epochs {args.warmup_epochs:g} is longer than --epochs '
-                        f'{args.epochs}')
-    if not str(run_directory(args)).isprintable():
-        raise UserError(f'{run_directory(args)} has letters that cannot be printed: name another '
-                        f'directory by --save or --name')
     if args.tensorboard and importlib.util.find_spec('tensorboard') is None:
         raise UserError('--tensorboard needs a package: pip install tensorboard')
 
@@ -298,5 +295,4 @@ def run_directory(args):
 def resume_path(args):
     """The checkpoint that --resume means: a file, or latest.pth of a run directory."""
     path = Path(args.resume or run_directory(args))
-    is_run = path.is_dir() and path.suffix != '.pth'  # a folder of that name is in a file's place
-    return str(path / 'latest.pth' if is_run or not args.resume else path)
+    return str(path / 'latest.pth' if path.is_dir() or not args.resume else path)

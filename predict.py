@@ -19,7 +19,6 @@ import data
 import densenet
 import flags
 import runlog
-from checkpoint import CheckpointError
 from errors import UserError
 
 
@@ -35,11 +34,7 @@ def load_model(args):
         checkpoint.load_weights(model, saved.get('model'), args.checkpoint)
         return model.eval(), dataset
     model = getattr(densenet, args.arch)()
-    try:
-        weights = checkpoint.torchvision_weights(args.arch)
-        checkpoint.load_weights(model, weights, 'torchvision\'s file')
-    except CheckpointError as error:
-        raise UserError(f'--arch: {error}') from error
+    checkpoint.load_weights(model, checkpoint.torchvision_weights(args.arch), args.arch)
     return model.eval(), data.Description('imagenet', None, imagenet_classes(), 224,
                                           *data.STATISTICS['imagenet'])
 
@@ -62,11 +57,10 @@ def image_files(paths):
 
 
 @torch.inference_mode()
-def predict(model, dataset, path, ten_crop=False):
-    """Probabilities of the classes, float32 [classes]; the mean over ten crops if asked for."""
-    device = next(model.parameters()).device
-    images = data.read_image(path, dataset, ten_crop).to(device)  # [3, H, W] or [10, 3, H, W]
-    return model(images.view(-1, *images.shape[-3:])).mean(0).softmax(0).cpu()
+def predict(model, dataset, path):
+    """Probabilities of the classes, float32 [classes]."""
+    image = data.read_image(path, dataset).to(next(model.parameters()).device)
+    return model(image[None])[0].softmax(0).cpu()
 
 
 def make_parser():
@@ -78,8 +72,6 @@ def make_parser():
     which.add_argument('--arch', choices=flags.TORCHVISION_WEIGHTS,
                        help='with torchvision\'s weights')
     parser.add_argument('--csv', metavar='FILE', help='also write the classes to this file')
-    parser.add_argument('--ten-crop', action='store_true',
-                        help='the mean over ten crops, for images of more than 64 pixels')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
                         help='(default: cuda if there is one, else cpu)')
     return parser
@@ -95,7 +87,7 @@ def main(argv=None):
         model.to(args.device, memory_format=torch.channels_last)
         rows = []
         for path in image_files(args.images):
-            best = predict(model, dataset, path, args.ten_crop).topk(min(5, len(names)))
+            best = predict(model, dataset, path).topk(min(5, len(names)))
             found = [(names[label], share) for label, share
                      in zip(best.indices.tolist(), best.values.tolist())]
             print(f'{path}:', ', '.join(f'{name} {100 * share:.2f}%' for name, share in found),

@@ -449,9 +449,9 @@ def evaluate(model, loader, autocast, stop=None):
 def print_errors(model, dataset, device, autocast, args):
     """Print test loss and errors; with --ten-crop, of one crop and of ten."""
     for ten_crop in [False, True] if args.ten_crop else [False]:
-        loader = data.make_test_loader(dataset, args.batch_size, device=device,
-                                       workers=args.workers, ten_crop=ten_crop,
-                                       shard=(distributed.rank(), distributed.world_size()))
+        loader = data.make_loader(dataset, 'test', args.batch_size, device=device,
+                                  workers=args.workers, ten_crop=ten_crop,
+                                  shard=(distributed.rank(), distributed.world_size()))
         loss, error, error5 = evaluate(model, loader, autocast)
         crops = 'ten crops: ' if ten_crop else 'one crop: ' if args.ten_crop else ''
         say(f'{crops}test loss {loss:.4f}, error {error:.2f}%, top-5 error {error5:.2f}%')
@@ -689,11 +689,14 @@ def main(argv=None):
                                                  may_hold_run=is_ours or args.overwrite))
                 if args.overwrite:
                     runlog.clear(directory)
-            with distributed.rank_0_first():
-                dataset, *loaders = data.make_loaders(
-                    dataset, args.batch_size, parts=args.grad_accum, device=device,
-                    augment=args.augment, seed=args.seed, workers=args.workers,
-                    ten_crop=args.ten_crop, shard=(distributed.rank(), distributed.world_size()))
+            with distributed.rank_0_first(), explained(args):
+                common = dict(device=device, workers=args.workers,
+                              shard=(distributed.rank(), distributed.world_size()))
+                loaders = (
+                    data.make_loader(dataset, 'train', args.batch_size, augment=args.augment,
+                                     seed=args.seed, **common),
+                    data.make_loader(dataset, 'test', -(-args.batch_size // args.grad_accum),
+                                     ten_crop=args.ten_crop, **common))
             with stop.deferred():
                 train(args, dataset, model, loaders, directory, stop, device=device,
                       precision=precision, saved=saved, goes_on=resumed == latest)

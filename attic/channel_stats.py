@@ -31,8 +31,8 @@ def channel_statistics(dataset, workers=0):
     They are the mean, the standard deviation of all pixels, and the mean of the images' own.
     """
     raw = dataclasses.replace(dataset, mean=(0.0,) * 3, std=(1.0,) * 3)
-    _, loader, _ = data.make_loaders(raw, batch_size=100, device=torch.device('cpu'),
-                                     augment=False, workers=workers)
+    loader = data.make_loader(raw, 'train', batch_size=100, device=torch.device('cpu'),
+                              workers=workers)
     sums = torch.zeros(3, 3, dtype=torch.float64)
     for images, _ in loader:
         pixels = images.flatten(2).double()  # [B, 3, H * W]
@@ -59,8 +59,7 @@ def main(argv=None):
         parser.exit(2, f'channel_stats.py: error: {error}\n')
     print(f'{args.dataset}: {count:,} training images of {dataset.image_size} pixels')
     table = dict(zip(('mean', 'std of all pixels', 'mean std of an image'), rows.tolist()))
-    if dataset.mean is not None:
-        table.update({'mean in data.py': dataset.mean, 'std in data.py': dataset.std})
+    table.update({'mean in data.py': dataset.mean, 'std in data.py': dataset.std})
     for name, values in table.items():
         print(f'{name:<22}' + ''.join(f'{value:>10.3f}' for value in values))
 

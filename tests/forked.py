@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import warnings
 from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +42,8 @@ def run(script, argv, while_it_runs=lambda pid: None):
 
 def _run(script, argv, directory):
     os.setsid()
+    # With one core, torch advises against the two workers of some tests.
+    warnings.filterwarnings('ignore', 'This DataLoader will create')
     multiprocessing.set_start_method(None, force=True)  # Python's default, as in a new process
     for number, name in enumerate(('stdout', 'stderr'), start=1):
         os.dup2(os.open(os.path.join(directory, name), os.O_WRONLY | os.O_CREAT), number)

@@ -100,15 +100,6 @@ def test_the_padding_of_the_crops_is_zero_after_the_normalisation():
     assert not images.any()
 
 
-def test_measured_statistics_are_numpys():
-    images = torch.randint(256, (9, 3, 5, 7), dtype=torch.uint8)
-    mean, std = data._measure(images)
-    truth = images.numpy().astype(np.float64)
-    np.testing.assert_allclose(mean, truth.mean((0, 2, 3)), rtol=1e-12)
-    np.testing.assert_allclose(std, truth.std((0, 2, 3)), rtol=1e-12)
-    assert data._measure(torch.full((2, 3, 4, 4), 7, dtype=torch.uint8))[1] == (1, 1, 1)
-
-
 # ---- shapes ----------------------------------------------------------------------------------
 
 @pytest.fixture(scope='module')
@@ -124,6 +115,13 @@ def test_shapes_are_the_same_every_time_and_balanced(shapes):
     assert not (shapes['train'][0][:1000] == images).flatten(1).all(1).any()
 
 
+def test_shapes_are_normalised_by_their_own_statistics(shapes):
+    mean, std = data.STATISTICS['shapes']
+    pixels = shapes['train'][0].numpy().astype(np.float64)
+    np.testing.assert_allclose(mean, pixels.mean((0, 2, 3)), rtol=1e-7)
+    np.testing.assert_allclose(std, pixels.std((0, 2, 3)), rtol=1e-7)
+
+
 @pytest.mark.parametrize('pool', [2, 4])  # of single pixels it is worse, and takes seconds
 def test_no_linear_classifier_tells_the_shapes_apart(shapes, pool):
     (x, labels), (test_x, test_labels) = (
@@ -137,9 +135,13 @@ def test_no_linear_classifier_tells_the_shapes_apart(shapes, pool):
 
 # ---- folders of images -----------------------------------------------------------------------
 
-def load(root, batch_size=4, image_size=None, name='folder', **kwargs):
-    return data.make_loaders(data.describe(name, root, image_size), batch_size, device=CPU,
-                             **kwargs)
+def load(root, batch_size=4, image_size=None, name='folder', augment=True, ten_crop=False,
+         **kwargs):
+    """The description, the training loader and the test loader."""
+    dataset = data.describe(name, root, image_size)
+    common = dict(batch_size=batch_size, device=CPU, **kwargs)
+    return (dataset, data.make_loader(dataset, 'train', augment=augment, **common),
+            data.make_loader(dataset, 'test', ten_crop=ten_crop, **common))
 
 
 def test_small_folders_are_held_in_memory_as_they_are(tmp_path):
@@ -147,9 +149,6 @@ def test_small_folders_are_held_in_memory_as_they_are(tmp_path):
     dataset, train, test = load(tmp_path, augment=False)
     assert (dataset.classes, dataset.image_size, dataset.in_memory) == (('cat', 'dog'), 32, True)
     assert len(list(train)) == 2 and train.num_images == 5
-    assert dataset.mean == pytest.approx(train.images.double().mean((0, 2, 3)).tolist())
-    alone = data.make_test_loader(data.describe('folder', tmp_path), 4, device=CPU)
-    assert torch.equal(alone.mean, train.mean) and torch.equal(alone.std, train.std)
     (images, labels), = test
     assert labels.tolist() == [0, 1, 1]
     pixels = images * test.std + test.mean
@@ -166,6 +165,37 @@ def test_a_test_folder_stands_in_for_val_and_grey_becomes_rgb(tmp_path):
     truth = np.asarray(Image.open(tmp_path / 'test/a/0.png'))[:, 4:16]  # the middle
     np.testing.assert_allclose(pixels[0, 0], truth, atol=1e-3)
     np.testing.assert_allclose(pixels[0, 2], truth, atol=1e-3)
+
+
+@pytest.fixture(scope='module')
+def many(tmp_path_factory):
+    """Enough small images to be read by worker processes, if there are any."""
+    root = tmp_path_factory.mktemp('many')
+    return write_images(root, {'train/a': 2000, 'train/b': 50, 'val/a': 1, 'val/b': 1}, (5, 4))
+
+
+def test_small_images_come_the_same_from_any_number_of_workers(many):
+    state = torch.get_rng_state()
+    (_, one, _), (_, other, _) = (load(many, workers=workers) for workers in (0, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
+    assert one.labels.bincount().tolist() == [2000, 50]
+    for i, path in enumerate(sorted((many / 'train/b').iterdir())):
+        truth = np.asarray(Image.open(path))[:, :4]  # the middle, to the left of its half pixel
+        assert np.array_equal(one.images[2000 + i].permute(1, 2, 0), truth)
+
+
+@pytest.mark.parametrize('terminal', [False, True])
+def test_reading_that_takes_long_says_so(many, monkeypatch, capsys, terminal):
+    monkeypatch.setattr(data, 'PATIENCE', 0)
+    monkeypatch.setattr(data.sys.stdout, 'isatty', lambda: terminal, raising=False)
+    load(many)
+    output, bar = capsys.readouterr()
+    if terminal:
+        assert output == '' and 'reading train:' in bar and '/2050 ' in bar
+    else:
+        assert output.splitlines() == ['reading train: 98 of 2,050 images in 0 s',
+                                       'reading test: 2 of 2 images in 0 s'] and bar == ''
 
 
 @pytest.fixture(scope='module')
@@ -202,8 +232,8 @@ def test_large_test_images_are_torchvisions_centre_and_ten_crops(photos):
                                  transforms.ToTensor(), normalize])(image)
     crops = [normalize(transforms.functional.to_tensor(crop))
              for crop in transforms.TenCrop(70)(transforms.Resize(80)(image))]
-    _, _, test = load(photos, image_size=70, parts=2)
-    assert [len(labels) for _, labels in test] == [2, 1]  # half of a training batch of 4
+    _, _, test = load(photos, 2, image_size=70)
+    assert [len(labels) for _, labels in test] == [2, 1]
     torch.testing.assert_close(next(iter(test))[0][0], centre, rtol=1e-5, atol=1e-5)
     _, _, test = load(photos, 20, image_size=70, ten_crop=True)
     assert [images.shape for images, _ in test] == [(2, 10, 3, 70, 70), (1, 10, 3, 70, 70)]
@@ -224,11 +254,12 @@ def test_large_training_images_are_mirrored_and_their_colours_vary(tmp_path):
     ramp[..., 1] = 130  # a green that no crop changes
     Image.fromarray(ramp).save(tmp_path / 'ramp.png')
     dataset = data._ImageFiles([(tmp_path / 'ramp.png', 0)], data._train_transform(66))
-    views = torch.stack([dataset[0, seed][0] for seed in range(64)]).float()
+    batch = np.array([(0, seed) for seed in range(64)])
+    views = torch.from_numpy(dataset.__getitems__(batch)[0]).float()
     falling = (views[:, 0, :, 0] > views[:, 0, :, -1]).float().mean(1)
     assert 16 < falling.round().sum() < 48  # half of them, but for a chance of one in 10,000
     assert views[:, 1].mean((1, 2)).std() > 15
-    assert torch.equal(dataset[0, 5][0], dataset[0, 5][0])
+    assert np.array_equal(dataset.__getitems__(batch[5:6])[0][0], views[5])
 
 
 def test_sixteen_bits_of_grey_keep_their_levels(tmp_path):
@@ -416,10 +447,11 @@ def test_folders_that_are_not_as_they_should_be(tmp_path):
         load(tmp_path)
 
 
-@pytest.mark.parametrize('image_size, ending, workers', [
-    (None, 'png', 0), (70, 'jpg', 0), (70, 'jpg', 2)])
-def test_an_image_that_cannot_be_decoded_is_named(tmp_path, image_size, ending, workers):
-    write_images(tmp_path, {'train/a': 2, 'train/b': 2, 'val/a': 1, 'val/b': 1}, ending=ending)
+@pytest.mark.parametrize('images, image_size, ending, workers', [
+    (2, None, 'png', 0), (2001, None, 'jpg', 2), (2, 70, 'jpg', 0), (2, 70, 'jpg', 2)])
+def test_an_image_that_cannot_be_decoded_is_named(tmp_path, images, image_size, ending, workers):
+    write_images(tmp_path, {'train/a': images, 'train/b': 2, 'val/a': 1, 'val/b': 1}, (9, 9),
+                 ending=ending)
     path = tmp_path / f'train/b/1.{ending}'
     path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
     with pytest.raises(DataError) as caught:
@@ -446,8 +478,8 @@ def test_options_that_a_data_set_has_not(photos):
 def test_batches_on_cuda_are_those_on_the_cpu(photos):
     for size in (32, 66):
         dataset = data.describe('folder', photos, size)
-        _, cpu, _ = data.make_loaders(dataset, 4, device=CPU)
-        _, gpu, _ = data.make_loaders(dataset, 4, device=torch.device('cuda'), workers=2)
+        cpu, gpu = (data.make_loader(dataset, 'train', 4, device=torch.device(device), augment=True,
+                                     workers=2) for device in ('cpu', 'cuda'))
         for (images, labels), (other, other_labels) in zip(cpu, gpu, strict=True):
             torch.testing.assert_close(other.cpu(), images, rtol=1e-6, atol=1e-6)
             assert torch.equal(other_labels.cpu(), labels) and other.is_cuda

@@ -50,7 +50,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 
 @pytest.mark.parametrize('function, signum', [
     ('build_model', signal.SIGTERM), ('build_model', signal.SIGINT),
-    ('data.make_loaders', signal.SIGUSR1)])
+    ('data.make_loader', signal.SIGUSR1)])
 def test_a_signal_before_there_is_anything_to_save(recipe, tmp_path, function, signum):
     ended = run_interrupted([*recipe, '--save', str(tmp_path / 'run')], function, 1, signum)
     assert (ended.returncode, ended.stdout, ended.stderr) == (128 + signum, '', '')

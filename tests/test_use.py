@@ -13,7 +13,6 @@ import torch
 import torchvision
 from conftest import (
     ROOT,
-    SMALL,
     Opener,
     cache_densenet121,
     fails,
@@ -110,7 +109,7 @@ def test_weights_of_timms_in_three_kinds_of_files(tmp_path, photos, capsys):
         line, = run(capsys, '--evaluate', '--pretrained', tmp_path / name, '--dataset', 'folder',
                     '--data', photos, '--image-size', 66, *NARROW_FLAGS)
         dataset = data.describe('folder', photos, 66)
-        loader = data.make_test_loader(dataset, 4, device=torch.device('cpu'))
+        loader = data.make_loader(dataset, 'test', 4, device=torch.device('cpu'))
         truth = truth or train.evaluate(model, loader, torch.autocast('cpu', enabled=False))
         assert line == (f'test loss {truth[0]:.4f}, error {truth[1]:.2f}%, '
                         f'top-5 error {truth[2]:.2f}%')
@@ -167,35 +166,33 @@ def test_evaluation_needs_no_training_images(trained, photos, tmp_path, capsys):
         capsys, '--evaluate', '--resume', trained / 'latest.pth', '--data', tmp_path / 'other')
 
 
-def test_small_images_are_normalised_as_the_model_was_trained(tmp_path, capsys):
-    folder = write_images(tmp_path / 'f', {'train/a': 6, 'train/b': 6, 'val/a': 3, 'val/b': 3},
-                          (8, 8))
-    train.main(['--dataset', 'folder', '--data', str(folder), *SMALL, '--epochs', '1', '--save',
-                str(tmp_path / 'run')])
-    truth = read_csv(tmp_path / 'run/test.csv')[0]
-    for path in folder.glob('train/*/*'):
-        Image.new('RGB', (8, 8), (3, 5, 250)).save(path)
-    line, = run(capsys, '--evaluate', '--resume', tmp_path / 'run/latest.pth', '--device', 'cpu')
-    assert line.startswith(f'test loss {float(truth["loss"]):.4f}, ')
+def test_images_are_normalised_as_the_checkpoint_says(uninterrupted, folder, tmp_path, capsys):
+    saved = checkpoint.load(uninterrupted / 'latest.pth')
+    saved['dataset'] |= dict(mean=(90.0, 100.0, 110.0), std=(50.0, 60.0, 70.0))
+    checkpoint.save(tmp_path / 'other.pth', saved)
+    model = densenet.DenseNet(**saved['config'])
+    model.load_state_dict(saved['model'])
+    dataset = data.Description(root=folder, **saved['dataset'])
+    loader = data.make_loader(dataset, 'test', 4, device=torch.device('cpu'))
+    truth = train.evaluate(model, loader, torch.autocast('cpu', enabled=False))
+    line, = run(capsys, '--evaluate', '--resume', tmp_path / 'other.pth', '--device', 'cpu')
+    assert line.startswith(f'test loss {truth[0]:.4f}, ')
 
 
-@pytest.mark.parametrize('flags', [[], ['--ten-crop']])
-def test_predictions_are_the_probabilities_of_the_classes(trained, photos, tmp_path, capsys, flags):
+def test_predictions_are_the_probabilities_of_the_classes(trained, photos, tmp_path, capsys):
     files = [photos / 'val/dark/0.png', photos / 'val/bright/1.png']
     lines = run(capsys, *files, '--checkpoint', trained / 'latest.pth', '--device', 'cpu', '--csv',
-                tmp_path / 'x.csv', *flags, script=predict)
+                tmp_path / 'x.csv', script=predict)
     rows = read_csv(tmp_path / 'x.csv')
     saved = torch.load(trained / 'latest.pth', weights_only=True)
     model = densenet.DenseNet(**saved['config']).eval()
     model.load_state_dict(saved['model'])
     mean, std = ([value / 255 for value in saved['dataset'][key]] for key in ('mean', 'std'))
-    crop = transforms.TenCrop(66) if flags else transforms.CenterCrop(66)
+    transform = transforms.Compose([transforms.Resize(75), transforms.CenterCrop(66),
+                                    transforms.ToTensor(), transforms.Normalize(mean, std)])
     for path, line in zip(files, lines, strict=True):
-        crops = crop(transforms.Resize(75)(Image.open(path)))
-        images = torch.stack([transforms.Normalize(mean, std)(transforms.functional.to_tensor(c))
-                              for c in (crops if flags else [crops])])
         with torch.no_grad():
-            shares = model(images).mean(0).softmax(0)
+            shares = model(transform(Image.open(path))[None])[0].softmax(0)
         first = int(shares.argmax())
         expected = [(('bright', 'dark')[label], float(shares[label])) for label in
                     (first, 1 - first)]
