@@ -267,7 +267,7 @@ template <int NV> INLINE void store_block(const vec (&block)[BLOCK][NV], float *
 
 INLINE uvec pair(hvec low, hvec high) { return widen(low) | (widen(high) << 16); }
 
-// The kernel [O, C, taps] as a matrix with a row for each channel and a column for each (tap, o),
+// The kernel [O, taps, C] as a matrix with a row for each channel and a column for each (tap, o),
 // or its transpose with the taps in reverse, as a product reads it: panel after panel of columns,
 // in a panel row after row (or pair of rows). Padded with zeros to whole pairs and vectors.
 template <class T>
@@ -275,24 +275,25 @@ void pack_kernel(const float *kernel, const Shape &s, bool transpose, uint32_t *
     constexpr int PAIR = Product<T>::PAIR;
     const long rows = transpose ? s.columns() : s.channels, steps = (rows + PAIR - 1) / PAIR;
     const long columns = transpose ? s.channels : s.columns();
-    auto offset_of_channel = [&](long c) { return c * s.taps(); };
-    auto offset_of_output = [&](long i) {
+    // Where in the kernel the values of a row or column begin.
+    auto offset = [&](long i, bool is_channel) {
+        if (is_channel) return i;
         long tap = i / s.outputs, o = i % s.outputs;
-        return o * s.channels * s.taps() + (transpose ? s.taps() - 1 - tap : tap);
+        return (o * s.taps() + (transpose ? s.taps() - 1 - tap : tap)) * s.channels;
     };
     for_panels(columns, [&](auto nv, long first) {
         constexpr int NV = nv.value, WIDTH = NV * LANES;
         const long width = std::min<long>(WIDTH, columns - first);
         long offsets[WIDTH];
         for (long j = 0; j < width; j++)
-            offsets[j] = transpose ? offset_of_channel(first + j) : offset_of_output(first + j);
+            offsets[j] = offset(first + j, transpose);
         float values[2][WIDTH] = {};
 #pragma omp for nowait
         for (long k = 0; k < steps; k++) {
             for (long i = k * PAIR; i < (k + 1) * PAIR; i++) {
-                long offset = transpose ? offset_of_output(i) : offset_of_channel(i);
+                const float *row = kernel + offset(i, !transpose);
                 for (long j = 0; j < width; j++)
-                    values[i % PAIR][j] = i < rows ? kernel[offset + offsets[j]] : 0;
+                    values[i % PAIR][j] = i < rows ? row[offsets[j]] : 0;
             }
             for (int v = 0; v < NV; v++) {
                 vec low = load(values[0] + v * LANES), high = load(values[1] + v * LANES);
@@ -812,9 +813,9 @@ void backward(const Gradient<T> &gradient, const Input<T> &in, const float *kern
             constexpr int WIDTH = nv.value * LANES;
 #pragma omp for nowait
             for (long o = 0; o < s.outputs; o++)
-                for (long c = first; c < std::min(first + WIDTH, s.channels); c++)
-                    for (long tap = 0; tap < s.taps(); tap++)
-                        d_kernel[(o * s.channels + c + 1) * s.taps() - 1 - tap] =
+                for (long tap = 0; tap < s.taps(); tap++)
+                    for (long c = first; c < std::min(first + WIDTH, s.channels); c++)
+                        d_kernel[((o + 1) * s.taps() - 1 - tap) * s.channels + c] =
                             sum(first * columns + (tap * s.outputs + o) * WIDTH + c - first);
         });
     });
@@ -827,14 +828,15 @@ void backward(const Gradient<T> &gradient, const Input<T> &in, const float *kern
 extern "C" {
 
 void statistics(const MAP *x, long ldx, long rows, long channels, float *mean, float *variance,
-                int threads) {
+                long threads) {
     map_statistics<MAP>({x, ldx}, rows, channels, mean, variance, threads);
 }
 
+// The kernel is [O, taps, C].
 void norm_relu_conv(const MAP *x, long ldx, const float *mean, const float *scale,
-                    const float *bias, const float *kernel, MAP *z, long ldz, long images,
-                    long height, long width, long channels, long outputs, long side, int pool,
-                    float *z_mean, float *z_variance, int threads) {
+                    const float *bias, const float *kernel, long images, long height, long width,
+                    long channels, long outputs, long side, long pool, MAP *z, long ldz,
+                    float *z_mean, float *z_variance, long threads) {
     Shape shape = {images, height, width, channels, outputs, side, pool != 0};
     forward<MAP>({{x, ldx}, {mean, scale, bias}, shape}, kernel, {z, ldz}, z_mean, z_variance,
                  threads);
@@ -843,9 +845,10 @@ void norm_relu_conv(const MAP *x, long ldx, const float *mean, const float *scal
 void norm_relu_conv_backward(const MAP *dz, long lddz, const MAP *z, long ldz, const float *z_mean,
                              const float *a, const float *b, const MAP *x, long ldx,
                              const float *mean, const float *scale, const float *bias,
-                             const float *kernel, MAP *total, long ldt, int add, long images,
-                             long height, long width, long channels, long outputs, long side,
-                             int pool, float *sum_g, float *sum_gx, float *d_kernel, int threads) {
+                             const float *kernel, long images, long height, long width,
+                             long channels, long outputs, long side, long pool, MAP *total,
+                             long ldt, long add, float *sum_g, float *sum_gx, float *d_kernel,
+                             long threads) {
     Shape shape = {images, height, width, channels, outputs, side, pool != 0};
     auto run = pool ? backward<MAP, true> : backward<MAP, false>;
     run({{dz, lddz}, {{z, ldz}, z_mean, a, b}}, {{x, ldx}, {mean, scale, bias}, shape}, kernel,
@@ -853,7 +856,7 @@ void norm_relu_conv_backward(const MAP *dz, long lddz, const MAP *z, long ldz, c
 }
 
 void complete(const MAP *total, long ldt, const MAP *x, long ldx, const float *mean, const float *a,
-              const float *b, MAP *out, long ldo, long rows, long channels, int threads) {
+              const float *b, MAP *out, long ldo, long rows, long channels, long threads) {
     complete_map<MAP>({total, ldt}, {{x, ldx}, mean, a, b}, {out, ldo}, rows, channels, threads);
 }
 
