@@ -125,16 +125,26 @@ template <class... M> INLINE void store(bf16 *p, vec v, M... m) {
 // As torch's threshold: what is compared with NaN passes, so that NaN in the input stays visible.
 INLINE vec unless_negative(vec condition, vec v) { return condition <= 0 ? vec{} : v; }
 
-// Calls body(nv, first): nv vectors (1 to 3, a compile-time constant) of columns from `first`.
+// Up to 3 vectors of columns, from `first`.
+template <int N> struct Panel {
+    static constexpr int NV = N, WIDTH = N * LANES;
+    long first;
+    Mask mask[N];
+    INLINE Panel(long first, long columns) : first(first) {
+        for (int v = 0; v < N; v++) mask[v] = first_lanes(columns - first - v * LANES);
+    }
+};
+
+// Calls body(panel) for panel after panel of the columns.
 template <class Body> INLINE void for_panels(long columns, Body body) {
     for (long first = 0; first < columns;) {
         long vectors = (columns - first + LANES - 1) / LANES;
         if (vectors == 1) {
-            body(std::integral_constant<int, 1>(), first), first += LANES;
+            body(Panel<1>(first, columns)), first += LANES;
         } else if (vectors == 2 || vectors == 4) {  // 2 + 2 is faster than 3 + 1
-            body(std::integral_constant<int, 2>(), first), first += 2 * LANES;
+            body(Panel<2>(first, columns)), first += 2 * LANES;
         } else {
-            body(std::integral_constant<int, 3>(), first), first += 3 * LANES;
+            body(Panel<3>(first, columns)), first += 3 * LANES;
         }
     }
 }
@@ -281,9 +291,9 @@ void pack_kernel(const float *kernel, const Shape &s, bool transpose, uint32_t *
         long tap = i / s.outputs, o = i % s.outputs;
         return (o * s.taps() + (transpose ? s.taps() - 1 - tap : tap)) * s.channels;
     };
-    for_panels(columns, [&](auto nv, long first) {
-        constexpr int NV = nv.value, WIDTH = NV * LANES;
-        const long width = std::min<long>(WIDTH, columns - first);
+    for_panels(columns, [&](auto panel) {
+        constexpr int NV = panel.NV, WIDTH = panel.WIDTH;
+        const long first = panel.first, width = std::min<long>(WIDTH, columns - first);
         long offsets[WIDTH];
         for (long j = 0; j < width; j++)
             offsets[j] = offset(first + j, transpose);
@@ -309,41 +319,41 @@ void pack_kernel(const float *kernel, const Shape &s, bool transpose, uint32_t *
 
 // ---- relu(norm(x)) ----
 
-struct NormVectors { vec mean, scale, bias; };
-INLINE NormVectors load_norm(const Norm &norm, long channel, Mask mask) {
-    return {load(norm.mean + channel, mask), load(norm.scale + channel, mask),
-            load(norm.bias + channel, mask)};
-}
-
-// One vector of channels of one pixel of what is convolved: of `x`, or the average of four.
-template <bool POOL, class T>
-INLINE vec norm_relu(const T *x, long ld, long width, const NormVectors &n, Mask mask) {
-    auto one = [&](const T *p) {
-        vec v = (load(p, mask) - n.mean) * n.scale + n.bias;
-        return unless_negative(v, v);
-    };
-    if (!POOL) return one(x);
-    const T *below = x + width * ld;
-    return (one(x) + one(x + ld) + one(below) + one(below + ld)) * 0.25f;
-}
+// The vectors of a panel's channels.
+template <int NV> struct PanelNorm {
+    vec mean[NV], scale[NV], bias[NV];
+    INLINE PanelNorm(const Norm &norm, const Panel<NV> &panel, long first = 0) {
+        for (int v = 0; v < NV; v++) {
+            const long channel = first + panel.first + v * LANES;
+            mean[v] = load(norm.mean + channel, panel.mask[v]);
+            scale[v] = load(norm.scale + channel, panel.mask[v]);
+            bias[v] = load(norm.bias + channel, panel.mask[v]);
+        }
+    }
+};
 
 // A tile's rows and `count` channels from `first` into y, whose rows are padded with zeros.
 template <bool POOL, class T, class E>
 INLINE void norm_relu_tile(const Input<T> &in, const Pixels<POOL> &pixels, long n, long first,
                            long count, E *y, long ldy) {
-    for_panels(count, [&](auto nv, long j) {
-        constexpr int NV = nv.value;
-        NormVectors vectors[NV];
-        Mask mask[NV];
-        for (int v = 0; v < NV; v++) {
-            mask[v] = first_lanes(count - j - v * LANES);
-            vectors[v] = load_norm(in.norm, first + j + v * LANES, mask[v]);
-        }
+    const long ld = in.x.ld, below = in.shape.width * ld;
+    for_panels(count, [&](auto panel) {
+        const PanelNorm norm(in.norm, panel, first);
         for (long r = 0; r < n; r++) {
-            const T *p = in.x.row(pixels[r]) + first + j;
-            for (int v = 0; v < NV; v++)
-                store(y + r * ldy + j + v * LANES,
-                      norm_relu<POOL>(p + v * LANES, in.x.ld, in.shape.width, vectors[v], mask[v]));
+            const T *row = in.x.row(pixels[r]) + first + panel.first;
+#pragma GCC unroll 4
+            for (int v = 0; v < panel.NV; v++) {
+                auto one = [&](const T *p) __attribute__((always_inline)) {
+                    vec x = load(p + v * LANES, panel.mask[v]);
+                    vec normed = (x - norm.mean[v]) * norm.scale[v] + norm.bias[v];
+                    return unless_negative(normed, normed);
+                };
+                vec result = one(row);
+                if (POOL)
+                    result = (result + one(row + ld) + one(row + below) + one(row + below + ld))
+                             * 0.25f;
+                store(y + r * ldy + panel.first + v * LANES, result);
+            }
         }
     });
 }
@@ -365,67 +375,77 @@ INLINE void prefetch(const Map<T> &x, const Shape &s, const Pixels<POOL> &pixels
 
 // ---- Statistics: of tiles, combined as by Chan, Golub, LeVeque (1979) ----
 
-struct Moments {
-    double count = 0;
-    double *mean, *squares;  // [channels]; squares of deviations, summed
+template <class T> INLINE void prefetch_row(const T *p, long count) {
+    for (const T *end = p + count; p < end; p += 64 / sizeof(T)) __builtin_prefetch(p, 0, 3);
+}
 
-    void combine(double n, long i, double other_mean, double other_squares) {
-        double delta = other_mean - mean[i], share = n / (count + n);
-        mean[i] += delta * share;
-        squares[i] += other_squares + delta * delta * count * share;
+// In memory [count, mean..., squares...]; `squares` are sums of squared deviations.
+struct Moments {
+    long channels;
+    double *count, *mean, *squares;
+
+    static long size(long channels) { return 1 + 2 * channels; }
+    Moments(double *data, long channels)
+        : channels(channels), count(data), mean(data + 1), squares(data + 1 + channels) {}
+
+    // Adds those of n other values.
+    template <class V> void combine(double n, const V *other_mean, const V *other_squares) const {
+        if (n == 0) return;
+        const double share = n / (*count + n);
+        for (long i = 0; i < channels; i++) {
+            double delta = other_mean[i] - mean[i];
+            mean[i] += delta * share;
+            squares[i] += other_squares[i] + delta * delta * *count * share;
+        }
+        *count += n;
+    }
+
+    // Adds n rows of x, at most TILE, and prefetches as many after them if `more` follow.
+    template <class T> void add_tile(const T *x, long ld, long n, bool more = false) const {
+        float *tile = tile_buffer.get<float>(2 * round_up(channels, LANES));
+        float *tile_squares = tile + round_up(channels, LANES);
+        for_panels(channels, [&](auto panel) {
+            constexpr int NV = panel.NV;
+            const T *p = x + panel.first;
+            vec sum[NV] = {}, square_sum[NV] = {};
+            for (long r = 0; r < n; r++) {
+                if (more && panel.first == 0) prefetch_row(x + (r + n) * ld, channels);
+                for (int v = 0; v < NV; v++)
+                    sum[v] += load(p + r * ld + v * LANES, panel.mask[v]);
+            }
+            for (int v = 0; v < NV; v++) sum[v] /= float(n);
+            for (long r = 0; r < n; r++)
+                for (int v = 0; v < NV; v++) {
+                    vec deviation = load(p + r * ld + v * LANES, panel.mask[v]) - sum[v];
+                    square_sum[v] += deviation * deviation;
+                }
+            for (int v = 0; v < NV; v++) {
+                store(tile + panel.first + v * LANES, sum[v]);
+                store(tile_squares + panel.first + v * LANES, square_sum[v]);
+            }
+        });
+        combine(n, tile, tile_squares);
     }
 };
 
-template <class T>
-INLINE void tile_moments(const T *x, long ld, long n, long channels, Moments &moments) {
-    float *tile = tile_buffer.get<float>(2 * round_up(channels, LANES));
-    float *squares = tile + round_up(channels, LANES);
-    for_panels(channels, [&](auto nv, long j) {
-        constexpr int NV = nv.value;
-        Mask mask[NV];
-        vec mean[NV] = {}, sum[NV] = {};
-        for (int v = 0; v < NV; v++) mask[v] = first_lanes(channels - j - v * LANES);
-        for (long r = 0; r < n; r++)
-            for (int v = 0; v < NV; v++) mean[v] += load(x + r * ld + j + v * LANES, mask[v]);
-        for (int v = 0; v < NV; v++) mean[v] /= float(n);
-        for (long r = 0; r < n; r++)
-            for (int v = 0; v < NV; v++) {
-                vec deviation = load(x + r * ld + j + v * LANES, mask[v]) - mean[v];
-                sum[v] += deviation * deviation;
-            }
-        for (int v = 0; v < NV; v++) {
-            store(tile + j + v * LANES, mean[v]);
-            store(squares + j + v * LANES, sum[v]);
-        }
-    });
-    for (long i = 0; i < channels; i++) moments.combine(n, i, tile[i], squares[i]);
-    moments.count += n;
-}
-
-// Those of each thread, as [count, mean..., squares...].
+// The moments of each thread.
 struct ThreadMoments {
     double *data;
     long channels;
     ThreadMoments(long channels, int threads)
-        : data(statistics_buffer.get<double>(threads * (2 * channels + 1))), channels(channels) {}
-    double *of(int thread) const { return data + thread * (2 * channels + 1); }
+        : data(statistics_buffer.get<double>(threads * Moments::size(channels))),
+          channels(channels) {}
+    Moments of(int thread) const { return {data + thread * Moments::size(channels), channels}; }
     Moments start(int thread) const {
-        std::fill_n(of(thread), 2 * channels + 1, 0.0);
-        return {0, of(thread) + 1, of(thread) + 1 + channels};
+        std::fill_n(of(thread).count, Moments::size(channels), 0.0);
+        return of(thread);
     }
-    void finish(const Moments &moments, int thread) const { *of(thread) = moments.count; }
-    void result(int threads, float *mean, float *variance) const {
-        Moments all = {*of(0), of(0) + 1, of(0) + 1 + channels};
-        for (int t = 1; t < threads; t++) {
-            double n = *of(t);
-            if (n == 0) continue;
-            for (long i = 0; i < channels; i++)
-                all.combine(n, i, of(t)[1 + i], of(t)[1 + channels + i]);
-            all.count += n;
-        }
+    void result(int team, float *mean, float *variance) const {
+        const Moments all = of(0);
+        for (int t = 1; t < team; t++) all.combine(*of(t).count, of(t).mean, of(t).squares);
         for (long i = 0; i < channels; i++) {
             mean[i] = all.mean[i];
-            variance[i] = all.squares[i] / all.count;
+            variance[i] = all.squares[i] / *all.count;
         }
     }
 };
@@ -433,15 +453,14 @@ struct ThreadMoments {
 template <class T>
 void map_statistics(Map<const T> x, long rows, long channels, float *mean, float *variance,
                     int threads) {
-    ThreadMoments moments(channels, threads);
+    ThreadMoments all(channels, threads);
     int team = parallel(threads, [&](int thread, int team) {
         Range range = share_of_thread(rows, 1, thread, team);
-        Moments mine = moments.start(thread);
+        Moments mine = all.start(thread);
         for (long row = range.begin; row < range.end; row += TILE)
-            tile_moments(x.row(row), x.ld, std::min(TILE, range.end - row), channels, mine);
-        moments.finish(mine, thread);
+            mine.add_tile(x.row(row), x.ld, std::min(TILE, range.end - row), true);
     });
-    moments.result(team, mean, variance);
+    all.result(team, mean, variance);
 }
 
 // ---- Forward ----
@@ -459,15 +478,14 @@ void product_tile(const Input<T> &in, const uint32_t *packed, long row, long n, 
     for (long first = 0; first < s.channels; first += at_once) {
         long count = std::min(at_once, s.channels - first), steps = (count + PAIR - 1) / PAIR;
         norm_relu_tile(in, pixels, n, first, count, y, ldy);
-        for_panels(s.columns(), [&](auto nv, long column) {
-            constexpr int NV = nv.value;
-            const uint32_t *panel = packed + column * all_steps + first / PAIR * NV * LANES;
+        for_panels(s.columns(), [&](auto panel) {
+            const uint32_t *w = packed + panel.first * all_steps + first / PAIR * panel.WIDTH;
             for (long r = 0; r < n; r += BLOCK) {
-                if (column == 0) prefetch(in.x, s, next, r, first, count);
-                float *out = sums + r * ld_sums + column;
-                vec block[BLOCK][NV];
+                if (panel.first == 0) prefetch(in.x, s, next, r, first, count);
+                float *out = sums + r * ld_sums + panel.first;
+                vec block[BLOCK][panel.NV];
                 load_block(block, first ? out : nullptr, ld_sums);
-                multiply<T, NV, false>(block, y + r * ldy, ldy / PAIR, panel, steps);
+                multiply<T, panel.NV, false>(block, y + r * ldy, ldy / PAIR, w, steps);
                 store_block(block, out, ld_sums);
             }
         });
@@ -476,7 +494,7 @@ void product_tile(const Input<T> &in, const uint32_t *packed, long row, long n, 
 
 template <class T, bool POOL>
 void forward_1x1(const Input<T> &in, const uint32_t *packed, const Map<T> &z, Range rows,
-                 Moments *moments) {
+                 const Moments *moments) {
     const Shape &s = in.shape;
     const long ld = round_up(s.outputs, LANES);
     float *sums = output_buffer.get<float>(TILE * ld);
@@ -486,7 +504,7 @@ void forward_1x1(const Input<T> &in, const uint32_t *packed, const Map<T> &z, Ra
         for (long r = 0; r < n; r++)
             for (long o = 0; o < s.outputs; o += LANES)
                 store(z.row(row + r) + o, load(sums + r * ld + o), first_lanes(s.outputs - o));
-        if (moments) tile_moments(z.row(row), z.ld, n, s.outputs, *moments);
+        if (moments) moments->add_tile(z.row(row), z.ld, n);
     }
 }
 
@@ -512,7 +530,7 @@ INLINE void sum_of_slices(const float *line_products, long ld, const Shape &s, l
 // For the lines (of pixels) of a range, that may begin and end within an image.
 template <class T>
 void forward_3x3(const Input<T> &in, const uint32_t *packed, const Map<T> &z, Range lines,
-                 Moments *moments) {
+                 const Moments *moments) {
     if (lines.begin == lines.end) return;
     const Shape &s = in.shape;
     const long all_lines = s.images * s.height, ld = round_up(s.columns(), LANES);
@@ -534,8 +552,7 @@ void forward_3x3(const Input<T> &in, const uint32_t *packed, const Map<T> &z, Ra
                           z.row(done * s.width), z.ld);
         if (moments)
             for (long row = first * s.width; row < done * s.width; row += TILE)
-                tile_moments(z.row(row), z.ld, std::min(TILE, done * s.width - row), s.outputs,
-                             *moments);
+                moments->add_tile(z.row(row), z.ld, std::min(TILE, done * s.width - row));
         memmove(products, products + (next - line) * line_size, 2 * line_size * sizeof(float));
         line = next;
     }
@@ -550,68 +567,64 @@ void forward(const Input<T> &in, const float *kernel, Map<T> z, float *mean, flo
     ThreadMoments moments(mean ? s.outputs : 0, threads);
     int team = parallel(threads, [&](int thread, int team) {
         pack_kernel<T>(kernel, s, false, packed);
-        Moments own = moments.start(thread), *mine = mean ? &own : nullptr;
+        const Moments own = moments.start(thread), *mine = mean ? &own : nullptr;
         Range lines = share_of_thread(s.images * s.height, 1, thread, team);
         Range rows = share_of_thread(s.rows(), BLOCK, thread, team);
         if (s.side == 3) forward_3x3<T>(in, packed, z, lines, mine);
         else if (s.pool) forward_1x1<T, true>(in, packed, z, rows, mine);
         else forward_1x1<T, false>(in, packed, z, rows, mine);
-        moments.finish(own, thread);
     });
     if (mean) moments.result(team, mean, variance);
 }
 
-// ---- The last step of a norm's backward ----
-
-// What the norm after a map z still takes off the gradient at z: a + (z - mean) * b.
-template <class T> struct Completion {
-    Map<const T> z;
-    const float *mean, *a, *b;
-    INLINE vec operator()(vec total, long row, long channel, Mask mask) const {
-        vec deviation = load(z.row(row) + channel, mask) - load(mean + channel, mask);
-        return total - (deviation * load(b + channel, mask) + load(a + channel, mask));
-    }
-};
-
-template <class T>
-void complete_rows(const Map<const T> &total, const Completion<T> &completion, const Map<T> &out,
-                   Range rows, long channels) {
-    for (long row = rows.begin; row < rows.end; row++)
-        for (long j = 0; j < channels; j += LANES) {
-            Mask mask = first_lanes(channels - j);
-            store(out.row(row) + j, completion(load(total.row(row) + j, mask), row, j, mask), mask);
-        }
-}
-
-template <class T>
-void complete_map(Map<const T> total, Completion<T> completion, Map<T> out, long rows,
-                  long channels, int threads) {
-    parallel(threads, [&](int thread, int team) {
-        complete_rows(total, completion, out, share_of_thread(rows, 1, thread, team), channels);
-    });
-}
-
 // ---- Backward ----
 
-// The gradient at the outputs, which may still have to be completed.
+// The gradient at the outputs z, which may still have to be completed, by what the norm after z
+// takes off it: a + (z - mean) * b.
 template <class T> struct Gradient {
-    Map<const T> dz;
-    Completion<T> completion;  // z.data is null if dz is complete
+    Map<const T> dz, z;  // z.data is null if dz is complete
+    const float *mean, *a, *b;
 
-    template <class E> INLINE void copy(long row, long n, long outputs, E *out, long ld) const {
+    template <class E> void copy(long row, long n, long outputs, E *out, long ld) const {
         const long ahead = 32;  // rows: they may be few channels of a wide buffer
-        for (long r = row; r < row + n; r++, out += ld) {
-            __builtin_prefetch(dz.row(r + ahead));
-            if (completion.z.data) __builtin_prefetch(completion.z.row(r + ahead));
-            for (long o = 0; o < outputs; o += LANES) {
-                Mask mask = first_lanes(outputs - o);
-                vec gradient = load(dz.row(r) + o, mask);
-                if (completion.z.data) gradient = completion(gradient, r, o, mask);
-                store(out + o, gradient, mask);
+        for_panels(outputs, [&](auto panel) {
+            constexpr int NV = panel.NV;
+            const long o = panel.first;
+            vec means[NV] = {}, as[NV] = {}, bs[NV] = {};
+            if (z.data)
+                for (int v = 0; v < NV; v++) {
+                    means[v] = load(mean + o + v * LANES, panel.mask[v]);
+                    as[v] = load(a + o + v * LANES, panel.mask[v]);
+                    bs[v] = load(b + o + v * LANES, panel.mask[v]);
+                }
+            for (long r = 0; r < n; r++) {
+                if (o == 0) {
+                    prefetch_row(dz.row(row + r + ahead), outputs);
+                    if (z.data) prefetch_row(z.row(row + r + ahead), outputs);
+                }
+#pragma GCC unroll 4
+                for (int v = 0; v < NV; v++) {
+                    const long j = o + v * LANES;
+                    vec gradient = load(dz.row(row + r) + j, panel.mask[v]);
+                    if (z.data) {
+                        vec deviation = load(z.row(row + r) + j, panel.mask[v]) - means[v];
+                        gradient -= deviation * bs[v] + as[v];
+                    }
+                    store(out + r * ld + j, gradient, panel.mask[v]);
+                }
             }
-        }
+        });
     }
 };
+
+template <class T>
+void complete_map(const Gradient<T> &gradient, Map<T> out, long rows, long channels, int threads) {
+    parallel(threads, [&](int thread, int team) {
+        Range range = share_of_thread(rows, 1, thread, team);
+        for (long row = range.begin; row < range.end; row += TILE)
+            gradient.copy(row, std::min(TILE, range.end - row), channels, out.row(row), out.ld);
+    });
+}
 
 // For a 3x3 kernel: all of it, with a border of zeros; so lines of width + 2 pixels.
 template <class T, class E>
@@ -649,57 +662,48 @@ INLINE void neighbours(const E *padded, const Shape &s, long row, long n, E *out
     }
 }
 
-// relu(norm(x)) of a tile, for NV vectors of channels; with pairs, of pixels 2k and 2k + 1.
-template <class T, bool POOL, int NV>
-INLINE void input_panel(const Input<T> &in, const Pixels<POOL> &pixels, long n, long channel,
-                        const NormVectors *norm, const Mask *mask, uint32_t *y) {
-    auto one = [&](long r, int v) {
-        const T *p = in.x.row(pixels[r]) + channel + v * LANES;
-        return norm_relu<POOL>(p, in.x.ld, in.shape.width, norm[v], mask[v]);
-    };
-    if constexpr (Product<T>::PAIR == 1) {
-        for (long r = 0; r < n; r++)
-            for (int v = 0; v < NV; v++) store_bits(y + (r * NV + v) * LANES, one(r, v));
-    } else {
-        for (long k = 0; k < (n + 1) / 2; k++)
-            for (int v = 0; v < NV; v++) {
-                vec second = 2 * k + 1 < n ? one(2 * k + 1, v) : vec{};
-                store_bits(y + (k * NV + v) * LANES,
-                           pair(round_to_bf16(one(2 * k, v)), round_to_bf16(second)));
-            }
-    }
-}
-
-// Through ReLU and norm: total (+)= g * scale, sums of g and of g * (x - mean).
+// Through ReLU and norm: total (+)= g * scale, and sums of g and of g * (x - mean); also the
+// convolution's input, into y as a product reads it.
 template <class T, bool POOL, int NV>
 INLINE void finish_block(const vec (&block)[BLOCK][NV], const Input<T> &in, const Map<T> &total,
-                         bool add, const Pixels<POOL> &pixels, long first, long n, long channel,
-                         const NormVectors *norm, const Mask *mask, vec *sums, vec *products) {
+                         bool add, const Pixels<POOL> &pixels, long first, long n,
+                         const Panel<NV> &panel, const PanelNorm<NV> &norm, vec *sums,
+                         vec *products, uint32_t *y) {
+    constexpr int PAIR = Product<T>::PAIR;
     const long width = in.shape.width;
 #pragma GCC unroll 4
     for (int v = 0; v < NV; v++) {
         vec sum = sums[v], product = products[v];
         auto one = [&](long i, vec gradient) __attribute__((always_inline)) {
-            long j = channel + v * LANES;
-            vec deviation = load(in.x.row(i) + j, mask[v]) - norm[v].mean;
-            vec g = unless_negative(deviation * norm[v].scale + norm[v].bias, gradient);
+            long j = panel.first + v * LANES;
+            vec deviation = load(in.x.row(i) + j, panel.mask[v]) - norm.mean[v];
+            vec normed = deviation * norm.scale[v] + norm.bias[v];
+            vec g = unless_negative(normed, gradient);
             sum += g;
             product += g * deviation;
-            vec share = g * norm[v].scale;
-            if (add) share += load(total.row(i) + j, mask[v]);
-            store(total.row(i) + j, share, mask[v]);
+            vec share = g * norm.scale[v];
+            if (add) share += load(total.row(i) + j, panel.mask[v]);
+            store(total.row(i) + j, share, panel.mask[v]);
+            return unless_negative(normed, normed);
+        };
+        auto pixel = [&](int r) __attribute__((always_inline)) {
+            const long i = pixels[first + r];
+            if (!POOL) return one(i, block[r][v]);
+            const vec quarter = block[r][v] * 0.25f;
+            vec input = one(i, quarter) + one(i + 1, quarter);
+            input += one(i + width, quarter);
+            return (input + one(i + width + 1, quarter)) * 0.25f;
         };
 #pragma GCC unroll 8
-        for (int r = 0; r < BLOCK; r++) {
+        for (int r = 0; r < BLOCK; r += PAIR) {
             if (first + r >= n) break;
-            long i = pixels[first + r];
-            if (!POOL) {
-                one(i, block[r][v]);
-                continue;
+            vec input = pixel(r);
+            uvec words = (uvec)input;
+            if constexpr (PAIR == 2) {
+                vec second = first + r + 1 < n ? pixel(r + 1) : vec{};
+                words = pair(round_to_bf16(input), round_to_bf16(second));
             }
-            vec quarter = block[r][v] * 0.25f;
-            one(i, quarter), one(i + 1, quarter);
-            one(i + width, quarter), one(i + width + 1, quarter);
+            store_bits(y + ((first + r) / PAIR * NV + v) * LANES, words);
         }
         sums[v] = sum, products[v] = product;
     }
@@ -737,15 +741,11 @@ void backward_rows(const Input<T> &in, const uint32_t *packed, const Gradient<T>
                     store_bits(transposed + k * ld + j,
                                pair(load_bits<hvec>(gradients + 2 * k * ld + j),
                                     load_bits<hvec>(gradients + (2 * k + 1) * ld + j)));
-        for_panels(s.channels, [&](auto nv, long channel) {
-            constexpr int NV = nv.value, WIDTH = NV * LANES;
-            NormVectors vectors[NV];
-            Mask mask[NV];
+        for_panels(s.channels, [&](auto panel) {
+            constexpr int NV = panel.NV, WIDTH = panel.WIDTH;
+            const long channel = panel.first;
+            const PanelNorm norm(in.norm, panel);
             vec sums[NV] = {}, products[NV] = {};
-            for (int v = 0; v < NV; v++) {
-                mask[v] = first_lanes(s.channels - channel - v * LANES);
-                vectors[v] = load_norm(in.norm, channel + v * LANES, mask[v]);
-            }
             // The panel after this one: the next channels, or the first ones of the next tile.
             const bool last = channel + WIDTH >= s.channels;
             const Pixels<POOL> &ahead = last ? next : pixels;
@@ -757,8 +757,8 @@ void backward_rows(const Input<T> &in, const uint32_t *packed, const Gradient<T>
                 vec block[BLOCK][NV] = {};
                 multiply<T, NV, false>(block, gradients + r * ld, ld / PAIR,
                                        packed + channel * steps, steps);
-                finish_block<T, POOL, NV>(block, in, total, add, pixels, r, n, channel, vectors,
-                                          mask, sums, products);
+                finish_block<T>(block, in, total, add, pixels, r, n, panel, norm, sums, products,
+                                y);
             }
             for (int v = 0; v < NV; v++) {
                 float *sum_g = partial.sum_g + channel + v * LANES;
@@ -766,7 +766,6 @@ void backward_rows(const Input<T> &in, const uint32_t *packed, const Gradient<T>
                 store(sum_g, load(sum_g) + sums[v]);
                 store(sum_gx, load(sum_gx) + products[v]);
             }
-            input_panel<T, POOL, NV>(in, pixels, n, channel, vectors, mask, y);
             float *d_panel = partial.d_kernel + channel * padded_columns;
             for (long column = 0; column < columns; column += BLOCK) {
                 vec block[BLOCK][NV];
@@ -809,14 +808,14 @@ void backward(const Gradient<T> &gradient, const Input<T> &in, const float *kern
             sum_g[c] = sum(channels * columns + c);
             sum_gx[c] = sum(channels * (columns + 1) + c);
         }
-        for_panels(s.channels, [&](auto nv, long first) {
-            constexpr int WIDTH = nv.value * LANES;
+        for_panels(s.channels, [&](auto panel) {
+            const long first = panel.first, width = panel.WIDTH;
 #pragma omp for nowait
             for (long o = 0; o < s.outputs; o++)
                 for (long tap = 0; tap < s.taps(); tap++)
-                    for (long c = first; c < std::min(first + WIDTH, s.channels); c++)
+                    for (long c = first; c < std::min(first + width, s.channels); c++)
                         d_kernel[((o + 1) * s.taps() - 1 - tap) * s.channels + c] =
-                            sum(first * columns + (tap * s.outputs + o) * WIDTH + c - first);
+                            sum(first * columns + (tap * s.outputs + o) * width + c - first);
         });
     });
 }
@@ -851,13 +850,13 @@ void norm_relu_conv_backward(const MAP *dz, long lddz, const MAP *z, long ldz, c
                              long threads) {
     Shape shape = {images, height, width, channels, outputs, side, pool != 0};
     auto run = pool ? backward<MAP, true> : backward<MAP, false>;
-    run({{dz, lddz}, {{z, ldz}, z_mean, a, b}}, {{x, ldx}, {mean, scale, bias}, shape}, kernel,
+    run({{dz, lddz}, {z, ldz}, z_mean, a, b}, {{x, ldx}, {mean, scale, bias}, shape}, kernel,
         {total, ldt}, add, sum_g, sum_gx, d_kernel, threads);
 }
 
 void complete(const MAP *total, long ldt, const MAP *x, long ldx, const float *mean, const float *a,
               const float *b, MAP *out, long ldo, long rows, long channels, long threads) {
-    complete_map<MAP>({total, ldt}, {{x, ldx}, mean, a, b}, {out, ldo}, rows, channels, threads);
+    complete_map<MAP>({{total, ldt}, {x, ldx}, mean, a, b}, {out, ldo}, rows, channels, threads);
 }
 
 }  // extern "C"
