@@ -618,6 +618,7 @@ class _Half(NamedTuple):
     eps: float
 
     def invstd(self, maps):
+        """1 / the standard deviation of each channel, as the norm takes it."""
         return (maps.var + self.eps).rsqrt()
 
 

@@ -15,7 +15,9 @@
 //
 // The copies are on the side of the outputs, which in a DenseNet are few (k), and not on the side
 // of the inputs (4k or more). Whatever else there is to do for a pixel (norm, ReLU and its mask,
-// pooling, sums) is done while the tile is in cache, and costs little.
+// pooling, sums) is done while the tile is in cache, and costs little. That is why the convolutions
+// are here at all: around those of a library, the same would be passes over memory, which cost as
+// much as the convolutions themselves.
 //
 // Two runs give the same bits: each thread has a fixed range of rows, and partial sums are added
 // in the order of the threads.
@@ -128,11 +130,8 @@ INLINE vec unless_negative(vec condition, vec v) { return condition <= 0 ? vec{}
 // Up to 3 vectors of columns, from `first`.
 template <int N> struct Panel {
     static constexpr int NV = N, WIDTH = N * LANES;
-    long first;
-    Mask mask[N];
-    INLINE Panel(long first, long columns) : first(first) {
-        for (int v = 0; v < N; v++) mask[v] = first_lanes(columns - first - v * LANES);
-    }
+    long first, columns;
+    INLINE Mask mask(int v) const { return first_lanes(columns - first - v * LANES); }
 };
 
 // Calls body(panel) for panel after panel of the columns.
@@ -140,11 +139,11 @@ template <class Body> INLINE void for_panels(long columns, Body body) {
     for (long first = 0; first < columns;) {
         long vectors = (columns - first + LANES - 1) / LANES;
         if (vectors == 1) {
-            body(Panel<1>(first, columns)), first += LANES;
+            body(Panel<1>{first, columns}), first += LANES;
         } else if (vectors == 2 || vectors == 4) {  // 2 + 2 is faster than 3 + 1
-            body(Panel<2>(first, columns)), first += 2 * LANES;
+            body(Panel<2>{first, columns}), first += 2 * LANES;
         } else {
-            body(Panel<3>(first, columns)), first += 3 * LANES;
+            body(Panel<3>{first, columns}), first += 3 * LANES;
         }
     }
 }
@@ -319,72 +318,64 @@ void pack_kernel(const float *kernel, const Shape &s, bool transpose, uint32_t *
 
 // ---- relu(norm(x)) ----
 
-// The vectors of a panel's channels.
-template <int NV> struct PanelNorm {
-    vec mean[NV], scale[NV], bias[NV];
-    INLINE PanelNorm(const Norm &norm, const Panel<NV> &panel, long first = 0) {
-        for (int v = 0; v < NV; v++) {
-            const long channel = first + panel.first + v * LANES;
-            mean[v] = load(norm.mean + channel, panel.mask[v]);
-            scale[v] = load(norm.scale + channel, panel.mask[v]);
-            bias[v] = load(norm.bias + channel, panel.mask[v]);
-        }
-    }
-};
+struct NormVectors { vec mean, scale, bias; };
+INLINE NormVectors load_norm(const Norm &norm, long channel, Mask mask) {
+    return {load(norm.mean + channel, mask), load(norm.scale + channel, mask),
+            load(norm.bias + channel, mask)};
+}
+
+// One vector of channels of one pixel of what is convolved: of x, or the average of four.
+template <bool POOL, class T>
+INLINE vec norm_relu(const T *x, long ld, long width, const NormVectors &norm, Mask mask) {
+    auto one = [&](const T *p) {
+        vec v = (load(p, mask) - norm.mean) * norm.scale + norm.bias;
+        return unless_negative(v, v);
+    };
+    if (!POOL) return one(x);
+    const T *below = x + width * ld;
+    return (one(x) + one(x + ld) + one(below) + one(below + ld)) * 0.25f;
+}
 
 // A tile's rows and `count` channels from `first` into y, whose rows are padded with zeros.
 template <bool POOL, class T, class E>
 INLINE void norm_relu_tile(const Input<T> &in, const Pixels<POOL> &pixels, long n, long first,
                            long count, E *y, long ldy) {
-    const long ld = in.x.ld, below = in.shape.width * ld;
     for_panels(count, [&](auto panel) {
-        const PanelNorm norm(in.norm, panel, first);
+        constexpr int NV = panel.NV;
+        NormVectors norm[NV];
+        for (int v = 0; v < NV; v++)
+            norm[v] = load_norm(in.norm, first + panel.first + v * LANES, panel.mask(v));
         for (long r = 0; r < n; r++) {
-            const T *row = in.x.row(pixels[r]) + first + panel.first;
-#pragma GCC unroll 4
-            for (int v = 0; v < panel.NV; v++) {
-                auto one = [&](const T *p) __attribute__((always_inline)) {
-                    vec x = load(p + v * LANES, panel.mask[v]);
-                    vec normed = (x - norm.mean[v]) * norm.scale[v] + norm.bias[v];
-                    return unless_negative(normed, normed);
-                };
-                vec result = one(row);
-                if (POOL)
-                    result = (result + one(row + ld) + one(row + below) + one(row + below + ld))
-                             * 0.25f;
-                store(y + r * ldy + panel.first + v * LANES, result);
-            }
+            const T *x = in.x.row(pixels[r]) + first + panel.first;
+            for (int v = 0; v < NV; v++)
+                store(y + r * ldy + panel.first + v * LANES,
+                      norm_relu<POOL>(x + v * LANES, in.x.ld, in.shape.width, norm[v],
+                                      panel.mask(v)));
         }
     });
 }
 
-// Brings `count` channels of BLOCK rows into the cache, for later: rows of a wide buffer are so far
-// apart that the hardware does not foresee them. This is worth a quarter of the time.
+// Into the cache, for later: rows of a wide buffer are so far apart that the hardware does not
+// foresee them. This is worth a quarter of the time.
+template <class T> INLINE void prefetch(const T *p, long count) {
+    for (const T *end = p + count; p < end; p += 64 / sizeof(T)) __builtin_prefetch(p, 0, 3);
+}
 template <class T, bool POOL>
-INLINE void prefetch(const Map<T> &x, const Shape &s, const Pixels<POOL> &pixels, long r,
-                     long channel, long count) {
+INLINE void prefetch_block(const Map<T> &x, const Shape &s, const Pixels<POOL> &pixels, long r,
+                           long channel, long count) {
     for (long end = r + BLOCK; r < end; r++) {
-        const char *p = (const char *)(x.row(pixels[r]) + channel);
-        const char *end_of_row = p + (POOL ? x.ld + count : count) * sizeof(T);
-        for (; p < end_of_row; p += 64) {
-            __builtin_prefetch(p, 0, 3);
-            if (POOL) __builtin_prefetch(p + s.width * x.ld * sizeof(T), 0, 3);
-        }
+        const T *p = x.row(pixels[r]) + channel;
+        prefetch(p, POOL ? x.ld + count : count);
+        if (POOL) prefetch(p + s.width * x.ld, x.ld + count);
     }
 }
 
 // ---- Statistics: of tiles, combined as by Chan, Golub, LeVeque (1979) ----
 
-template <class T> INLINE void prefetch_row(const T *p, long count) {
-    for (const T *end = p + count; p < end; p += 64 / sizeof(T)) __builtin_prefetch(p, 0, 3);
-}
-
-// In memory [count, mean..., squares...]; `squares` are sums of squared deviations.
 struct Moments {
     long channels;
-    double *count, *mean, *squares;
+    double *count, *mean, *squares;  // squares: sums of squared deviations
 
-    static long size(long channels) { return 1 + 2 * channels; }
     Moments(double *data, long channels)
         : channels(channels), count(data), mean(data + 1), squares(data + 1 + channels) {}
 
@@ -402,65 +393,63 @@ struct Moments {
 
     // Adds n rows of x, at most TILE, and prefetches as many after them if `more` follow.
     template <class T> void add_tile(const T *x, long ld, long n, bool more = false) const {
-        float *tile = tile_buffer.get<float>(2 * round_up(channels, LANES));
-        float *tile_squares = tile + round_up(channels, LANES);
+        float *tile_mean = tile_buffer.get<float>(2 * round_up(channels, LANES));
+        float *tile_squares = tile_mean + round_up(channels, LANES);
         for_panels(channels, [&](auto panel) {
             constexpr int NV = panel.NV;
             const T *p = x + panel.first;
             vec sum[NV] = {}, square_sum[NV] = {};
             for (long r = 0; r < n; r++) {
-                if (more && panel.first == 0) prefetch_row(x + (r + n) * ld, channels);
+                if (more && panel.first == 0) prefetch(x + (r + n) * ld, channels);
                 for (int v = 0; v < NV; v++)
-                    sum[v] += load(p + r * ld + v * LANES, panel.mask[v]);
+                    sum[v] += load(p + r * ld + v * LANES, panel.mask(v));
             }
             for (int v = 0; v < NV; v++) sum[v] /= float(n);
             for (long r = 0; r < n; r++)
                 for (int v = 0; v < NV; v++) {
-                    vec deviation = load(p + r * ld + v * LANES, panel.mask[v]) - sum[v];
+                    vec deviation = load(p + r * ld + v * LANES, panel.mask(v)) - sum[v];
                     square_sum[v] += deviation * deviation;
                 }
             for (int v = 0; v < NV; v++) {
-                store(tile + panel.first + v * LANES, sum[v]);
+                store(tile_mean + panel.first + v * LANES, sum[v]);
                 store(tile_squares + panel.first + v * LANES, square_sum[v]);
             }
         });
-        combine(n, tile, tile_squares);
+        combine(n, tile_mean, tile_squares);
     }
 };
 
-// The moments of each thread.
-struct ThreadMoments {
-    double *data;
-    long channels;
-    ThreadMoments(long channels, int threads)
-        : data(statistics_buffer.get<double>(threads * Moments::size(channels))),
-          channels(channels) {}
-    Moments of(int thread) const { return {data + thread * Moments::size(channels), channels}; }
-    Moments start(int thread) const {
-        std::fill_n(of(thread).count, Moments::size(channels), 0.0);
-        return of(thread);
+// Runs body(moments, thread, team) in a team of threads, each with moments of its own, of which
+// mean and variance are made. If these are null, the moments are of no channels.
+template <class Body>
+void with_moments(long channels, float *mean, float *variance, int threads, Body body) {
+    if (!mean) channels = 0;
+    const long size = 1 + 2 * channels;
+    double *data = statistics_buffer.get<double>(threads * size);
+    int team = parallel(threads, [&](int thread, int team) {
+        Moments own(data + thread * size, channels);
+        std::fill_n(own.count, size, 0.0);
+        body(own, thread, team);
+    });
+    const Moments all(data, channels);
+    for (int t = 1; t < team; t++) {
+        const Moments other(data + t * size, channels);
+        all.combine(*other.count, other.mean, other.squares);
     }
-    void result(int team, float *mean, float *variance) const {
-        const Moments all = of(0);
-        for (int t = 1; t < team; t++) all.combine(*of(t).count, of(t).mean, of(t).squares);
-        for (long i = 0; i < channels; i++) {
-            mean[i] = all.mean[i];
-            variance[i] = all.squares[i] / *all.count;
-        }
+    for (long i = 0; i < channels; i++) {
+        mean[i] = all.mean[i];
+        variance[i] = all.squares[i] / *all.count;
     }
-};
+}
 
 template <class T>
 void map_statistics(Map<const T> x, long rows, long channels, float *mean, float *variance,
                     int threads) {
-    ThreadMoments all(channels, threads);
-    int team = parallel(threads, [&](int thread, int team) {
+    with_moments(channels, mean, variance, threads, [&](Moments &moments, int thread, int team) {
         Range range = share_of_thread(rows, 1, thread, team);
-        Moments mine = all.start(thread);
         for (long row = range.begin; row < range.end; row += TILE)
-            mine.add_tile(x.row(row), x.ld, std::min(TILE, range.end - row), true);
+            moments.add_tile(x.row(row), x.ld, std::min(TILE, range.end - row), true);
     });
-    all.result(team, mean, variance);
 }
 
 // ---- Forward ----
@@ -481,7 +470,7 @@ void product_tile(const Input<T> &in, const uint32_t *packed, long row, long n, 
         for_panels(s.columns(), [&](auto panel) {
             const uint32_t *w = packed + panel.first * all_steps + first / PAIR * panel.WIDTH;
             for (long r = 0; r < n; r += BLOCK) {
-                if (panel.first == 0) prefetch(in.x, s, next, r, first, count);
+                if (panel.first == 0) prefetch_block(in.x, s, next, r, first, count);
                 float *out = sums + r * ld_sums + panel.first;
                 vec block[BLOCK][panel.NV];
                 load_block(block, first ? out : nullptr, ld_sums);
@@ -494,7 +483,7 @@ void product_tile(const Input<T> &in, const uint32_t *packed, long row, long n, 
 
 template <class T, bool POOL>
 void forward_1x1(const Input<T> &in, const uint32_t *packed, const Map<T> &z, Range rows,
-                 const Moments *moments) {
+                 const Moments &moments) {
     const Shape &s = in.shape;
     const long ld = round_up(s.outputs, LANES);
     float *sums = output_buffer.get<float>(TILE * ld);
@@ -504,7 +493,7 @@ void forward_1x1(const Input<T> &in, const uint32_t *packed, const Map<T> &z, Ra
         for (long r = 0; r < n; r++)
             for (long o = 0; o < s.outputs; o += LANES)
                 store(z.row(row + r) + o, load(sums + r * ld + o), first_lanes(s.outputs - o));
-        if (moments) moments->add_tile(z.row(row), z.ld, n);
+        moments.add_tile(z.row(row), z.ld, n);
     }
 }
 
@@ -530,7 +519,7 @@ INLINE void sum_of_slices(const float *line_products, long ld, const Shape &s, l
 // For the lines (of pixels) of a range, that may begin and end within an image.
 template <class T>
 void forward_3x3(const Input<T> &in, const uint32_t *packed, const Map<T> &z, Range lines,
-                 const Moments *moments) {
+                 const Moments &moments) {
     if (lines.begin == lines.end) return;
     const Shape &s = in.shape;
     const long all_lines = s.images * s.height, ld = round_up(s.columns(), LANES);
@@ -550,9 +539,8 @@ void forward_3x3(const Input<T> &in, const uint32_t *packed, const Map<T> &z, Ra
         for (; done < ready; done++)
             sum_of_slices(products + (done - line + 2) * line_size, ld, s, done,
                           z.row(done * s.width), z.ld);
-        if (moments)
-            for (long row = first * s.width; row < done * s.width; row += TILE)
-                moments->add_tile(z.row(row), z.ld, std::min(TILE, done * s.width - row));
+        for (long row = first * s.width; row < done * s.width; row += TILE)
+            moments.add_tile(z.row(row), z.ld, std::min(TILE, done * s.width - row));
         memmove(products, products + (next - line) * line_size, 2 * line_size * sizeof(float));
         line = next;
     }
@@ -564,17 +552,14 @@ void forward(const Input<T> &in, const float *kernel, Map<T> z, float *mean, flo
              int threads) {
     const Shape &s = in.shape;
     auto *packed = kernel_buffer.get<uint32_t>(s.channels * round_up(s.columns(), LANES));
-    ThreadMoments moments(mean ? s.outputs : 0, threads);
-    int team = parallel(threads, [&](int thread, int team) {
+    with_moments(s.outputs, mean, variance, threads, [&](Moments &moments, int thread, int team) {
         pack_kernel<T>(kernel, s, false, packed);
-        const Moments own = moments.start(thread), *mine = mean ? &own : nullptr;
         Range lines = share_of_thread(s.images * s.height, 1, thread, team);
         Range rows = share_of_thread(s.rows(), BLOCK, thread, team);
-        if (s.side == 3) forward_3x3<T>(in, packed, z, lines, mine);
-        else if (s.pool) forward_1x1<T, true>(in, packed, z, rows, mine);
-        else forward_1x1<T, false>(in, packed, z, rows, mine);
+        if (s.side == 3) forward_3x3<T>(in, packed, z, lines, moments);
+        else if (s.pool) forward_1x1<T, true>(in, packed, z, rows, moments);
+        else forward_1x1<T, false>(in, packed, z, rows, moments);
     });
-    if (mean) moments.result(team, mean, variance);
 }
 
 // ---- Backward ----
@@ -590,27 +575,29 @@ template <class T> struct Gradient {
         for_panels(outputs, [&](auto panel) {
             constexpr int NV = panel.NV;
             const long o = panel.first;
+            Mask mask[NV];
             vec means[NV] = {}, as[NV] = {}, bs[NV] = {};
+            for (int v = 0; v < NV; v++) mask[v] = panel.mask(v);
             if (z.data)
                 for (int v = 0; v < NV; v++) {
-                    means[v] = load(mean + o + v * LANES, panel.mask[v]);
-                    as[v] = load(a + o + v * LANES, panel.mask[v]);
-                    bs[v] = load(b + o + v * LANES, panel.mask[v]);
+                    means[v] = load(mean + o + v * LANES, mask[v]);
+                    as[v] = load(a + o + v * LANES, mask[v]);
+                    bs[v] = load(b + o + v * LANES, mask[v]);
                 }
             for (long r = 0; r < n; r++) {
                 if (o == 0) {
-                    prefetch_row(dz.row(row + r + ahead), outputs);
-                    if (z.data) prefetch_row(z.row(row + r + ahead), outputs);
+                    prefetch(dz.row(row + r + ahead), outputs);
+                    if (z.data) prefetch(z.row(row + r + ahead), outputs);
                 }
 #pragma GCC unroll 4
                 for (int v = 0; v < NV; v++) {
                     const long j = o + v * LANES;
-                    vec gradient = load(dz.row(row + r) + j, panel.mask[v]);
+                    vec gradient = load(dz.row(row + r) + j, mask[v]);
                     if (z.data) {
-                        vec deviation = load(z.row(row + r) + j, panel.mask[v]) - means[v];
+                        vec deviation = load(z.row(row + r) + j, mask[v]) - means[v];
                         gradient -= deviation * bs[v] + as[v];
                     }
-                    store(out + r * ld + j, gradient, panel.mask[v]);
+                    store(out + r * ld + j, gradient, mask[v]);
                 }
             }
         });
@@ -667,7 +654,7 @@ INLINE void neighbours(const E *padded, const Shape &s, long row, long n, E *out
 template <class T, bool POOL, int NV>
 INLINE void finish_block(const vec (&block)[BLOCK][NV], const Input<T> &in, const Map<T> &total,
                          bool add, const Pixels<POOL> &pixels, long first, long n,
-                         const Panel<NV> &panel, const PanelNorm<NV> &norm, vec *sums,
+                         const Panel<NV> &panel, const NormVectors *norm, vec *sums,
                          vec *products, uint32_t *y) {
     constexpr int PAIR = Product<T>::PAIR;
     const long width = in.shape.width;
@@ -676,14 +663,14 @@ INLINE void finish_block(const vec (&block)[BLOCK][NV], const Input<T> &in, cons
         vec sum = sums[v], product = products[v];
         auto one = [&](long i, vec gradient) __attribute__((always_inline)) {
             long j = panel.first + v * LANES;
-            vec deviation = load(in.x.row(i) + j, panel.mask[v]) - norm.mean[v];
-            vec normed = deviation * norm.scale[v] + norm.bias[v];
+            vec deviation = load(in.x.row(i) + j, panel.mask(v)) - norm[v].mean;
+            vec normed = deviation * norm[v].scale + norm[v].bias;
             vec g = unless_negative(normed, gradient);
             sum += g;
             product += g * deviation;
-            vec share = g * norm.scale[v];
-            if (add) share += load(total.row(i) + j, panel.mask[v]);
-            store(total.row(i) + j, share, panel.mask[v]);
+            vec share = g * norm[v].scale;
+            if (add) share += load(total.row(i) + j, panel.mask(v));
+            store(total.row(i) + j, share, panel.mask(v));
             return unless_negative(normed, normed);
         };
         auto pixel = [&](int r) __attribute__((always_inline)) {
@@ -744,7 +731,9 @@ void backward_rows(const Input<T> &in, const uint32_t *packed, const Gradient<T>
         for_panels(s.channels, [&](auto panel) {
             constexpr int NV = panel.NV, WIDTH = panel.WIDTH;
             const long channel = panel.first;
-            const PanelNorm norm(in.norm, panel);
+            NormVectors norm[NV];
+            for (int v = 0; v < NV; v++)
+                norm[v] = load_norm(in.norm, channel + v * LANES, panel.mask(v));
             vec sums[NV] = {}, products[NV] = {};
             // The panel after this one: the next channels, or the first ones of the next tile.
             const bool last = channel + WIDTH >= s.channels;
@@ -752,8 +741,8 @@ void backward_rows(const Input<T> &in, const uint32_t *packed, const Gradient<T>
             const long after = last ? 0 : channel + WIDTH;
             const long width = std::min<long>(WIDTH, s.channels - after);
             for (long r = 0; r < n; r += BLOCK) {
-                prefetch(in.x, s, ahead, r, after, width);
-                if (add) prefetch(total, s, ahead, r, after, width);
+                prefetch_block(in.x, s, ahead, r, after, width);
+                if (add) prefetch_block(total, s, ahead, r, after, width);
                 vec block[BLOCK][NV] = {};
                 multiply<T, NV, false>(block, gradients + r * ld, ld / PAIR,
                                        packed + channel * steps, steps);

@@ -68,8 +68,7 @@ def statistics(data):
 def norm_relu_conv(maps, half, pool=False, out=None, statistics=False):
     """The output, in `out` if given, and its `statistics` if wanted, else None and None."""
     if out is None:
-        scale = 2 if pool else 1
-        h, w = (size // scale for size in maps.data.shape[2:])
+        h, w = (size // 2 if pool else size for size in maps.data.shape[2:])
         out = new_maps(maps.data, len(half.kernel), h, w)
     mean, var = _vectors(out, 2, len(half.kernel)) if statistics else (None, None)
     _call('norm_relu_conv', out.dtype, *_input(maps, half), *_shape(maps, half, pool), *_map(out),
@@ -141,6 +140,7 @@ def _shape(maps, half, pool):
 
 
 def _vectors(x, count, channels):
+    # Of x, not of torch, whose default type and device may be others.
     return x.new_empty(count, channels, dtype=torch.float32)
 
 
