@@ -619,6 +619,10 @@ class _Half(NamedTuple):
     kernel: torch.Tensor  # of the convolution, [O, C, 1, 1] or [O, C, 3, 3]
     eps: float
 
+    def invstd(self, maps):
+        """1 / the standard deviation of each channel, as the norm takes it."""
+        return (maps.var + self.eps).rsqrt()
+
 
 class _SavedLayer(NamedTuple):
     """What backward has of a dense layer: in lists, an entry for each half."""
@@ -649,7 +653,7 @@ def _evaluate_half(ops, x, norm, conv, pool=False, out=None):
 
 def _coefficients(maps, half, d_weight, d_bias):
     """A half's parts of A and B, as above."""
-    invstd = (maps.var + half.eps).rsqrt()
+    invstd = half.invstd(maps)
     share = half.weight * invstd / (maps.data.numel() // len(invstd))
     return share * d_bias, share * invstd * d_weight
 
@@ -792,7 +796,7 @@ def _cpu_kernels():
     """The operations of densenet_cpu.py, if it is beside this file."""
     try:
         return importlib.import_module('.densenet_cpu' if __package__ else 'densenet_cpu',
-                                       __package__ or None).Operations
+                                       __package__ or None)
     except ImportError:
         return None
 

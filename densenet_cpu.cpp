@@ -15,7 +15,9 @@
 //
 // The copies are on the side of the outputs, which in a DenseNet are few (k), and not on the side
 // of the inputs (4k or more). Whatever else there is to do for a pixel (norm, ReLU and its mask,
-// pooling, sums) is done while the tile is in cache, and costs little.
+// pooling, sums) is done while the tile is in cache, and costs little. That is why the convolutions
+// are here at all: around those of a library, the same would be passes over memory, which cost as
+// much as the convolutions themselves.
 //
 // Two runs give the same bits: each thread has a fixed range of rows, and partial sums are added
 // in the order of the threads.
@@ -125,16 +127,23 @@ template <class... M> INLINE void store(bf16 *p, vec v, M... m) {
 // As torch's threshold: what is compared with NaN passes, so that NaN in the input stays visible.
 INLINE vec unless_negative(vec condition, vec v) { return condition <= 0 ? vec{} : v; }
 
-// Calls body(nv, first): nv vectors (1 to 3, a compile-time constant) of columns from `first`.
+// Up to 3 vectors of columns, from `first`.
+template <int N> struct Panel {
+    static constexpr int NV = N, WIDTH = N * LANES;
+    long first, columns;
+    INLINE Mask mask(int v) const { return first_lanes(columns - first - v * LANES); }
+};
+
+// Calls body(panel) for panel after panel of the columns.
 template <class Body> INLINE void for_panels(long columns, Body body) {
     for (long first = 0; first < columns;) {
         long vectors = (columns - first + LANES - 1) / LANES;
         if (vectors == 1) {
-            body(std::integral_constant<int, 1>(), first), first += LANES;
+            body(Panel<1>{first, columns}), first += LANES;
         } else if (vectors == 2 || vectors == 4) {  // 2 + 2 is faster than 3 + 1
-            body(std::integral_constant<int, 2>(), first), first += 2 * LANES;
+            body(Panel<2>{first, columns}), first += 2 * LANES;
         } else {
-            body(std::integral_constant<int, 3>(), first), first += 3 * LANES;
+            body(Panel<3>{first, columns}), first += 3 * LANES;
         }
     }
 }
@@ -267,7 +276,7 @@ template <int NV> INLINE void store_block(const vec (&block)[BLOCK][NV], float *
 
 INLINE uvec pair(hvec low, hvec high) { return widen(low) | (widen(high) << 16); }
 
-// The kernel [O, C, taps] as a matrix with a row for each channel and a column for each (tap, o),
+// The kernel [O, taps, C] as a matrix with a row for each channel and a column for each (tap, o),
 // or its transpose with the taps in reverse, as a product reads it: panel after panel of columns,
 // in a panel row after row (or pair of rows). Padded with zeros to whole pairs and vectors.
 template <class T>
@@ -275,24 +284,25 @@ void pack_kernel(const float *kernel, const Shape &s, bool transpose, uint32_t *
     constexpr int PAIR = Product<T>::PAIR;
     const long rows = transpose ? s.columns() : s.channels, steps = (rows + PAIR - 1) / PAIR;
     const long columns = transpose ? s.channels : s.columns();
-    auto offset_of_channel = [&](long c) { return c * s.taps(); };
-    auto offset_of_output = [&](long i) {
+    // Where in the kernel the values of a row or column begin.
+    auto offset = [&](long i, bool is_channel) {
+        if (is_channel) return i;
         long tap = i / s.outputs, o = i % s.outputs;
-        return o * s.channels * s.taps() + (transpose ? s.taps() - 1 - tap : tap);
+        return (o * s.taps() + (transpose ? s.taps() - 1 - tap : tap)) * s.channels;
     };
-    for_panels(columns, [&](auto nv, long first) {
-        constexpr int NV = nv.value, WIDTH = NV * LANES;
-        const long width = std::min<long>(WIDTH, columns - first);
+    for_panels(columns, [&](auto panel) {
+        constexpr int NV = panel.NV, WIDTH = panel.WIDTH;
+        const long first = panel.first, width = std::min<long>(WIDTH, columns - first);
         long offsets[WIDTH];
         for (long j = 0; j < width; j++)
-            offsets[j] = transpose ? offset_of_channel(first + j) : offset_of_output(first + j);
+            offsets[j] = offset(first + j, transpose);
         float values[2][WIDTH] = {};
 #pragma omp for nowait
         for (long k = 0; k < steps; k++) {
             for (long i = k * PAIR; i < (k + 1) * PAIR; i++) {
-                long offset = transpose ? offset_of_output(i) : offset_of_channel(i);
+                const float *row = kernel + offset(i, !transpose);
                 for (long j = 0; j < width; j++)
-                    values[i % PAIR][j] = i < rows ? kernel[offset + offsets[j]] : 0;
+                    values[i % PAIR][j] = i < rows ? row[offsets[j]] : 0;
             }
             for (int v = 0; v < NV; v++) {
                 vec low = load(values[0] + v * LANES), high = load(values[1] + v * LANES);
@@ -314,11 +324,11 @@ INLINE NormVectors load_norm(const Norm &norm, long channel, Mask mask) {
             load(norm.bias + channel, mask)};
 }
 
-// One vector of channels of one pixel of what is convolved: of `x`, or the average of four.
+// One vector of channels of one pixel of what is convolved: of x, or the average of four.
 template <bool POOL, class T>
-INLINE vec norm_relu(const T *x, long ld, long width, const NormVectors &n, Mask mask) {
+INLINE vec norm_relu(const T *x, long ld, long width, const NormVectors &norm, Mask mask) {
     auto one = [&](const T *p) {
-        vec v = (load(p, mask) - n.mean) * n.scale + n.bias;
+        vec v = (load(p, mask) - norm.mean) * norm.scale + norm.bias;
         return unless_negative(v, v);
     };
     if (!POOL) return one(x);
@@ -330,117 +340,116 @@ INLINE vec norm_relu(const T *x, long ld, long width, const NormVectors &n, Mask
 template <bool POOL, class T, class E>
 INLINE void norm_relu_tile(const Input<T> &in, const Pixels<POOL> &pixels, long n, long first,
                            long count, E *y, long ldy) {
-    for_panels(count, [&](auto nv, long j) {
-        constexpr int NV = nv.value;
-        NormVectors vectors[NV];
-        Mask mask[NV];
-        for (int v = 0; v < NV; v++) {
-            mask[v] = first_lanes(count - j - v * LANES);
-            vectors[v] = load_norm(in.norm, first + j + v * LANES, mask[v]);
-        }
+    for_panels(count, [&](auto panel) {
+        constexpr int NV = panel.NV;
+        NormVectors norm[NV];
+        for (int v = 0; v < NV; v++)
+            norm[v] = load_norm(in.norm, first + panel.first + v * LANES, panel.mask(v));
         for (long r = 0; r < n; r++) {
-            const T *p = in.x.row(pixels[r]) + first + j;
+            const T *x = in.x.row(pixels[r]) + first + panel.first;
             for (int v = 0; v < NV; v++)
-                store(y + r * ldy + j + v * LANES,
-                      norm_relu<POOL>(p + v * LANES, in.x.ld, in.shape.width, vectors[v], mask[v]));
+                store(y + r * ldy + panel.first + v * LANES,
+                      norm_relu<POOL>(x + v * LANES, in.x.ld, in.shape.width, norm[v],
+                                      panel.mask(v)));
         }
     });
 }
 
-// Brings `count` channels of BLOCK rows into the cache, for later: rows of a wide buffer are so far
-// apart that the hardware does not foresee them. This is worth a quarter of the time.
+// Into the cache, for later: rows of a wide buffer are so far apart that the hardware does not
+// foresee them. This is worth a quarter of the time.
+template <class T> INLINE void prefetch(const T *p, long count) {
+    for (const T *end = p + count; p < end; p += 64 / sizeof(T)) __builtin_prefetch(p, 0, 3);
+}
 template <class T, bool POOL>
-INLINE void prefetch(const Map<T> &x, const Shape &s, const Pixels<POOL> &pixels, long r,
-                     long channel, long count) {
+INLINE void prefetch_block(const Map<T> &x, const Shape &s, const Pixels<POOL> &pixels, long r,
+                           long channel, long count) {
     for (long end = r + BLOCK; r < end; r++) {
-        const char *p = (const char *)(x.row(pixels[r]) + channel);
-        const char *end_of_row = p + (POOL ? x.ld + count : count) * sizeof(T);
-        for (; p < end_of_row; p += 64) {
-            __builtin_prefetch(p, 0, 3);
-            if (POOL) __builtin_prefetch(p + s.width * x.ld * sizeof(T), 0, 3);
-        }
+        const T *p = x.row(pixels[r]) + channel;
+        prefetch(p, POOL ? x.ld + count : count);
+        if (POOL) prefetch(p + s.width * x.ld, x.ld + count);
     }
 }
 
 // ---- Statistics: of tiles, combined as by Chan, Golub, LeVeque (1979) ----
 
 struct Moments {
-    double count = 0;
-    double *mean, *squares;  // [channels]; squares of deviations, summed
-
-    void combine(double n, long i, double other_mean, double other_squares) {
-        double delta = other_mean - mean[i], share = n / (count + n);
-        mean[i] += delta * share;
-        squares[i] += other_squares + delta * delta * count * share;
-    }
-};
-
-template <class T>
-INLINE void tile_moments(const T *x, long ld, long n, long channels, Moments &moments) {
-    float *tile = tile_buffer.get<float>(2 * round_up(channels, LANES));
-    float *squares = tile + round_up(channels, LANES);
-    for_panels(channels, [&](auto nv, long j) {
-        constexpr int NV = nv.value;
-        Mask mask[NV];
-        vec mean[NV] = {}, sum[NV] = {};
-        for (int v = 0; v < NV; v++) mask[v] = first_lanes(channels - j - v * LANES);
-        for (long r = 0; r < n; r++)
-            for (int v = 0; v < NV; v++) mean[v] += load(x + r * ld + j + v * LANES, mask[v]);
-        for (int v = 0; v < NV; v++) mean[v] /= float(n);
-        for (long r = 0; r < n; r++)
-            for (int v = 0; v < NV; v++) {
-                vec deviation = load(x + r * ld + j + v * LANES, mask[v]) - mean[v];
-                sum[v] += deviation * deviation;
-            }
-        for (int v = 0; v < NV; v++) {
-            store(tile + j + v * LANES, mean[v]);
-            store(squares + j + v * LANES, sum[v]);
-        }
-    });
-    for (long i = 0; i < channels; i++) moments.combine(n, i, tile[i], squares[i]);
-    moments.count += n;
-}
-
-// Those of each thread, as [count, mean..., squares...].
-struct ThreadMoments {
-    double *data;
     long channels;
-    ThreadMoments(long channels, int threads)
-        : data(statistics_buffer.get<double>(threads * (2 * channels + 1))), channels(channels) {}
-    double *of(int thread) const { return data + thread * (2 * channels + 1); }
-    Moments start(int thread) const {
-        std::fill_n(of(thread), 2 * channels + 1, 0.0);
-        return {0, of(thread) + 1, of(thread) + 1 + channels};
-    }
-    void finish(const Moments &moments, int thread) const { *of(thread) = moments.count; }
-    void result(int threads, float *mean, float *variance) const {
-        Moments all = {*of(0), of(0) + 1, of(0) + 1 + channels};
-        for (int t = 1; t < threads; t++) {
-            double n = *of(t);
-            if (n == 0) continue;
-            for (long i = 0; i < channels; i++)
-                all.combine(n, i, of(t)[1 + i], of(t)[1 + channels + i]);
-            all.count += n;
-        }
+    double *count, *mean, *squares;  // squares: sums of squared deviations
+
+    Moments(double *data, long channels)
+        : channels(channels), count(data), mean(data + 1), squares(data + 1 + channels) {}
+
+    // Adds those of n other values.
+    template <class V> void combine(double n, const V *other_mean, const V *other_squares) const {
+        if (n == 0) return;
+        const double share = n / (*count + n);
         for (long i = 0; i < channels; i++) {
-            mean[i] = all.mean[i];
-            variance[i] = all.squares[i] / all.count;
+            double delta = other_mean[i] - mean[i];
+            mean[i] += delta * share;
+            squares[i] += other_squares[i] + delta * delta * *count * share;
         }
+        *count += n;
+    }
+
+    // Adds n rows of x, at most TILE, and prefetches as many after them if `more` follow.
+    template <class T> void add_tile(const T *x, long ld, long n, bool more = false) const {
+        float *tile_mean = tile_buffer.get<float>(2 * round_up(channels, LANES));
+        float *tile_squares = tile_mean + round_up(channels, LANES);
+        for_panels(channels, [&](auto panel) {
+            constexpr int NV = panel.NV;
+            const T *p = x + panel.first;
+            vec sum[NV] = {}, square_sum[NV] = {};
+            for (long r = 0; r < n; r++) {
+                if (more && panel.first == 0) prefetch(x + (r + n) * ld, channels);
+                for (int v = 0; v < NV; v++)
+                    sum[v] += load(p + r * ld + v * LANES, panel.mask(v));
+            }
+            for (int v = 0; v < NV; v++) sum[v] /= float(n);
+            for (long r = 0; r < n; r++)
+                for (int v = 0; v < NV; v++) {
+                    vec deviation = load(p + r * ld + v * LANES, panel.mask(v)) - sum[v];
+                    square_sum[v] += deviation * deviation;
+                }
+            for (int v = 0; v < NV; v++) {
+                store(tile_mean + panel.first + v * LANES, sum[v]);
+                store(tile_squares + panel.first + v * LANES, square_sum[v]);
+            }
+        });
+        combine(n, tile_mean, tile_squares);
     }
 };
+
+// Runs body(moments, thread, team) in a team of threads, each with moments of its own, of which
+// mean and variance are made. If these are null, the moments are of no channels.
+template <class Body>
+void with_moments(long channels, float *mean, float *variance, int threads, Body body) {
+    if (!mean) channels = 0;
+    const long size = 1 + 2 * channels;
+    double *data = statistics_buffer.get<double>(threads * size);
+    int team = parallel(threads, [&](int thread, int team) {
+        Moments own(data + thread * size, channels);
+        std::fill_n(own.count, size, 0.0);
+        body(own, thread, team);
+    });
+    const Moments all(data, channels);
+    for (int t = 1; t < team; t++) {
+        const Moments other(data + t * size, channels);
+        all.combine(*other.count, other.mean, other.squares);
+    }
+    for (long i = 0; i < channels; i++) {
+        mean[i] = all.mean[i];
+        variance[i] = all.squares[i] / *all.count;
+    }
+}
 
 template <class T>
 void map_statistics(Map<const T> x, long rows, long channels, float *mean, float *variance,
                     int threads) {
-    ThreadMoments moments(channels, threads);
-    int team = parallel(threads, [&](int thread, int team) {
+    with_moments(channels, mean, variance, threads, [&](Moments &moments, int thread, int team) {
         Range range = share_of_thread(rows, 1, thread, team);
-        Moments mine = moments.start(thread);
         for (long row = range.begin; row < range.end; row += TILE)
-            tile_moments(x.row(row), x.ld, std::min(TILE, range.end - row), channels, mine);
-        moments.finish(mine, thread);
+            moments.add_tile(x.row(row), x.ld, std::min(TILE, range.end - row), true);
     });
-    moments.result(team, mean, variance);
 }
 
 // ---- Forward ----
@@ -458,15 +467,14 @@ void product_tile(const Input<T> &in, const uint32_t *packed, long row, long n, 
     for (long first = 0; first < s.channels; first += at_once) {
         long count = std::min(at_once, s.channels - first), steps = (count + PAIR - 1) / PAIR;
         norm_relu_tile(in, pixels, n, first, count, y, ldy);
-        for_panels(s.columns(), [&](auto nv, long column) {
-            constexpr int NV = nv.value;
-            const uint32_t *panel = packed + column * all_steps + first / PAIR * NV * LANES;
+        for_panels(s.columns(), [&](auto panel) {
+            const uint32_t *w = packed + panel.first * all_steps + first / PAIR * panel.WIDTH;
             for (long r = 0; r < n; r += BLOCK) {
-                if (column == 0) prefetch(in.x, s, next, r, first, count);
-                float *out = sums + r * ld_sums + column;
-                vec block[BLOCK][NV];
+                if (panel.first == 0) prefetch_block(in.x, s, next, r, first, count);
+                float *out = sums + r * ld_sums + panel.first;
+                vec block[BLOCK][panel.NV];
                 load_block(block, first ? out : nullptr, ld_sums);
-                multiply<T, NV, false>(block, y + r * ldy, ldy / PAIR, panel, steps);
+                multiply<T, panel.NV, false>(block, y + r * ldy, ldy / PAIR, w, steps);
                 store_block(block, out, ld_sums);
             }
         });
@@ -475,7 +483,7 @@ void product_tile(const Input<T> &in, const uint32_t *packed, long row, long n, 
 
 template <class T, bool POOL>
 void forward_1x1(const Input<T> &in, const uint32_t *packed, const Map<T> &z, Range rows,
-                 Moments *moments) {
+                 const Moments &moments) {
     const Shape &s = in.shape;
     const long ld = round_up(s.outputs, LANES);
     float *sums = output_buffer.get<float>(TILE * ld);
@@ -485,7 +493,7 @@ void forward_1x1(const Input<T> &in, const uint32_t *packed, const Map<T> &z, Ra
         for (long r = 0; r < n; r++)
             for (long o = 0; o < s.outputs; o += LANES)
                 store(z.row(row + r) + o, load(sums + r * ld + o), first_lanes(s.outputs - o));
-        if (moments) tile_moments(z.row(row), z.ld, n, s.outputs, *moments);
+        moments.add_tile(z.row(row), z.ld, n);
     }
 }
 
@@ -511,7 +519,7 @@ INLINE void sum_of_slices(const float *line_products, long ld, const Shape &s, l
 // For the lines (of pixels) of a range, that may begin and end within an image.
 template <class T>
 void forward_3x3(const Input<T> &in, const uint32_t *packed, const Map<T> &z, Range lines,
-                 Moments *moments) {
+                 const Moments &moments) {
     if (lines.begin == lines.end) return;
     const Shape &s = in.shape;
     const long all_lines = s.images * s.height, ld = round_up(s.columns(), LANES);
@@ -531,10 +539,8 @@ void forward_3x3(const Input<T> &in, const uint32_t *packed, const Map<T> &z, Ra
         for (; done < ready; done++)
             sum_of_slices(products + (done - line + 2) * line_size, ld, s, done,
                           z.row(done * s.width), z.ld);
-        if (moments)
-            for (long row = first * s.width; row < done * s.width; row += TILE)
-                tile_moments(z.row(row), z.ld, std::min(TILE, done * s.width - row), s.outputs,
-                             *moments);
+        for (long row = first * s.width; row < done * s.width; row += TILE)
+            moments.add_tile(z.row(row), z.ld, std::min(TILE, done * s.width - row));
         memmove(products, products + (next - line) * line_size, 2 * line_size * sizeof(float));
         line = next;
     }
@@ -546,71 +552,66 @@ void forward(const Input<T> &in, const float *kernel, Map<T> z, float *mean, flo
              int threads) {
     const Shape &s = in.shape;
     auto *packed = kernel_buffer.get<uint32_t>(s.channels * round_up(s.columns(), LANES));
-    ThreadMoments moments(mean ? s.outputs : 0, threads);
-    int team = parallel(threads, [&](int thread, int team) {
+    with_moments(s.outputs, mean, variance, threads, [&](Moments &moments, int thread, int team) {
         pack_kernel<T>(kernel, s, false, packed);
-        Moments own = moments.start(thread), *mine = mean ? &own : nullptr;
         Range lines = share_of_thread(s.images * s.height, 1, thread, team);
         Range rows = share_of_thread(s.rows(), BLOCK, thread, team);
-        if (s.side == 3) forward_3x3<T>(in, packed, z, lines, mine);
-        else if (s.pool) forward_1x1<T, true>(in, packed, z, rows, mine);
-        else forward_1x1<T, false>(in, packed, z, rows, mine);
-        moments.finish(own, thread);
-    });
-    if (mean) moments.result(team, mean, variance);
-}
-
-// ---- The last step of a norm's backward ----
-
-// What the norm after a map z still takes off the gradient at z: a + (z - mean) * b.
-template <class T> struct Completion {
-    Map<const T> z;
-    const float *mean, *a, *b;
-    INLINE vec operator()(vec total, long row, long channel, Mask mask) const {
-        vec deviation = load(z.row(row) + channel, mask) - load(mean + channel, mask);
-        return total - (deviation * load(b + channel, mask) + load(a + channel, mask));
-    }
-};
-
-template <class T>
-void complete_rows(const Map<const T> &total, const Completion<T> &completion, const Map<T> &out,
-                   Range rows, long channels) {
-    for (long row = rows.begin; row < rows.end; row++)
-        for (long j = 0; j < channels; j += LANES) {
-            Mask mask = first_lanes(channels - j);
-            store(out.row(row) + j, completion(load(total.row(row) + j, mask), row, j, mask), mask);
-        }
-}
-
-template <class T>
-void complete_map(Map<const T> total, Completion<T> completion, Map<T> out, long rows,
-                  long channels, int threads) {
-    parallel(threads, [&](int thread, int team) {
-        complete_rows(total, completion, out, share_of_thread(rows, 1, thread, team), channels);
+        if (s.side == 3) forward_3x3<T>(in, packed, z, lines, moments);
+        else if (s.pool) forward_1x1<T, true>(in, packed, z, rows, moments);
+        else forward_1x1<T, false>(in, packed, z, rows, moments);
     });
 }
 
 // ---- Backward ----
 
-// The gradient at the outputs, which may still have to be completed.
+// The gradient at the outputs z, which may still have to be completed, by what the norm after z
+// takes off it: a + (z - mean) * b.
 template <class T> struct Gradient {
-    Map<const T> dz;
-    Completion<T> completion;  // z.data is null if dz is complete
+    Map<const T> dz, z;  // z.data is null if dz is complete
+    const float *mean, *a, *b;
 
-    template <class E> INLINE void copy(long row, long n, long outputs, E *out, long ld) const {
+    template <class E> void copy(long row, long n, long outputs, E *out, long ld) const {
         const long ahead = 32;  // rows: they may be few channels of a wide buffer
-        for (long r = row; r < row + n; r++, out += ld) {
-            __builtin_prefetch(dz.row(r + ahead));
-            if (completion.z.data) __builtin_prefetch(completion.z.row(r + ahead));
-            for (long o = 0; o < outputs; o += LANES) {
-                Mask mask = first_lanes(outputs - o);
-                vec gradient = load(dz.row(r) + o, mask);
-                if (completion.z.data) gradient = completion(gradient, r, o, mask);
-                store(out + o, gradient, mask);
+        for_panels(outputs, [&](auto panel) {
+            constexpr int NV = panel.NV;
+            const long o = panel.first;
+            Mask mask[NV];
+            vec means[NV] = {}, as[NV] = {}, bs[NV] = {};
+            for (int v = 0; v < NV; v++) mask[v] = panel.mask(v);
+            if (z.data)
+                for (int v = 0; v < NV; v++) {
+                    means[v] = load(mean + o + v * LANES, mask[v]);
+                    as[v] = load(a + o + v * LANES, mask[v]);
+                    bs[v] = load(b + o + v * LANES, mask[v]);
+                }
+            for (long r = 0; r < n; r++) {
+                if (o == 0) {
+                    prefetch(dz.row(row + r + ahead), outputs);
+                    if (z.data) prefetch(z.row(row + r + ahead), outputs);
+                }
+#pragma GCC unroll 4
+                for (int v = 0; v < NV; v++) {
+                    const long j = o + v * LANES;
+                    vec gradient = load(dz.row(row + r) + j, mask[v]);
+                    if (z.data) {
+                        vec deviation = load(z.row(row + r) + j, mask[v]) - means[v];
+                        gradient -= deviation * bs[v] + as[v];
+                    }
+                    store(out + r * ld + j, gradient, mask[v]);
+                }
             }
-        }
+        });
     }
 };
+
+template <class T>
+void complete_map(const Gradient<T> &gradient, Map<T> out, long rows, long channels, int threads) {
+    parallel(threads, [&](int thread, int team) {
+        Range range = share_of_thread(rows, 1, thread, team);
+        for (long row = range.begin; row < range.end; row += TILE)
+            gradient.copy(row, std::min(TILE, range.end - row), channels, out.row(row), out.ld);
+    });
+}
 
 // For a 3x3 kernel: all of it, with a border of zeros; so lines of width + 2 pixels.
 template <class T, class E>
@@ -648,57 +649,48 @@ INLINE void neighbours(const E *padded, const Shape &s, long row, long n, E *out
     }
 }
 
-// relu(norm(x)) of a tile, for NV vectors of channels; with pairs, of pixels 2k and 2k + 1.
-template <class T, bool POOL, int NV>
-INLINE void input_panel(const Input<T> &in, const Pixels<POOL> &pixels, long n, long channel,
-                        const NormVectors *norm, const Mask *mask, uint32_t *y) {
-    auto one = [&](long r, int v) {
-        const T *p = in.x.row(pixels[r]) + channel + v * LANES;
-        return norm_relu<POOL>(p, in.x.ld, in.shape.width, norm[v], mask[v]);
-    };
-    if constexpr (Product<T>::PAIR == 1) {
-        for (long r = 0; r < n; r++)
-            for (int v = 0; v < NV; v++) store_bits(y + (r * NV + v) * LANES, one(r, v));
-    } else {
-        for (long k = 0; k < (n + 1) / 2; k++)
-            for (int v = 0; v < NV; v++) {
-                vec second = 2 * k + 1 < n ? one(2 * k + 1, v) : vec{};
-                store_bits(y + (k * NV + v) * LANES,
-                           pair(round_to_bf16(one(2 * k, v)), round_to_bf16(second)));
-            }
-    }
-}
-
-// Through ReLU and norm: total (+)= g * scale, sums of g and of g * (x - mean).
+// Through ReLU and norm: total (+)= g * scale, and sums of g and of g * (x - mean); also the
+// convolution's input, into y as a product reads it.
 template <class T, bool POOL, int NV>
 INLINE void finish_block(const vec (&block)[BLOCK][NV], const Input<T> &in, const Map<T> &total,
-                         bool add, const Pixels<POOL> &pixels, long first, long n, long channel,
-                         const NormVectors *norm, const Mask *mask, vec *sums, vec *products) {
+                         bool add, const Pixels<POOL> &pixels, long first, long n,
+                         const Panel<NV> &panel, const NormVectors *norm, vec *sums,
+                         vec *products, uint32_t *y) {
+    constexpr int PAIR = Product<T>::PAIR;
     const long width = in.shape.width;
 #pragma GCC unroll 4
     for (int v = 0; v < NV; v++) {
         vec sum = sums[v], product = products[v];
         auto one = [&](long i, vec gradient) __attribute__((always_inline)) {
-            long j = channel + v * LANES;
-            vec deviation = load(in.x.row(i) + j, mask[v]) - norm[v].mean;
-            vec g = unless_negative(deviation * norm[v].scale + norm[v].bias, gradient);
+            long j = panel.first + v * LANES;
+            vec deviation = load(in.x.row(i) + j, panel.mask(v)) - norm[v].mean;
+            vec normed = deviation * norm[v].scale + norm[v].bias;
+            vec g = unless_negative(normed, gradient);
             sum += g;
             product += g * deviation;
             vec share = g * norm[v].scale;
-            if (add) share += load(total.row(i) + j, mask[v]);
-            store(total.row(i) + j, share, mask[v]);
+            if (add) share += load(total.row(i) + j, panel.mask(v));
+            store(total.row(i) + j, share, panel.mask(v));
+            return unless_negative(normed, normed);
+        };
+        auto pixel = [&](int r) __attribute__((always_inline)) {
+            const long i = pixels[first + r];
+            if (!POOL) return one(i, block[r][v]);
+            const vec quarter = block[r][v] * 0.25f;
+            vec input = one(i, quarter) + one(i + 1, quarter);
+            input += one(i + width, quarter);
+            return (input + one(i + width + 1, quarter)) * 0.25f;
         };
 #pragma GCC unroll 8
-        for (int r = 0; r < BLOCK; r++) {
+        for (int r = 0; r < BLOCK; r += PAIR) {
             if (first + r >= n) break;
-            long i = pixels[first + r];
-            if (!POOL) {
-                one(i, block[r][v]);
-                continue;
+            vec input = pixel(r);
+            uvec words = (uvec)input;
+            if constexpr (PAIR == 2) {
+                vec second = first + r + 1 < n ? pixel(r + 1) : vec{};
+                words = pair(round_to_bf16(input), round_to_bf16(second));
             }
-            vec quarter = block[r][v] * 0.25f;
-            one(i, quarter), one(i + 1, quarter);
-            one(i + width, quarter), one(i + width + 1, quarter);
+            store_bits(y + ((first + r) / PAIR * NV + v) * LANES, words);
         }
         sums[v] = sum, products[v] = product;
     }
@@ -736,28 +728,26 @@ void backward_rows(const Input<T> &in, const uint32_t *packed, const Gradient<T>
                     store_bits(transposed + k * ld + j,
                                pair(load_bits<hvec>(gradients + 2 * k * ld + j),
                                     load_bits<hvec>(gradients + (2 * k + 1) * ld + j)));
-        for_panels(s.channels, [&](auto nv, long channel) {
-            constexpr int NV = nv.value, WIDTH = NV * LANES;
-            NormVectors vectors[NV];
-            Mask mask[NV];
+        for_panels(s.channels, [&](auto panel) {
+            constexpr int NV = panel.NV, WIDTH = panel.WIDTH;
+            const long channel = panel.first;
+            NormVectors norm[NV];
+            for (int v = 0; v < NV; v++)
+                norm[v] = load_norm(in.norm, channel + v * LANES, panel.mask(v));
             vec sums[NV] = {}, products[NV] = {};
-            for (int v = 0; v < NV; v++) {
-                mask[v] = first_lanes(s.channels - channel - v * LANES);
-                vectors[v] = load_norm(in.norm, channel + v * LANES, mask[v]);
-            }
             // The panel after this one: the next channels, or the first ones of the next tile.
             const bool last = channel + WIDTH >= s.channels;
             const Pixels<POOL> &ahead = last ? next : pixels;
             const long after = last ? 0 : channel + WIDTH;
             const long width = std::min<long>(WIDTH, s.channels - after);
             for (long r = 0; r < n; r += BLOCK) {
-                prefetch(in.x, s, ahead, r, after, width);
-                if (add) prefetch(total, s, ahead, r, after, width);
+                prefetch_block(in.x, s, ahead, r, after, width);
+                if (add) prefetch_block(total, s, ahead, r, after, width);
                 vec block[BLOCK][NV] = {};
                 multiply<T, NV, false>(block, gradients + r * ld, ld / PAIR,
                                        packed + channel * steps, steps);
-                finish_block<T, POOL, NV>(block, in, total, add, pixels, r, n, channel, vectors,
-                                          mask, sums, products);
+                finish_block<T>(block, in, total, add, pixels, r, n, panel, norm, sums, products,
+                                y);
             }
             for (int v = 0; v < NV; v++) {
                 float *sum_g = partial.sum_g + channel + v * LANES;
@@ -765,7 +755,6 @@ void backward_rows(const Input<T> &in, const uint32_t *packed, const Gradient<T>
                 store(sum_g, load(sum_g) + sums[v]);
                 store(sum_gx, load(sum_gx) + products[v]);
             }
-            input_panel<T, POOL, NV>(in, pixels, n, channel, vectors, mask, y);
             float *d_panel = partial.d_kernel + channel * padded_columns;
             for (long column = 0; column < columns; column += BLOCK) {
                 vec block[BLOCK][NV];
@@ -808,14 +797,14 @@ void backward(const Gradient<T> &gradient, const Input<T> &in, const float *kern
             sum_g[c] = sum(channels * columns + c);
             sum_gx[c] = sum(channels * (columns + 1) + c);
         }
-        for_panels(s.channels, [&](auto nv, long first) {
-            constexpr int WIDTH = nv.value * LANES;
+        for_panels(s.channels, [&](auto panel) {
+            const long first = panel.first, width = panel.WIDTH;
 #pragma omp for nowait
             for (long o = 0; o < s.outputs; o++)
-                for (long c = first; c < std::min(first + WIDTH, s.channels); c++)
-                    for (long tap = 0; tap < s.taps(); tap++)
-                        d_kernel[(o * s.channels + c + 1) * s.taps() - 1 - tap] =
-                            sum(first * columns + (tap * s.outputs + o) * WIDTH + c - first);
+                for (long tap = 0; tap < s.taps(); tap++)
+                    for (long c = first; c < std::min(first + width, s.channels); c++)
+                        d_kernel[((o + 1) * s.taps() - 1 - tap) * s.channels + c] =
+                            sum(first * columns + (tap * s.outputs + o) * width + c - first);
         });
     });
 }
@@ -827,14 +816,15 @@ void backward(const Gradient<T> &gradient, const Input<T> &in, const float *kern
 extern "C" {
 
 void statistics(const MAP *x, long ldx, long rows, long channels, float *mean, float *variance,
-                int threads) {
+                long threads) {
     map_statistics<MAP>({x, ldx}, rows, channels, mean, variance, threads);
 }
 
+// The kernel is [O, taps, C].
 void norm_relu_conv(const MAP *x, long ldx, const float *mean, const float *scale,
-                    const float *bias, const float *kernel, MAP *z, long ldz, long images,
-                    long height, long width, long channels, long outputs, long side, int pool,
-                    float *z_mean, float *z_variance, int threads) {
+                    const float *bias, const float *kernel, long images, long height, long width,
+                    long channels, long outputs, long side, long pool, MAP *z, long ldz,
+                    float *z_mean, float *z_variance, long threads) {
     Shape shape = {images, height, width, channels, outputs, side, pool != 0};
     forward<MAP>({{x, ldx}, {mean, scale, bias}, shape}, kernel, {z, ldz}, z_mean, z_variance,
                  threads);
@@ -843,18 +833,19 @@ void norm_relu_conv(const MAP *x, long ldx, const float *mean, const float *scal
 void norm_relu_conv_backward(const MAP *dz, long lddz, const MAP *z, long ldz, const float *z_mean,
                              const float *a, const float *b, const MAP *x, long ldx,
                              const float *mean, const float *scale, const float *bias,
-                             const float *kernel, MAP *total, long ldt, int add, long images,
-                             long height, long width, long channels, long outputs, long side,
-                             int pool, float *sum_g, float *sum_gx, float *d_kernel, int threads) {
+                             const float *kernel, long images, long height, long width,
+                             long channels, long outputs, long side, long pool, MAP *total,
+                             long ldt, long add, float *sum_g, float *sum_gx, float *d_kernel,
+                             long threads) {
     Shape shape = {images, height, width, channels, outputs, side, pool != 0};
     auto run = pool ? backward<MAP, true> : backward<MAP, false>;
-    run({{dz, lddz}, {{z, ldz}, z_mean, a, b}}, {{x, ldx}, {mean, scale, bias}, shape}, kernel,
+    run({{dz, lddz}, {z, ldz}, z_mean, a, b}, {{x, ldx}, {mean, scale, bias}, shape}, kernel,
         {total, ldt}, add, sum_g, sum_gx, d_kernel, threads);
 }
 
 void complete(const MAP *total, long ldt, const MAP *x, long ldx, const float *mean, const float *a,
-              const float *b, MAP *out, long ldo, long rows, long channels, int threads) {
-    complete_map<MAP>({total, ldt}, {{x, ldx}, mean, a, b}, {out, ldo}, rows, channels, threads);
+              const float *b, MAP *out, long ldo, long rows, long channels, long threads) {
+    complete_map<MAP>({{total, ldt}, {x, ldx}, mean, a, b}, {out, ldo}, rows, channels, threads);
 }
 
 }  // extern "C"

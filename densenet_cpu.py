@@ -1,16 +1,13 @@
 """The operations of a dense block as CPU kernels, compiled at first use: optional, for densenet.py.
 
-    import densenet_cpu
-    densenet_cpu.supports(x)              # False: see densenet_cpu.unsupported_reason(x)
-
 Needs torch and a C++ compiler, g++ at best. What it compiles of `densenet_cpu.cpp`, in 3 seconds
 for each type of map, is kept in the user's cache directory: `$XDG_CACHE_HOME/densenet` or
 `~/.cache/densenet`. Without a compiler one warning says so, and densenet.py takes its eager
 operations. DENSENET_CPU_KERNELS=0 turns the kernels off.
 
-Maps are [N, C, H, W], float32 or bfloat16, in channels_last, and may be some channels of a wider
-such tensor. Vectors are float32 [C], and so are sums. Convolutions are 1x1 or 3x3, of stride 1 and
-with zeros around the map; `kernel` is float32 [O, C, 1, 1] or [O, C, 3, 3].
+The functions of the first part stand in for those of `_EagerOperations` in densenet.py, which says
+what they compute. `maps` and `half` are its `_Maps` and `_Half`: maps [N, C, H, W] are float32 or
+bfloat16 in channels_last, and may be some channels of a wider such tensor; all else is float32.
 """
 
 import ctypes
@@ -18,11 +15,9 @@ import functools
 import hashlib
 import mmap
 import os
-import platform
 import re
 import shlex
 import shutil
-import stat
 import subprocess
 import tempfile
 import warnings
@@ -31,136 +26,84 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_suffix('.cpp')
-PAGE = mmap.PAGESIZE
 FLAGS = '-std=c++17 -O3 -march=native -ffp-contract=fast -fopenmp -fPIC'.split()
-_madvise = ctypes.CDLL(None).madvise if hasattr(mmap, 'MADV_HUGEPAGE') else None
 TYPES = {torch.float32: 'float', torch.bfloat16: 'bf16'}
+_madvise = ctypes.CDLL(None).madvise if hasattr(mmap, 'MADV_HUGEPAGE') else None
 
 
 # ---- Operations ----
 
+path = 'kernels'
+
+
 def supports(x):
-    """Whether the operations below take x as a map; `unsupported_reason(x)` says why not."""
-    return unsupported_reason(x) is None
+    """Whether the other functions take x as maps."""
+    return (x.device.type == 'cpu' and x.dtype in TYPES and x.dim() == 4 and x.numel() > 0
+            and _row_stride(x) is not None and unavailable_reason(x.dtype) is None)
 
 
-def unsupported_reason(x):
-    """Why the operations below do not take x as a map, or None if they do."""
-    if x.device.type != 'cpu':
-        return f'a tensor on {x.device}'
-    if x.dtype not in TYPES:
-        return f'a map of {x.dtype}'
-    if x.dim() != 4 or not x.numel() or _row_stride(x) is None:
-        return 'a map that is not in channels_last'
-    return unavailable_reason(x.dtype)
+def new_maps(x, channels, height=None, width=None):
+    """Memory for maps like x, on huge pages where they are large.
+
+    Touching fresh memory costs the kernel more than reading or writing it costs the processor: with
+    pages of 4 KiB, five times as much.
+    """
+    n, _, h, w = x.shape
+    maps = x.new_empty(n, height or h, width or w, channels)
+    start = -(-maps.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = (maps.data_ptr() + maps.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+    if size >= 4 << 20 and _madvise:
+        _madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
+    return maps.permute(0, 3, 1, 2)
 
 
-def statistics(x):
+def statistics(data):
     """Mean and biased variance of each channel."""
-    mean, variance = x.new_empty(2, x.shape[1], dtype=torch.float32)
-    _call('statistics', x, *_map(x), *_size(x), _pointer(mean), _pointer(variance))
-    return mean, variance
+    n, c, h, w = data.shape
+    mean, var = _vectors(data, 2, c)
+    _call('statistics', data.dtype, *_map(data), n * h * w, c, mean, var)
+    return mean, var
 
 
-def norm_relu_conv(x, mean, scale, bias, kernel, pool=False, out=None, with_statistics=False):
-    """conv(relu((x - mean) * scale + bias)), and with_statistics also the result's statistics.
-
-    With pool, which takes a 1x1 kernel, the convolution reads the 2x2 averages of its input. The
-    result is written to `out` if given.
-    """
-    n, c, h, w = x.shape
-    outputs, side = kernel.shape[0], kernel.shape[-1]
+def norm_relu_conv(maps, half, pool=False, out=None, statistics=False):
+    """The output, in `out` if given, and its `statistics` if wanted, else None and None."""
     if out is None:
-        out = _empty(x, outputs, *((h // 2, w // 2) if pool else (h, w)))
-    vectors = [_vector(v) for v in (mean, scale, bias)]
-    kernel = _vector(kernel)
-    moments = torch.empty(2, outputs) if with_statistics else None
-    z_mean, z_variance = (None, None) if moments is None else moments
-    _call('norm_relu_conv', x, *_map(x), *map(_pointer, vectors), _pointer(kernel), *_map(out),
-          *map(ctypes.c_long, (n, h, w, c, outputs, side)), ctypes.c_int(pool),
-          _pointer(z_mean), _pointer(z_variance))
-    return (out, z_mean, z_variance) if with_statistics else out
+        h, w = (size // 2 if pool else size for size in maps.data.shape[2:])
+        out = new_maps(maps.data, len(half.kernel), h, w)
+    mean, var = _vectors(out, 2, len(half.kernel)) if statistics else (None, None)
+    _call('norm_relu_conv', out.dtype, *_input(maps, half), *_shape(maps, half, pool), *_map(out),
+          mean, var)
+    return out, mean, var
 
 
-def norm_relu_conv_backward(grad, x, mean, scale, bias, kernel, total=None, pool=False,
-                            completion=None):
-    """Back through `norm_relu_conv`, but for what the norm's own statistics carry.
-
-    `completion` (z, mean, a, b) says that grad is still to be completed:
-    grad - (a + (z - mean) * b), where z is the convolution's output.
-
-    With g the gradient at (x - mean) * scale + bias, returns
-        total     g * scale, added in place to `total` if given
-        sum_g     sum of g over pixels
-        sum_gx    sum of g * (x - mean)
-        d_kernel  float32
-    """
-    n, c, h, w = x.shape
-    outputs, side = kernel.shape[0], kernel.shape[-1]
-    grad = grad.to(x.dtype)
+def norm_relu_conv_backward(grad, maps, half, pool=False, total=None, completion=None):
+    """`total` (new, or added to in place), and the gradients of weight, bias and kernel."""
+    n, c, h, w = maps.data.shape
+    grad = grad.to(maps.data.dtype)
     if _row_stride(grad) is None:
         grad = grad.contiguous(memory_format=torch.channels_last)
     add = total is not None
     if not add:
-        total = _empty(x, c, h, w)
+        total = new_maps(maps.data, c)
         if pool and (h % 2 or w % 2):
             total.zero_()  # the last line and column have no gradient
-    vectors = [_vector(v) for v in (mean, scale, bias)]
-    kernel = _vector(kernel)
-    sum_g, sum_gx = torch.empty(2, c)
-    d_kernel = torch.empty(kernel.shape)
-    z, *z_vectors = completion or [None] * 4
-    z_vectors = [v if v is None else _vector(v) for v in z_vectors]
-    _call('norm_relu_conv_backward', x, *_map(grad),
-          *((_pointer(None), ctypes.c_long(0)) if z is None else _map(z)),
-          *map(_pointer, z_vectors), *_map(x), *map(_pointer, vectors),
-          _pointer(kernel), *_map(total), ctypes.c_int(add),
-          *map(ctypes.c_long, (n, h, w, c, outputs, side)), ctypes.c_int(pool),
-          _pointer(sum_g), _pointer(sum_gx), _pointer(d_kernel))
-    return total, sum_g, sum_gx, d_kernel
+    z, *coefficients = completion or [None] * 3
+    completing = [None, 0, None] if z is None else [*_map(z.data), z.mean]
+    sum_g, sum_gx = _vectors(maps.data, 2, c)
+    d_kernel = torch.empty_like(half.kernel, memory_format=torch.channels_last)
+    _call('norm_relu_conv_backward', grad.dtype, *_map(grad), *completing, *coefficients,
+          *_input(maps, half), *_shape(maps, half, pool), *_map(total), add, sum_g, sum_gx,
+          d_kernel)
+    return total, sum_gx * half.invstd(maps), sum_g, d_kernel
 
 
-def complete(total, x, mean, a, b):
-    """total - (a + (x - mean) * b)"""
-    out = _empty(x, *x.shape[1:])
-    vectors = [_vector(v) for v in (mean, a, b)]
-    _call('complete', x, *_map(total), *_map(x), *map(_pointer, vectors), *_map(out), *_size(x))
+def complete(total, maps, a, b):
+    """total - (a + (data - mean) * b)"""
+    n, c, h, w = maps.data.shape
+    out = new_maps(maps.data, c)
+    _call('complete', out.dtype, *_map(total), *_map(maps.data), maps.mean, a, b, *_map(out),
+          n * h * w, c)
     return out
-
-
-class Operations:
-    """The operations as densenet.py takes them, with its `_Maps` and `_Half` for arguments."""
-
-    path = 'kernels'
-    supports = staticmethod(supports)
-    statistics = staticmethod(statistics)
-
-    @staticmethod
-    def new_maps(x, channels):
-        n, _, h, w = x.shape
-        return empty(n, channels, h, w, x.dtype)
-
-    @staticmethod
-    def norm_relu_conv(maps, half, pool=False, out=None, statistics=False):
-        scale = half.weight * (maps.var + half.eps).rsqrt()
-        found = norm_relu_conv(maps.data, maps.mean, scale, half.bias, half.kernel, pool, out,
-                               statistics)
-        return found if statistics else (found, None, None)
-
-    @staticmethod
-    def norm_relu_conv_backward(grad, maps, half, pool=False, total=None, completion=None):
-        invstd = (maps.var + half.eps).rsqrt()
-        if completion is not None:
-            z, a, b = completion
-            completion = z.data, z.mean, a, b
-        total, sum_g, sum_gx, d_kernel = norm_relu_conv_backward(
-            grad, maps.data, maps.mean, half.weight * invstd, half.bias, half.kernel, total, pool,
-            completion=completion)
-        return total, sum_gx * invstd, sum_g, d_kernel
-
-    @staticmethod
-    def complete(total, maps, a, b):
-        return complete(total, maps.data, maps.mean, a, b)
 
 
 # ---- Tensors as arguments ----
@@ -178,47 +121,35 @@ def _row_stride(x):
     return row if regular and row >= c and (c == 1 or x.stride(1) == 1) else None
 
 
-def empty(n, c, h, w, dtype):
-    """A map with room for [N, C, H, W], on huge pages where it is large.
-
-    Touching fresh memory costs the kernel more than reading or writing it costs the processor: with
-    pages of 4 KiB, five times as much.
-    """
-    x = torch.empty(n, h, w, c, dtype=dtype)
-    start = -(-x.data_ptr() // PAGE) * PAGE
-    size = (x.data_ptr() + x.nbytes - start) // PAGE * PAGE
-    if size >= 4 << 20 and _madvise:
-        _madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
-    return x.permute(0, 3, 1, 2)
-
-
-def _empty(like, c, h, w):
-    return empty(len(like), c, h, w, like.dtype)
-
-
 def _map(x):
     row = _row_stride(x)
     if row is None:
         raise ValueError(f'a map that is not in channels_last: shape {list(x.shape)}, strides '
                          f'{x.stride()}')
-    return _pointer(x), ctypes.c_long(row)
+    return x, row
 
 
-def _size(x):
-    n, c, h, w = x.shape
-    return ctypes.c_long(n * h * w), ctypes.c_long(c)
+def _input(maps, half):
+    kernel = half.kernel.contiguous(memory_format=torch.channels_last)
+    return *_map(maps.data), maps.mean, half.weight * half.invstd(maps), half.bias, kernel
 
 
-def _vector(v):
-    return v.detach().to(torch.float32).contiguous()
+def _shape(maps, half, pool):
+    n, c, h, w = maps.data.shape
+    return n, h, w, c, len(half.kernel), half.kernel.shape[-1], pool
 
 
-def _pointer(tensor):
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+def _vectors(x, count, channels):
+    # Of x, not of torch, whose default type and device may be others.
+    return x.new_empty(count, channels, dtype=torch.float32)
 
 
-def _call(name, x, *arguments):
-    getattr(_load(x.dtype)[0], name)(*arguments, ctypes.c_int(torch.get_num_threads()))
+def _call(name, dtype, *arguments):
+    """Calls a function of the library with pointers (of tensors, or None) and numbers."""
+    pointers = [ctypes.c_long(value) if isinstance(value, int) else
+                ctypes.c_void_p(None if value is None else value.data_ptr())
+                for value in arguments]
+    getattr(_load(dtype)[0], name)(*pointers, ctypes.c_long(torch.get_num_threads()))
 
 
 # ---- Compiling ----
@@ -246,33 +177,28 @@ def _load(dtype):
 
 def _build(map_type):
     """The path of the compiled library, compiled now if it is not in the cache."""
-    compiler = _find_compiler()
-    flags = [*FLAGS, f'-DMAP={map_type}']
-    if platform.machine() in ('x86_64', 'AMD64'):
-        flags.append('-mprefer-vector-width=512')
-    version = _run([*compiler, '--version'])
-    key = hashlib.sha256(repr((SOURCE.read_bytes(), compiler, version, flags, _cpu())).encode())
+    command = [*_find_compiler(), *FLAGS, f'-DMAP={map_type}']
+    # They name the compiler's version and all that -march=native stands for on this machine.
+    macros = _run([*command, '-dM', '-E', '-x', 'c++', os.devnull])
+    key = hashlib.sha256(repr((SOURCE.read_bytes(), command, macros)).encode()).hexdigest()
     cache = _cache_directory()
-    library = cache / f'{map_type}-{key.hexdigest()[:32]}.so'
+    library = cache / f'{map_type}-{key[:32]}.so'
     if not library.exists():
         # Several processes may do this at once: each in its own directory, and the last one wins.
         with tempfile.TemporaryDirectory(dir=cache) as build:
             compiled, linked = f'{build}/kernels.o', f'{build}/kernels.so'
             # Linked without -fopenmp: its functions are those of the library that torch has loaded.
-            _run([*compiler, *flags, '-c', str(SOURCE), '-o', compiled])
-            _run([*compiler, '-shared', compiled, '-o', linked])
+            _run([*command, '-c', str(SOURCE), '-o', compiled])
+            _run([command[0], '-shared', compiled, '-o', linked])
             os.replace(linked, library)
-    _check_private(library)
     return library
 
 
 def _find_compiler():
-    names = shlex.split(os.environ.get('CXX', '')) and [os.environ['CXX']]
-    for command in [*names, 'g++', 'c++', 'clang++']:
-        program, *options = shlex.split(command)
-        path = shutil.which(program)
-        if path:
-            return [path, *options]
+    for name in (os.environ.get('CXX', ''), 'g++', 'c++', 'clang++'):
+        command = shlex.split(name)
+        if command and shutil.which(command[0]):
+            return command
     raise KernelsUnavailable('there is no C++ compiler (g++, c++, clang++ or $CXX)')
 
 
@@ -287,42 +213,27 @@ def _run(command):
     return done.stdout
 
 
-def _cpu():
-    """What -march=native looks at."""
-    try:
-        lines = Path('/proc/cpuinfo').read_text().split('\n\n')[0].splitlines()
-    except OSError:
-        return platform.processor()
-    return [line for line in lines
-            if line.startswith(('model', 'cpu family', 'flags', 'Features', 'CPU '))]
-
-
 def _cache_directory():
     """Where compiled libraries are kept: a directory to which nobody else can write."""
     try:
         base = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
         directory = Path(base) / 'densenet'
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = directory.stat()
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
         raise KernelsUnavailable(f'no directory to keep them in: {error}') from None
-    _check_private(directory)
+    if hasattr(os, 'geteuid') and (status.st_uid != os.geteuid() or status.st_mode & 0o022):
+        raise KernelsUnavailable(f'{directory} belongs or is writable to other users')
     if not os.access(directory, os.W_OK):
         raise KernelsUnavailable(f'{directory} is not writable')
     return directory
 
 
-def _check_private(path):
-    status = path.lstat()
-    if hasattr(os, 'geteuid') and (status.st_uid != os.geteuid() or status.st_mode & 0o022
-                                   or stat.S_ISLNK(status.st_mode)):
-        raise KernelsUnavailable(f'{path} is a link, or belongs or is writable to other users')
-
-
 def _open(library):
     try:
         maps = Path('/proc/self/maps').read_text()
-        for path in set(re.findall(r'\S*/lib[gi]?omp[^/\s]*\.so\S*', maps)):
-            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+        for name in set(re.findall(r'\S*/lib[gi]?omp[^/\s]*\.so\S*', maps)):
+            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
     except OSError:
         pass  # not Linux: torch's OpenMP is visible already, or the next line complains
     try:

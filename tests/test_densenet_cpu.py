@@ -19,6 +19,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import densenet_cpu  # noqa: E402
+from densenet import _Half, _Maps  # noqa: E402
 
 DTYPES = torch.float32, torch.bfloat16
 # images, height, width, outputs, side of the kernel, pool: odd ones, one pixel, one image
@@ -45,6 +46,12 @@ def per_channel(vector):
     return vector.double().view(1, -1, 1, 1)
 
 
+def maps_of(data):
+    """With a mean and a variance of their own."""
+    c = data.shape[1]
+    return _Maps(data, torch.randn(c), torch.rand(c) + 0.1)
+
+
 def error(value, reference):
     return ((value.double() - reference).norm() / reference.norm().clamp_min(1e-30)).item()
 
@@ -57,39 +64,34 @@ class Case:
         self.pool, self.channels, self.outputs = pool, channels, outputs
         self.wide = channels_last(n, channels + 8, h, w, dtype)
         self.x = self.wide[:, 3:3 + channels]
-        self.mean, self.scale, self.bias = torch.randn(3, channels)
-        self.kernel = torch.randn(outputs, channels, side, side) / (channels * side**2) ** 0.5
+        self.maps = maps_of(self.x)
+        kernel = torch.randn(outputs, channels, side, side) / (channels * side**2) ** 0.5
+        self.half = _Half(*torch.randn(2, channels), kernel, 1e-3)
         self.out = channels_last(n, outputs + 7, *((h // 2, w // 2) if pool else (h, w)), dtype)
         self.grad = channels_last(*self.out[:, 7:].shape, dtype)
         self.total = channels_last(n, channels + 8, h, w, dtype)
-        self.z_vectors = torch.randn(3, outputs) / 4
         self.z, self.gradients = self.reference(torch.float64, self.grad)
 
     def reference(self, dtype, grad):
-        """The result, and (g * scale, sum of g, sum of g * (x - mean), d_kernel).
+        """The result, and (g * weight / std, d_weight, d_bias, d_kernel).
 
         The convolution is in dtype, all else in float64.
         """
-        x = self.x.double()
-        before = ((x - per_channel(self.mean)) * per_channel(self.scale)
-                  + per_channel(self.bias)).requires_grad_()
-        kernel = self.kernel.double().requires_grad_()
-        y = F.relu(before)
+        std = per_channel(self.maps.var + self.half.eps).sqrt()
+        normed = ((self.x.double() - per_channel(self.maps.mean)) / std).requires_grad_()
+        weight, bias, kernel = (v.double().requires_grad_() for v in self.half[:3])
+        y = F.relu(normed * weight.view(-1, 1, 1) + bias.view(-1, 1, 1))
         y = F.avg_pool2d(y, 2) if self.pool else y
         z = F.conv2d(y.to(dtype), kernel.to(dtype), padding=kernel.shape[-1] // 2)
         z.backward(grad.to(dtype))
-        g = before.grad
-        return z.detach(), (g * per_channel(self.scale), g.sum((0, 2, 3)),
-                            (g * (x - per_channel(self.mean))).sum((0, 2, 3)), kernel.grad)
+        return z.detach(), (normed.grad / std, weight.grad, bias.grad, kernel.grad)
 
     def forward(self, **options):
-        return densenet_cpu.norm_relu_conv(self.x, self.mean, self.scale, self.bias, self.kernel,
-                                           pool=self.pool, **options)
+        return densenet_cpu.norm_relu_conv(self.maps, self.half, self.pool, **options)
 
     def backward(self, **options):
-        return densenet_cpu.norm_relu_conv_backward(
-            self.grad, self.x, self.mean, self.scale, self.bias, self.kernel, pool=self.pool,
-            **options)
+        return densenet_cpu.norm_relu_conv_backward(self.grad, self.maps, self.half, self.pool,
+                                                    **options)
 
 
 def compare(case, dtype):
@@ -97,7 +99,7 @@ def compare(case, dtype):
     near = 1e-5 if dtype == torch.float32 else 0.01
     # Written into a slice; its surroundings stay as they are.
     before = case.out.clone()
-    z, mean, variance = case.forward(out=case.out[:, 2:2 + case.outputs], with_statistics=True)
+    z, mean, variance = case.forward(out=case.out[:, 2:2 + case.outputs], statistics=True)
     assert error(z, case.z) < near
     variance_of_z, mean_of_z = torch.var_mean(z.double(), (0, 2, 3), correction=0)
     assert error(mean, mean_of_z) < 1e-5 and (variance - variance_of_z).abs().max() < 1e-5
@@ -121,12 +123,13 @@ def compare(case, dtype):
         torch.testing.assert_close(first, second, **exact)
 
     # A gradient that is completed on the way, and one that is completed before.
-    z = channels_last(*case.grad.shape, dtype)
+    z = maps_of(channels_last(*case.grad.shape, dtype))
     case.grad = channels_last(*case.grad.shape, dtype)
-    completed = densenet_cpu.complete(case.grad, z, *case.z_vectors)
-    mean, a, b = map(per_channel, case.z_vectors)
-    assert error(completed, case.grad.double() - (a + (z.double() - mean) * b)) < near
-    on_the_way = case.backward(completion=(z, *case.z_vectors))
+    a, b = torch.randn(2, case.outputs) / 4
+    completed = densenet_cpu.complete(case.grad, z, a, b)
+    share = per_channel(a) + (z.data.double() - per_channel(z.mean)) * per_channel(b)
+    assert error(completed, case.grad.double() - share) < near
+    on_the_way = case.backward(completion=(z, a, b))
     case.grad = completed
     for first, second in zip(on_the_way, case.backward()):
         assert error(first, second.double()) < 3 * near
@@ -156,7 +159,7 @@ def test_operations_agree_with_float64(dtype, threads):
 def test_bf16_is_as_close_as_torch(shape):
     case = Case(*shape, torch.bfloat16)
     z, gradients = case.reference(torch.bfloat16, case.grad)
-    assert error(case.forward(), case.z) < 1.1 * error(z, case.z)
+    assert error(case.forward()[0], case.z) < 1.1 * error(z, case.z)
     for mine, torchs, exact in zip(case.backward(), gradients, case.gradients):
         assert error(mine, exact) < 1.1 * max(error(torchs, exact), error(exact.bfloat16(), exact))
 
@@ -189,13 +192,25 @@ def test_nan_stays_visible(shape, dtype):
     """As in torch: NaN passes the ReLU, and backward takes the gradient through it."""
     case = Case(*shape, dtype)
     case.x[1, 5, 4, 2] = float('nan')
-    z, (_, _, sum_gx, d_kernel) = case.reference(torch.float64, case.grad)
-    mine, mean, _ = case.forward(with_statistics=True)
+    z, (_, d_weight, _, d_kernel) = case.reference(torch.float64, case.grad)
+    mine, mean, _ = case.forward(statistics=True)
     torch.testing.assert_close(mine.isnan(), z.isnan())
     assert mean.isnan().all()
-    _, _, my_sum_gx, my_d_kernel = case.backward()
-    torch.testing.assert_close(my_sum_gx.isnan(), sum_gx.isnan())
+    _, my_d_weight, _, my_d_kernel = case.backward()
+    torch.testing.assert_close(my_d_weight.isnan(), d_weight.isnan())
     torch.testing.assert_close(my_d_kernel.isnan(), d_kernel.isnan())
+
+
+@needs_kernels
+def test_the_default_dtype_does_not_matter():
+    case = Case(2, 8, 8, 12, 3, False, 20, torch.float32)
+    expected = *case.forward(statistics=True), *case.backward()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = *case.forward(statistics=True), *case.backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @needs_kernels
@@ -212,8 +227,8 @@ def test_what_is_not_a_map():
 
 # ---- Building ----
 
-REPORT = ('import torch, densenet_cpu, warnings; x = torch.randn(1, 4, 4, 3).permute(0, 3, 1, 2); '
-          'print(densenet_cpu.unsupported_reason(x)); print(densenet_cpu.unsupported_reason(x))')
+REPORT = ('import densenet_cpu; '
+          'print(densenet_cpu.unavailable_reason()); print(densenet_cpu.unavailable_reason())')
 
 
 def start(cache, code=REPORT, **env):
@@ -237,7 +252,7 @@ def test_without_a_compiler(tmp_path):
 
 def test_a_compiler_that_fails(tmp_path):
     out, err = start(tmp_path, CXX='false').communicate()
-    assert 'false --version fails' in out and 'Warning' in err
+    assert 'false -std' in out and 'fails' in out and 'Warning' in err
 
 
 def test_switched_off(tmp_path):
