@@ -778,9 +778,10 @@ class _EagerOperations:
             g = torch.ops.aten.avg_pool2d_backward.default(g, y, [2, 2], [2, 2], [0, 0], False,
                                                            True, None)
         torch.ops.aten.threshold_backward.grad_input(g, y, 0, grad_input=g)  # the ReLU's mask
-        # In eval mode, where mean and variance are constants.
+        # In eval mode, where mean and variance are constants. CPUs read the variance, GPUs 1 / std.
         g, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward.default(
-            g, maps.data, half.weight, maps.mean, maps.var, None, None, False, half.eps, [True] * 3)
+            g, maps.data, half.weight, maps.mean, maps.var, maps.mean, half.invstd(maps), False,
+            half.eps, [True] * 3)
         return (g if total is None else total.add_(g), d_weight, d_bias,
                 d_kernel.to(half.kernel.dtype))
 
