@@ -5,9 +5,9 @@
     path, saved = load_newest('work/x/latest.pth')    # or latest.pth.1, if that one is damaged
     state.load_state_dict(saved)
 
-A checkpoint holds tensors and plain values alone, so that loading one can't run code:
-`torch.load(path, weights_only=True)['model']` is the model's state dict. It is a zip archive with
-a CRC for each record, and `load` checks them.
+A checkpoint holds tensors and plain values alone, so that loading one can't run code. The model's
+state dict is `torch.load(path, map_location='cpu', weights_only=True)['model']`. The file is a zip
+archive with a CRC for each record, and `load` checks them.
 """
 
 import argparse

@@ -385,8 +385,6 @@ def _fallback_reason(block, x):
     if any(getattr(nn.modules.module, f'_global_{kind}_hooks', None)
            for kind in ('forward', 'forward_pre', 'backward', 'backward_pre')):
         return 'global module hooks'
-    if x.device.type not in ('cpu', 'cuda'):  # where torch has no batch_norm_update_stats
-        return f'a tensor on {x.device.type}'
     if x.dim() != 4 or x.numel() <= x.shape[1] * block.training:  # nn.BatchNorm2d complains
         return f'an input of shape {list(x.shape)}'
     channels = x.shape[1]
@@ -742,8 +740,12 @@ class _EagerOperations:
     @staticmethod
     def statistics(data):
         """Mean and biased variance of each channel."""
+        dtype = torch.promote_types(data.dtype, torch.float32)
+        if data.device.type not in ('cpu', 'cuda'):  # the others lack the faster operation below
+            var, mean = torch.var_mean(data.to(dtype), (0, 2, 3), correction=0)
+            return mean, var
         # The results have the precision of the running statistics, which are not needed here.
-        unused = data.new_zeros(data.shape[1], dtype=torch.promote_types(data.dtype, torch.float32))
+        unused = data.new_zeros(data.shape[1], dtype=dtype)
         return torch.ops.aten.batch_norm_update_stats.default(data, unused, unused.clone(), 0)
 
     @staticmethod

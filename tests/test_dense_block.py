@@ -581,12 +581,6 @@ def test_copies_and_whole_pickles_are_independent_and_linear():
     torch.testing.assert_close(gradients[2], gradients[0], rtol=0, atol=0)
 
 
-def test_falls_back_on_a_device_without_the_operations():
-    block = make_block('efficient').to('meta')
-    assert block(block_input().to('meta')).shape == (3, 22, 5, 7)
-    assert (block.path, block.fallback_reason) == ('checkpointed', 'a tensor on meta')
-
-
 @pytest.mark.cuda
 @pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('way', ['linear', 'efficient'])
