@@ -1,6 +1,7 @@
 """Whole runs of train.py on the pretended GPU: what they say, save and leave to the GPU."""
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import signal
@@ -108,6 +109,22 @@ def test_photographs_are_copied_from_pinned_memory_while_the_gpu_works(tmp_path)
     assert [o.name for o in of_batches] == 2 * (3 + 3) * ['pinned host to device']
     assert not any(o.kind == 'synchronize' for o in copies)
     assert all(o.ordered for o in work)  # what uses an image comes after its copy
+
+
+@pytest.mark.xfail(strict=True, reason='issue 20, point 3: code compiled for any batch size')
+def test_what_is_recorded_of_compiled_code_was_compiled_for_that_batch_size(small):
+    def compile_with_a_note(graph, inputs):
+        def run(*args):
+            if torch.cuda.is_current_stream_capturing():
+                recorded.append([value for value in inputs if isinstance(value, torch.SymInt)])
+            return graph(*args)
+        return run
+
+    recorded = []
+    with patch.object(torch.nn.Module, 'compile', functools.partialmethod(
+            torch.nn.Module.compile, backend=compile_with_a_note)):
+        train.main([*small, '--compile', '--epochs', '1', '--batch-size', '8'])  # the last has 4
+    assert recorded and not any(recorded), recorded
 
 
 # ---- what a user can put right ---------------------------------------------------------------
