@@ -74,8 +74,13 @@ def check_graph(argv, *rest, **kwargs):
     assert pretended_cuda.problems() == []
     assert all(operation.ordered for operation in building)
 
+    pools = {segment['segment_pool_id'] for segment in torch.cuda.memory_snapshot()}
+    assert len(pools - {(0, 0)}) == 1  # of all graphs; (0, 0) is the one of eager work
+
     graphs = pretended_cuda.graphs()
     assert all(operation.ordered for nodes in graphs for operation in nodes)
+    warmed_up = {o.stream for o in building if o.name == 'cudnnConvolutionForward'}
+    assert warmed_up == {operation.stream for nodes in graphs for operation in nodes}
     eager = eager_operations(argv, *rest, **kwargs)
     assert [work(nodes) for nodes in graphs] == [work(operations) for operations in eager]
     assert not any(host_calls(operations) for operations in [*graphs, *eager])
