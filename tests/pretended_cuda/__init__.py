@@ -150,10 +150,18 @@ def problems():
     return _library().pretended_problems().decode().splitlines()
 
 
-def accept_learning_rates():
-    """Have `0.0 <= lr` be true of a rate on the device, which is read as 0: optimizers check it."""
+def compare_as_zeros():
+    """Have `<=` and `>=` between single numbers on the device be true, as they are of zeros.
+
+    The result would be read as False: optimizers would refuse any learning rate there.
+    """
     import torch
-    at_least = torch.Tensor.__ge__
-    torch.Tensor.__ge__ = lambda tensor, other: (
-        tensor.is_cuda and tensor.dim() == 0 and isinstance(other, float)
-        or at_least(tensor, other))
+
+    def compares_zeros(original):
+        def compare(tensor, other):
+            single = tensor.is_cuda and tensor.dim() == 0 and not getattr(other, 'ndim', 0)
+            return single or original(tensor, other)
+        return compare
+
+    torch.Tensor.__le__ = compares_zeros(torch.Tensor.__le__)
+    torch.Tensor.__ge__ = compares_zeros(torch.Tensor.__ge__)
