@@ -3,8 +3,8 @@
 // A product of matrices, a convolution or a collective is one operation of the stream, however
 // many kernels the real library would launch for it. Nothing is computed or sent.
 //
-// Arguments that do not matter are left out of the definitions: by the calling conventions of x86-64
-// and AArch64 they are in registers or on the caller's side of the stack, and can be ignored.
+// Arguments that do not matter are left out of the definitions: by the calling conventions of
+// x86-64 and AArch64 they are in registers or on the caller's side of the stack, to be ignored.
 #include "pretended.h"
 
 #include <cstdint>
