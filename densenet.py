@@ -408,7 +408,7 @@ def _module_reason(module, kind, training):
     if type(module) is not kind:
         return f'is a {type(module).__name__}'
     if (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-            or module._backward_pre_hooks or 'forward' in vars(module)):
+            or module._backward_pre_hooks or 'forward' in module.__dict__):
         return 'has hooks, or a forward of its own'
     if module.training != training:
         return f'is in {"eval" if training else "training"} mode'
