@@ -65,7 +65,7 @@ def draw(reuses, path):
     axes = figure.subplots(1, len(reuses), squeeze=False)[0]
     for i, (axis, reuse) in enumerate(zip(axes, reuses), start=1):
         scaled = reuse / reuse.nan_to_num().amax(0)
-        image = axis.imshow(scaled, cmap='jet', vmin=0, vmax=1)
+        image = axis.imshow(scaled.numpy(), cmap='jet', vmin=0, vmax=1)
         n = reuse.shape[1]
         axis.axvline(n - 1.5, color='black', linewidth=1)
         last = 'classifier' if i == len(reuses) else f'transition {i}'

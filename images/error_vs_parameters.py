@@ -52,7 +52,7 @@ def draw_paper(axes, column, classes):
                               linewidth=2.5, foreground='white')])  # readable over a line
 
 
-def draw_run(axes, directory):
+def draw_run(axes, directory, color):
     """A CIFAR-10 run of ours: of the final epoch in its test.csv."""
     args = json.loads((directory / 'args.json').read_text())['args']
     settings = dict(bottleneck=args['bottleneck'], compression=args['compression'])
@@ -60,7 +60,7 @@ def draw_run(axes, directory):
     error = plot.read_table(directory / 'test.csv')['error'][-1]
     kind = 'BC ' * (args['bottleneck'] and args['compression'] < 1)
     data = 'JPEG copy, ' * (args['dataset'] == 'folder')
-    axes.plot(size, error, color=plot.COLORS[3], marker='D', linestyle='', markersize=6,
+    axes.plot(size, error, color=color, marker='D', linestyle='', markersize=6,
               label=f'ours: {kind}{args["depth"]}-{args["growth_rate"]}, {data}'
                     f'{args["epochs"]} epochs')
 
@@ -76,8 +76,8 @@ def main(argv=None):
         panels = figure.subplots(1, 2, width_ratios=(1.5, 1))
         for i, (axes, classes) in enumerate(zip(panels, (10, 100))):
             draw_paper(axes, i, classes)
-            for directory in args.runs if classes == 10 else ():
-                draw_run(axes, directory)
+            for directory, color in zip(args.runs if classes == 10 else (), plot.COLORS[3:]):
+                draw_run(axes, directory, color)
             axes.set(xscale='log', xlabel='parameters (millions)', yscale='log',
                      ylabel=f'test error on CIFAR-{classes}+ (%)')
             axes.margins(0.09)

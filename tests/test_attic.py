@@ -11,7 +11,7 @@ import checkpoint
 import densenet
 import predict
 import train
-from attic import channel_stats, clean_checkpoint, compare_grads, numcheck_grads
+from attic import channel_stats, clean_checkpoint, compare_grads, feature_reuse, numcheck_grads
 
 
 def test_gradients_are_those_of_finite_differences(capsys):
@@ -174,3 +174,29 @@ def test_cleaning_replaces_nothing(cleaned, tmp_path, capsys):
         clean_checkpoint.main([str(cleaned[0]), '--output', str(tmp_path / 'y.pth')])
     assert exit_.value.code == 2 and 'name another file' in capsys.readouterr().err
     assert (tmp_path / 'y.pth').read_text() == 'kept'
+
+
+def test_feature_reuse_has_each_layers_weight_on_each_source(tmp_path, capsys):
+    model = densenet.densenet_cifar(22, 4)
+    blocks = [module for module in model.modules() if isinstance(module, densenet.DenseBlock)]
+    readers = [[*(layer.conv1.weight for layer in block.values()), follows] for block, follows in
+               zip(blocks, (model.features.transition1.conv.weight,
+                            model.features.transition2.conv.weight, model.classifier.weight))]
+    with torch.no_grad():
+        for i, weights in enumerate(readers):
+            first = blocks[i].denselayer1.conv1.in_channels
+            for reader, weight in enumerate(weights):
+                for channel in range(weight.shape[1]):  # 100 reader + source, signs mixed
+                    source = 0 if channel < first else 1 + (channel - first) // 4
+                    weight[:, channel] = (100 * reader + source) * (-1) ** channel
+    for reuse in feature_reuse.block_reuse(model):
+        expected = torch.arange(4) + 100 * torch.arange(4)[:, None]  # [reader, source]
+        expected = expected.float().tril().T.contiguous()
+        expected[torch.ones(4, 4).tril(-1).bool()] = torch.nan
+        torch.testing.assert_close(reuse, expected, equal_nan=True)
+    checkpoint.save(tmp_path / 'best.pth', {'config': model.config, 'model': model.state_dict()})
+    feature_reuse.main([str(tmp_path / 'best.pth'), '--output', str(tmp_path / 'reuse.png')])
+    assert len(capsys.readouterr().out.splitlines()) == 5 and (tmp_path / 'reuse.png').exists()
+    with pytest.raises(SystemExit, match='2'):
+        feature_reuse.main([str(tmp_path / 'nowhere.pth')])
+    assert 'is not there' in capsys.readouterr().err

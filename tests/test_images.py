@@ -4,11 +4,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from conftest import write_images
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Polygon
 from PIL import Image
 
-from images import dense_block, error_vs_parameters, memory_vs_depth
+import train
+from images import dense_block, error_vs_parameters, memory_vs_depth, predictions
 
 
 @pytest.fixture
@@ -64,3 +67,31 @@ def test_memory_against_depth(elsewhere, monkeypatch):
         assert len(curve) == 3 and curve == sorted(curve)
     assert (curves['memory-efficient'][-1] < curves['block'][-1] < curves['checkpointed'][-1]
             < curves['plain'][-1])
+
+
+def test_predictions_are_those_of_the_evaluation(tmp_path, capsys, monkeypatch):
+    root = write_images(tmp_path, {f'{split}/{name}': 9 for split in ('train', 'test')
+                                   for name in 'ab'}, (8, 8))
+    train.main(['--dataset', 'folder', '--data', str(root), '--depth', '10', '--growth-rate', '4',
+                '--epochs', '1', '--batch-size', '6', '--no-plot', '--save', str(tmp_path / 'run')])
+    seen, confusion = {}, {}
+    classify_all = predictions.classify_all
+
+    def classify(model, loader, dataset):
+        seen['images'], seen['labels'], seen['probabilities'] = classify_all(model, loader, dataset)
+        return list(seen.values())
+
+    monkeypatch.setattr(predictions, 'classify_all', classify)
+    monkeypatch.setattr(predictions, 'draw_confusion', lambda axis, labels, answers, classes:
+                        confusion.update(labels=labels, answers=answers))
+    capsys.readouterr()
+    train.main(['--evaluate', '--resume', str(tmp_path / 'run/best.pth'), '--data', str(root)])
+    error = float(capsys.readouterr().out.partition('error ')[2].partition('%')[0])
+    predictions.main([str(tmp_path / 'run/best.pth'), '--data', str(root),
+                      '--output', str(tmp_path / 'predictions.png')])
+    files = sorted((root / 'test/a').iterdir()) + sorted((root / 'test/b').iterdir())
+    pixels = torch.stack([torch.tensor(np.asarray(Image.open(path))) for path in files])
+    assert torch.equal(seen['images'], pixels)
+    wrong = (confusion['answers'] != torch.tensor([0] * 9 + [1] * 9)).double().mean().item()
+    assert abs(100 * wrong - error) < 0.01
+    assert Image.open(tmp_path / 'predictions.png').size > (1000, 500)
