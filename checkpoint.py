@@ -69,13 +69,19 @@ class TrainState:
         self.interval_images += num_images
 
     def random_state(self):
-        return {'cpu': torch.get_rng_state(),
-                'cuda': torch.cuda.get_rng_state() if self.sums.is_cuda else None}
+        """The states of the generators of the CPU and of the device, by its kind."""
+        kind = self.sums.device.type
+        state = {'cpu': torch.get_rng_state()}
+        if kind != 'cpu':
+            state[kind] = torch.get_device_module(kind).get_rng_state()
+        return state
 
     def set_random_state(self, state):
+        """Set both; one that was saved on another kind of device sets the CPU's alone."""
+        kind = self.sums.device.type
         torch.set_rng_state(state['cpu'])
-        if self.sums.is_cuda and state['cuda'] is not None:
-            torch.cuda.set_rng_state(state['cuda'])
+        if kind != 'cpu' and state.get(kind) is not None:
+            torch.get_device_module(kind).set_rng_state(state[kind])
 
     @contextlib.contextmanager
     def rehearsal(self):

@@ -705,35 +705,35 @@ def main(argv=None):
 
 
 def cli(argv=None):
-    """`main`, with what a user can put right said in one line, and exit code 2."""
+    """Run `main`; what a user can put right is one line on stderr, and exit code 2."""
+    code = 2
     try:
         main(argv)
+        return
     except UserError as error:
-        complain(error)
-        distributed.leave(2)
+        message = str(error)
     except OSError as error:  # a disk that is full, a directory that must not be written to
-        complain(f'{error.filename}: ' * bool(error.filename) + (error.strerror or str(error)))
-        distributed.leave(2)
+        where = f'{error.filename}: ' if error.filename else ''
+        message = where + (error.strerror or str(error))
     except (RuntimeError, MemoryError) as error:
         if ran_out_of_memory(error):
-            complain('out of memory before the first step: try another --device, smaller images or '
-                     'a smaller network')
-            distributed.leave(2)
-        if not distributed.lost_a_peer(error):
+            message = ('out of memory before the first step: try another --device, smaller images '
+                       'or a smaller network')
+        elif distributed.lost_a_peer(error):
+            message = ('the connection to another process is lost; if that had an error, it is '
+                       'above')
+            code = 1
+        else:
             raise
-        complain('the connection to another process is lost; if that had an error, it is above')
-        distributed.leave(1)
-
-
-def complain(error):
     rank = distributed.rank()
-    runlog.warn(f'{f"rank {rank}: " * (rank > 0)}{error}', 'error')
+    runlog.warn(f'rank {rank}: {message}' if rank else message, 'error')
+    distributed.leave(code)
 
 
 if __name__ == '__main__':
     for name in ('stdout', 'stderr'):
-        if getattr(sys, name) is None:  # closed, and its number free for the next file
+        if getattr(sys, name) is None:  # closed by the caller: the next file would get its number
             setattr(sys, name, open(os.devnull, 'w'))
-    sys.stdout.reconfigure(errors='backslashreplace')  # the name of a class may be no text
+    sys.stdout.reconfigure(errors='backslashreplace')  # class names may not be valid UTF-8
     warnings.showwarning = lambda message, *_: runlog.warn(message)
     cli()

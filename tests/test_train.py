@@ -248,6 +248,19 @@ def test_a_rehearsal_that_fails_leaves_no_trace_either():
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
+def test_the_generator_of_another_kind_of_device_is_saved_and_restored(monkeypatch):
+    seeds, state = [], make_state()
+    mps = SimpleNamespace(get_rng_state=lambda: torch.tensor([7]), set_rng_state=seeds.append)
+    monkeypatch.setattr(torch, 'get_device_module', {'mps': mps}.get)
+    state.sums = SimpleNamespace(device=torch.device('mps'))
+    saved, cpu = state.random_state(), torch.get_rng_state()
+    torch.rand(1)
+    state.set_random_state(saved)
+    assert [seed.tolist() for seed in seeds] == [[7]] and torch.equal(torch.get_rng_state(), cpu)
+    state.set_random_state({'cpu': cpu, 'cuda': None})  # of a run on a CPU, also an older one
+    assert len(seeds) == 1
+
+
 def test_other_processes_take_over_the_sums_of_all():
     saved = []
     for rank, sums in enumerate(([3.0, 2.0], [4.0, 1.0])):
