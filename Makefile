@@ -20,8 +20,9 @@ torture: .venv/.installed-dev
 
 figures: .venv/.installed-dev
 	$(BIN)/python images/dense_block.py
-	$(BIN)/python images/error_vs_parameters.py work/densenet-bc-40-12
-	$(BIN)/python plot.py work/densenet-bc-40-12
+	$(BIN)/python images/error_vs_parameters.py work/densenet-bc-100-12 work/densenet-bc-40-12
+	$(BIN)/python plot.py work/densenet-bc-100-12
+	$(BIN)/python attic/feature_reuse.py work/densenet-bc-100-12/best.pth
 	$(BIN)/python plot.py work/optimizers/sgd work/optimizers/adam work/optimizers/rmsprop
 	$(BIN)/python images/memory_vs_depth.py
 	$(BIN)/python bench.py --depth 40 --rounds 20 --device cpu --plot images/speed.png

@@ -22,6 +22,10 @@
 // Two runs give the same bits: each thread has a fixed range of rows, and partial sums are added
 // in the order of the threads.
 
+#ifndef __AVX2__  // with vectors of four, all is half as fast as by PyTorch's own operations
+#error the kernels need AVX2
+#endif
+
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
@@ -29,23 +33,19 @@
 #include <new>
 #include <type_traits>
 #include <omp.h>
-#ifdef __x86_64__
 #include <immintrin.h>
-#endif
 
 #define INLINE inline __attribute__((always_inline))
 
 namespace {
 
 // A product is accumulated in registers, as a block of BLOCK rows by up to 3 vectors of LANES
-// columns: 24 of the 32 registers of AVX-512, 12 of 16 elsewhere. (To spill them: 20 times slower.)
+// columns: 24 of the 32 registers of AVX-512, 12 of the 16 of AVX2. (To spill them: 20 times slower.)
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define AVX512
 constexpr int LANES = 16, BLOCK = 8;
-#elif defined(__AVX2__)
-constexpr int LANES = 8, BLOCK = 4;
 #else
-constexpr int LANES = 4, BLOCK = 4;
+constexpr int LANES = 8, BLOCK = 4;
 #endif
 #if defined(AVX512) && defined(__AVX512BF16__)
 #define BF16_DOT  // vdpbf16ps: a product of pairs of bf16, summed in float

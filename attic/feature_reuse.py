@@ -61,7 +61,7 @@ def block_reuse(model):
 
 
 def draw(reuses, path):
-    figure = Figure(figsize=(4 * len(reuses) + 1, 4), layout='constrained')
+    figure = Figure(figsize=(4 * len(reuses) + 1, 4.8), layout='constrained')
     axes = figure.subplots(1, len(reuses), squeeze=False)[0]
     for i, (axis, reuse) in enumerate(zip(axes, reuses), start=1):
         scaled = reuse / reuse.nan_to_num().amax(0)

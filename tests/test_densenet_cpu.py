@@ -255,6 +255,11 @@ def test_a_compiler_that_fails(tmp_path):
     assert 'false -std' in out and 'fails' in out and 'Warning' in err
 
 
+def test_a_cpu_on_which_they_would_be_slower(tmp_path):
+    out, err = start(tmp_path, CXX=f'{compiler()} -U__AVX2__').communicate()
+    assert out.count('#error the kernels need AVX2') == 2 and 'Warning' in err
+
+
 def test_switched_off(tmp_path):
     out, err = start(tmp_path, DENSENET_CPU_KERNELS='0').communicate()
     assert out.splitlines() == ['DENSENET_CPU_KERNELS=0'] * 2 and err == ''

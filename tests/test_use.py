@@ -314,3 +314,11 @@ def test_the_readmes_code_loads_and_exports(trained, photos, tmp_path, monkeypat
     session = onnxruntime.InferenceSession('densenet.onnx', providers=['CPUExecutionProvider'])
     logits, = session.run(None, {session.get_inputs()[0].name: batch.numpy()})
     torch.testing.assert_close(torch.from_numpy(logits), truth, rtol=1e-4, atol=1e-4)
+
+
+def test_the_hub_has_our_trained_network(capsys):
+    model = torch.hub.load(str(ROOT), 'densenet_bc_100_12', source='local', pretrained=True)
+    saved = checkpoint.load(ROOT / 'work/densenet-bc-100-12/best.pth')
+    assert sum(p.numel() for p in model.parameters()) == 769_162
+    for key, weight in model.state_dict().items():
+        assert torch.equal(weight, saved['model'][key].to(weight.dtype)), key
