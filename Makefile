@@ -25,7 +25,7 @@ figures: .venv/.installed-dev
 	$(BIN)/python attic/feature_reuse.py work/densenet-bc-100-12/best.pth
 	$(BIN)/python plot.py work/optimizers/sgd work/optimizers/adam work/optimizers/rmsprop
 	$(BIN)/python images/memory_vs_depth.py
-	$(BIN)/python bench.py --depth 40 --rounds 20 --device cpu --plot images/speed.png
+	$(BIN)/python bench.py --depth 40 --rounds 8 --device cpu --plot images/speed.png
 	@if command -v dot > /dev/null; \
 	then $(BIN)/python make_graph.py --depth 22 --output images/densenet-bc-22-12.png; \
 	else echo 'left: images/densenet-bc-22-12.png needs the program dot (apt install graphviz)'; fi
