@@ -18,6 +18,7 @@ import math
 import os
 import platform
 import re
+import signal
 import sys
 import time
 import warnings
@@ -403,16 +404,15 @@ def make_step(args, state, shapes, autocast):
         train_step, state, autocast=autocast, grad_accum=args.grad_accum,
         label_smoothing=args.label_smoothing, forward=distributed.wrap(state.model))
     device = state.sums.device.type
-    reason = None
+    if args.cuda_graph is False or (args.cuda_graph is None and device != 'cuda'):
+        return step
     if device != 'cuda':
         reason = f'the device is {device}'
     elif args.optimizer == 'rmsprop' and state.scaler.is_enabled():
         reason = 'with fp16, rmsprop waits for the host'
     elif distributed.world_size() > 1:
         reason = 'several processes exchange gradients in it'
-    if args.cuda_graph is False or (args.cuda_graph is None and device != 'cuda'):
-        return step
-    if reason is None:
+    else:
         graphed = CudaGraphStep(step, state, shapes)
         if graphed.agrees():
             return graphed
@@ -537,6 +537,8 @@ def explained(args):
     try:
         yield
     except (ValueError, RuntimeError, MemoryError, ConnectionError, EOFError) as error:
+        # The run ends here. torch's handler would raise again, anywhere, for each worker that dies.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         text = ' '.join(str(error).split())
         # The connection to a worker process that has died is reset, or at its end.
         if 'DataLoader worker' in text or isinstance(error, (ConnectionError, EOFError)):

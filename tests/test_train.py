@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import warnings
@@ -872,6 +873,16 @@ def test_so_is_one_that_dies_while_a_batch_is_taken_from_it(
     monkeypatch.setattr(f'data.{reader}', Mock(side_effect=error))
     assert 'a process that reads images has died' in fails(
         capsys, *small, '--save', tmp_path / 'run')
+
+
+def test_the_next_reader_that_dies_does_not_interrupt_what_is_said_of_the_first():
+    before = signal.signal(signal.SIGCHLD, Mock(side_effect=RuntimeError('DataLoader worker')))
+    try:
+        with pytest.raises(train.DataError), train.explained(flags_of()):
+            raise ConnectionResetError(104, 'reset by peer')
+        os.kill(os.getpid(), signal.SIGCHLD)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 # ---- CUDA ------------------------------------------------------------------------------------
