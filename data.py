@@ -32,7 +32,6 @@ from torchvision import datasets, transforms
 from tqdm import tqdm
 
 from errors import UserError
-from runlog import say
 
 SMALL = 64  # pixels: images up to this size are held in memory, larger ones are read by workers
 MAX_SIZE = 4096  # pixels: the largest --image-size
@@ -448,7 +447,7 @@ def _read_folder(dataset, split, workers):
             done += len(batch)
             bar.update(len(batch))
             if time.monotonic() > silent_until:
-                say(f'reading {split}: {done:,} of {count:,} images in {PATIENCE} s')
+                print(f'reading {split}: {done:,} of {count:,} images in {PATIENCE} s', flush=True)
                 silent_until = math.inf
     return torch.from_numpy(images), torch.tensor([label for _, label in samples])
 

@@ -1,9 +1,9 @@
 """The operations of a dense block as CPU kernels, compiled at first use: optional, for densenet.py.
 
-Needs torch and a C++ compiler, g++ at best. What it compiles of `densenet_cpu.cpp`, in 3 seconds
-for each type of map, is kept in the user's cache directory: `$XDG_CACHE_HOME/densenet` or
-`~/.cache/densenet`. Without a compiler one warning says so, and densenet.py takes its eager
-operations. DENSENET_CPU_KERNELS=0 turns the kernels off.
+Needs torch, a CPU with AVX2, and a C++ compiler, g++ at best. What it compiles of
+`densenet_cpu.cpp`, in 3 seconds for each type of map, is kept in the user's cache directory:
+`$XDG_CACHE_HOME/densenet` or `~/.cache/densenet`. Where one of them is missing, a warning says so,
+and densenet.py takes its eager operations. DENSENET_CPU_KERNELS=0 turns the kernels off.
 
 The functions of the first part stand in for those of `_EagerOperations` in densenet.py, which says
 what they compute. `maps` and `half` are its `_Maps` and `_Half`: maps [N, C, H, W] are float32 or

@@ -201,20 +201,19 @@ def parse_args(argv=None, parser=None):
         UserError: flags that are wrong or don't go together, or a checkpoint that can't be read.
     """
     parser = parser or make_parser()
-    args, saved, given = parser.parse_args(argv), None, {}
-    path = resume_path(args)
+    args, saved = parser.parse_args(argv), None
+    resume, path = args.resume, resume_path(args)
     is_here = os.path.exists(path) or os.path.exists(f'{path}.1')
-    if args.resume == '' and not is_here and not args.evaluate:
+    if resume == '' and not is_here and not args.evaluate:
         # So that one command can be given again and again, by torchrun --max-restarts for example.
         runlog.say(f'nothing to resume in {run_directory(args)}: this run begins there')
-        args.resume = given['resume'] = None
-    if args.resume is not None:
-        given['resume'], saved = checkpoint.load_newest(path)
-        if given['resume'] != path:
-            runlog.warn(f'{path} is damaged or missing: going on from the one before, '
-                        f'{given["resume"]}')
+        resume = None
+    if resume is not None:
+        resume, saved = checkpoint.load_newest(path)
+        if resume != path:
+            runlog.warn(f'{path} is damaged or missing: going on from the one before, {resume}')
         if not all(isinstance(saved.get(key), dict) for key in ('args', 'dataset', 'model')):
-            raise CheckpointError(f'{given["resume"]} holds no run to resume; for weights alone '
+            raise CheckpointError(f'{resume} holds no run to resume; for weights alone '
                                   f'--pretrained')
         own = {*CALL_FLAGS, *(LAYER_FLAGS if any(getattr(args, flag) is not None
                                                  for flag in LAYER_FLAGS) else ())}
@@ -222,7 +221,7 @@ def parse_args(argv=None, parser=None):
                                if flag in vars(args) and flag not in own})
     else:
         parser.set_defaults(**recipe(args))
-    args = argparse.Namespace(**{**vars(parser.parse_args(argv)), **given})
+    args = argparse.Namespace(**{**vars(parser.parse_args(argv)), 'resume': resume})
     check_flags(args)
     return args, saved
 

@@ -20,19 +20,9 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import checkpoint  # noqa: E402
-import densenet  # noqa: E402
+import predict  # noqa: E402
 import runlog  # noqa: E402
 from errors import UserError  # noqa: E402
-
-
-def load_model(path):
-    saved = checkpoint.load(path)
-    if not isinstance(saved.get('config'), dict):
-        raise UserError(f'{path} does not say which network it is of: give a checkpoint of a run')
-    model = densenet.DenseNet(**saved['config'])
-    checkpoint.load_weights(model, saved['model'], path)
-    return model
 
 
 def mean_weights(weight, sizes):
@@ -108,7 +98,8 @@ def main(argv=None):
     parser.add_argument('--output', type=Path, default=ROOT / 'images/feature-reuse.png')
     args = parser.parse_args(argv)
     try:
-        reuses = list(block_reuse(load_model(args.checkpoint)))
+        model, _ = predict.load_model(args)
+        reuses = list(block_reuse(model))
         draw(reuses, args.output)
     except (UserError, OSError) as error:
         runlog.warn(error, 'error', 'feature_reuse.py')

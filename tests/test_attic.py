@@ -194,7 +194,9 @@ def test_feature_reuse_has_each_layers_weight_on_each_source(tmp_path, capsys):
         expected = expected.float().tril().T.contiguous()
         expected[torch.ones(4, 4).tril(-1).bool()] = torch.nan
         torch.testing.assert_close(reuse, expected, equal_nan=True)
-    checkpoint.save(tmp_path / 'best.pth', {'config': model.config, 'model': model.state_dict()})
+    dataset = dict(name='cifar10', classes=(), image_size=32, mean=(0,) * 3, std=(1,) * 3)
+    checkpoint.save(tmp_path / 'best.pth', {'config': model.config, 'model': model.state_dict(),
+                                            'dataset': dataset})
     feature_reuse.main([str(tmp_path / 'best.pth'), '--output', str(tmp_path / 'reuse.png')])
     assert len(capsys.readouterr().out.splitlines()) == 5 and (tmp_path / 'reuse.png').exists()
     with pytest.raises(SystemExit, match='2'):
