@@ -50,6 +50,7 @@ import data
 import densenet
 import densenet_cpu
 import flags
+import machine
 import plot
 import runlog
 import train
@@ -206,7 +207,7 @@ class Runner:
             return
         if self.row.compiled:
             self.model.compile()
-        self.autocast = train.make_autocast(self.row.precision, self.device)
+        self.autocast = machine.make_autocast(self.row.precision, self.device)
         if self.inference:  # which has no use for momentum, and so for its memory
             args = argparse.Namespace(**{**vars(args), 'momentum': 0.0})
         self.state = train.make_state(args, self.model, self.device, self.row.precision)
@@ -218,7 +219,7 @@ class Runner:
 
     def _ready_step(self):
         """The step, or a graph of it: recorded anew each time, since it would hold its memory."""
-        train.choose_precision(self.row.precision, self.device)
+        machine.choose_precision(self.row.precision, self.device)
         if not self.row.graph:
             return self.step
         return train.CudaGraphStep(self.step, self.state, [self.batch[0].shape])
@@ -314,7 +315,7 @@ def convolution_flops(args, inference):
 
 def matrix_product_rate(precision):
     """FLOP/s of a large matrix product on the CPU, the median of three after one to warm up."""
-    dtype, times = train.AUTOCAST_TYPES.get(precision, torch.float32), []
+    dtype, times = machine.AUTOCAST_TYPES.get(precision, torch.float32), []
     a, b = (torch.randn(shape).to(dtype) for shape in MATRICES)
     product = a @ b
     for _ in range(3):
@@ -337,7 +338,7 @@ def measure(rows, args, device, options, results, rates):
             yield
         except Exception as error:
             failure = f'failed: {type(error).__name__}: {error}'.partition('\n')[0]
-            if train.ran_out_of_memory(error):
+            if machine.ran_out_of_memory(error):
                 failure = 'out of memory'
             results[row] = Result([], failure=failure)
             runners.pop(row, None)
@@ -482,12 +483,12 @@ def describe(rows, args, device, inference):
 
 def run(options):
     """Measures all rows and shows them; exits with 1 if one failed, but for lack of memory."""
-    device = train.choose_device(options.device)
+    device = machine.choose_device(options.device)
     on_cuda = device.type == 'cuda'
     options.steps = options.steps or (20 if on_cuda else 1)
     options.precision = options.precision or (['tf32', 'bf16'] if on_cuda else ['fp32'])
     for precision in options.precision:
-        train.choose_precision(precision, device)  # refuses what the device has not
+        machine.choose_precision(precision, device)  # refuses what the device has not
     args = network_flags(**vars(options))
     rows = select(make_rows(options, device), options.rows, '--rows')
     baseline = select(rows, [options.baseline], '--baseline')[0]

@@ -13,12 +13,9 @@ has.
 """
 
 import dataclasses
-import math
 import os
 import signal
-import sys
 import threading
-import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +34,6 @@ SMALL = 64  # pixels: images up to this size are held in memory, larger ones are
 MAX_SIZE = 4096  # pixels: the largest --image-size
 PAD = 4     # pixels: zero padding of small images before the random crop (paper, section 4.1)
 NO_LABEL = -100  # the ignore_index of F.cross_entropy
-PATIENCE = 5  # seconds: how long a folder is read in silence
 
 HINT = 'to train without any data: --dataset shapes'
 
@@ -439,16 +435,11 @@ def _read_folder(dataset, split, workers):
     loader = _file_loader(samples, _test_transform(size), np.array_split(rows, -(-count // 100)),
                           workers if count > 2000 else 0, collate_fn=_unchanged)
     images, done = np.empty((count, 3, size, size), np.uint8), 0
-    on_terminal = sys.stdout.isatty()
-    silent_until = math.inf if on_terminal else time.monotonic() + PATIENCE
-    with tqdm(desc=f'reading {split}', total=count, leave=False, disable=not on_terminal) as bar:
+    with tqdm(desc=f'reading {split}', total=count, leave=False, disable=None) as bar:
         for batch, _ in _checked(loader):
             images[done:done + len(batch)] = batch
             done += len(batch)
             bar.update(len(batch))
-            if time.monotonic() > silent_until:
-                print(f'reading {split}: {done:,} of {count:,} images in {PATIENCE} s', flush=True)
-                silent_until = math.inf
     return torch.from_numpy(images), torch.tensor([label for _, label in samples])
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import checkpoint
 import data
 import distributed
+import machine
 import runlog
 from checkpoint import CheckpointError
 from errors import UserError
@@ -149,12 +150,12 @@ def add_recipe_flags(parser):
 
 def add_run_flags(parser):
     group = parser.add_argument_group('machine')
-    group.add_argument('--device', choices=('auto', 'cpu', 'cuda', 'mps'), default='auto',
+    group.add_argument('--device', choices=machine.DEVICES, default='auto',
                        help='(default: cuda if there is one, else cpu)')
     group.add_argument('--no-cuda', dest='device', action='store_const', const='cpu',
                        help='the same as --device cpu')
-    group.add_argument('--precision', choices=('auto', 'fp32', 'tf32', 'bf16', 'fp16'),
-                       default='auto', help='of the arithmetic; weights, statistics and losses are '
+    group.add_argument('--precision', choices=('auto', *machine.PRECISIONS), default='auto',
+                       help='of the arithmetic; weights, statistics and losses are '
                        'fp32 (default: bf16 on cuda, tf32 where it has none; fp32 elsewhere)')
     group.add_argument('--cuda-graph', action=argparse.BooleanOptionalAction,
                        help='launch a training step as one CUDA graph (default: yes on cuda)')

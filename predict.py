@@ -18,6 +18,7 @@ import checkpoint
 import data
 import densenet
 import flags
+import machine
 import runlog
 from errors import UserError
 
@@ -72,7 +73,7 @@ def make_parser():
     which.add_argument('--arch', choices=flags.TORCHVISION_WEIGHTS,
                        help='with torchvision\'s weights')
     parser.add_argument('--csv', metavar='FILE', help='also write the classes to this file')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
+    parser.add_argument('--device', choices=machine.DEVICES, default='auto',
                         help='(default: cuda if there is one, else cpu)')
     return parser
 
@@ -84,7 +85,7 @@ def main(argv=None):
         names = dataset.classes
         if len(names) == 1000 and all(re.fullmatch(r'n\d{8}', name) for name in names):
             names = imagenet_classes()  # instead of numbers in WordNet
-        model.to(args.device, memory_format=torch.channels_last)
+        model.to(machine.choose_device(args.device), memory_format=torch.channels_last)
         rows = []
         for path in image_files(args.images):
             best = predict(model, dataset, path).topk(min(5, len(names)))

@@ -16,8 +16,6 @@ import dataclasses
 import functools
 import math
 import os
-import platform
-import re
 import signal
 import sys
 import time
@@ -33,99 +31,14 @@ import data
 import densenet
 import distributed
 import flags
+import machine
 import runlog
 from checkpoint import CheckpointError, TrainState
-from data import DataError
 from distributed import Stopped, StopSignals
 from errors import UserError
 from runlog import RunLog, say
 
-AUTOCAST_TYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
-
-
-# ---- build: device, model, optimizer --------------------------------------------------------
-
-def choose_device(name):
-    """The torch.device of this process; `name` is that of --device.
-
-    Raises:
-        UserError: it is not there, or torch has no kernels for it.
-    """
-    available = {'cuda': cuda_is_available(name), 'mps': torch.backends.mps.is_available(),
-                 'cpu': True}
-    if name == 'auto':
-        name = next(kind for kind in available if available[kind])
-    if not available[name]:
-        raise UserError(f'--device {name}: torch {torch.__version__} finds none here; --device '
-                        f'auto takes what there is')
-    if name == 'mps' and distributed.world_size() > 1:
-        raise UserError('--device mps is for one process: python train.py, without torchrun')
-    if name != 'cuda':
-        return torch.device(name)
-    gpu, count = distributed.local_rank(), torch.cuda.device_count()
-    if gpu >= count:
-        raise UserError(f'torchrun started more processes on {platform.node()} than it has GPUs: '
-                        f'--nproc-per-node {count}')
-    check_compute_capability(gpu)
-    torch.cuda.set_device(gpu)
-    return torch.device('cuda', gpu) if distributed.world_size() > 1 else torch.device('cuda')
-
-
-def cuda_is_available(name):
-    """Whether torch can use a GPU. One that it can't use is an error, unless `name` is another."""
-    with warnings.catch_warnings(record=True) as reasons:
-        warnings.simplefilter('always')
-        available = torch.cuda.is_available()
-    if name in ('auto', 'cuda') and not available and torch.cuda.device_count():
-        reason = ' '.join(str(reasons[-1].message).split()) if reasons else 'it does not say why'
-        raise UserError(f'torch {torch.__version__} can\'t use the GPU of this machine ({reason}); '
-                        f'--device cpu does without')
-    return available
-
-
-def check_compute_capability(gpu):
-    """Raises UserError if torch has no code for a GPU: else, its first kernel would fail."""
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # torch's own, a paragraph, with which it would go on
-        major, minor = torch.cuda.get_device_capability(gpu)
-    built = [re.match(r'(sm|compute)_(\d+)(\d)', arch) for arch in torch.cuda.get_arch_list()]
-    # Machine code is for its major version, from its minor one on; compute_ is compiled anew.
-    runs = [int(b[2]) == major and int(b[3]) <= minor if b[1] == 'sm'
-            else (int(b[2]), int(b[3])) <= (major, minor) for b in built if b]
-    if runs and not any(runs):
-        raise UserError(f'{torch.cuda.get_device_name(gpu)} has compute capability '
-                        f'{major}.{minor}, and torch {torch.__version__} was built for '
-                        f'{", ".join(torch.cuda.get_arch_list())}: install one that was built for '
-                        f'it (pytorch.org/get-started), or give --device cpu')
-
-
-def choose_precision(name, device):
-    """fp32, tf32, bf16 or fp16; also sets what cuBLAS and cuDNN may do."""
-    if name == 'auto':
-        has_bf16 = device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
-        name = 'bf16' if has_bf16 else 'tf32' if device.type == 'cuda' else 'fp32'
-    if name == 'tf32' and device.type != 'cuda':
-        raise UserError(f'--precision tf32 is for cuda, and this is {device.type}: try fp32')
-    torch.backends.cuda.matmul.allow_tf32 = name != 'fp32'
-    torch.backends.cudnn.allow_tf32 = name != 'fp32'
-    torch.backends.cudnn.benchmark = True  # shapes stay the same from step to step
-    return name
-
-
-def set_determinism(wanted):
-    """Make two runs on a GPU end with the same bits; on a CPU they always do."""
-    torch.use_deterministic_algorithms(wanted)
-    if wanted:
-        torch.backends.cudnn.benchmark = False  # picks kernels by their timing
-        torch.utils.deterministic.fill_uninitialized_memory = False  # we never read it
-        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read when cuBLAS starts
-
-
-def make_autocast(precision, device):
-    """The context of a forward pass; a no-op for fp32 and tf32."""
-    return torch.autocast(device.type, AUTOCAST_TYPES.get(precision),
-                          enabled=precision in AUTOCAST_TYPES)
-
+# ---- build: model, optimizer, learning rate --------------------------------------------------
 
 def build_model(args, num_classes, image_size):
     """The network described by the flags, on the CPU; `args` come from `flags.with_network`.
@@ -152,7 +65,7 @@ def build_model(args, num_classes, image_size):
             model = densenet.DenseNet(block_config=args.block_config, **settings)
         else:
             model = densenet.densenet_cifar(args.depth, **settings)
-    except (ValueError, RuntimeError) as error:  # RuntimeError: no memory for so many weights
+    except ValueError as error:
         raise UserError(f'no such model: {error}') from error
     if image_size < model.min_size:
         raise UserError(f'this model needs images of at least {model.min_size} pixels, and these '
@@ -349,7 +262,7 @@ class CudaGraphStep:
         except RuntimeError as error:
             while error.__context__ is not None:  # ending a failed recording raises, too
                 error = error.__context__
-            if ran_out_of_memory(error):
+            if machine.ran_out_of_memory(error):
                 raise error
             raise UserError(f'the step can\'t be recorded as a CUDA graph '
                             f'({str(error).splitlines()[0]}): give --no-cuda-graph') from error
@@ -531,35 +444,6 @@ def not_finite(what, state):
                      f'last checkpoint is untouched')
 
 
-@contextlib.contextmanager
-def explained(args):
-    """Turns errors of a step that flags can put right into one line, a UserError."""
-    try:
-        yield
-    except (ValueError, RuntimeError, MemoryError, ConnectionError, EOFError) as error:
-        # The run ends here. torch's handler would raise again, anywhere, for each worker that dies.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        text = ' '.join(str(error).split())
-        # The connection to a worker process that has died is reset, or at its end.
-        if 'DataLoader worker' in text or isinstance(error, (ConnectionError, EOFError)):
-            raise DataError(f'a process that reads images has died ({text}): if it was for lack of '
-                            f'memory, give fewer --workers than {args.workers}') from error
-        if ran_out_of_memory(error):
-            raise UserError('out of memory: give --memory-efficient, a lower --batch-size, a '
-                            'higher --grad-accum, or --precision bf16') from error
-        if 'value per channel' in text:  # a single image whose last feature map is one pixel
-            raise UserError(f'{text}: change --batch-size or --grad-accum') from error
-        if args.deterministic and 'deterministic' in text:
-            raise UserError(f'--deterministic: {text}') from error
-        raise
-
-
-def ran_out_of_memory(error):
-    signs = 'out of memory', "can't allocate memory", 'ALLOC_FAILED'
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        sign in str(error) for sign in signs)
-
-
 # ---- main ------------------------------------------------------------------------------------
 
 def choose_dataset(args, saved):
@@ -604,7 +488,7 @@ def make_save(args, state, dataset, num_images, directory):
 def train(args, dataset, model, loaders, directory, stop, *, device, precision, saved, goes_on):
     """One training run, in a directory that this process has claimed."""
     train_loader, test_loader = loaders
-    autocast = make_autocast(precision, device)
+    autocast = machine.make_autocast(precision, device)
     state = make_state(args, model, device, precision)
     if distributed.rank():  # each process has its own dropout
         torch.manual_seed((args.seed + 1_000_003 * distributed.rank()) % 2**32)
@@ -623,8 +507,7 @@ def train(args, dataset, model, loaders, directory, stop, *, device, precision, 
     set_training_mode(model, args)  # also as a graph records it
     image = model.config['in_channels'], dataset.image_size, dataset.image_size
     sizes = args.batch_size, train_loader.num_images % args.batch_size  # full and last batches
-    with explained(args):
-        step = make_step(args, state, [(n, *image) for n in sizes if n], autocast)
+    step = make_step(args, state, [(n, *image) for n in sizes if n], autocast)
     graphed = isinstance(step, CudaGraphStep)
     save = make_save(args, state, dataset, train_loader.num_images, directory)
     if not goes_on or args.start_epoch:  # so that --resume finds it if this is killed before a save
@@ -644,8 +527,7 @@ def train(args, dataset, model, loaders, directory, stop, *, device, precision, 
         f'{processes}{hardware}, {precision}{", CUDA graph" * graphed}')
     with contextlib.closing(log):
         try:
-            with explained(args):
-                fit(args, state, step, train_loader, test_loader, log, save, stop, autocast)
+            fit(args, state, step, train_loader, test_loader, log, save, stop, autocast)
         except Stopped as stopped:
             log.sync()
             save('latest.pth')
@@ -665,9 +547,9 @@ def main(argv=None):
     with StopSignals() as stop, distributed.process_group():
         # `saved` is what the checkpoint of --resume holds, or None.
         args, saved = distributed.from_rank_0(lambda: flags.parse_args(argv))
-        device = choose_device(args.device)
-        precision = choose_precision(args.precision, device)
-        set_determinism(args.deterministic)
+        device = machine.choose_device(args.device)
+        precision = machine.choose_precision(args.precision, device)
+        machine.set_determinism(args.deterministic)
         dataset = choose_dataset(args, saved)
         args = flags.with_network(args, dataset.image_size)
         if saved:
@@ -680,8 +562,7 @@ def main(argv=None):
             checkpoint.load_weights(model, saved.get('model'), args.resume)
         model = prepare_model(model, args, device)
         if args.evaluate:
-            with explained(args):
-                print_errors(model, dataset, device, make_autocast(precision, device), args)
+            print_errors(model, dataset, device, machine.make_autocast(precision, device), args)
             return
         directory = flags.run_directory(args)
         resumed = Path(args.resume).resolve() if saved else None
@@ -693,7 +574,7 @@ def main(argv=None):
                                                  may_hold_run=is_ours or args.overwrite))
                 if args.overwrite:
                     runlog.clear(directory)
-            with distributed.rank_0_first(), explained(args):
+            with distributed.rank_0_first():
                 common = dict(device=device, workers=args.workers,
                               shard=(distributed.rank(), distributed.world_size()))
                 loaders = (
@@ -708,28 +589,41 @@ def main(argv=None):
 
 def cli(argv=None):
     """Run `main`; what a user can put right is one line on stderr, and exit code 2."""
-    code = 2
     try:
         main(argv)
-        return
-    except UserError as error:
-        message = str(error)
-    except OSError as error:  # a disk that is full, a directory that must not be written to
-        where = f'{error.filename}: ' if error.filename else ''
-        message = where + (error.strerror or str(error))
-    except (RuntimeError, MemoryError) as error:
-        if ran_out_of_memory(error):
-            message = ('out of memory before the first step: try another --device, smaller images '
-                       'or a smaller network')
-        elif distributed.lost_a_peer(error):
-            message = ('the connection to another process is lost; if that had an error, it is '
-                       'above')
-            code = 1
-        else:
+    except (UserError, OSError, EOFError, RuntimeError, ValueError, MemoryError) as error:
+        # torch's handler would raise again, anywhere, for each worker that dies now.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        message = explanation(error)
+        if message is None:
             raise
-    rank = distributed.rank()
-    runlog.warn(f'rank {rank}: {message}' if rank else message, 'error')
-    distributed.leave(code)
+        rank = distributed.rank()
+        runlog.warn(f'rank {rank}: {message}' if rank else message, 'error')
+        distributed.leave(1 if distributed.lost_a_peer(error) else 2)
+
+
+def explanation(error):
+    """What was wrong and what would be right, in one line; None for an error of this program."""
+    text = ' '.join(str(error).split())
+    if isinstance(error, UserError):
+        return text
+    if machine.ran_out_of_memory(error):
+        return ('out of memory: give --memory-efficient, a lower --batch-size, a higher '
+                '--grad-accum, --precision bf16, smaller images or a smaller network')
+    # The connection to a worker process that has died is reset, or at its end.
+    if 'DataLoader worker' in text or isinstance(error, (ConnectionError, EOFError)):
+        return (f'a process that reads images has died ({text}): if it was for lack of memory, '
+                f'give fewer --workers')
+    if isinstance(error, OSError):  # a disk that is full, a directory that must not be written to
+        where = f'{error.filename}: ' if error.filename else ''
+        return where + (error.strerror or text)
+    if 'value per channel' in text:  # a single image whose last feature map is one pixel
+        return f'{text}: change --batch-size or --grad-accum'
+    if 'deterministic implementation' in text:
+        return f'--deterministic: {text}'
+    if distributed.lost_a_peer(error):
+        return 'the connection to another process is lost; if that had an error, it is above'
+    return None
 
 
 if __name__ == '__main__':

@@ -9,6 +9,7 @@ import torch
 import checkpoint
 import densenet
 import flags
+import machine
 import pretended_cuda
 import train
 
@@ -21,15 +22,15 @@ def make_training(argv=(), precision='bf16', linear_memory=None):
     """The flags, the state and the autocast of training a small network on the pretended GPU."""
     args, _ = flags.parse_args(['--dataset', 'shapes', '--depth', '10', '--growth-rate', '4',
                                 '--batch-size', '4', *argv])
-    precision = train.choose_precision(precision, CUDA)
-    train.set_determinism(args.deterministic)
+    precision = machine.choose_precision(precision, CUDA)
+    machine.set_determinism(args.deterministic)
     model = train.build_model(flags.with_network(args, 8), 10, 8)
     for block in dense_blocks(model):
         block.linear_memory = block.linear_memory if linear_memory is None else linear_memory
     model = train.prepare_model(model, args, CUDA)
     train.set_training_mode(model, args)
     state = train.make_state(args, model, CUDA, precision)
-    return args, state, train.make_autocast(precision, CUDA)
+    return args, state, machine.make_autocast(precision, CUDA)
 
 
 def dense_blocks(model):

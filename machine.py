@@ -1,0 +1,103 @@
+"""What a run computes on: the device, the precision of its arithmetic, its determinism."""
+
+import os
+import platform
+import re
+import warnings
+
+import torch
+
+import distributed
+from errors import UserError
+
+DEVICES = 'auto', 'cpu', 'cuda', 'mps'
+PRECISIONS = 'fp32', 'tf32', 'bf16', 'fp16'
+AUTOCAST_TYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
+
+
+def choose_device(name):
+    """The torch.device of this process; `name` is one of `DEVICES`.
+
+    Raises:
+        UserError: it is not there, or torch has no kernels for it.
+    """
+    available = {'cuda': cuda_is_available(name), 'mps': torch.backends.mps.is_available(),
+                 'cpu': True}
+    if name == 'auto':
+        name = next(kind for kind in available if available[kind])
+    if not available[name]:
+        raise UserError(f'--device {name}: torch {torch.__version__} finds none here; --device '
+                        f'auto takes what there is')
+    if name == 'mps' and distributed.world_size() > 1:
+        raise UserError('--device mps is for one process: python train.py, without torchrun')
+    if name != 'cuda':
+        return torch.device(name)
+    gpu, count = distributed.local_rank(), torch.cuda.device_count()
+    if gpu >= count:
+        raise UserError(f'torchrun started more processes on {platform.node()} than it has GPUs: '
+                        f'--nproc-per-node {count}')
+    check_compute_capability(gpu)
+    torch.cuda.set_device(gpu)
+    return torch.device('cuda', gpu) if distributed.world_size() > 1 else torch.device('cuda')
+
+
+def cuda_is_available(name):
+    """Whether torch can use a GPU. One that it can't use is an error, unless `name` is another."""
+    with warnings.catch_warnings(record=True) as reasons:
+        warnings.simplefilter('always')
+        available = torch.cuda.is_available()
+    if name in ('auto', 'cuda') and not available and torch.cuda.device_count():
+        reason = ' '.join(str(reasons[-1].message).split()) if reasons else 'it does not say why'
+        raise UserError(f'torch {torch.__version__} can\'t use the GPU of this machine ({reason}); '
+                        f'--device cpu does without')
+    return available
+
+
+def check_compute_capability(gpu):
+    """Raises UserError if torch has no code for a GPU: else, its first kernel would fail."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # torch's own, a paragraph, with which it would go on
+        major, minor = torch.cuda.get_device_capability(gpu)
+    built = [re.match(r'(sm|compute)_(\d+)(\d)', arch) for arch in torch.cuda.get_arch_list()]
+    # Machine code is for its major version, from its minor one on; compute_ is compiled anew.
+    runs = [int(b[2]) == major and int(b[3]) <= minor if b[1] == 'sm'
+            else (int(b[2]), int(b[3])) <= (major, minor) for b in built if b]
+    if runs and not any(runs):
+        raise UserError(f'{torch.cuda.get_device_name(gpu)} has compute capability '
+                        f'{major}.{minor}, and torch {torch.__version__} was built for '
+                        f'{", ".join(torch.cuda.get_arch_list())}: install one that was built for '
+                        f'it (pytorch.org/get-started), or give --device cpu')
+
+
+def choose_precision(name, device):
+    """fp32, tf32, bf16 or fp16; also sets what cuBLAS and cuDNN may do."""
+    if name == 'auto':
+        has_bf16 = device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
+        name = 'bf16' if has_bf16 else 'tf32' if device.type == 'cuda' else 'fp32'
+    if name == 'tf32' and device.type != 'cuda':
+        raise UserError(f'--precision tf32 is for cuda, and this is {device.type}: try fp32')
+    torch.backends.cuda.matmul.allow_tf32 = name != 'fp32'
+    torch.backends.cudnn.allow_tf32 = name != 'fp32'
+    torch.backends.cudnn.benchmark = True  # shapes stay the same from step to step
+    return name
+
+
+def set_determinism(wanted):
+    """Make two runs on a GPU end with the same bits; on a CPU they always do."""
+    torch.use_deterministic_algorithms(wanted)
+    if wanted:
+        torch.backends.cudnn.benchmark = False  # picks kernels by their timing
+        torch.utils.deterministic.fill_uninitialized_memory = False  # we never read it
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read when cuBLAS starts
+
+
+def make_autocast(precision, device):
+    """The context of a forward pass; a no-op for fp32 and tf32."""
+    return torch.autocast(device.type, AUTOCAST_TYPES.get(precision),
+                          enabled=precision in AUTOCAST_TYPES)
+
+
+def ran_out_of_memory(error):
+    signs = 'out of memory', "can't allocate memory", 'ALLOC_FAILED'
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        sign in str(error) for sign in signs)

@@ -1,0 +1,74 @@
+"""The choice of a device: what is there, what torch can use, and one line for what it can't."""
+
+import warnings
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+import distributed
+import machine
+from errors import UserError
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setattr(torch.cuda, 'set_device', Mock())
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda _: (8, 6))
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda _: 'GPU')
+    monkeypatch.setattr(torch.cuda, 'get_arch_list', lambda: ['sm_80', 'sm_90', 'sm_100'])
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch, two_gpus):
+    monkeypatch.setattr(distributed, 'world_size', lambda: 4)
+    for rank, device in ((0, 'cuda:0'), (1, 'cuda:1')):
+        monkeypatch.setattr(distributed, 'local_rank', Mock(return_value=rank))
+        assert machine.choose_device('auto') == torch.device(device)
+        torch.cuda.set_device.assert_called_with(rank)
+    monkeypatch.setattr(distributed, 'local_rank', Mock(return_value=2))
+    with pytest.raises(UserError, match='than it has GPUs: --nproc-per-node 2'):
+        machine.choose_device('cuda')
+
+
+@pytest.mark.parametrize('capability, built, runs', [
+    ((8, 6), ['sm_80', 'sm_90'], True), ((8, 0), ['sm_86'], False), ((7, 0), ['sm_80'], False),
+    ((12, 0), ['sm_90'], False), ((12, 0), ['sm_90', 'compute_90'], True),
+    ((10, 0), ['sm_100a'], True), ((9, 0), ['sm_90a', 'compute_120'], True),
+    ((9, 0), ['gfx90a'], True), ((5, 2), ['compute_75'], False)])
+def test_a_gpu_that_torch_has_no_code_for_is_one_line(monkeypatch, two_gpus, capability, built,
+                                                      runs):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda _: capability)
+    monkeypatch.setattr(torch.cuda, 'get_arch_list', lambda: built)
+    assert machine.choose_device('cpu') == torch.device('cpu')
+    if runs:
+        assert machine.choose_device('auto') == torch.device('cuda')
+        return
+    major, minor = capability
+    with pytest.raises(UserError, match=f'capability {major}.{minor}, and torch .* was built for '
+                                        f'{built[0]}'):
+        machine.choose_device('auto')
+
+
+def test_a_driver_that_is_too_old_is_no_silent_run_on_the_cpu(monkeypatch, two_gpus):
+    def is_available():
+        warnings.warn('CUDA initialization: The NVIDIA driver on your system is too old\n(found '
+                      'version 11040).', stacklevel=2)
+        return False
+
+    monkeypatch.setattr(torch.cuda, 'is_available', is_available)
+    for name in ('auto', 'cuda'):
+        with pytest.raises(UserError, match=r'driver on your system is too old \(found version '
+                                            r'11040\).\); --device cpu does without'):
+            machine.choose_device(name)
+    assert machine.choose_device('cpu') == torch.device('cpu')
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
+    assert machine.choose_device('auto') == torch.device('cpu')
+
+
+def test_auto_takes_the_gpu_of_a_mac(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
+    assert machine.choose_device('auto') == torch.device('mps')
