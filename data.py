@@ -12,7 +12,10 @@ resumed at any batch, and the shards of several processes make up the same batch
 has.
 """
 
+import contextlib
 import dataclasses
+import functools
+import math
 import os
 import signal
 import threading
@@ -88,6 +91,9 @@ class Description:
     image_size: int  # pixels, height and width of the model's input
     mean: tuple      # of each channel, 0..255
     std: tuple
+    value_range: tuple = None  # (low, high): what becomes 0 and 255 in images of more than 8 bits
+    val_split: float = 0.0     # the share of train/ that is for testing
+    split_seed: int = 1
 
     @property
     def in_memory(self):
@@ -98,36 +104,56 @@ class Description:
         return {key: value for key, value in dataclasses.asdict(self).items() if key != 'root'}
 
 
-def describe(name, root='work/data', image_size=None, split='train'):
+def describe(name, root='work/data', image_size=None, split='train', *, in_channels=3,
+             value_range=None, val_split=0.0, seed=1, workers=0):
     """The classes and the image size of a data set, without loading it.
 
     Args:
-        name: one of `NAMES`.
+        name: one of `NAMES`; the others are for imagenet and folder alone.
         root: for cifar10, cifar100 and svhn the folder that holds, or is to hold, the downloaded
             files; for imagenet and folder the one with `train/` and `val/` (or `test/`), and in
             each of them a folder of images a class.
-        image_size: for folder and imagenet. By default 224 or, for a folder whose first image has
-            at most `SMALL` pixels a side, that image's shorter side.
+        image_size: by default 224 or, for a folder whose first image has at most `SMALL` pixels a
+            side, that image's shorter side.
         split: 'train' or 'test', whose folders are the classes.
+        in_channels: 1 for grey images, or 3.
+        value_range: (low, high) of images of more than 8 bits. By default, if the first training
+            image of a folder is one, the lowest and the highest value in all of them.
+        val_split: take this share of each class in `train/`, or in the root itself if it has no
+            `train/`, for testing; `seed` chooses the images.
+        workers: number of processes that look for the values.
 
     Raises:
-        DataError: no such folders, or an image size where there is no choice.
+        DataError: no such folders, a choice that this data set does not have, or values without a
+            natural range.
     """
     root = Path(root)
     if name in CLASSES:
-        if image_size not in (None, 32):
-            raise DataError(f'--image-size is for folder and imagenet: {name} has images of 32 '
-                            f'pixels')
+        given = {'--image-size': image_size not in (None, 32), '--in-channels': in_channels != 3,
+                 '--value-range': value_range is not None, '--val-split': val_split > 0}
+        if any(given.values()):
+            raise DataError(f'{", ".join(flag for flag in given if given[flag])} is for folder and '
+                            f'imagenet: {name} has colour images of 32 pixels')
         return Description(name, root, CLASSES[name], 32, *STATISTICS[name])
-    folder = _split_folder(root, split)
+    folder = _split_folder(root, split, val_split)
     try:
         classes = tuple(datasets.folder.find_classes(folder)[0])
     except OSError as error:
         raise DataError(f'{folder}: {error}') from error
-    if image_size is None and name == 'folder':
-        size = _decode(_list_images(root, split, classes)[0][0]).size
-        image_size = min(size) if max(size) <= SMALL else None
-    return Description(name, root, classes, image_size or 224, *STATISTICS[name])
+    statistics = STATISTICS[name]
+    if in_channels == 1:
+        statistics = [(sum(values) / 3,) for values in statistics]
+    dataset = Description(name, root, classes, image_size or 224, *statistics, value_range,
+                          val_split, seed)
+    if name == 'imagenet':
+        return dataset
+    samples = _list_images(dataset, split)
+    with _opened(samples[0][0]) as first:
+        if image_size is None and max(first.size) <= SMALL:
+            dataset = dataclasses.replace(dataset, image_size=min(first.size))
+        if value_range is None and split == 'train' and _is_deep(first):
+            dataset = dataclasses.replace(dataset, value_range=_measure_range(samples, workers))
+    return dataset
 
 
 def make_loader(dataset, split, batch_size, *, device, augment=False, seed=1, workers=0,
@@ -155,21 +181,21 @@ def make_loader(dataset, split, batch_size, *, device, augment=False, seed=1, wo
     common = dict(mean=dataset.mean, std=dataset.std, device=device, shuffle=split == 'train',
                   seed=seed, shard=shard)
     if dataset.in_memory:
-        images, labels = _read_split(dataset, split, workers)
-        return MemoryLoader(images, labels, batch_size, augment=augment, **common)
+        images, labels, files = _read_split(dataset, split, workers)
+        return MemoryLoader(images, labels, batch_size, augment=augment, files=files, **common)
     transform = (_train_transform(dataset.image_size) if augment
                  else _test_transform(dataset.image_size, ten_crop))
-    return WorkerLoader(_list_images(dataset.root, split, dataset.classes), transform,
+    return WorkerLoader(_list_images(dataset, split), functools.partial(_read, dataset, transform),
                         -(-batch_size // 10) if ten_crop else batch_size, workers=workers, **common)
 
 
 def read_image(path, dataset):
-    """An image file as the model's input, float32 [3, H, W].
+    """An image file as the model's input, float32 [C, H, W].
 
     Raises:
-        DataError: not an image, or a broken one.
+        DataError: not an image, a broken one, or one of more than 8 bits without a range.
     """
-    image = _test_transform(dataset.image_size)(_decode(path))
+    image = _read(dataset, _test_transform(dataset.image_size), path)
     return (image.float() - _channels(dataset.mean, 'cpu')) / _channels(dataset.std, 'cpu')
 
 
@@ -177,11 +203,16 @@ class _Loader:
     """The order of the images in an epoch, and this process's shard of each batch.
 
     A subclass has `__iter__`, and `_draw` for what its augmentation needs.
+
+    Args:
+        labels: int64 [N].
+        files: their names, or nothing for numbers.
     """
 
-    def __init__(self, num_images, batch_size, *, mean, std, device, shuffle=False, seed=1,
+    def __init__(self, labels, batch_size, *, mean, std, device, files=(), shuffle=False, seed=1,
                  shard=(0, 1)):
-        self.num_images, self.batch_size, self.device = num_images, batch_size, device
+        self.num_images, self.batch_size, self.device = len(labels), batch_size, device
+        self.class_counts, self.files = labels.bincount(), files or range(len(labels))
         self.mean, self.std = _channels(mean, device), _channels(std, device)
         self.shuffle, self.seed = shuffle, seed
         self.rank, self.processes = shard
@@ -217,7 +248,7 @@ class _Loader:
 
 
 class MemoryLoader(_Loader):
-    """Batches of images [N, 3, H, W] that are held on the device as uint8.
+    """Batches of images [N, C, H, W] that are held on the device, as uint8 or float32.
 
     With `augment`, each image is cropped at random after zero padding, and mirrored half of the
     time (paper, section 4.1). The padding comes after the normalisation, as in the official code.
@@ -226,7 +257,7 @@ class MemoryLoader(_Loader):
     def __init__(self, images, labels, batch_size, *, device, augment=False, **kwargs):
         self.images, self.labels = images.to(device), labels.to(device)
         self.augment = augment
-        super().__init__(len(images), batch_size, device=device, **kwargs)
+        super().__init__(labels, batch_size, device=device, **kwargs)
 
     def _draw(self, generator):
         # On the CPU and for the whole epoch: the same numbers for an image on every device, with
@@ -262,15 +293,16 @@ def crop_and_mirror(images, offsets, mirrored, pad=PAD):
 
 
 class WorkerLoader(_Loader):
-    """Batches of image files that worker processes decode and augment, as uint8.
+    """Batches of image files that worker processes read and augment, as uint8 if they have 8 bits.
 
     They are normalised on the device: a quarter of the bytes to copy.
     """
 
-    def __init__(self, samples, transform, batch_size, *, device, workers=0, **kwargs):
+    def __init__(self, samples, read, batch_size, *, device, workers=0, **kwargs):
         self.batches = []  # filled by `_draw`
-        super().__init__(len(samples), batch_size, device=device, **kwargs)
-        self.loader = _file_loader(samples, transform, self.batches, workers,
+        files, labels = zip(*samples)
+        super().__init__(torch.tensor(labels), batch_size, device=device, files=files, **kwargs)
+        self.loader = _file_loader(samples, read, self.batches, workers,
                                    collate_fn=default_convert, persistent_workers=workers > 0,
                                    pin_memory=device.type == 'cuda')
 
@@ -285,9 +317,9 @@ class WorkerLoader(_Loader):
             yield self._finish(i, *(part.to(self.device, non_blocking=True) for part in batch))
 
 
-def _file_loader(samples, transform, batches, workers, **kwargs):
+def _file_loader(samples, read, batches, workers, **kwargs):
     """A DataLoader of `_ImageFiles`; `_checked` iterates over it."""
-    return DataLoader(_ImageFiles(samples, transform), batch_sampler=batches, num_workers=workers,
+    return DataLoader(_ImageFiles(samples, read), batch_sampler=batches, num_workers=workers,
                       worker_init_fn=_leave_signals_to_main,
                       generator=torch.Generator(),  # not the global one, which dropout draws from
                       **kwargs)
@@ -302,10 +334,10 @@ def _checked(loader):
 
 
 class _ImageFiles(torch.utils.data.Dataset):
-    """Batches of (path, label) as NumPy arrays: uint8 images and int64 labels."""
+    """Batches of (path, label) as NumPy arrays: what `read` makes of the files, int64 labels."""
 
-    def __init__(self, samples, transform):
-        self.samples, self.transform = samples, transform
+    def __init__(self, samples, read):
+        self.samples, self.read = samples, read
 
     def __getitems__(self, batch):
         """The images of rows of (index, seed), or a DataError for the main process to raise.
@@ -317,7 +349,7 @@ class _ImageFiles(torch.utils.data.Dataset):
             with torch.random.fork_rng(devices=[]):  # the transforms draw from the global generator
                 for index, seed in batch.tolist():
                     torch.default_generator.manual_seed(seed)
-                    images.append(self.transform(_decode(self.samples[index][0])))
+                    images.append(self.read(self.samples[index][0]))
         except DataError as error:
             return error
         labels = [self.samples[index][1] for index in batch[:, 0]]
@@ -329,16 +361,20 @@ def _train_transform(size):
     return transforms.Compose([transforms.RandomResizedCrop(size),
                                transforms.RandomHorizontalFlip(),
                                transforms.ColorJitter(0.4, 0.4, 0.4),
-                               transforms.PILToTensor()])
+                               _to_tensor])
 
 
 def _test_transform(size, ten_crop=False):
     """The centre of the image, 224/256 of its shorter side; of small images all of it."""
     resize = transforms.Resize(size if size <= SMALL else round(size * 256 / 224))
     if not ten_crop:
-        return transforms.Compose([resize, transforms.CenterCrop(size), transforms.PILToTensor()])
-    return transforms.Compose([resize, transforms.PILToTensor(), transforms.TenCrop(size),
+        return transforms.Compose([resize, transforms.CenterCrop(size), _to_tensor])
+    return transforms.Compose([resize, _to_tensor, transforms.TenCrop(size),
                                torch.stack])
+
+
+def _to_tensor(image):
+    return image if torch.is_tensor(image) else transforms.functional.pil_to_tensor(image)
 
 
 def _leave_signals_to_main(_):
@@ -362,12 +398,12 @@ def _channels(values, device):
 
 
 def _read_split(dataset, split, workers):
-    """uint8 images [N, 3, H, W] and int64 labels [N] of 'train' or 'test'."""
+    """Images [N, C, H, W], int64 labels [N] and names of files, if any, of 'train' or 'test'."""
     if dataset.name == 'shapes':
-        return draw_shapes(split)
+        return *draw_shapes(split), ()
     if dataset.name in ('imagenet', 'folder'):
         return _read_folder(dataset, split, workers)
-    return _read_torchvision(dataset, split)
+    return *_read_torchvision(dataset, split), ()
 
 
 def _read_torchvision(dataset, split):
@@ -393,6 +429,9 @@ def _how_to_get(dataset, error):
              'svhn': ['train_32x32.mat', 'extra_32x32.mat', 'test_32x32.mat']}[dataset.name]
     missing = [name for name in files if not (dataset.root / name).exists()]
     state = 'missing from' if missing else 'broken in'
+    if (dataset.root / 'train').is_dir():
+        return (f'{", ".join(missing or files)} {state} {dataset.root}, which has a folder train: '
+                f'--dataset folder reads images from there')
     return (f'{", ".join(missing or files)} {state} {dataset.root} and not to be downloaded '
             f'({_one_line(error)}): put it there, or name the folder that has it by --data; {HINT}')
 
@@ -401,61 +440,152 @@ def _one_line(error):
     return ' '.join(str(error).split()) or type(error).__name__
 
 
-def _split_folder(root, split):
-    """`train/` or, for 'test', `val/` or without one `test/`."""
+def _split_folder(root, split, val_split=0.0):
+    """`train/` or, for 'test', `val/` or without one `test/`; where a part of `train/` is for
+    testing, `train/` or without one the root itself.
+    """
+    if val_split:
+        return root / 'train' if (root / 'train').is_dir() else root
     names = ('train',) if split == 'train' else ('val', 'test')
     for name in names:
         if (root / name).is_dir():
             return root / name
     raise DataError(f'no {" or ".join(names)} in {root}: --data must name a folder with train/ and '
-                    f'val/ (or test/), and in each a folder of images a class; {HINT}')
+                    f'val/ (or test/), and in each a folder of images a class; --val-split 0.1 '
+                    f'does without val/; {HINT}')
 
 
-def _list_images(root, split, classes):
-    """(path, label) of each image, sorted; the class folders must be those trained on."""
-    folder = _split_folder(root, split)
+def _list_images(dataset, split):
+    """(path, label) of each image, sorted; in the test images, classes may be missing."""
+    folder = _split_folder(dataset.root, split, dataset.val_split)
+    labels = {name: label for label, name in enumerate(dataset.classes)}
     try:
-        found = datasets.ImageFolder(folder)
+        unknown = set(datasets.folder.find_classes(folder)[0]) - set(labels)
+        samples = datasets.folder.make_dataset(
+            folder, labels, datasets.folder.IMG_EXTENSIONS, allow_empty=split == 'test')
     except OSError as error:  # no class folders, or one without images
         raise DataError(f'{folder}: {error}') from error
-    odd = set(found.classes) ^ set(classes)
-    if odd:
-        raise DataError(f'{folder}: the class folders are not those trained on: {min(odd)} is in '
-                        f'only one of the two')
-    return found.samples
+    if unknown:
+        raise DataError(f'{folder}: {min(unknown)} is not among the classes trained on')
+    if dataset.val_split:
+        is_test = _choose_test_images(torch.tensor([label for _, label in samples]),
+                                      dataset.val_split, dataset.split_seed).tolist()
+        samples = [sample for sample, test in zip(samples, is_test) if test == (split == 'test')]
+    if not samples:
+        raise DataError(f'{folder} has no images to {split} on')
+    return samples
+
+
+def _choose_test_images(labels, share, seed):
+    """A share of each class, at least one image and never all of them; labels [N] to bool [N]."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        images = (labels == label).nonzero()[:, 0]
+        count = min(max(1, round(share * len(images))), len(images) - 1)
+        chosen[images[torch.randperm(len(images), generator=generator)[:count]]] = True
+    return chosen
 
 
 def _read_folder(dataset, split, workers):
-    """Processes decode the images: threads would wait for each other's interpreter lock."""
-    samples = _list_images(dataset.root, split, dataset.classes)
-    count, size = len(samples), dataset.image_size
+    samples, size = _list_images(dataset, split), dataset.image_size
+    files, labels = zip(*samples)
+    images = np.empty((len(samples), len(dataset.mean), size, size),
+                      np.float32 if dataset.value_range else np.uint8)
+    read = functools.partial(_read, dataset, _test_transform(size))
+    done = 0
+    for batch in _read_all(samples, read, workers, f'reading {split}'):
+        images[done:done + len(batch)] = batch
+        done += len(batch)
+    return torch.from_numpy(images), torch.tensor(labels), files
+
+
+def _measure_range(samples, workers):
+    """The lowest and the highest value in the images of more than 8 bits."""
+    low, high = zip(*(batch.T for batch in _read_all(samples, _extremes, workers, 'measuring')))
+    low, high = np.concatenate(low).min(), np.concatenate(high).max()
+    if low == high:
+        raise DataError(f'all values in {Path(samples[0][0]).parents[1]} are {low:g}')
+    return low.item(), high.item()
+
+
+def _extremes(path):
+    with _opened(path) as image:
+        if not _is_deep(image):
+            return torch.tensor([math.inf, -math.inf], dtype=torch.float64)
+        values = _values(path, image)
+        if image.mode == 'F' and values.min() < 0:
+            raise DataError(f'{path}: floats as low as {values.min():g} have no natural range: '
+                            f'give --value-range LOW HIGH')
+    return torch.tensor([values.min(), values.max()])
+
+
+def _values(path, image):
+    """Of an image of more than 8 bits, float64 [H, W]."""
+    values = np.asarray(image, np.float64)
+    if not np.isfinite(values).all():
+        raise DataError(f'{path} has values that are not finite')
+    return values
+
+
+def _read_all(samples, read, workers, what):
+    """What `read` makes of the files, in batches; processes read them, if they are many.
+
+    Threads would wait for each other's interpreter lock.
+    """
+    count = len(samples)
     rows = np.stack([np.arange(count), np.zeros(count, np.int64)], 1)  # nothing random: seed 0
     # Batches stay NumPy arrays: torch would pass them through shared memory, of which containers
     # have little, and start its threads for each copy.
-    loader = _file_loader(samples, _test_transform(size), np.array_split(rows, -(-count // 100)),
+    loader = _file_loader(samples, read, np.array_split(rows, -(-count // 100)),
                           workers if count > 2000 else 0, collate_fn=_unchanged)
-    images, done = np.empty((count, 3, size, size), np.uint8), 0
-    with tqdm(desc=f'reading {split}', total=count, leave=False, disable=None) as bar:
+    with tqdm(desc=what, total=count, leave=False, disable=None) as bar:
         for batch, _ in _checked(loader):
-            images[done:done + len(batch)] = batch
-            done += len(batch)
+            yield batch
             bar.update(len(batch))
-    return torch.from_numpy(images), torch.tensor([label for _, label in samples])
 
 
 def _unchanged(batch):
     return batch
 
 
-def _decode(path):
-    """An image file of any mode as an 8-bit RGB PIL image; all images are read here."""
+def _read(dataset, transform, path):
+    """An image file, transformed: uint8 [C, H, W] or, in a data set with a value range, float32.
+
+    Both are on the scale 0..255.
+    """
+    channels = len(dataset.mean)
+    with _opened(path) as image:
+        if _is_deep(image):
+            if dataset.value_range is None:
+                raise DataError(f'{path} has more than 8 bits a pixel, and the first training image '
+                                f'had not: train with --value-range LOW HIGH')
+            low, high = dataset.value_range
+            values = ((_values(path, image) - low) / (high - low)).clip(0, 1)
+            image = torch.from_numpy(values.astype(np.float32)).expand(channels, -1, -1)
+        else:
+            if 'transparency' in image.info:
+                image = image.convert('RGBA')
+            image = image.convert('RGB' if channels == 3 else 'L')
+    pixels = transform(image)
+    if torch.is_tensor(image):  # 0..1, as the transforms expect floats
+        pixels = 255 * pixels
+    return pixels if dataset.value_range is None else pixels.float()
+
+
+def _is_deep(image):
+    """Has it 16 or 32 bits, or floats? PIL has no such images but grey ones."""
+    return image.mode.startswith(('I', 'F'))
+
+
+@contextlib.contextmanager
+def _opened(path):
+    """An image file as PIL opens it; raises DataError for one that can't be read."""
     try:
         with Image.open(path) as image:
-            if image.mode.startswith('I'):  # 16-bit grey, which PIL would clip at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            elif 'transparency' in image.info:
-                image = image.convert('RGBA')
-            return image.convert('RGB')
+            yield image
+    except DataError:
+        raise
     except Exception as error:  # PIL raises anything for a broken file, or one that is too large
         raise DataError(f'{path}: cannot be read as an image ({_one_line(error)})') from error
 

@@ -8,6 +8,7 @@ the data set. The defaults are the paper's, section 4.2; the aliases are the cla
 
 import argparse
 import contextlib
+import difflib
 import importlib.util
 import os
 from pathlib import Path
@@ -27,10 +28,17 @@ ARCHITECTURES = TORCHVISION_WEIGHTS + ('densenet264', 'densenet232_k48', 'densen
 LAYER_FLAGS = ('arch', 'depth', 'block_config')
 # What a run is resumed with unchanged.
 FIXED_FLAGS = (*LAYER_FLAGS, 'growth_rate', 'compression', 'bottleneck', 'init_features',
-               'bn_size', 'optimizer', 'freeze_features')
+               'bn_size', 'in_channels', 'optimizer', 'freeze_features', 'best_by')
 # Flags of one call of this script; with --resume, all others are by default the checkpoint's.
 CALL_FLAGS = ('save', 'name', 'resume', 'overwrite', 'start_epoch', 'pretrained',
               'reset_classifier', 'evaluate', 'device')
+# Other repositories' flags whose names are far from ours.
+FLAGS_ELSEWHERE = {
+    **dict.fromkeys(('--gpu', '--gpus', '--gpu-id', '--gpu-ids'),
+                    '--device cuda, on the GPU that CUDA_VISIBLE_DEVICES names'),
+    '--model': '--arch', '-a': '--arch', '-j': '--workers', '--amp': '--precision bf16',
+    '--fp16': '--precision fp16', '--output': '--save', '--output-dir': '--save',
+    '--num-classes': 'nothing: the folders are the classes'}
 EXAMPLES = """examples:
   python train.py --depth 40 --no-bottleneck --compression 1 --name densenet-40-12
   python train.py --name densenet-40-12 --resume
@@ -43,6 +51,15 @@ With --resume, flags that are not given are the checkpoint's, all but --device.
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # said in one line, without the page of usage before it
         raise UserError(message)
+
+    def parse_args(self, args=None, namespace=None):
+        args, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].partition('=')[0]
+            known = difflib.get_close_matches(flag, self._option_string_actions, 1)
+            known = FLAGS_ELSEWHERE.get(flag, known[0] if known else None)
+            raise UserError(f'there is no {flag}' + f': did you mean {known}?' * bool(known))
+        return args
 
 
 def number(kind, interval):
@@ -80,6 +97,12 @@ def add_data_and_model_flags(parser):
                        help='where the data are or go (default: %(default)s)')
     group.add_argument('--image-size', type=number(int, f'[1, {data.MAX_SIZE}]'), metavar='PIXELS',
                        help='folder, imagenet (default: 224, or that of small images)')
+    group.add_argument('--in-channels', type=int, choices=(1, 3), default=3,
+                       help='folder, imagenet: 1 for grey images (default: %(default)s)')
+    group.add_argument('--value-range', type=float, nargs=2, metavar=('LOW', 'HIGH'),
+                       help='of images of more than 8 bits (default: as in the training images)')
+    group.add_argument('--val-split', type=SHARE, default=0.0, metavar='SHARE',
+                       help='take this share of each class of the training images for testing')
     group.add_argument('--augment', action=argparse.BooleanOptionalAction, default=True,
                        help='crop and mirror (default: yes, svhn: no)')
     group.add_argument('--workers', '--nThreads', type=number(int, '[0, 1024]'),
@@ -144,6 +167,8 @@ def add_recipe_flags(parser):
     group.add_argument('--weight-decay', '--wd', '--weightDecay', type=number(float, '[0, 1e30]'),
                        default=1e-4, help='on every parameter (default: %(default)s)')
     group.add_argument('--label-smoothing', type=SHARE, default=0.0, help='(default: %(default)s)')
+    group.add_argument('--class-weights', choices=('balanced',),
+                       help='in the loss, rare classes weigh as much as frequent ones')
     group.add_argument('--seed', '--manualSeed', type=number(int, '[0, 4294967295]'), default=1,
                        help='(default: %(default)s)')
 
@@ -183,6 +208,9 @@ def add_run_flags(parser):
                        help='train the classifier alone; all else stays as --pretrained has it')
     group.add_argument('--evaluate', '--testOnly', action='store_true',
                        help='only test what --resume or --pretrained names')
+    group.add_argument('--best-by', choices=('error', 'balanced-error', 'loss'), default='error',
+                       help='what best.pth has the lowest of, on the test images; balanced: the '
+                            'mean over the classes (default: %(default)s)')
     group.add_argument('--ten-crop', '--tenCrop', action='store_true',
                        help='test on ten crops of each image over 64 pixels')
     group.add_argument('--print-freq', '-p', type=POSITIVE, default=50, metavar='STEPS',

@@ -1,10 +1,13 @@
 """The loaders against torchvision's transforms, plain loops, and files made in each format."""
 
+import functools
 import hashlib
+import math
 import pickle
 import runpy
 import tarfile
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ import data
 from data import DataError, MemoryLoader
 
 CPU = torch.device('cpu')
+RGB = data.describe('cifar10')
 
 
 def numbered(n=50, size=8):
@@ -49,7 +53,7 @@ def test_crop_and_mirror_equal_a_loop_over_images():
 
 def test_augmentation_draws_every_offset_and_side_equally_often():
     image = torch.arange(1, 65, dtype=torch.uint8).view(1, 1, 8, 8).expand(20_000, 3, 8, 8)
-    loader = MemoryLoader(image, torch.zeros(20_000), 20_000, mean=(0,) * 3, std=(1,) * 3,
+    loader = MemoryLoader(image, torch.zeros(20_000).long(), 20_000, mean=(0,) * 3, std=(1,) * 3,
                           device=CPU, shuffle=True, augment=True)
     (images, _), = loader
     views, counts = images[:, 0].flatten(1).unique(dim=0, return_counts=True)
@@ -86,7 +90,7 @@ def test_augmentation_depends_neither_on_the_batch_size_nor_on_where_an_epoch_is
 def test_normalises_as_torchvision_does():
     mean, std = data.STATISTICS['cifar10']
     images = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8)
-    (ours, _), = MemoryLoader(images, torch.zeros(5), 5, mean=mean, std=std, device=CPU)
+    (ours, _), = MemoryLoader(images, torch.zeros(5).long(), 5, mean=mean, std=std, device=CPU)
     normalize = transforms.Compose([transforms.ConvertImageDtype(torch.float32),
                                     transforms.Normalize([m / 255 for m in mean],
                                                          [s / 255 for s in std])])
@@ -95,7 +99,7 @@ def test_normalises_as_torchvision_does():
 
 def test_the_padding_of_the_crops_is_zero_after_the_normalisation():
     images = torch.full((20, 3, 8, 8), 7, dtype=torch.uint8)
-    (images, _), = MemoryLoader(images, torch.zeros(20), 20, mean=(7,) * 3, std=(2,) * 3,
+    (images, _), = MemoryLoader(images, torch.zeros(20).long(), 20, mean=(7,) * 3, std=(2,) * 3,
                                 device=CPU, augment=True)
     assert not images.any()
 
@@ -247,20 +251,14 @@ def test_large_training_images_are_mirrored_and_their_colours_vary(tmp_path):
     ramp = np.tile(np.linspace(60, 200, 90).astype(np.uint8)[None, :, None], (70, 1, 3))
     ramp[..., 1] = 130  # a green that no crop changes
     Image.fromarray(ramp).save(tmp_path / 'ramp.png')
-    dataset = data._ImageFiles([(tmp_path / 'ramp.png', 0)], data._train_transform(66))
+    read = functools.partial(data._read, RGB, data._train_transform(66))
+    dataset = data._ImageFiles([(tmp_path / 'ramp.png', 0)], read)
     batch = np.array([(0, seed) for seed in range(64)])
     views = torch.from_numpy(dataset.__getitems__(batch)[0]).float()
     falling = (views[:, 0, :, 0] > views[:, 0, :, -1]).float().mean(1)
     assert 16 < falling.round().sum() < 48  # half of them, but for a chance of one in 10,000
     assert views[:, 1].mean((1, 2)).std() > 15
     assert np.array_equal(dataset.__getitems__(batch[5:6])[0][0], views[5])
-
-
-def test_sixteen_bits_of_grey_keep_their_levels(tmp_path):
-    levels = np.array([[0, 50, 100, 200]] * 4, dtype=np.uint16) * 256
-    Image.fromarray(levels).save(tmp_path / 'grey.png')
-    image = np.asarray(data._decode(tmp_path / 'grey.png'))
-    assert image.shape == (4, 4, 3) and image[0, :, 1].tolist() == [0, 50, 100, 200]
 
 
 def test_photographs_of_cameras_and_printers_become_rgb(tmp_path):
@@ -277,10 +275,9 @@ def test_photographs_of_cameras_and_printers_become_rgb(tmp_path):
     palette.save(tmp_path / 'palette.png', transparency=bytes(range(200)))
     with warnings.catch_warnings():
         warnings.simplefilter('error')  # data.py, imported here, lets none through
-        decode = runpy.run_path(str(ROOT / 'data.py'))['_decode']
-        decoded = {name: np.asarray(decode(tmp_path / f'{name}.jpg')).astype(float)
-                   for name in kinds}
-        decode(tmp_path / 'palette.png')
+        read = functools.partial(runpy.run_path(str(ROOT / 'data.py'))['_read'], RGB, np.asarray)
+        decoded = {name: read(tmp_path / f'{name}.jpg').astype(float) for name in kinds}
+        read(tmp_path / 'palette.png')
     for name in ('cmyk', 'broken exif'):
         assert decoded[name].shape == (80, 80, 3)
         assert abs(decoded[name] - decoded['rgb']).mean() < 6
@@ -312,6 +309,107 @@ def test_every_photograph_of_imagenet_arrives(imagenet_sample):
     pixels = grey * test.std + test.mean
     assert len(grey) >= 4
     torch.testing.assert_close(pixels, pixels[:, :1].expand(-1, 3, -1, -1), rtol=0, atol=1e-3)
+
+
+# ---- grey levels -----------------------------------------------------------------------------
+
+def scan(mode, values):
+    """An image of more than 8 bits, with those values in its first row."""
+    dtype = {'I;16': np.uint16, 'I': np.int32, 'F': np.float32}[mode]
+    pixels = np.tile(np.array(values, dtype), (len(values), 1))
+    return Image.fromarray(pixels)
+
+
+def save_scans(root, mode, values, ending):
+    for folder in ('train/a', 'train/b', 'val/a', 'val/b'):
+        (root / folder).mkdir(parents=True)
+        scan(mode, values).save(root / folder / f'1.{ending}')
+
+
+@pytest.mark.parametrize('mode, ending, values, value_range', [
+    ('I;16', 'png', np.linspace(0, 4095, 70), None),       # 12 bits in 16
+    ('I;16', 'tif', np.linspace(300, 65535, 8), None),
+    ('I', 'tif', np.linspace(-1024, 3071, 8), None),       # signed, as Hounsfield units are
+    ('F', 'tif', np.linspace(0, 0.7, 8), None),
+    ('F', 'tif', np.linspace(-1000, 1000, 8), (-1000, 1000))])
+@pytest.mark.parametrize('in_channels', [3, 1])
+def test_images_of_more_than_8_bits_keep_all_their_levels(
+        tmp_path, mode, ending, values, value_range, in_channels):
+    save_scans(tmp_path, mode, values, ending)
+    values = np.asarray(Image.open(tmp_path / f'train/a/1.{ending}'), np.float64)[0]
+    size = len(values)
+    dataset = data.describe('folder', tmp_path, size, in_channels=in_channels,
+                            value_range=value_range)
+    assert dataset.value_range == (values.min(), values.max())
+    expected = 255 * (values - values.min()) / (values.max() - values.min())
+    for split, augment in (('train', False), ('test', False), ('train', True)):
+        loader = data.make_loader(dataset, split, 2, device=CPU, augment=augment)
+        (images, _), = loader
+        assert images.shape == (2, in_channels, size, size) and images.dtype == torch.float32
+        if augment:
+            continue
+        pixels = images * loader.std + loader.mean
+        rows = pixels[..., size // 2, :] if dataset.in_memory else pixels[..., size // 2, 5:-5]
+        if dataset.in_memory:
+            np.testing.assert_allclose(rows, np.broadcast_to(expected, rows.shape), atol=1e-4)
+        else:  # resized: a ramp stays one
+            assert rows.diff(dim=-1).min() > 0
+    (first, *_), _ = next(iter(data.make_loader(dataset, 'test', 2, device=CPU)))
+    assert torch.equal(data.read_image(tmp_path / f'val/a/1.{ending}', dataset), first)
+
+
+def test_8_bits_among_more_are_what_they_are_alone(tmp_path):
+    save_scans(tmp_path, 'I;16', [0, 4095], 'png')
+    Image.fromarray(np.array([[7, 200]] * 2, np.uint8)).save(tmp_path / 'val/a/2.png')
+    loader = data.make_loader(data.describe('folder', tmp_path), 'test', 3, device=CPU)
+    assert loader.images[1, :, 0].tolist() == 3 * [[7, 200]]
+    assert loader.images[0, :, 0].tolist() == 3 * [[0, 255]]
+
+
+@pytest.mark.parametrize('mode, values, message', [
+    ('F', [-0.5, 1], 'floats as low as -0.5 have no natural range: give --value-range LOW HIGH'),
+    ('F', [math.nan, 1], 'values that are not finite'), ('I;16', [9, 9], 'all values in .* are 9')])
+def test_values_without_a_range_are_refused_by_name(tmp_path, mode, values, message):
+    save_scans(tmp_path, mode, values, 'tif')
+    with pytest.raises(DataError, match=message):
+        data.describe('folder', tmp_path)
+
+
+def test_more_bits_than_the_first_training_image_has_are_refused_by_name(tmp_path):
+    write_images(tmp_path, {'train/a': 2})
+    scan('I;16', [0, 4095]).save(tmp_path / 'train/a/2.png')
+    write_images(tmp_path, {'val/a': 1})
+    with pytest.raises(DataError, match='2.png has more than 8 bits .* --value-range LOW HIGH'):
+        load(tmp_path)
+
+
+# ---- one folder without a split --------------------------------------------------------------
+
+@pytest.mark.parametrize('has_train', [True, False])
+def test_a_share_of_each_class_is_for_testing(tmp_path, has_train):
+    root = tmp_path / 'train' if has_train else tmp_path
+    write_images(root, {'a': 40, 'b': 10, 'c': 2, 'd': 1})
+
+    def files(split, **options):
+        dataset = data.describe('folder', tmp_path, split='train', val_split=0.1, **options)
+        return data.make_loader(dataset, split, 4, device=CPU).files
+
+    train, test = files('train'), files('test')
+    assert sorted(train + test) == sorted(map(str, root.rglob('*.png')))
+    assert [Path(file).parent.name for file in test] == 4 * ['a'] + ['b', 'c']
+    assert files('test') == test
+    assert any(files('test', seed=seed) != test for seed in (2, 3))
+
+
+def test_test_images_may_lack_classes(tmp_path):
+    write_images(tmp_path, {'train/a': 1, 'train/b': 1, 'train/c': 1, 'val/c': 2})
+    (tmp_path / 'val/a').mkdir()
+    _, _, test = load(tmp_path)
+    assert test.labels.tolist() == [2, 2]
+    for path in (tmp_path / 'val/c').iterdir():
+        path.unlink()
+    with pytest.raises(DataError, match='val has no images to test on'):
+        load(tmp_path)
 
 
 # ---- what several processes get --------------------------------------------------------------
@@ -434,7 +532,7 @@ def test_folders_that_are_not_as_they_should_be(tmp_path):
     with pytest.raises(DataError, match='no val or test in '):
         load(tmp_path)
     write_images(tmp_path, {'val/a': 1, 'val/c': 1})
-    with pytest.raises(DataError, match='val.*: b is in only one'):
+    with pytest.raises(DataError, match='val: c is not among the classes trained on'):
         load(tmp_path)
     (tmp_path / 'train' / 'empty').mkdir()
     with pytest.raises(DataError, match='train.*empty'):
@@ -462,8 +560,10 @@ def test_an_image_bomb_is_refused_by_name(tmp_path, monkeypatch):
 
 
 def test_options_that_a_data_set_has_not(photos):
-    with pytest.raises(DataError, match='--image-size is for'):
-        data.describe('cifar10', 'nowhere', 48)
+    for options, flags in (({'image_size': 48}, '--image-size'),
+                           ({'in_channels': 1, 'val_split': 0.1}, '--in-channels, --val-split')):
+        with pytest.raises(DataError, match=f'^{flags} is for folder and imagenet: cifar10 has'):
+            data.describe('cifar10', 'nowhere', **options)
     with pytest.raises(DataError, match='--ten-crop is for'):
         load(photos, image_size=32, ten_crop=True)
 
