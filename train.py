@@ -701,9 +701,9 @@ def main(argv=None):
                                      seed=args.seed, **common),
                     data.make_loader(dataset, 'test', -(-args.batch_size // args.grad_accum),
                                      ten_crop=args.ten_crop, **common))
-            with stop.deferred():
-                train(args, dataset, model, loaders, directory, stop, device=device,
-                      precision=precision, saved=saved, goes_on=resumed == latest)
+            stop.deferred = True  # until a step is done, and all can be saved
+            train(args, dataset, model, loaders, directory, stop, device=device,
+                  precision=precision, saved=saved, goes_on=resumed == latest)
 
 
 def cli(argv=None):
