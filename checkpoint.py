@@ -132,8 +132,8 @@ class TrainState:
                                   f'starts training from them')
         # Momenta are the checkpoint's; weight decay and the like are this run's. The learning rate
         # is the last step's, until the next step sets it: a tensor here if this run has one.
-        (group,), (saved_group,) = (self.optimizer.param_groups,
-                                    saved['optimizer']['param_groups'])
+        group, = self.optimizer.param_groups
+        saved_group, = saved['optimizer']['param_groups']
         lr = float(saved_group['lr'])
         if torch.is_tensor(group['lr']):
             lr = torch.full_like(group['lr'], lr)

@@ -12,7 +12,6 @@
 
 import contextlib
 import fcntl
-import itertools
 import json
 import os
 import platform
@@ -66,30 +65,29 @@ def claim(directory, *, may_hold_run=False):
         OSError: it can't be made.
     """
     directory = Path(directory)
-    is_new = not directory.exists()
+    is_new, lock = not directory.exists(), contextlib.ExitStack()  # closing it twice is a no-op
     directory.mkdir(parents=True, exist_ok=True)
     try:
-        with contextlib.ExitStack() as lock:
-            file = os.open(directory, os.O_RDONLY)
-            lock.callback(os.close, file)
-            # Workers that outlive a killed run must not hold it; to close it again is a no-op.
-            os.register_at_fork(after_in_child=lock.close)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f'{directory} is in use by another run: wait for it, or name '
-                                f'another directory by --save or --name') from error
-            except OSError:
-                pass  # a file system without locks
-            held = [name for name in RUN_FILES if (directory / name).exists()]
-            if held and not may_hold_run:
-                raise UserError(f'{directory} holds a run ({", ".join(held)}): go on by --resume, '
-                                f'replace it by --overwrite, or name another directory by --save '
-                                f'or --name')
-            for path in directory.glob('.*.tmp'):  # what a killed run has not completed
-                path.unlink()
-            yield directory
+        file = os.open(directory, os.O_RDONLY)
+        lock.callback(os.close, file)
+        os.register_at_fork(after_in_child=lock.close)  # for workers that outlive a killed run
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f'{directory} is in use by another run: wait for it, or name another '
+                            f'directory by --save or --name') from error
+        except OSError:
+            pass  # a file system without locks
+        held = [name for name in RUN_FILES if (directory / name).exists()]
+        if held and not may_hold_run:
+            raise UserError(f'{directory} holds a run ({", ".join(held)}): go on by --resume, '
+                            f'replace it by --overwrite, or name another directory by --save or '
+                            f'--name')
+        for path in directory.glob('.*.tmp'):  # what a killed run has not completed
+            path.unlink()
+        yield directory
     finally:
+        lock.close()
         if is_new:
             with contextlib.suppress(OSError):  # not empty: otherwise, no litter after an error
                 directory.rmdir()
@@ -137,10 +135,10 @@ class RunLog:
         self.train_csv = CsvFile(directory / 'train.csv', TRAIN_COLUMNS,
                                  last_epoch=epoch - 1 + step / steps_per_epoch)
         self.test_csv = CsvFile(directory / 'test.csv', TEST_COLUMNS, last_epoch=epoch - 1)
-        self.figures, self.plot = figures, None
-        self.plot_command = [sys.executable, str(Path(__file__).with_name('plot.py')),
-                             str(directory)]
-        self.tensorboard = self.bar = None
+        self.figures = figures
+        plot = Path(__file__).with_name('plot.py')
+        self.plot_command = [sys.executable, str(plot), str(directory)]
+        self.tensorboard = self.bar = self.plotting = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # here, for it is slow to import
 
@@ -208,25 +206,24 @@ class RunLog:
             for tag, value in (('train_loss', train[0]), ('train_acc', 100 - train[1]),
                                ('val_loss', test[0]), ('val_acc', 100 - test[1])):
                 self.tensorboard.add_scalar(tag, value, self.epoch)
-        if self.figures:
-            self.draw_figures()
+        if self.figures and (self.plotting is None or self.plotting.poll() is not None):
+            self.start_plot()
 
-    def draw_figures(self):
-        """Run plot.py in the background, unless its last run is not done yet."""
-        if self.plot is None or self.plot.poll() is not None:
-            with contextlib.suppress(OSError):  # no memory for a process now: the next call draws
-                self.plot = subprocess.Popen(
-                    self.plot_command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL, start_new_session=True)  # Ctrl-C is for the training
+    def start_plot(self):
+        """Draw the figures in the background."""
+        with contextlib.suppress(OSError):  # no memory for a process now: the next epoch draws them
+            self.plotting = subprocess.Popen(
+                self.plot_command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL, start_new_session=True)  # Ctrl-C is for the training
 
     def end_run(self):
         """Draw the last figures, and say where they are; that it failed is a warning."""
         if not self.figures:
             return
-        if self.plot:
-            self.plot.wait()
-        self.draw_figures()
-        if self.plot and self.plot.wait() == 0:
+        if self.plotting:
+            self.plotting.wait()
+        self.start_plot()
+        if self.plotting and self.plotting.wait() == 0:
             say('figures:', *(self.directory / f'{name}.png' for name in FIGURES))
         else:
             warn(f'the figures were not drawn: {shlex.join(self.plot_command)} says why')
@@ -265,9 +262,8 @@ class CsvFile:
                 epoch == b'epoch' or float(epoch) < last_epoch + 1e-5)
 
         self.file = open(path, 'a')
-        kept = list(itertools.takewhile(is_kept, path.read_bytes().splitlines(keepends=True)))
-        self.file.truncate(sum(map(len, kept)))
-        if not kept:
+        kept = filter(is_kept, path.read_bytes().splitlines(keepends=True))
+        if not self.file.truncate(sum(map(len, kept))):
             self.write(*columns)
 
     def write(self, *values):
