@@ -3,11 +3,10 @@
     state = TrainState(model, optimizer, scaler, sums=torch.zeros(2, device=device))
     save('work/x/latest.pth', {**state.state_dict(), 'args': vars(args)}, keep_previous=True)
     path, saved = load_newest('work/x/latest.pth')    # or latest.pth.1, if that one is damaged
-    state.load_state_dict(saved)
+    state.resume(saved, args, num_images=50_000)
 
 A checkpoint holds tensors and plain values alone, so that loading one can't run code. The model's
-state dict is `torch.load(path, map_location='cpu', weights_only=True)['model']`. The file is a zip
-archive with a CRC for each record, and `load` checks them.
+state dict is `torch.load(path, map_location='cpu', weights_only=True)['model']`.
 """
 
 import argparse
@@ -33,7 +32,7 @@ class CheckpointError(UserError):
 class TrainState:
     """All that training changes, and so all that a checkpoint holds.
 
-    The interval is what comes after the last row of train.csv. Its sums stay on the device, so
+    An interval is what has come after the last row of train.csv. Its sums stay on the device, so
     that no step synchronizes with it; sums and random state are per process.
     """
 
@@ -77,7 +76,7 @@ class TrainState:
         return state
 
     def set_random_state(self, state):
-        """Set both; one that was saved on another kind of device sets the CPU's alone."""
+        """A state that was saved on another kind of device sets the CPU's generator alone."""
         kind = self.sums.device.type
         torch.set_rng_state(state['cpu'])
         if kind != 'cpu' and state.get(kind) is not None:
@@ -117,41 +116,46 @@ class TrainState:
             **self.counters(),
         }
 
-    def load_state_dict(self, saved, source='the checkpoint', rank=0, world_size=1):
-        """Resume from a checkpoint, random state included.
+    def resume(self, saved, args, num_images, rank=0, world_size=1):
+        """Continue where the checkpoint was, or at the beginning of --start-epoch.
 
         With another number of processes than it was saved by, rank 0 takes over all sums, and a
         process that is new keeps its random state.
 
         Raises:
-            CheckpointError: it is of another model, or holds weights alone.
+            CheckpointError: it is of another model, holds weights alone, or was saved within an
+                epoch of other batches.
         """
-        load_weights(self.model, saved.get('model'), source)
+        load_weights(self.model, saved['model'], args.resume)
         if 'optimizer' not in saved:
-            raise CheckpointError(f'{source} holds weights alone: --pretrained {source} starts '
-                                  f'training from them')
+            raise CheckpointError(f'{args.resume} holds weights alone: --pretrained {args.resume} '
+                                  f'starts training from them')
         # Momenta are the checkpoint's; weight decay and the like are this run's. The learning rate
         # is the last step's, until the next step sets it: a tensor here if this run has one.
-        groups = []
-        for group, saved_group in zip(self.optimizer.param_groups,
-                                      saved['optimizer']['param_groups']):
-            lr = float(saved_group['lr'])
-            if torch.is_tensor(group['lr']):
-                lr = torch.full_like(group['lr'], lr)
-            groups.append({**group, 'params': saved_group['params'], 'lr': lr})
-        self.optimizer.load_state_dict({**saved['optimizer'], 'param_groups': groups})
+        group, = self.optimizer.param_groups
+        saved_group, = saved['optimizer']['param_groups']
+        lr = float(saved_group['lr'])
+        if torch.is_tensor(group['lr']):
+            lr = torch.full_like(group['lr'], lr)
+        group = {**group, 'params': saved_group['params'], 'lr': lr}
+        self.optimizer.load_state_dict({**saved['optimizer'], 'param_groups': [group]})
         self.scaler.load_state_dict(saved['scaler'])
         for name, default in self.counters().items():  # older checkpoints lack some
             setattr(self, name, saved.get(name, default))
         processes = saved['processes']
         if rank < len(processes):
             self.set_random_state(processes[rank]['rng'])
-        # In older checkpoints an interval has four values.
+        # Older checkpoints have two more values in an interval.
         sums = torch.stack([process['interval'][:2] for process in processes])
-        if len(processes) == world_size:
-            self.sums.copy_(sums[rank])
-        else:
-            self.sums.copy_(sums.sum(0) if rank == 0 else torch.zeros(2))
+        self.sums.copy_(sums[rank] if len(processes) == world_size else sums.sum(0) * (rank == 0))
+        if args.start_epoch:
+            self.begin_epoch(args.start_epoch)
+        before = saved['args'].get('batch_size'), saved.get('num_images')
+        if self.step and before != (args.batch_size, num_images):
+            raise CheckpointError(
+                f'{args.resume} was written within an epoch of {before[1]} images in batches of '
+                f'{before[0]}, and cannot go on in one of {num_images} in batches of '
+                f'{args.batch_size}; --start-epoch {self.epoch} begins it anew')
 
 
 def check_fixed_flags(args, saved_args, names):
@@ -162,29 +166,11 @@ def check_fixed_flags(args, saved_args, names):
                                   f'{flag} is {saved_args.get(flag)}, not {getattr(args, flag)}')
 
 
-def resume(state, saved, args, num_images, rank=0, world_size=1):
-    """Bring `state` to where the checkpoint was, or to the beginning of --start-epoch.
-
-    Raises:
-        CheckpointError: it is of another model, or within an epoch of other batches.
-    """
-    state.load_state_dict(saved, args.resume, rank, world_size)
-    if args.start_epoch:
-        state.begin_epoch(args.start_epoch)
-    before = saved['args'].get('batch_size'), saved.get('num_images')
-    now = args.batch_size, num_images
-    if state.step and before != now:
-        raise CheckpointError(f'{args.resume} was written within an epoch of {before[1]} images in '
-                              f'batches of {before[0]}, and cannot go on in one of {now[1]} in '
-                              f'batches of {now[0]}; --start-epoch {state.epoch} begins it anew')
-
-
 def save(path, content, keep_previous=False):
     """Save plain values and tensors; whole and on the disk before the file takes its name.
 
-    With `keep_previous`, the file that had the name becomes path.1. A process that is killed at any
-    moment leaves at least one of the two, and what it leaves is whole. A failed write changes
-    neither.
+    With `keep_previous`, the file that had the name becomes path.1. Killed at any moment, this
+    leaves at least one of the two, whole; a failed write changes neither.
     """
     path, archive = Path(path), io.BytesIO()
     torch.save(content, archive)  # in memory: into a full disk, torch.save fails in odd ways
@@ -213,7 +199,7 @@ def load(path):
         CheckpointError: no such file, not a checkpoint, a damaged one, or one that would run code.
     """
     try:
-        if zipfile.is_zipfile(path):  # torch.load would not check the CRCs
+        if zipfile.is_zipfile(path):  # torch.load does not check the CRCs
             with zipfile.ZipFile(path) as archive:
                 record = archive.testzip()
             if record:
@@ -221,13 +207,10 @@ def load(path):
         with torch.serialization.safe_globals([argparse.Namespace]):  # timm keeps its flags so
             saved = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError as error:
-        raise CheckpointError(f'{path} is not there: give the path of a checkpoint, such as '
-                              f'work/cifar10.base/latest.pth') from error
+        raise CheckpointError(f'{path} is not there') from error
     except (CheckpointError, MemoryError):
         raise
     except Exception as error:  # a file that is no checkpoint makes the reader fail in any way
-        if isinstance(error, OSError) and error.filename is not None:  # not opened
-            raise CheckpointError(f'{path} cannot be read: {error.strerror}') from error
         raise CheckpointError(f'{path} is not a checkpoint, or a damaged one '
                               f'({type(error).__name__})') from error
     if not isinstance(saved, dict):
@@ -249,6 +232,15 @@ def load_newest(path):
         raise
 
 
+@contextlib.contextmanager
+def explained(what):
+    """Turns any error into a CheckpointError: what it is about, and the first of what it says."""
+    try:
+        yield
+    except Exception as error:  # torch may name hundreds of weights in it
+        raise CheckpointError(f'{what}: {textwrap.shorten(str(error), 250)}') from error
+
+
 def load_weights_file(path):
     """The state dict in a file: our checkpoint, or one of torchvision or timm, bare or not.
 
@@ -256,13 +248,10 @@ def load_weights_file(path):
         CheckpointError: as `load`; or it is a .safetensors file, and the package is not there.
     """
     if Path(path).suffix == '.safetensors':  # as timm's weights come
-        try:
+        with explained(f'{path} cannot be read'):
             from safetensors.torch import load_file
 
             return load_file(path)
-        except Exception as error:  # not installed, no such file, a damaged one
-            reason = textwrap.shorten(str(error), 200)
-            raise CheckpointError(f'{path} cannot be read: {reason}') from error
     saved = load(path)
     return next((saved[key] for key in ('model', 'state_dict') if key in saved), saved)
 
@@ -275,13 +264,8 @@ def torchvision_weights(arch):
     """
     import torchvision  # here, for checkpoints alone need no torchvision
 
-    try:
-        weights = torchvision.models.get_model_weights(arch).DEFAULT
-        return weights.get_state_dict(weights_only=True)
-    except Exception as error:  # torchvision and urllib raise anything
-        reason = textwrap.shorten(str(error), 200)
-        raise CheckpointError(f'torchvision could not download or read its weights of {arch} '
-                              f'({reason})') from error
+    with explained(f'torchvision could not download or read its weights of {arch}'):
+        return torchvision.models.get_model_weights(arch).DEFAULT.get_state_dict(weights_only=True)
 
 
 def load_weights(model, weights, source):
@@ -290,13 +274,8 @@ def load_weights(model, weights, source):
     Raises:
         CheckpointError: the two don't fit; names the first differences.
     """
-    if not isinstance(weights, dict) or not all(torch.is_tensor(w) for w in weights.values()):
-        raise CheckpointError(f'{source} holds no weights of a model')
-    try:
+    with explained(f'{source} does not fit the model'):
         model.load_state_dict(weights)
-    except RuntimeError as error:
-        differences = textwrap.shorten(str(error), 300)  # the first of hundreds
-        raise CheckpointError(f'{source} is of another architecture: {differences}') from error
 
 
 def first_not_finite(model):

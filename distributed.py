@@ -4,10 +4,10 @@
 
     with distributed.process_group(), StopSignals() as stop:
         forward = distributed.wrap(model)        # PyTorch's DistributedDataParallel
-        with stop.deferred():
-            for images, labels in loader:
-                train_step(...)
-                stop.check()                     # raises Stopped in all processes at the same step
+        stop.deferred = True
+        for images, labels in loader:
+            train_step(...)
+            stop.check()                         # raises Stopped in all processes at the same step
 
 Gradients on GPUs go by NCCL; all else goes by gloo between the hosts, so that nothing synchronizes
 with a GPU. Every function is a no-op with one process. A process that fails says why and exits;
@@ -34,13 +34,13 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """SIGINT, SIGTERM and SIGUSR1 end a run: at once or, within `deferred`, at the next `check`.
+    """SIGINT, SIGTERM and SIGUSR1 end a run: at once or, if `deferred`, at the next `check`.
 
     A second SIGINT kills, but not under torchrun: there the first may have come twice, from the
     terminal and from torchrun.
     """
 
-    received, is_deferred = 0, False
+    received, deferred = 0, False
 
     def __enter__(self):
         self.handlers = {signum: signal.signal(signum, self._note)
@@ -51,14 +51,8 @@ class StopSignals:
         for signum, handler in self.handlers.items():
             signal.signal(signum, handler)
 
-    @contextlib.contextmanager
-    def deferred(self):
-        self.is_deferred = True
-        yield
-        self.is_deferred = False
-
     def _note(self, signum, _):
-        if not self.is_deferred:
+        if not self.deferred:
             leave(128 + signum)
         self.received = signum
         if signum == signal.SIGINT and not dist.is_torchelastic_launched():
@@ -84,12 +78,12 @@ def process_group():
     store = dist.PrefixStore(f'start {os.environ["TORCHELASTIC_RESTART_COUNT"]}', store)
     dist.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo',
                             store=store, rank=own_rank, world_size=processes)
-    with open(os.devnull, 'w') as nowhere, \
-            contextlib.redirect_stdout(nowhere if rank() else sys.stdout):
-        try:
-            yield
-        except SystemExit as stopped:  # all processes stop together
-            leave(stopped.code)
+    if rank():
+        sys.stdout = open(os.devnull, 'w')
+    try:
+        yield
+    except SystemExit as stopped:  # all processes stop together
+        leave(stopped.code)
     time.sleep(0.1)  # torch before 2.8 hangs if threads of gloo still want the interpreter's lock
     dist.destroy_process_group()
 

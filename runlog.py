@@ -11,9 +11,7 @@
 """
 
 import contextlib
-import csv
 import fcntl
-import itertools
 import json
 import os
 import platform
@@ -36,24 +34,21 @@ FIGURES = ('loss', 'error', 'loss-error')  # that plot.py draws
 RUN_FILES = ('args.json', 'train.csv', 'test.csv', 'latest.pth', 'latest.pth.1', 'best.pth')
 
 
-def say(*words):
+def say(*words, file=None):
     """Print a line; that nobody can read it any more (`| head`) does not end a run."""
-    _print(*words, file=sys.stdout)
-
-
-def warn(message, kind='warning', script='train.py'):
-    """One line, whatever the names in it: a file may be called a\\nb."""
-    line = ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in str(message))
-    _print(f'{script}: {kind}: {line}', file=sys.stderr)
-
-
-def _print(*words, file):
+    file = file or sys.stdout
     try:
         # With its end in one write: lines of several processes must not get into each other.
         print(' '.join(map(str, words)) + '\n', end='', file=file, flush=True)
     except OSError:
         with open(os.devnull, 'w') as nowhere:  # or Python would fail again at its exit
             os.dup2(nowhere.fileno(), file.fileno())
+
+
+def warn(message, kind='warning', script='train.py'):
+    """One line on stderr, whatever the names in it: a file may be called a\\nb."""
+    line = ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in str(message))
+    say(f'{script}: {kind}: {line}', file=sys.stderr)
 
 
 # ---- the directory ------------------------------------------------------------------------
@@ -66,31 +61,23 @@ def claim(directory, *, may_hold_run=False):
         may_hold_run: a run's files may be there already, because it is resumed or overwritten.
 
     Raises:
-        UserError: in use, holding a run, or not to be made.
+        UserError: it is in use, or holds a run.
+        OSError: it can't be made.
     """
     directory = Path(directory)
-    is_new, locks = not directory.exists(), []
-
-    def unlock():
-        while locks:
-            os.close(locks.pop())
-
+    is_new, lock = not directory.exists(), contextlib.ExitStack()  # closing it twice is a no-op
+    directory.mkdir(parents=True, exist_ok=True)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        locks.append(os.open(directory, os.O_RDONLY))
-    except OSError as error:
-        raise UserError(f'cannot make {directory}: {error.strerror}; name another one by --save or '
-                        f'--name') from error
-    os.register_at_fork(after_in_child=unlock)  # workers that outlive a killed run must not hold it
-    try:
-        fcntl.flock(locks[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        unlock()
-        raise UserError(f'{directory} is in use by another run: wait for it, or name another '
-                        f'directory by --save or --name') from error
-    except OSError:
-        pass  # a file system without locks
-    try:
+        file = os.open(directory, os.O_RDONLY)
+        lock.callback(os.close, file)
+        os.register_at_fork(after_in_child=lock.close)  # for workers that outlive a killed run
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f'{directory} is in use by another run: wait for it, or name another '
+                            f'directory by --save or --name') from error
+        except OSError:
+            pass  # a file system without locks
         held = [name for name in RUN_FILES if (directory / name).exists()]
         if held and not may_hold_run:
             raise UserError(f'{directory} holds a run ({", ".join(held)}): go on by --resume, '
@@ -100,7 +87,7 @@ def claim(directory, *, may_hold_run=False):
             path.unlink()
         yield directory
     finally:
-        unlock()
+        lock.close()
         if is_new:
             with contextlib.suppress(OSError):  # not empty: otherwise, no litter after an error
                 directory.rmdir()
@@ -143,13 +130,15 @@ class RunLog:
     def __init__(self, directory, *, steps_per_epoch, epochs, start=(1, 0), tensorboard=False,
                  figures=True):
         self.directory, self.steps_per_epoch, self.epochs = directory, steps_per_epoch, epochs
-        self.steps_here, self.started = 0, time.monotonic()
         epoch, step = start
+        self.first_step, self.started = (epoch - 1) * steps_per_epoch + step, time.perf_counter()
         self.train_csv = CsvFile(directory / 'train.csv', TRAIN_COLUMNS,
                                  last_epoch=epoch - 1 + step / steps_per_epoch)
         self.test_csv = CsvFile(directory / 'test.csv', TEST_COLUMNS, last_epoch=epoch - 1)
-        self.figures = FigureDrawer(directory) if figures else None
-        self.tensorboard = self.bar = None
+        self.figures = figures
+        plot = Path(__file__).with_name('plot.py')
+        self.plot_command = [sys.executable, str(plot), str(directory)]
+        self.tensorboard = self.bar = self.plotting = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # here, for it is slow to import
 
@@ -179,7 +168,6 @@ class RunLog:
     def advance(self, num_images):
         """One more step is done."""
         self.step += 1
-        self.steps_here += 1
         self.images += num_images
         self.bar.update()
 
@@ -188,14 +176,14 @@ class RunLog:
 
         `data_wait` in it is the share of time spent waiting for batches, in percent.
         """
-        seconds = time.perf_counter() - self.row_started
+        now, steps = time.perf_counter(), (self.epoch - 1) * self.steps_per_epoch + self.step
+        seconds = now - self.row_started
         images_per_second, data_wait = self.images / seconds, 100 * self.waited / seconds
         self._begin_row()
-        epoch = self.epoch - 1 + self.step / self.steps_per_epoch
-        self.train_csv.write(f'{epoch:.5f}', f'{loss:.6g}', f'{error:.6g}', f'{lr:.6g}',
-                             f'{images_per_second:.1f}', f'{data_wait:.1f}')
-        steps_left = (self.epochs - self.epoch + 1) * self.steps_per_epoch - self.step
-        seconds_per_step = (time.monotonic() - self.started) / max(1, self.steps_here)
+        self.train_csv.write(f'{steps / self.steps_per_epoch:.5f}', f'{loss:.6g}', f'{error:.6g}',
+                             f'{lr:.6g}', f'{images_per_second:.1f}', f'{data_wait:.1f}')
+        seconds_per_step = (now - self.started) / (steps - self.first_step)
+        steps_left = self.epochs * self.steps_per_epoch - steps
         left = timedelta(seconds=round(seconds_per_step * steps_left))
         speed = f'{images_per_second:.0f} images/s, {data_wait:.0f}% waiting for data'
         self.bar.set_postfix_str(f'loss {loss:.4f}, error {error:.2f}%, {speed}, {left} left')
@@ -218,18 +206,32 @@ class RunLog:
             for tag, value in (('train_loss', train[0]), ('train_acc', 100 - train[1]),
                                ('val_loss', test[0]), ('val_acc', 100 - test[1])):
                 self.tensorboard.add_scalar(tag, value, self.epoch)
-        if self.figures:
-            self.figures.redraw()
+        if self.figures and (self.plotting is None or self.plotting.poll() is not None):
+            self.start_plot()
+
+    def start_plot(self):
+        """Draw the figures in the background."""
+        with contextlib.suppress(OSError):  # no memory for a process now: the next epoch draws them
+            self.plotting = subprocess.Popen(
+                self.plot_command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL, start_new_session=True)  # Ctrl-C is for the training
 
     def end_run(self):
-        """Draw the last figures, and say where they are."""
-        if self.figures and self.figures.finish():
+        """Draw the last figures, and say where they are; that it failed is a warning."""
+        if not self.figures:
+            return
+        if self.plotting:
+            self.plotting.wait()
+        self.start_plot()
+        if self.plotting and self.plotting.wait() == 0:
             say('figures:', *(self.directory / f'{name}.png' for name in FIGURES))
+        else:
+            warn(f'the figures were not drawn: {shlex.join(self.plot_command)} says why')
 
     def sync(self):
         """Have all rows on the disk before a checkpoint that counts on them."""
-        self.train_csv.sync()
-        self.test_csv.sync()
+        for table in (self.train_csv, self.test_csv):
+            os.fsync(table.file.fileno())
 
     def close(self):
         if self.bar:
@@ -259,17 +261,14 @@ class CsvFile:
             return line.endswith(b'\n') and (  # a process that is killed can leave part of a row
                 epoch == b'epoch' or float(epoch) < last_epoch + 1e-5)
 
-        self.file = open(path, 'a', newline='')
-        self.writer = csv.writer(self.file, lineterminator='\n')
-        kept = list(itertools.takewhile(is_kept, path.read_bytes().splitlines(keepends=True)))
-        self.file.truncate(sum(map(len, kept)))
-        if not kept:
+        self.file = open(path, 'a')
+        kept = filter(is_kept, path.read_bytes().splitlines(keepends=True))
+        if not self.file.truncate(sum(map(len, kept))):
             self.write(*columns)
 
     def write(self, *values):
         try:
-            self.writer.writerow(values)
-            self.file.flush()
+            print(*values, sep=',', file=self.file, flush=True)
         except OSError as error:
             error.filename = self.file.name
             raise
@@ -277,37 +276,3 @@ class CsvFile:
     def close(self):
         with contextlib.suppress(OSError):  # a row that `write` has failed with
             self.file.close()
-
-    def sync(self):
-        os.fsync(self.file.fileno())
-
-
-class FigureDrawer:
-    """Runs plot.py in the background; a plot that fails is one warning."""
-
-    def __init__(self, directory):
-        self.command = [sys.executable, str(Path(__file__).with_name('plot.py')), str(directory)]
-        self.process, self.warned = None, False
-
-    def redraw(self):
-        """Draw, unless the last drawing is not done yet: then the next call will."""
-        if self.process is None or self.process.poll() is not None:
-            self.wait()
-            with contextlib.suppress(OSError):  # no memory for a process now: the next call draws
-                self.process = subprocess.Popen(
-                    self.command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL, start_new_session=True)  # Ctrl-C is for the training
-
-    def finish(self):
-        """Draw what there is now; returns whether it is drawn."""
-        self.wait()
-        self.redraw()
-        return self.wait()
-
-    def wait(self):
-        """Wait for the last drawing, if any; returns whether it succeeded, warns once if not."""
-        failed = self.process is not None and self.process.wait() != 0
-        if failed and not self.warned:
-            warn(f'the figures were not drawn: {shlex.join(self.command)} says why')
-            self.warned = True
-        return not failed

@@ -493,8 +493,8 @@ def train(args, dataset, model, loaders, directory, stop, *, device, precision, 
     if distributed.rank():  # each process has its own dropout
         torch.manual_seed((args.seed + 1_000_003 * distributed.rank()) % 2**32)
     if saved:
-        checkpoint.resume(state, saved, args, train_loader.num_images, distributed.rank(),
-                          distributed.world_size())
+        state.resume(saved, args, train_loader.num_images, distributed.rank(),
+                     distributed.world_size())
         say(f'resuming {args.resume} in epoch {state.epoch} after step {state.step}')
     elif args.start_epoch:
         state.begin_epoch(args.start_epoch)
@@ -558,7 +558,7 @@ def main(argv=None):
         model = build_model(args, len(dataset.classes), dataset.image_size)
         if args.pretrained is not None:
             load_pretrained(model, args)
-        elif args.evaluate:  # training loads them with all the rest, in `checkpoint.resume`
+        elif args.evaluate:  # training loads them with all the rest, in `TrainState.resume`
             checkpoint.load_weights(model, saved.get('model'), args.resume)
         model = prepare_model(model, args, device)
         if args.evaluate:
@@ -582,9 +582,9 @@ def main(argv=None):
                                      seed=args.seed, **common),
                     data.make_loader(dataset, 'test', -(-args.batch_size // args.grad_accum),
                                      ten_crop=args.ten_crop, **common))
-            with stop.deferred():
-                train(args, dataset, model, loaders, directory, stop, device=device,
-                      precision=precision, saved=saved, goes_on=resumed == latest)
+            stop.deferred = True  # until a step is done, and all can be saved
+            train(args, dataset, model, loaders, directory, stop, device=device,
+                  precision=precision, saved=saved, goes_on=resumed == latest)
 
 
 def cli(argv=None):

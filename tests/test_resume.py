@@ -295,7 +295,7 @@ def test_files_that_are_no_run(small, tmp_path, capsys):
     torch.save(densenet.densenet_cifar(10, 4).state_dict(), tmp_path / 'weights.pth')
     assert '--pretrained' in fails(capsys, *small, '--resume', tmp_path / 'weights.pth')
     (tmp_path / 'file').write_text('')
-    assert 'cannot make' in fails(capsys, *small, '--save', tmp_path / 'file')
+    assert f'{tmp_path}/file: File exists' in fails(capsys, *small, '--save', tmp_path / 'file')
 
 
 # ---- damage ----------------------------------------------------------------------------------
