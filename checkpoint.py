@@ -45,7 +45,8 @@ class TrainState:
     epoch: int = 1             # counted from 1
     step: int = 0              # steps of this epoch that are done
     last_error: float = math.nan  # percent, of the last epoch's evaluation
-    best_error: float = math.inf
+    best_score: float = math.inf  # the lowest test result so far, of what --best-by names
+    best_error: float = math.inf  # percent, of that epoch
     best_epoch: int = 0
     seconds: float = 0.0       # of training, evaluation and saving, over all resumed runs
     peak_memory: int = 0       # bytes allocated on rank 0's GPU
@@ -142,6 +143,7 @@ class TrainState:
         self.scaler.load_state_dict(saved['scaler'])
         for name, default in self.counters().items():  # older checkpoints lack some
             setattr(self, name, saved.get(name, default))
+        self.best_score = saved.get('best_score', self.best_error)
         processes = saved['processes']
         if rank < len(processes):
             self.set_random_state(processes[rank]['rng'])
@@ -161,9 +163,11 @@ class TrainState:
 def check_fixed_flags(args, saved_args, names):
     """Raises CheckpointError if a flag differs with which a run can't be resumed."""
     for flag in names:
-        if getattr(args, flag) != saved_args.get(flag):
-            raise CheckpointError(f'{args.resume} is of another architecture or optimizer: its '
-                                  f'{flag} is {saved_args.get(flag)}, not {getattr(args, flag)}')
+        # Older checkpoints lack some, which then had the default of today.
+        before, now = saved_args.get(flag, getattr(args, flag)), getattr(args, flag)
+        if now != before:
+            raise CheckpointError(f'{args.resume} cannot go on with another {flag}: its own is '
+                                  f'{before}, not {now}')
 
 
 def save(path, content, keep_previous=False):

@@ -558,8 +558,8 @@ def _read(dataset, transform, path):
     with _opened(path) as image:
         if _is_deep(image):
             if dataset.value_range is None:
-                raise DataError(f'{path} has more than 8 bits a pixel, and the first training image '
-                                f'had not: train with --value-range LOW HIGH')
+                raise DataError(f'{path} has more than 8 bits, and the first training image had '
+                                f'not: train with --value-range LOW HIGH')
             low, high = dataset.value_range
             values = ((_values(path, image) - low) / (high - low)).clip(0, 1)
             image = torch.from_numpy(values.astype(np.float32)).expand(channels, -1, -1)

@@ -56,7 +56,7 @@ class Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].partition('=')[0]
-            known = difflib.get_close_matches(flag, self._option_string_actions, 1)
+            known = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.7)
             known = FLAGS_ELSEWHERE.get(flag, known[0] if known else None)
             raise UserError(f'there is no {flag}' + f': did you mean {known}?' * bool(known))
         return args

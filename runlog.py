@@ -29,7 +29,7 @@ from tqdm import tqdm
 from errors import UserError
 
 TRAIN_COLUMNS = ('epoch', 'loss', 'error', 'lr', 'images_per_second', 'data_wait')
-TEST_COLUMNS = ('epoch', 'loss', 'error', 'error5')
+TEST_COLUMNS = ('epoch', 'loss', 'error', 'error5', 'balanced_error')
 FIGURES = ('loss', 'error', 'loss-error')  # that plot.py draws
 RUN_FILES = ('args.json', 'train.csv', 'test.csv', 'latest.pth', 'latest.pth.1', 'best.pth')
 
@@ -192,19 +192,22 @@ class RunLog:
                 f'loss {loss:.4f}  error {error:.2f}%  lr {lr:g}  {speed}  {left} left')
 
     def end_epoch(self, train, test, best):
-        """A row of test.csv: train (loss, error), test (loss, error, error5), best (error, epoch).
+        """A row of test.csv: train (loss, error), test a train.TestResult, best (error, epoch).
 
         Errors are in percent.
         """
-        self.test_csv.write(self.epoch, *(f'{value:.6g}' for value in test))
+        loss, error, error5, balanced_error, confusion = test
+        self.test_csv.write(self.epoch, *(f'{value:.6g}' for value in test[:4]))
         self.bar.close()
+        balanced = f', balanced {balanced_error:.2f}%' * (abs(balanced_error - error) > 0.005)
+        top5 = f', top-5 {error5:.2f}%' * (len(confusion) > 5)
         say(f'epoch {self.epoch}/{self.epochs}  '
             f'train loss {train[0]:.4f}, error {train[1]:.2f}%  '
-            f'test loss {test[0]:.4f}, error {test[1]:.2f}%, top-5 {test[2]:.2f}%  '
+            f'test loss {loss:.4f}, error {error:.2f}%{balanced}{top5}  '
             f'best {best[0]:.2f}% (epoch {best[1]})')
         if self.tensorboard:
             for tag, value in (('train_loss', train[0]), ('train_acc', 100 - train[1]),
-                               ('val_loss', test[0]), ('val_acc', 100 - test[1])):
+                               ('val_loss', loss), ('val_acc', 100 - error)):
                 self.tensorboard.add_scalar(tag, value, self.epoch)
         if self.figures and (self.plotting is None or self.plotting.poll() is not None):
             self.start_plot()

@@ -22,6 +22,7 @@ import time
 import warnings
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ import densenet
 import distributed
 import flags
 import machine
+import report
 import runlog
 from checkpoint import CheckpointError, TrainState
 from distributed import Stopped, StopSignals
@@ -48,7 +50,8 @@ def build_model(args, num_classes, image_size):
     """
     small = image_size <= data.SMALL
     settings = dict(
-        num_classes=num_classes, small_inputs=small, drop_rate=args.drop_rate,
+        num_classes=num_classes, small_inputs=small, in_channels=args.in_channels,
+        drop_rate=args.drop_rate,
         bn_size=args.bn_size, compression=args.compression, bottleneck=args.bottleneck,
         memory_efficient=args.memory_efficient)
     if args.growth_rate is not None:
@@ -94,6 +97,10 @@ def load_pretrained(model, args):
         raise UserError(f'--pretrained without a file takes torchvision\'s weights, which are for '
                         f'--arch {", ".join(flags.TORCHVISION_WEIGHTS)} and images of more than '
                         f'{data.SMALL} pixels')
+    stem = weights.get('features.conv0.weight')
+    if model.config['in_channels'] == 1 and stem is not None and stem.shape[1] == 3:
+        # A grey image in three channels: conv(w, [x, x, x]) = conv(w_red + w_green + w_blue, x).
+        weights = {**weights, 'features.conv0.weight': stem.sum(1, keepdim=True)}
     # ImageNet's stem has a norm, that of small images has none.
     if model.config['small_inputs'] and any(key.endswith('norm0.weight') for key in weights):
         raise CheckpointError(f'{source} has ImageNet\'s 7x7 stem, and images of up to '
@@ -192,7 +199,7 @@ def set_learning_rate(optimizer, lr):
 # ---- step -----------------------------------------------------------------------------------
 
 def train_step(state, images, labels, batch_size=None, *, autocast, grad_accum=1,
-               label_smoothing=0.0, forward=None):
+               label_smoothing=0.0, class_weights=None, forward=None):
     """One step on a batch, float32 [B, C, H, W] and int64 [B], without device synchronization.
 
     Of several processes, each calls it with its shard of a batch of `batch_size` images, and with
@@ -207,13 +214,22 @@ def train_step(state, images, labels, batch_size=None, *, autocast, grad_accum=1
         with distributed.no_sync(forward, last=i == len(micro_batches)):
             with autocast:
                 logits = forward(part)
-            loss = F.cross_entropy(at_least_fp32(logits), part_labels, reduction='sum',
-                                   label_smoothing=label_smoothing)
+            loss = F.cross_entropy(at_least_fp32(logits), part_labels, class_weights,
+                                   reduction='sum', label_smoothing=label_smoothing)
             state.scaler.scale(loss / divisor).backward()
         state.sums[0].add_(loss.detach())
         state.sums[1].add_(count_errors(logits.detach().argmax(1) == part_labels, part_labels))
     state.scaler.step(state.optimizer)
     state.scaler.update()
+
+
+def balanced_class_weights(class_counts):
+    """Weights that let each class have the same share in the loss; their mean over the images is 1.
+
+    With them and without, the loss of a batch is divided by its images, so that the learning rate
+    means the same. int64 [classes] to float32.
+    """
+    return class_counts.sum() / (len(class_counts) * class_counts)
 
 
 def at_least_fp32(logits):
@@ -307,7 +323,7 @@ class CudaGraphStep:
             return [after - value for after, value in zip(values(), before)]
 
 
-def make_step(args, state, shapes, autocast):
+def make_step(args, state, shapes, autocast, class_weights=None):
     """The function of images and labels that trains `state`, as a CUDA graph where possible.
 
     Raises:
@@ -315,7 +331,8 @@ def make_step(args, state, shapes, autocast):
     """
     step = functools.partial(
         train_step, state, autocast=autocast, grad_accum=args.grad_accum,
-        label_smoothing=args.label_smoothing, forward=distributed.wrap(state.model))
+        label_smoothing=args.label_smoothing, class_weights=class_weights,
+        forward=distributed.wrap(state.model))
     device = state.sums.device.type
     if args.cuda_graph is False or (args.cuda_graph is None and device != 'cuda'):
         return step
@@ -343,33 +360,68 @@ def classify(model, images, autocast):
     return logits if images.dim() == 4 else logits.view(*images.shape[:2], -1).mean(1)
 
 
+class TestResult(NamedTuple):
+    """Errors are in percent, the balanced one is the mean of those of the classes."""
+
+    loss: float
+    error: float
+    error5: float
+    balanced_error: float
+    confusion: torch.Tensor  # int64 [C, C]: images of each class (row) taken for each (column)
+
+
 @torch.no_grad()
-def evaluate(model, loader, autocast, stop=None):
-    """Mean loss, top-1 and top-5 error in percent; of ten crops the logits are averaged."""
+def evaluate(model, loader, autocast, stop=None, outputs=None):
+    """The TestResult of a loader's images; of ten crops the logits are averaged.
+
+    `outputs`, a list, gets labels [B] and probabilities [B, C] of each batch.
+    """
     model.eval()
-    sums = None
+    sums, confusion = 0, None  # sums of losses and of top-5 errors
     for images, labels in loader:
         logits = classify(model, images, autocast)
-        hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        batch = torch.stack([F.cross_entropy(logits, labels, reduction='sum'),
-                             count_errors(hits[:, 0], labels),
-                             count_errors(hits.any(1), labels)])
-        sums = batch if sums is None else sums + batch
+        classes = logits.shape[1]
+        top = logits.topk(min(5, classes)).indices
+        if confusion is None:
+            confusion = labels.new_zeros(classes**2)
+        confusion.index_add_(0, labels.clamp(min=0) * classes + top[:, 0],
+                             (labels != data.NO_LABEL).long())
+        sums = sums + torch.stack([F.cross_entropy(logits, labels, reduction='sum'),
+                                   count_errors((top == labels[:, None]).any(1), labels)])
+        if outputs is not None:
+            outputs.append((labels.cpu(), logits.softmax(1).cpu()))
         if stop is not None:
             stop.check()
-    loss, errors, errors5 = (distributed.all_reduce(sums) / loader.num_images).tolist()
-    return loss, 100 * errors, 100 * errors5
+    loss, errors5 = (distributed.all_reduce(sums) / loader.num_images).tolist()
+    confusion = distributed.all_reduce(confusion).view(classes, classes).cpu()
+    errors = loader.num_images - confusion.trace().item()
+    return TestResult(loss, 100 * errors / loader.num_images, 100 * errors5,
+                      report.balanced_error(confusion), confusion)
 
 
 def print_errors(model, dataset, device, autocast, args):
-    """Print test loss and errors; with --ten-crop, of one crop and of ten."""
+    """Print test loss and errors; with --ten-crop, of one crop and of ten. Write what was wrong."""
     for ten_crop in [False, True] if args.ten_crop else [False]:
         loader = data.make_loader(dataset, 'test', args.batch_size, device=device,
                                   workers=args.workers, ten_crop=ten_crop,
                                   shard=(distributed.rank(), distributed.world_size()))
-        loss, error, error5 = evaluate(model, loader, autocast)
+        outputs = []
+        test = evaluate(model, loader, autocast, outputs=outputs)
         crops = 'ten crops: ' if ten_crop else 'one crop: ' if args.ten_crop else ''
-        say(f'{crops}test loss {loss:.4f}, error {error:.2f}%, top-5 error {error5:.2f}%')
+        top5 = f', top-5 error {test.error5:.2f}%' * (len(dataset.classes) > 5)
+        say(f'{crops}test loss {test.loss:.4f}, error {test.error:.2f}%{top5}')
+    shards = zip(*distributed.all_gather(outputs))  # of each batch
+    labels, probabilities = map(torch.cat, zip(*(shard for batch in shards for shard in batch)))
+    if distributed.rank() > 0:
+        return
+    labels, probabilities = (output[labels != data.NO_LABEL] for output in (labels, probabilities))
+    say('\n'.join(report.lines(test.confusion, dataset.classes, probabilities[:, -1], labels)))
+    directory = flags.run_directory(args)
+    directory.mkdir(parents=True, exist_ok=True)
+    report.save_confusion(directory / 'confusion.png', test.confusion, dataset.classes)
+    report.save_predictions(directory / 'predictions.csv', loader.files, labels, probabilities,
+                            dataset.classes)
+    say(f'confusion.png and predictions.csv are in {directory}')
 
 
 # ---- loop ------------------------------------------------------------------------------------
@@ -396,7 +448,7 @@ def fit(args, state, train_on, train_loader, test_loader, log, save, stop, autoc
             stop.check()
         distributed.share_statistics(state.model)
         test = evaluate(state.model, test_loader, autocast, stop)
-        improved = record_test(state, test, log)
+        improved = record_test(state, test, log, args.best_by)
         state.begin_epoch(state.epoch + 1)
         if improved:
             save('best.pth')
@@ -422,15 +474,15 @@ def take_means(args, state):
     return loss / images, 100 * errors / images
 
 
-def record_test(state, test, log):
-    """Record the test results of the epoch; returns whether the error is the lowest so far."""
-    loss, error, _ = test
-    if not math.isfinite(loss):
+def record_test(state, test, log, best_by='error'):
+    """Record the TestResult of the epoch; returns whether it is the best so far."""
+    if not math.isfinite(test.loss):
         raise not_finite('the test loss', state)
-    state.last_error = error
-    improved = error < state.best_error
+    state.last_error = test.error
+    score = getattr(test, best_by.replace('-', '_'))
+    improved = score < state.best_score
     if improved:
-        state.best_error, state.best_epoch = error, state.epoch
+        state.best_score, state.best_error, state.best_epoch = score, test.error, state.epoch
     train_loss, train_errors, images = state.epoch_sums
     log.end_epoch((train_loss / images, 100 * train_errors / images), test,
                   (state.best_error, state.best_epoch))
@@ -440,6 +492,8 @@ def record_test(state, test, log):
 def not_finite(what, state):
     name = checkpoint.first_not_finite(state.model)
     culprit = f', and the first bad parameter is {name}' if name else ''
+    if state.epoch == 1 and state.step == 0:
+        return UserError(f'{what} is not finite before the first step{culprit}')
     return UserError(f'{what} in epoch {state.epoch} is not finite{culprit}: try a lower --lr; the '
                      f'last checkpoint is untouched')
 
@@ -447,21 +501,26 @@ def not_finite(what, state):
 # ---- main ------------------------------------------------------------------------------------
 
 def choose_dataset(args, saved):
-    """The data set that the flags name, normalised as the checkpoint says if there is one."""
-    trained_on = saved and saved['dataset']
+    """The data set that the flags name, read as it was for the checkpoint if there is one."""
+    trained_on = saved['dataset'] if saved else {}
     image_size = args.image_size
     if saved and args.dataset != trained_on['name'] and args.dataset in data.CLASSES:
         image_size = None  # args has that of the checkpoint, and this data set has its own
-    dataset = data.describe(args.dataset, args.data, image_size,
-                            split='test' if args.evaluate else 'train')
+    dataset = data.describe(
+        args.dataset, args.data, image_size, 'test' if args.evaluate else 'train',
+        in_channels=args.in_channels, value_range=args.value_range or trained_on.get('value_range'),
+        val_split=args.val_split, seed=trained_on.get('split_seed', args.seed),
+        workers=args.workers)
     if not saved:
         return dataset
-    if dataset.classes != tuple(trained_on['classes']):
-        differing = min(set(dataset.classes) ^ set(trained_on['classes']), default=None)
+    known, found = trained_on['classes'], dataset.classes
+    if set(found) - set(known) or not args.evaluate and tuple(known) != found:
+        differing = min(set(found) ^ set(known), default=None)
         what = f'{differing} is in only one of them' if differing else 'in another order'
         raise CheckpointError(f'{args.resume} was trained on other classes than those of '
                               f'{args.dataset} in {args.data}: {what}')
-    return dataclasses.replace(dataset, mean=trained_on['mean'], std=trained_on['std'])
+    return dataclasses.replace(dataset, classes=tuple(known), mean=trained_on['mean'],
+                               std=trained_on['std'])
 
 
 def make_save(args, state, dataset, num_images, directory):
@@ -501,13 +560,16 @@ def train(args, dataset, model, loaders, directory, stop, *, device, precision, 
     best_is_here = distributed.from_rank_0((directory / 'best.pth').exists)
     if state.epoch <= args.epochs and not best_is_here:
         # The best so far is that of another directory's best.pth: this one gets its own.
-        state.best_error, state.best_epoch = math.inf, 0
+        state.best_score, state.best_error, state.best_epoch = math.inf, math.inf, 0
     if args.compile:
         model.compile(dynamic=False)  # each batch size by itself, as a graph records it
     set_training_mode(model, args)  # also as a graph records it
     image = model.config['in_channels'], dataset.image_size, dataset.image_size
     sizes = args.batch_size, train_loader.num_images % args.batch_size  # full and last batches
-    step = make_step(args, state, [(n, *image) for n in sizes if n], autocast)
+    weights = None
+    if args.class_weights:
+        weights = balanced_class_weights(train_loader.class_counts).to(device)
+    step = make_step(args, state, [(n, *image) for n in sizes if n], autocast, weights)
     graphed = isinstance(step, CudaGraphStep)
     save = make_save(args, state, dataset, train_loader.num_images, directory)
     if not goes_on or args.start_epoch:  # so that --resume finds it if this is killed before a save
@@ -550,7 +612,7 @@ def main(argv=None):
         device = machine.choose_device(args.device)
         precision = machine.choose_precision(args.precision, device)
         machine.set_determinism(args.deterministic)
-        dataset = choose_dataset(args, saved)
+        dataset = distributed.from_rank_0(lambda: choose_dataset(args, saved))
         args = flags.with_network(args, dataset.image_size)
         if saved:
             checkpoint.check_fixed_flags(args, saved['args'], flags.FIXED_FLAGS)

@@ -379,7 +379,7 @@ def test_more_bits_than_the_first_training_image_has_are_refused_by_name(tmp_pat
     write_images(tmp_path, {'train/a': 2})
     scan('I;16', [0, 4095]).save(tmp_path / 'train/a/2.png')
     write_images(tmp_path, {'val/a': 1})
-    with pytest.raises(DataError, match='2.png has more than 8 bits .* --value-range LOW HIGH'):
+    with pytest.raises(DataError, match='2.png has more than 8 bits, .* --value-range LOW HIGH'):
         load(tmp_path)
 
 

@@ -433,7 +433,9 @@ def test_evaluation_counts_as_a_loop_over_images(crops, classes):
         shape = (n, 10, 3, 8, 8) if crops == 10 else (n, 3, 8, 8)
         batches.append((torch.randn(shape, generator=generator),
                         torch.randint(classes, (n,), generator=generator)))
-    loss, error, error5 = evaluate(model, batches, NO_AUTOCAST)
+    outputs = []
+    loss, error, error5, balanced_error, confusion = evaluate(model, batches, NO_AUTOCAST,
+                                                              outputs=outputs)
     truth = []
     for images, labels in batches:
         for image, label in zip(images, labels):
@@ -443,6 +445,24 @@ def test_evaluation_counts_as_a_loop_over_images(crops, classes):
             truth.append((np.log(np.exp(logits).sum()) - logits[label], rank > 0, rank > 4))
     expected = np.mean(truth, 0) * (1, 100, 100)
     np.testing.assert_allclose((loss, error, error5), expected, rtol=1e-5)
+    labels, probabilities = map(torch.cat, zip(*outputs))
+    losses = -probabilities[range(11), labels].log()
+    np.testing.assert_allclose(losses, [loss for loss, *_ in truth], rtol=1e-4)
+    of_classes = [[wrong for (_, wrong, _), label in zip(truth, labels) if label == c]
+                  for c in range(classes)]
+    assert confusion.sum(1).tolist() == list(map(len, of_classes))
+    assert math.isclose(balanced_error, 100 * np.mean([np.mean(c) for c in of_classes if c]),
+                        rel_tol=1e-5)
+
+
+def test_balanced_weights_count_a_rare_class_as_often_as_a_frequent_one():
+    counts = torch.tensor([90, 9, 1])
+    labels = torch.arange(3).repeat_interleave(counts)
+    logits = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
+    weights = train.balanced_class_weights(counts)
+    ours = F.cross_entropy(logits, labels, weights, reduction='sum') / 100
+    losses = F.cross_entropy(logits, labels, reduction='none').split(counts.tolist())
+    torch.testing.assert_close(ours, torch.stack([loss.mean() for loss in losses]).mean())
 
 
 def test_a_loss_that_is_not_finite_is_noticed_when_a_row_is_written():
@@ -575,7 +595,8 @@ def test_pretrained_weights_and_a_new_classifier(folder, small, tmp_path, capsys
     assert new['classifier.weight'].shape == (2, old['classifier.weight'].shape[1])
     torch.testing.assert_close(new['features.conv0.weight'], old['features.conv0.weight'])
     capsys.readouterr()
-    train.main([*small, '--evaluate', '--pretrained', str(tmp_path / 'old/best.pth')])
+    train.main([*small, '--evaluate', '--pretrained', str(tmp_path / 'old/best.pth'), '--save',
+                str(tmp_path / 'tested')])
     error = read_csv(tmp_path / 'old/test.csv')[0]['error']
     assert f'error {float(error):.2f}%' in capsys.readouterr().out
 
@@ -584,12 +605,13 @@ def test_torchvisions_weights_through_its_own_cache(folder, tmp_path, monkeypatc
     monkeypatch.setattr(torch.hub, 'download_url_to_file', raise_no_network)
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     large = ['--dataset', 'folder', '--data', folder, '--image-size', 65, '--arch', 'densenet121',
-             '--pretrained', '--evaluate', '--reset-classifier', '--batch-size', 4, '--workers', 0]
+             '--pretrained', '--evaluate', '--reset-classifier', '--batch-size', 4, '--workers', 0,
+             '--save', tmp_path]
     # torch before 2.7 also says what it downloads.
     assert 'could not download' in fails(capsys, *large, lines=2)
     cache_densenet121(tmp_path, torchvision.models.densenet121())
     train.main(list(map(str, large)))
-    assert 'top-5 error 0.00%' in capsys.readouterr().out  # of four classes
+    assert 'balanced error' in capsys.readouterr().out
 
 
 # ---- what a run says and leaves --------------------------------------------------------------
@@ -611,7 +633,11 @@ def test_a_run_says_where_everything_is(small, tmp_path, capsys):
                                       for name in ('loss', 'error', 'loss-error')]
     train.main(['--evaluate', '--resume', str(run / 'latest.pth'), '--device', 'cpu'])
     printed = capsys.readouterr().out
-    assert f'error {float(rows[-1]["error"]):.2f}%, top-5 error' in printed
+    assert f'error {float(rows[-1]["error"]):.2f}%\n' in printed
+    assert printed.endswith(f'confusion.png and predictions.csv are in {run}\n')
+    wrong = [int(row['error']) for row in read_csv(run / 'predictions.csv')]
+    assert math.isclose(100 * np.mean(wrong), float(rows[-1]['error']), rel_tol=1e-5)
+    assert (run / 'confusion.png').stat().st_size > 5000
 
 
 def test_the_time_that_the_loop_waits_for_its_loader(tmp_path, monkeypatch, capsys):
@@ -713,7 +739,9 @@ def test_a_plot_that_fails_is_one_warning(small, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize('argv, message', [
     (['--dataset', 'mnist'], r"invalid choice: 'mnist' \(choose from .*shapes"),
     (['--arch', 'resnet50'], 'resnet50.*densenet121'),
-    (['--nonsense', '3'], 'unrecognized arguments: --nonsense'),
+    (['--nonsense', '3'], 'error: there is no --nonsense$'),
+    (['--num-workers=4'], 'there is no --num-workers: did you mean --workers'),
+    (['--gpu', '0'], 'there is no --gpu: did you mean --device cuda, on the GPU that CUDA_VIS'),
     (['--depth', '99'], 'nearest 94 and 100'),
     (['--depth', '41', '--no-bottleneck'], 'nearest 40 and 43'),
     (['--depth', '40', '--arch', 'densenet121'], 'exclude each other'),

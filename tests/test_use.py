@@ -106,13 +106,12 @@ def test_weights_of_timms_in_three_kinds_of_files(tmp_path, photos, capsys):
     safetensors.save_file(state, tmp_path / 'model.safetensors')
     truth = None
     for name in ('bare.pth', 'run.pth.tar', 'model.safetensors'):
-        line, = run(capsys, '--evaluate', '--pretrained', tmp_path / name, '--dataset', 'folder',
-                    '--data', photos, '--image-size', 66, *NARROW_FLAGS)
+        line, *_ = run(capsys, '--evaluate', '--pretrained', tmp_path / name, '--dataset', 'folder',
+                       '--data', photos, '--image-size', 66, '--save', tmp_path, *NARROW_FLAGS)
         dataset = data.describe('folder', photos, 66)
         loader = data.make_loader(dataset, 'test', 4, device=torch.device('cpu'))
         truth = truth or train.evaluate(model, loader, torch.autocast('cpu', enabled=False))
-        assert line == (f'test loss {truth[0]:.4f}, error {truth[1]:.2f}%, '
-                        f'top-5 error {truth[2]:.2f}%')
+        assert line == f'test loss {truth.loss:.4f}, error {truth.error:.2f}%'
     (tmp_path / 'broken.safetensors').write_bytes(b'nothing')
     assert 'broken.safetensors cannot be read' in fails(
         capsys, '--evaluate', '--pretrained', tmp_path / 'broken.safetensors', '--dataset',
@@ -122,7 +121,7 @@ def test_weights_of_timms_in_three_kinds_of_files(tmp_path, photos, capsys):
 # ---- evaluating and predicting ---------------------------------------------------------------
 
 def test_one_crop_and_ten(trained, photos, capsys):
-    one, = run(capsys, '--evaluate', '--resume', trained / 'latest.pth', '--device', 'cpu')
+    one, *_ = run(capsys, '--evaluate', '--resume', trained / 'latest.pth', '--device', 'cpu')
     error = float(read_csv(trained / 'test.csv')[-1]['error'])
     assert f'error {error:.2f}%' in one
     both = run(capsys, '--evaluate', '--resume', trained / 'latest.pth', '--device', 'cpu',
@@ -149,8 +148,8 @@ def test_the_weights_that_are_here_have_the_error_that_the_readme_says(
                 tar.extract(member, tmp_path, filter='data')
     said, = re.findall(r'\| DenseNet-BC 40-12 .*?\(work/densenet-bc-40-12\).*% \| ([\d.]+)% \|',
                        (ROOT / 'README.md').read_text())
-    line, = run(capsys, '--evaluate', '--resume', ROOT / 'work/densenet-bc-40-12/best.pth',
-                '--dataset', 'folder', '--data', tmp_path, '--device', 'cpu')
+    line, *_ = run(capsys, '--evaluate', '--resume', ROOT / 'work/densenet-bc-40-12/best.pth',
+                   '--dataset', 'folder', '--data', tmp_path, '--device', 'cpu', '--save', tmp_path)
     error, said = float(line.split('error ')[1].split('%')[0]), float(said)
     assert abs(error - said) < 4 * math.sqrt(said * (100 - said) / 1000)  # four deviations
 
@@ -175,7 +174,7 @@ def test_images_are_normalised_as_the_checkpoint_says(uninterrupted, folder, tmp
     dataset = data.Description(root=folder, **saved['dataset'])
     loader = data.make_loader(dataset, 'test', 4, device=torch.device('cpu'))
     truth = train.evaluate(model, loader, torch.autocast('cpu', enabled=False))
-    line, = run(capsys, '--evaluate', '--resume', tmp_path / 'other.pth', '--device', 'cpu')
+    line, *_ = run(capsys, '--evaluate', '--resume', tmp_path / 'other.pth', '--device', 'cpu')
     assert line.startswith(f'test loss {truth[0]:.4f}, ')
 
 
