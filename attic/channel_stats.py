@@ -57,9 +57,9 @@ def main(argv=None):
         runlog.warn(error, 'error', 'channel_stats.py')
         sys.exit(2)
     print(f'{args.dataset}: {count:,} training images of {dataset.image_size} pixels')
-    table = dict(zip(('mean', 'std of all pixels', 'mean std of an image'), rows.tolist()))
-    table.update({'mean in data.py': dataset.mean, 'std in data.py': dataset.std})
-    for name, values in table.items():
+    names = ('mean', 'std of all pixels', 'mean std of an image', 'mean in data.py',
+             'std in data.py')
+    for name, values in zip(names, [*rows.tolist(), dataset.mean, dataset.std]):
         print(f'{name:<22}' + ''.join(f'{value:>10.3f}' for value in values))
 
 
