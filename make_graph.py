@@ -24,11 +24,13 @@ from torch import nn
 import data
 import flags
 import plot
+import runlog
 import train
 from densenet import DenseBlock, DenseNet
 from errors import UserError
 
 FORMATS = ('.png', '.svg', '.pdf', '.dot')
+MAX_LAYERS = 6  # blocks of more are folded to four boxes: two layers, all between, the last
 FONT = dict(fontname='Helvetica,Arial,sans-serif', fontsize='12')
 COLORS = [plot.GREY, *plot.COLORS[:-1]]  # of edges: from a block's input, and from its layers
 BLUE, ORANGE, GREEN = '#d6e8f5', '#fbe3cf', '#d5eee5'  # of boxes
@@ -36,14 +38,11 @@ BLUE, ORANGE, GREEN = '#d6e8f5', '#fbe3cf', '#d5eee5'  # of boxes
 
 # ---- the view of blocks -------------------------------------------------------------------
 
-def block_graph(model, image_size, title, max_layers):
+def block_graph(model, image_size, title):
     """Stem, dense blocks, transitions and classifier: a column for each block.
 
-    Each box in a block, and the one before it, has an edge to every later box in the block.
-
-    Args:
-        model: a DenseNet on torch's meta device, where it computes nothing but shapes.
-        max_layers: blocks of more layers are folded, but for the first two and the last; 4 or more.
+    Each box in a block, and the one before it, has an edge to every later box in the block. The
+    model is on torch's meta device, where it computes nothing but shapes.
     """
     dropout = ', dropout' * (model.config['drop_rate'] > 0)
     layer = '; '.join(f'BN, ReLU, {show(conv.kernel_size)} convolution to {conv.out_channels}'
@@ -60,7 +59,7 @@ def block_graph(model, image_size, title, max_layers):
     for name, module in model.eval().features.named_children():
         inputs, maps = maps, module(maps)
         if isinstance(module, DenseBlock):
-            add_block(graph, name, module, source, inputs.shape[1:], max_layers)
+            add_block(graph, name, module, source, inputs.shape[1:])
             source = f'{name}.output'
         elif name.startswith('transition'):
             [conv] = convolutions(module)
@@ -69,28 +68,31 @@ def block_graph(model, image_size, title, max_layers):
                        f'2 × 2 average pool', fillcolor=ORANGE)
             add_edge_to_next_column(graph, source, name, inputs.shape[1:])
             source = name
-    linear = f'linear: {model.classifier.in_features} to {model.classifier.out_features} classes'
-    graph.node('classifier', f'BN, ReLU, global average pool\n{linear}', fillcolor=GREEN)
+    linear = model.classifier
+    graph.node('classifier', 'BN, ReLU, global average pool\n'
+               f'linear: {linear.in_features} to {linear.out_features} classes', fillcolor=GREEN)
     add_edge(graph, source, 'classifier', maps.shape[1:])
     return graph
 
 
-def add_block(graph, name, block, source, input_shape, max_layers):
+def add_block(graph, name, block, source, input_shape):
     """A dense block, whose input is what the node `source` puts out."""
     layers = list(block.values())
     growth_rate = convolutions(layers[0])[-1].out_channels
     channels, height, width = input_shape
     nodes = [(source, channels)]  # with the number of maps that each puts out
+    groups = [[i] for i in range(len(layers))]  # the layers of each box
+    if len(layers) > MAX_LAYERS:
+        groups[2:-1] = [[*range(2, len(layers) - 1)]]
     with graph.subgraph(name=f'cluster_{name}') as cluster:
         cluster.attr(label=f'   block {name.removeprefix("denseblock")}', labelloc='b',
                      labeljust='l', style='rounded', color=plot.GREY)
-        for group in group_layers(len(layers), max_layers):
+        for group in groups:
             first, last = group[0] + 1, group[-1] + 1
-            inputs = [str(layers[i].norm1.num_features) for i in group]
-            if len(inputs) > 3:
-                inputs[2:-1] = ['...']
-            text = f'layer {first}: {inputs[0]} to {growth_rate}' if first == last else \
-                f'layers {first} to {last}:\n{", ".join(inputs)}\nto {growth_rate} each'
+            reads = [layers[i].norm1.num_features for i in group]
+            text = f'layer {first}: {reads[0]} to {growth_rate}' if first == last else \
+                f'layers {first} to {last}:\n{reads[0]}, {reads[1]}, ..., {reads[-1]}\n' \
+                f'to {growth_rate} each'
             cluster.node(f'{name}.layer{first}', text, fillcolor=BLUE,
                          peripheries='1' if first == last else '2')
             nodes.append((f'{name}.layer{first}', growth_rate * len(group)))
@@ -100,13 +102,6 @@ def add_block(graph, name, block, source, input_shape, max_layers):
         for target in targets[i:]:
             add_edge(graph, node, target, (channels, height, width), color=COLORS[i % len(COLORS)],
                      is_main=target == targets[i])
-
-
-def group_layers(num_layers, max_layers):
-    """The layers 0, 1, ... in lists: one for each box that is drawn."""
-    if num_layers <= max_layers:
-        return [[i] for i in range(num_layers)]
-    return [[0], [1], list(range(2, num_layers - 1)), [num_layers - 1]]
 
 
 def add_edge(graph, source, target, shape, is_main=True, **style):
@@ -182,22 +177,18 @@ def make_parser():
     parser = flags.make_parser()
     parser.prog, parser.description, parser.epilog = 'make_graph.py', __doc__, None
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.set_defaults(dataset=None)
     group = parser.add_argument_group('picture')
     group.add_argument('--view', choices=('blocks', 'autograd'), default='blocks',
                        help='(default: %(default)s)')
     group.add_argument('--output', type=Path, metavar='FILE', default=Path('work/graph.png'),
                        help=f'one of {", ".join(FORMATS)} (default: %(default)s)')
-    group.add_argument('--max-layers', type=flags.number(int, '[4, 1000000000]'), default=6,
-                       metavar='N', help='of the view blocks: a block of more layers is folded to '
-                       'four boxes (default: %(default)s)')
     return parser
 
 
 def build_model(argv):
     """The flags, the network on torch's meta device, and the pixels of its images."""
-    parser = make_parser()
-    parser.set_defaults(dataset=None)
-    args, saved = flags.parse_args(argv, parser)
+    args, saved = flags.parse_args(argv, make_parser())
     if args.output.suffix not in FORMATS:
         raise UserError(f'--output {args.output}: its name must end in {", ".join(FORMATS)}')
     if args.dataset is None:
@@ -232,14 +223,11 @@ def main(argv=None):
         args, model, image_size = build_model(argv)
         count = sum(parameter.numel() for parameter in model.parameters())
         title = f'{train.model_name(args)}, {count:,} parameters'
-        if args.view == 'autograd':
-            graph = autograd_graph(model, image_size, title)
-        else:
-            graph = block_graph(model, image_size, title, args.max_layers)
-        write(graph, args.output)
+        draw = autograd_graph if args.view == 'autograd' else block_graph
+        write(draw(model, image_size, title), args.output)
         print(args.output)
     except (UserError, OSError) as error:
-        print(f'make_graph.py: error: {error}', file=sys.stderr)
+        runlog.warn(error, 'error', 'make_graph.py')
         sys.exit(2)
 
 

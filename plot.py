@@ -62,21 +62,19 @@ def read_table(path):
     if not path.exists():
         return {}
     with open(path, encoding='utf-8-sig', errors='replace') as file:
-        lines = [line.strip().split(',') for line in file]
-    if not lines:
-        return {}
-    header = [name.strip() for name in lines[0]]
+        header, *lines = [line.strip().split(',') for line in file] or [['epoch']]
+    header = [name.strip() for name in header]
     if 'epoch' not in header:
         raise UsageError(f'{path} is not a CSV file of a run: its first line must be a header such '
                          f'as {",".join(COLUMNS)}')
     rows = []
-    for line in lines[1:]:
+    for line in lines:
         # The last row of a process that was killed may be incomplete.
         with contextlib.suppress(ValueError):
             rows.append({name: float(field) for name, field in zip(header, line, strict=True)
                          if name in COLUMNS})
-    if len(rows) < len(lines) - 1:
-        warn(f'{path}: left out {len(lines) - 1 - len(rows)} incomplete rows of {len(lines) - 1}')
+    if len(rows) < len(lines):
+        warn(f'{path}: left out {len(lines) - len(rows)} incomplete rows of {len(lines)}')
     return {name: np.array([row[name] for row in rows]) for name in header if name in COLUMNS}
 
 
@@ -150,28 +148,6 @@ def draw_test(axes, run, column, label, **style):
                   label=f'{label}, final {final}, best {best}', **style)
 
 
-def draw_comparison(axes, runs, column):
-    """A colour a run: test thick, training thin."""
-    for i, run in enumerate(runs):
-        # A line of the legend has room for 22 letters.
-        name = run.name if len(run.name) <= 22 else f'{run.name[:10]}…{run.name[-11:]}'
-        color = COLORS[i % len(COLORS)]
-        is_tested = len(points(run.test, column)[0]) > 0
-        draw_train_mean(axes, run, column, '' if is_tested else f'{name}, train', color=color,
-                        linewidth=0.6, alpha=0.7)
-        draw_test(axes, run, column, name, color=color,
-                  linestyle=['-', '--', '-.'][i // len(COLORS) % 3])
-
-
-def set_epoch_axis(axes, epochs):
-    """From the start of the first epoch to the end of the last, ticks at whole epochs."""
-    start = max(0, np.ceil(epochs.min()) - 1)
-    stop = max(start + 1, np.ceil(epochs.max()))
-    margin = 0.015 * (stop - start)  # for the markers of the last epoch
-    axes.set_xlim(start - margin, stop + margin)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-
-
 def set_value_axis(axes, values):
     """Logarithmic if the curves span more than a decade and nothing is negative, else linear."""
     positive = values[values > 0]
@@ -206,10 +182,24 @@ def draw_panel(axes, runs, column):
     if len(runs) == 1:
         draw_train_mean(axes, runs[0], column, 'train (mean over an epoch)', color=COLORS[0])
         draw_test(axes, runs[0], column, 'test', color=COLORS[1])
-    else:
-        draw_comparison(axes, runs, column)
+    else:  # a color for each run: test thick, training thin
+        for i, run in enumerate(runs):
+            color = COLORS[i % len(COLORS)]
+            # A line of the legend has room for 22 letters.
+            name = run.name if len(run.name) <= 22 else f'{run.name[:10]}…{run.name[-11:]}'
+            is_tested = len(points(run.test, column)[0]) > 0
+            draw_train_mean(axes, run, column, '' if is_tested else f'{name}, train', color=color,
+                            linewidth=0.6, alpha=0.7)
+            draw_test(axes, run, column, name, color=color,
+                      linestyle=['-', '--', '-.'][i // len(COLORS) % 3])
     if axes.lines:
-        set_epoch_axis(axes, np.concatenate([line.get_xdata() for line in axes.lines]))
+        # From the start of the first epoch to the end of the last, ticks at whole epochs.
+        epochs = np.concatenate([line.get_xdata() for line in axes.lines])
+        start = max(0, np.ceil(epochs.min()) - 1)
+        stop = max(start + 1, np.ceil(epochs.max()))
+        margin = 0.015 * (stop - start)  # for the markers of the last epoch
+        axes.set_xlim(start - margin, stop + margin)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         set_value_axis(axes, np.concatenate([line.get_ydata() for line in axes.lines]))
         if len(runs) == 1:  # behind them, and not to set the axes by
             axes.plot(*points(runs[0].train, column), color=COLORS[0], alpha=0.3, linewidth=0.7,

@@ -15,14 +15,12 @@ import dataclasses
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import torch
 
-import torch  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import data  # noqa: E402
-import flags  # noqa: E402
-from data import DataError  # noqa: E402
+import data
+import runlog
 
 
 def channel_statistics(dataset, workers=0):
@@ -49,18 +47,19 @@ def main(argv=None):
                         help='(default: %(default)s)')
     parser.add_argument('--data', metavar='DIR', default='work/data',
                         help='where the data are or go (default: %(default)s)')
-    parser.add_argument('--workers', type=flags.number(int, '[0, 1024]'), default=0,
+    parser.add_argument('--workers', type=int, default=0,
                         help='processes that read images over 64 pixels (default: 0)')
     args = parser.parse_args(argv)
     try:
         dataset = data.describe(args.dataset, args.data)
         count, rows = channel_statistics(dataset, args.workers)
-    except DataError as error:
-        parser.exit(2, f'channel_stats.py: error: {error}\n')
+    except data.DataError as error:
+        runlog.warn(error, 'error', 'channel_stats.py')
+        sys.exit(2)
     print(f'{args.dataset}: {count:,} training images of {dataset.image_size} pixels')
-    table = dict(zip(('mean', 'std of all pixels', 'mean std of an image'), rows.tolist()))
-    table.update({'mean in data.py': dataset.mean, 'std in data.py': dataset.std})
-    for name, values in table.items():
+    names = ('mean', 'std of all pixels', 'mean std of an image', 'mean in data.py',
+             'std in data.py')
+    for name, values in zip(names, [*rows.tolist(), dataset.mean, dataset.std]):
         print(f'{name:<22}' + ''.join(f'{value:>10.3f}' for value in values))
 
 

@@ -11,13 +11,13 @@ import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import torch
 
-import torch  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import checkpoint  # noqa: E402
-from checkpoint import CheckpointError  # noqa: E402
+import checkpoint
+import runlog
+from checkpoint import CheckpointError
 
 KEPT = ('config', 'dataset', 'args', 'last_error', 'best_error', 'best_epoch', 'seconds',
         'peak_memory')
@@ -29,12 +29,10 @@ def clean(saved, source):
     Raises:
         CheckpointError: it is another kind of file, or a weight is too large for fp16.
     """
-    model = saved.get('model')
-    if not all(isinstance(saved.get(key), dict) for key in ('model', 'config', 'dataset', 'args')) \
-            or not all(map(torch.is_tensor, model.values())):
+    if not all(isinstance(saved.get(key), dict) for key in ('model', 'config', 'dataset', 'args')):
         raise CheckpointError(f'{source} is not a checkpoint of a run of train.py')
     model = {key: tensor if 'running' in key or not tensor.is_floating_point() else tensor.half()
-             for key, tensor in model.items()}
+             for key, tensor in saved['model'].items()}
     if not all(torch.isfinite(tensor).all() for tensor in model.values()):
         raise CheckpointError(f'{source} has a weight that is not finite, or too large for fp16')
     return {'model': model, **{key: saved[key] for key in KEPT if key in saved}}
@@ -52,11 +50,9 @@ def main(argv=None):
         if args.output.exists():
             raise CheckpointError(f'{args.output} is there already: name another file')
         checkpoint.save(args.output, clean(saved, args.checkpoint))
-    except CheckpointError as error:
-        parser.exit(2, f'clean_checkpoint.py: error: {error}\n')
-    except OSError as error:
-        parser.exit(2, f'clean_checkpoint.py: error: {args.output} cannot be written: '
-                       f'{error.strerror}\n')
+    except (CheckpointError, OSError) as error:
+        runlog.warn(error, 'error', 'clean_checkpoint.py')
+        sys.exit(2)
     before, after = (path.stat().st_size / 1e6 for path in (args.checkpoint, args.output))
     print(f'{args.output}: {after:.2f} MB, of {before:.2f}')
 

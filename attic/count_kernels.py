@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
-import pretended_cuda  # noqa: E402
+import pretended_cuda
 
-import bench  # noqa: E402
-import train  # noqa: E402
+import bench
+import train
 
 PRECISIONS = 'fp32', 'bf16', 'fp16'
 ROWS = [('torchvision', 'plain'), ('torchvision', 'checkpointed'), ('timm', 'plain'),

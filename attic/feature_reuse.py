@@ -17,17 +17,11 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import predict  # noqa: E402
-import runlog  # noqa: E402
-from errors import UserError  # noqa: E402
-
-
-def mean_weights(weight, sizes):
-    """Of a weight [out, in, ...], the mean absolute value for consecutive groups of inputs."""
-    return torch.stack([part.abs().mean() for part in weight.detach().float().split(sizes, dim=1)])
+import predict
+import runlog
+from errors import UserError
 
 
 def block_reuse(model):
@@ -40,13 +34,14 @@ def block_reuse(model):
     blocks = [name for name in features if name.startswith('denseblock')]
     for i, name in enumerate(blocks, start=1):
         layers = list(features[name].values())
-        k = model.config['growth_rate']
-        sizes = [layers[0].conv1.in_channels] + [k] * len(layers)
         follows = features[f'transition{i}'].conv if i < len(blocks) else model.classifier
-        readers = [layer.conv1.weight for layer in layers] + [follows.weight]
+        readers = [*(layer.conv1 for layer in layers), follows]
+        sizes = [layers[0].conv1.in_channels] + [model.config['growth_rate']] * len(layers)
         reuse = torch.full((len(sizes), len(readers)), torch.nan)
-        for column, weight in enumerate(readers):
-            reuse[:column + 1, column] = mean_weights(weight, sizes[:column + 1])
+        for column, reader in enumerate(readers):
+            sources = reader.weight.detach().float().split(sizes[:column + 1], dim=1)
+            for row, weight in enumerate(sources):
+                reuse[row, column] = weight.abs().mean()
         yield reuse
 
 
@@ -68,34 +63,26 @@ def draw(reuses, path):
 
 
 def observations(reuses):
-    """The paper's four, each with what was measured here, a line each."""
-    spread = [reuse[1:i + 1, i].amax() / reuse[1:i + 1, i].mean() for reuse in reuses
-              for i in range(2, reuse.shape[1] - 1)]
-    early = [reuse[1:1 + n // 3, n - 1 - n // 3:n - 1].mean()
-             / reuse[n - 1 - n // 3:n - 1, n - 1 - n // 3:n - 1].nanmean()
-             for reuse in reuses for n in [reuse.shape[1]]]
-    after = [reuse[:, -1] / reuse[:, -1].mean() for reuse in reuses]
-    inputs = [(reuse[0, :-1] / reuse[:, :-1].nanmean(0)).mean() for reuse in reuses]
-    third = len(after[-1]) // 3
-
-    def listed(values):
-        return ', '.join(f'{value:.2f}' for value in values)
-
-    return [
-        f'layers read all of their block: the largest weight is {sum(spread) / len(spread):.2f} '
-        f'times the mean over the sources; the last third of the layers reads the first third with '
-        f'{listed(early)} of the weight with which it reads itself, in blocks 1 to {len(reuses)}',
-        f'transitions do, too: smallest and largest over mean '
-        f'{"; ".join(listed([a.min(), a.max()]) for a in after[:-1])}',
-        f'the block\'s input is read least in later blocks: over mean {listed(inputs)}',
-        f'the classifier reads the last maps most: last third over mean '
-        f'{after[-1][-third:].mean():.2f}, first third {after[-1][:third].mean():.2f}']
+    """The paper's four, each with what was measured here: a line each, a number a block."""
+    lines = {'first third of the layers over last third, as the last third reads them': [],
+             'source that the transition or classifier reads least, over the mean': [],
+             'input of the block, over the mean source, as its layers read it': [],
+             'last third of the layers, over the mean, as transition or classifier read it': []}
+    for reuse in reuses:
+        third = len(reuse) // 3
+        layers, last = reuse[1:-1, :-1], reuse[:, -1]  # no layer reads the last one
+        values = (layers[:third, -third:].nanmean() / layers[-third:, -third:].nanmean(),
+                  last.min() / last.mean(), (reuse[0, :-1] / reuse[:, :-1].nanmean(0)).mean(),
+                  last[-third:].mean() / last.mean())
+        for line, value in zip(lines.values(), values):
+            line.append(f'{value:.2f}')
+    return [f'{line}: {", ".join(values)}' for line, values in lines.items()]
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('checkpoint', help='best.pth or latest.pth of a run')
-    parser.add_argument('--output', type=Path, default=ROOT / 'images/feature-reuse.png')
+    parser.add_argument('--output', type=Path, default=Path('images/feature-reuse.png'))
     args = parser.parse_args(argv)
     try:
         model, _ = predict.load_model(args)

@@ -1,5 +1,7 @@
 """The scripts of attic/: each runs, and notices what it is there to notice."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -16,11 +18,10 @@ from attic import channel_stats, clean_checkpoint, compare_grads, feature_reuse,
 
 def test_gradients_are_those_of_finite_differences(capsys):
     numcheck_grads.main([])
-    rows = capsys.readouterr().out.splitlines()[1:]
-    assert len(rows) == len(list(numcheck_grads.cases())) == 10
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == len(list(numcheck_grads.cases())) == 14
     for row in rows:
-        count, difference = row.split()[-2:]
-        assert int(count) > 50 and float(difference) < 1e-6, row
+        assert int(re.search(r'(\d+) gradients agree$', row)[1]) > 50, row
 
 
 def spoil_backward(monkeypatch, which, factor):
@@ -43,7 +44,7 @@ def test_finite_differences_notice_a_wrong_backward(which, monkeypatch):
     spoil_backward(monkeypatch, which, 1 + 1e-4)
     with pytest.raises(SystemExit) as exit_:
         numcheck_grads.main([])
-    assert exit_.value.code == 'wrong: dense block, linear'
+    assert exit_.value.code.startswith('wrong: dense block, linear: ')
 
 
 @pytest.mark.parametrize('argv', [[], ['--memory-efficient']])
@@ -54,7 +55,7 @@ def test_hidden_states_and_gradients_are_torchvisions(argv, capsys):
     layers = [name for name, module in theirs.named_modules()
               if type(module).__name__ == '_DenseLayer']
     assert [row.split()[0] for row in rows if 'denselayer' in row] == \
-        [name.removeprefix('features.') for name in layers]
+        layers
     assert len(rows) == 4 + len(layers) + 3 + 2
     assert last.startswith('dense blocks: linear; ') and float(last.split()[-1]) < 1e-10
 
@@ -152,8 +153,6 @@ def test_training_does_not_go_on_from_a_cleaned_checkpoint(cleaned, tmp_path, ca
 
 @pytest.mark.parametrize('content, reason', [
     (None, 'is not there'), ({}, 'is not a checkpoint of a run of train.py'),
-    ({'model': {'weight': [1.0]}, 'config': {}, 'dataset': {}, 'args': {}},
-     'is not a checkpoint of a run of train.py'),
     ({'model': {'weight': torch.tensor([1e5])}, 'config': {}, 'dataset': {}, 'args': {}},
      'has a weight that is not finite, or too large for fp16')])
 def test_what_cannot_be_cleaned_is_said_in_one_line(content, reason, tmp_path, capsys):
