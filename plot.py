@@ -71,8 +71,9 @@ def read_table(path):
     for line in lines:
         # The last row of a process that was killed may be incomplete.
         with contextlib.suppress(ValueError):
-            rows.append({name: float(field) for name, field in zip(header, line, strict=True)
-                         if name in COLUMNS})
+            # A run that an older version began has fewer columns in its header.
+            fields = zip(header, line[:len(header)], strict=True)
+            rows.append({name: float(field) for name, field in fields if name in COLUMNS})
     if len(rows) < len(lines):
         warn(f'{path}: left out {len(lines) - len(rows)} incomplete rows of {len(lines)}')
     return {name: np.array([row[name] for row in rows]) for name in header if name in COLUMNS}
