@@ -2,19 +2,16 @@
 
     python bench.py                                       # DenseNet-BC-100-12, batches of 64
     python bench.py --arch densenet121 --batch-size 256   # images of 224 pixels
-    python bench.py --rows 'ours*' --baseline 'ours plain' --csv bench.csv --plot bench.png
+    python bench.py --rows 'ours plain' 'ours*' --csv bench.csv --plot bench.png
     python bench.py --inference --precision fp32 bf16     # on a CPU with ONNX Runtime, too
 
 The step is train.py's own, on random images. The rows take turns, a warm-up and a few steps each
 in a round, so that what slows the machine down for a while slows them all: a time is the median
 over all rounds, with the quartiles beside it. Rows of timm and ONNX Runtime are there if the
-packages are. The other columns:
+packages are. Speed and memory are also given as ratios to the first row. The other columns:
 
 memory: on a GPU the peak of a step (with weights and momentum; of a graph, that of recording it),
     on a CPU what the forward pass holds for backward.
-first step: from the model in host memory to the end of its first step, compiling and recording
-    included. Later rows may find that earlier ones have tuned or compiled the same: for a number
-    to quote, run that row alone.
 x limit: on a CPU, the time over that of all convolutions of the step at the rate of a large matrix
     product, which is measured in each round as well.
 """
@@ -41,9 +38,7 @@ import torchvision
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -56,14 +51,14 @@ import runlog
 import train
 from errors import UserError
 
-# How our dense blocks train: linear_memory, memory_efficient, cpu_kernels (None: where
-# densenet_cpu.py is), and what a block's `path` then says.
-MODES = {'plain': (False, False, False, 'plain'),
-         'checkpointed': (False, True, False, 'checkpointed'),
-         'block': (True, False, False, 'linear'),
-         'memory-efficient': (True, True, False, 'linear'),
-         'block, CPU kernels': (True, False, None, 'kernels'),
-         'block, CPU kernels, memory-efficient': (True, True, None, 'kernels')}
+NETWORK_FLAGS = 'arch', 'depth', 'growth_rate', 'image_size', 'batch_size'  # also train.py's
+# How our dense blocks train: the `path` that they take, and memory_efficient.
+MODES = {'plain': ('plain', False),
+         'checkpointed': ('checkpointed', True),
+         'block': ('linear', False),
+         'memory-efficient': ('linear', True),
+         'block, CPU kernels': ('kernels', False),
+         'block, CPU kernels, memory-efficient': ('kernels', True)}
 EAGER_MODES = [mode for mode in MODES if 'kernels' not in mode]
 MATRICES = (4096, 1024), (1024, 1024)  # whose product has the rate that a step is held against
 
@@ -83,21 +78,23 @@ class Row(NamedTuple):
 
 
 class Result(NamedTuple):
-    times: list                   # seconds a step, of each round; empty if the row failed
-    memory: float = math.nan      # bytes
-    first_step: float = math.nan  # seconds
+    times: list               # seconds a step, of each round; empty if the row failed
+    memory: float = math.nan  # bytes
     failure: str = ''
 
 
 # ---- the networks -------------------------------------------------------------------------
 
-def network_flags(arch=None, depth=None, growth_rate=None, image_size=None, batch_size=64, **_):
-    """The flags of train.py for the network, the images and the step."""
+def network_flags(**given):
+    """The flags of train.py that make the network, the images and the step.
+
+    Of `given`, those in NETWORK_FLAGS count; None stands for the default.
+    """
+    argv = [f'--{name.replace("_", "-")}={given[name]}' for name in NETWORK_FLAGS
+            if given.get(name) is not None]
     # A low rate: weights that run away would meet other numbers, and other speeds.
-    given = dict(arch=arch, depth=depth, growth_rate=growth_rate, batch_size=batch_size, lr=1e-3)
-    args, _ = flags.parse_args([f'--{name.replace("_", "-")}={value}'
-                                for name, value in given.items() if value is not None])
-    return flags.with_network(args, image_size or (224 if arch else 32))
+    args, _ = flags.parse_args([*argv, '--lr=1e-3'])
+    return flags.with_network(args, args.image_size or (224 if args.arch else 32))
 
 
 def make_model(row, args):
@@ -106,14 +103,15 @@ def make_model(row, args):
     Raises:
         UserError: there is no such network.
     """
-    linear_memory, memory_efficient, cpu_kernels, _ = MODES[row.mode]
+    path, memory_efficient = MODES[row.mode]
     num_classes = 10 if args.image_size <= data.SMALL else 1000
     args = argparse.Namespace(**{**vars(args), 'memory_efficient': memory_efficient})
     model = train.build_model(args, num_classes, args.image_size)
     if row.source in ('ours', 'onnxruntime'):
         for module in model.modules():
             if hasattr(module, 'linear_memory'):
-                module.linear_memory, module.cpu_kernels = linear_memory, cpu_kernels
+                module.linear_memory = path in ('linear', 'kernels')
+                module.cpu_kernels = None if path == 'kernels' else False
         return model
     config = model.config
     settings = {name: config[name] for name in (
@@ -132,34 +130,28 @@ def make_model(row, args):
     return model
 
 
-def has_cpu_kernels():
-    return densenet_cpu.unavailable_reason() is None
-
-
-def make_rows(options, device):
-    """All rows that the flags and the device admit; the first is the default baseline."""
-    rows, on_cuda = [], device.type == 'cuda'
-    modes = MODES if device.type == 'cpu' and has_cpu_kernels() else EAGER_MODES
+def make_rows(options, precision, on_cuda):
+    """All rows of a precision that the flags and the device admit."""
+    has_kernels = not on_cuda and densenet_cpu.unavailable_reason() is None
+    modes = MODES if has_kernels else EAGER_MODES
     if options.inference:
         modes = [mode for mode in modes if mode in ('plain', 'block, CPU kernels')]
-    for precision in options.precision:
-        theirs = Row('torchvision', 'plain', precision)
-        ours = [Row('ours', mode, precision) for mode in modes]
-        if precision in ('fp32', 'tf32'):  # as torchvision's comes, before anybody tunes it
-            rows.append(theirs._replace(channels_last=False))
-        rows.append(theirs)
-        if is_installed('timm'):
-            rows.append(theirs._replace(source='timm'))
-        if not options.inference:
-            rows.append(theirs._replace(mode='checkpointed'))
-        compiled = [row._replace(compiled=True) for row in (theirs, ours[0]) if options.compile]
-        rows += ours + compiled
-        if on_cuda:
-            rows += [row._replace(graph=True) for row in ours + compiled
-                     if row.mode != 'checkpointed']
-        if (options.inference and not on_cuda and precision == 'fp32'
-                and is_installed('onnxruntime') and is_installed('onnxscript')):
-            rows.append(Row('onnxruntime', 'plain', precision))
+    theirs = Row('torchvision', 'plain', precision)
+    ours = [Row('ours', mode, precision) for mode in modes]
+    rows = [theirs]
+    if precision in ('fp32', 'tf32'):  # as torchvision's comes, before anybody tunes it
+        rows.insert(0, theirs._replace(channels_last=False))
+    if is_installed('timm'):
+        rows.append(theirs._replace(source='timm'))
+    if not options.inference:
+        rows.append(theirs._replace(mode='checkpointed'))
+    compiled = [row._replace(compiled=True) for row in (theirs, ours[0]) if options.compile]
+    rows += ours + compiled
+    if on_cuda:
+        rows += [row._replace(graph=True) for row in ours + compiled if row.mode != 'checkpointed']
+    elif (options.inference and precision == 'fp32'
+            and is_installed('onnxruntime') and is_installed('onnxscript')):
+        rows.append(Row('onnxruntime', 'plain', precision))
     return rows
 
 
@@ -167,55 +159,71 @@ def is_installed(package):
     return importlib.util.find_spec(package) is not None
 
 
-def select(rows, patterns, flag):
-    """The rows whose names match one of the patterns; UserError if there is none."""
-    found = [row for row in rows
-             if any(fnmatch.fnmatchcase(row.name, pattern) for pattern in patterns)]
+def select_rows(options, on_cuda):
+    """The rows that --precision and --rows name, in the order of both."""
+    table = [make_rows(options, precision, on_cuda) for precision in options.precision]
+    found = [row for rows in table for pattern in options.rows for row in rows
+             if fnmatch.fnmatchcase(row.name, pattern)]
     if not found:
-        names = ', '.join(dict.fromkeys(f"'{row.name}'" for row in rows))
-        raise UserError(f'{flag}: no row is called that; here there are {names}')
-    return found
+        names = ', '.join(dict.fromkeys(f"'{row.name}'" for rows in table for row in rows))
+        raise UserError(f'--rows: no row is called that; here there are {names}')
+    return list(dict.fromkeys(found))
 
 
 # ---- measuring ----------------------------------------------------------------------------
 
 class Runner:
-    """A row's model and its step, ready to be timed. Making one runs the first steps."""
+    """A row's model and its step, ready to be timed. Making one runs the first steps.
+
+    Raises:
+        RuntimeError: a block fell back, and would be measured under another's name.
+    """
 
     def __init__(self, row, args, device, inference=False):
-        self.row, self.device, self.inference = row, device, inference
+        self.row, self.device = row, device
         self.on_cuda = device.type == 'cuda'
-        gc.collect()
-        if self.on_cuda:
-            torch._C._cuda_clearCublasWorkspaces()  # each row is to pay for its own
-        allocated = torch.cuda.memory_allocated() if self.on_cuda else 0
+        allocated = self._free_memory()
         self.batch = (torch.randn(args.batch_size, 3, *2 * [args.image_size]).to(device),
                       torch.randint(10, [args.batch_size]).to(device))
-        self.model = make_model(row, args).train(not inference)
-        started = time.perf_counter()
-        self._set_up(args)
-        self._launch(self._ready_step())
-        self.first_step = time.perf_counter() - started
-        self._check_path()
-        self.memory = self._measure_memory(allocated)
-
-    def _set_up(self, args):
-        layout = torch.channels_last if self.row.channels_last else torch.contiguous_format
-        self.model.to(self.device, memory_format=layout)
-        if self.row.source == 'onnxruntime':
-            self.step = make_onnxruntime_step(self.model, self.batch[0])
-            return
-        if self.row.compiled:
+        layout = torch.channels_last if row.channels_last else torch.contiguous_format
+        self.model = make_model(row, args).train(not inference).to(device, memory_format=layout)
+        if row.compiled:
             self.model.compile()
-        self.autocast = machine.make_autocast(self.row.precision, self.device)
-        if self.inference:  # which has no use for momentum, and so for its memory
+        autocast = machine.make_autocast(row.precision, device)
+        if inference:  # which has no use for momentum, and so for its memory
             args = argparse.Namespace(**{**vars(args), 'momentum': 0.0})
-        self.state = train.make_state(args, self.model, self.device, self.row.precision)
-        if self.inference:
+        self.state = train.make_state(args, self.model, device, row.precision)
+        if row.source == 'onnxruntime':
+            self.step = make_onnxruntime_step(self.model, self.batch[0])
+        elif inference:
             self.step = torch.inference_mode()(
-                lambda images, labels: train.classify(self.model, images, self.autocast))
+                lambda images, labels: train.classify(self.model, images, autocast))
         else:
-            self.step = functools.partial(train.train_step, self.state, autocast=self.autocast)
+            self.step = functools.partial(train.train_step, self.state, autocast=autocast)
+        self._launch(self._ready_step())
+        if row.source == 'ours' and not row.compiled:
+            for block in self.model.modules():
+                if isinstance(block, densenet.DenseBlock) and block.path != MODES[row.mode][0]:
+                    raise RuntimeError(f'a block went the {block.path} way: '
+                                       f'{block.fallback_reason}')
+        self.memory = math.nan
+        if self.on_cuda:
+            self._free_memory()
+            torch.cuda.reset_peak_memory_stats()  # the first step tried out many convolutions
+            self._launch(self._ready_step())
+            self.memory = torch.cuda.max_memory_allocated() - allocated
+        elif not inference:
+            with autocast:
+                self.memory = bytes_held(self.model, self.batch[0])
+
+    def _free_memory(self):
+        """Bytes that stay allocated on the GPU when all that can be freed is."""
+        gc.collect()
+        if not self.on_cuda:
+            return 0
+        torch._C._cuda_clearCublasWorkspaces()  # each row, and each recording, makes its own
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_allocated()
 
     def _ready_step(self):
         """The step, or a graph of it: recorded anew each time, since it would hold its memory."""
@@ -229,28 +237,6 @@ class Runner:
             step(*self.batch)
         if self.on_cuda:
             torch.cuda.synchronize()
-
-    def _check_path(self):
-        """Nothing is measured under another's name because a block fell back."""
-        if self.row.source != 'ours' or self.row.compiled:
-            return
-        for block in self.model.modules():
-            if isinstance(block, densenet.DenseBlock) and block.path != MODES[self.row.mode][-1]:
-                raise RuntimeError(f'a block went the {block.path} way: {block.fallback_reason}')
-
-    def _measure_memory(self, allocated):
-        """Bytes: on a GPU the peak beyond `allocated`, on a CPU what is held for backward."""
-        if not self.on_cuda:
-            if self.inference or self.row.compiled:  # nothing held, or out of sight of a count
-                return math.nan
-            with self.autocast:
-                return bytes_held(self.model, self.batch[0])
-        gc.collect()
-        torch._C._cuda_clearCublasWorkspaces()  # for each recording makes one
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()  # the first step tried out many convolutions
-        self._launch(self._ready_step())
-        return torch.cuda.max_memory_allocated() - allocated
 
     def time(self, steps):
         """Seconds a step, the mean of some in a row, after one to warm up."""
@@ -274,34 +260,17 @@ def make_onnxruntime_step(model, images):
     return lambda images, labels: session.run(None, {name: images.numpy()})
 
 
-class Allocations(TorchDispatchMode):
-    """A context that counts the memory of what operations make in it, but for compiled code."""
-
-    def __init__(self):
-        super().__init__()
-        self.made = {}  # storage -> a weak reference and bytes
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                storage = leaf.untyped_storage()
-                self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        return result
-
-
 def bytes_held(model, images):
-    """The memory that a training forward holds for backward, weights and logits left out.
+    """The memory that a training forward holds for backward on a CPU, without the logits.
 
-    Counted by allocation (what operations have made and is still there when the model is done),
-    since the inputs that checkpointing holds on to are not among autograd's saved tensors.
+    That is what it allocates and does not free: the inputs that checkpointing holds on to are not
+    among autograd's saved tensors.
     """
-    with Allocations() as allocations:
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler's own log of when it is on
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
         logits = model(images)
-    others = {tensor.untyped_storage()._cdata
-              for tensor in (images, logits, *model.state_dict().values())}
-    return sum(size for key, (storage, size) in allocations.made.items()
-               if key not in others and not storage.expired())
+    allocated = sum(event.self_cpu_memory_usage for event in profile.key_averages())
+    return allocated - logits.untyped_storage().nbytes()
 
 
 def convolution_flops(args, inference):
@@ -338,20 +307,19 @@ def measure(rows, args, device, options, results, rates):
             yield
         except Exception as error:
             failure = f'failed: {type(error).__name__}: {error}'.partition('\n')[0]
-            if machine.ran_out_of_memory(error):
-                failure = 'out of memory'
-            results[row] = Result([], failure=failure)
+            results[row] = Result([], failure='out of memory' if machine.ran_out_of_memory(error)
+                                  else failure)
             runners.pop(row, None)
 
     for row in rows:
         print(f'starting {row.name}, {row.precision}', file=sys.stderr)
         with failing_alone(row):
             runners[row] = Runner(row, args, device, options.inference)
-            results[row] = Result([], runners[row].memory, runners[row].first_step)
+            results[row] = Result([], runners[row].memory)
     for i in range(options.rounds):
         print(f'round {i + 1} of {options.rounds}', file=sys.stderr)
-        for precision in dict.fromkeys(row.precision for row in runners):
-            if device.type == 'cpu':
+        if device.type == 'cpu':
+            for precision in dict.fromkeys(row.precision for row in runners):
                 rates.setdefault(precision, []).append(matrix_product_rate(precision))
         for row, runner in list(runners.items()):
             with failing_alone(row):
@@ -360,39 +328,33 @@ def measure(rows, args, device, options, results, rates):
 
 # ---- showing ------------------------------------------------------------------------------
 
-CELLS = {'row': '{row}', 'precision': '{precision}', 'ms': '{ms:,.2f}',
-         'quartiles': '{ms_quartile1:,.2f}-{ms_quartile3:,.2f}',
+CELLS = {'row': '{row}', 'precision': '{precision}',
+         'ms (quartiles)': '{ms:,.2f} ({ms_quartile1:,.2f}-{ms_quartile3:,.2f})',
          'images/s': '{images_per_second:,.0f}', 'speed': '{speed_ratio:.2f}x',
          'x limit': '{limit_ratio:.2f}', 'memory': '{memory_mib:,.0f} MiB',
-         'ratio': '{memory_ratio:.3f}', 'first step': '{first_step_seconds:.1f} s'}
+         'ratio': '{memory_ratio:.3f}'}
 
 
-def quartiles(times):
-    """25%, 50% and 75% of the steps took no longer, in milliseconds."""
-    return (1e3 * np.quantile(times or [math.nan], [0.25, 0.5, 0.75])).tolist()
-
-
-def tabulate(results, baseline, batch_size, limits, title):
+def tabulate(results, batch_size, limits, title):
     """The rows of the CSV file, in dicts; NaN where something was not measured.
 
     Args:
-        results: {row: Result}.
-        baseline: the row that `speed_ratio` and `memory_ratio` refer to.
+        results: {row: Result}; `speed_ratio` and `memory_ratio` refer to the first.
         limits: {precision: the least milliseconds that a step could take}.
         title: the workload and the machine.
     """
-    base = results.get(baseline, Result([]))
     table = []
     for row, result in results.items():
-        low, median, high = quartiles(result.times)
+        low, median, high = 1e3 * np.quantile(result.times or [math.nan], [0.25, 0.5, 0.75])
         table.append(dict(
             row=row.name, precision=row.precision, ms=median, ms_quartile1=low, ms_quartile3=high,
             images_per_second=1e3 * batch_size / median,
-            speed_ratio=quartiles(base.times)[1] / median,
             limit_ratio=median / limits.get(row.precision, math.nan),
-            memory_mib=result.memory / 2**20, memory_ratio=result.memory / base.memory,
-            first_step_seconds=result.first_step, rounds=len(result.times),
+            memory_mib=result.memory / 2**20, rounds=len(result.times),
             failure=result.failure, workload=title))
+    for numbers in table:
+        numbers['speed_ratio'] = table[0]['ms'] / numbers['ms']
+        numbers['memory_ratio'] = numbers['memory_mib'] / table[0]['memory_mib']
     return table
 
 
@@ -433,22 +395,19 @@ def draw_table(path, table, title, memory_label):
 def make_parser():
     parser = flags.Parser(prog='bench.py', description=__doc__, allow_abbrev=False,
                           formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument_group('network').add_argument
-    add('--arch', choices=flags.ARCHITECTURES, metavar='NAME', help='an ImageNet network')
-    add('--depth', type=flags.POSITIVE, help='(default: 100)')
-    add('--growth-rate', type=flags.POSITIVE, help='(default: 12, or that of the --arch)')
-    add('--image-size', type=flags.number(int, f'[1, {data.MAX_SIZE}]'), metavar='PIXELS',
-        help='(default: 32, with --arch 224)')
-    add('--batch-size', '-b', type=flags.POSITIVE, default=64, help='(default: %(default)s)')
+    add = parser.add_argument_group('network, as for train.py').add_argument
+    add('--arch', metavar='NAME', help='an ImageNet network')
+    add('--depth', help='(default: 100)')
+    add('--growth-rate', help='(default: 12, or that of the --arch)')
+    add('--image-size', metavar='PIXELS', help='(default: 32, with --arch 224)')
+    add('--batch-size', '-b', help='(default: 64)')
     add = parser.add_argument_group('rows').add_argument
     add('--precision', nargs='+', choices=('fp32', 'tf32', 'bf16', 'fp16'),
         help='(default: tf32 bf16 on cuda, else fp32)')
     add('--compile', action='store_true', help='also torch.compile: minutes for each network')
     add('--inference', action='store_true', help='not training: evaluation')
     add('--rows', nargs='+', metavar='PATTERN', default=['*'],
-        help='only rows of such names, as \'ours*\'')
-    add('--baseline', metavar='NAME', default='*',
-        help='the row that ratios refer to (default: the first)')
+        help='only rows of such names, as \'ours*\'; the first is what ratios refer to')
     add = parser.add_argument_group('measuring').add_argument
     add('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
     add('--rounds', type=flags.POSITIVE, default=10, help='(default: %(default)s)')
@@ -475,8 +434,9 @@ def describe(rows, args, device, inference):
     """The workload, the machine and the versions, in one line."""
     machine = (torch.cuda.get_device_name() if device.type == 'cuda'
                else f'CPU, {torch.get_num_threads()} threads')
-    packages = dict.fromkeys(['torch', *(row.source for row in rows if row.source != 'ours')])
-    versions = [f'{name} {importlib.import_module(name).__version__}' for name in packages]
+    packages = dict.fromkeys(['torch', *(row.source for row in rows)])
+    versions = [f'{name} {importlib.import_module(name).__version__}' for name in packages
+                if name != 'ours']
     return (f'{train.model_name(args)}, {"inference" if inference else "training"}, batches of '
             f'{args.batch_size} at {args.image_size} pixels; {machine}, {", ".join(versions)}')
 
@@ -490,8 +450,7 @@ def run(options):
     for precision in options.precision:
         machine.choose_precision(precision, device)  # refuses what the device has not
     args = network_flags(**vars(options))
-    rows = select(make_rows(options, device), options.rows, '--rows')
-    baseline = select(rows, [options.baseline], '--baseline')[0]
+    rows = select_rows(options, on_cuda)
     flops = convolution_flops(args, options.inference)  # a UserError if there is no such network
     title = describe(rows, args, device, options.inference)
     print(title)
@@ -501,9 +460,9 @@ def run(options):
     finally:  # what was measured is shown, also after Ctrl-C
         rates = {precision: statistics.median(values) for precision, values in rates.items()}
         limits = {precision: 1e3 * flops / rate for precision, rate in rates.items()}
-        table = tabulate(results, baseline, args.batch_size, limits, title)
+        table = tabulate(results, args.batch_size, limits, title)
         print_table(table)
-        print(f'speed and memory are relative to {baseline.name}, {baseline.precision}')
+        print(f'speed and memory are relative to {rows[0].name}, {rows[0].precision}')
         for precision, limit in limits.items():
             print(f'limit, {precision}: {limit:,.2f} ms, {flops / 1e9:,.1f} GFLOP of convolutions '
                   f'at the {rates[precision] / 1e9:,.0f} GFLOP/s of a large matrix product')

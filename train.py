@@ -24,6 +24,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+import report
 import torch
 import torch.nn.functional as F
 
@@ -33,7 +34,6 @@ import densenet
 import distributed
 import flags
 import machine
-import report
 import runlog
 from checkpoint import CheckpointError, TrainState
 from distributed import Stopped, StopSignals

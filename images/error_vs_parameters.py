@@ -25,11 +25,11 @@ import torch  # noqa: E402
 import plot  # noqa: E402
 from densenet import densenet_cifar  # noqa: E402
 
-# (L, k): test error in percent on CIFAR-10+ and CIFAR-100+
-DENSENET = {(40, 12): (5.24, 24.42), (100, 12): (4.10, 20.20), (100, 24): (3.74, 19.25)}
-DENSENET_BC = {(100, 12): (4.51, 22.27), (250, 24): (3.62, 17.60), (190, 40): (3.46, 17.18)}
-WIDE_DENSENET_BC = {(40, 36): (4.58, 22.30), (40, 48): (3.99, 20.29), (40, 60): (4.01, 19.99)}
-CURVES = {'DenseNet': DENSENET, 'DenseNet-BC': DENSENET_BC, 'Wide-DenseNet-BC': WIDE_DENSENET_BC}
+CURVES = {  # (L, k): test error in percent on CIFAR-10+ and CIFAR-100+
+    'DenseNet': {(40, 12): (5.24, 24.42), (100, 12): (4.10, 20.20), (100, 24): (3.74, 19.25)},
+    'DenseNet-BC': {(100, 12): (4.51, 22.27), (250, 24): (3.62, 17.60), (190, 40): (3.46, 17.18)},
+    'Wide-DenseNet-BC': {(40, 36): (4.58, 22.30), (40, 48): (3.99, 20.29), (40, 60): (4.01, 19.99)},
+}
 
 
 def millions_of_parameters(depth, growth_rate, classes, **settings):
@@ -45,11 +45,11 @@ def draw_paper(axes, column, classes):
         values = [pair[column] for pair in errors.values()]
         axes.plot(sizes, values, color=color, marker=marker, markersize=5, label=name)
         for (depth, growth_rate), size, value in zip(errors, sizes, values):
+            is_crowded = (depth, growth_rate) in ((250, 24), (40, 48))
             axes.annotate(f'{depth}-{growth_rate}', (size, value), color=color,
-                          xytext=(0, 6 if name == 'DenseNet' else -13),
-                          ha='right' if growth_rate in (24, 48) and depth != 100 else 'center',
-                          textcoords='offset points', path_effects=[withStroke(
-                              linewidth=2.5, foreground='white')])  # readable over a line
+                          ha='right' if is_crowded else 'center',
+                          xytext=(0, 6 if name == 'DenseNet' else -13), textcoords='offset points',
+                          path_effects=[withStroke(linewidth=2.5, foreground='white')])
 
 
 def draw_run(axes, directory, color):
@@ -58,11 +58,9 @@ def draw_run(axes, directory, color):
     settings = dict(bottleneck=args['bottleneck'], compression=args['compression'])
     size = millions_of_parameters(args['depth'], args['growth_rate'], 10, **settings)
     error = plot.read_table(directory / 'test.csv')['error'][-1]
-    kind = 'BC ' * (args['bottleneck'] and args['compression'] < 1)
     data = 'JPEG copy, ' * (args['dataset'] == 'folder')
     axes.plot(size, error, color=color, marker='D', linestyle='', markersize=6,
-              label=f'ours: {kind}{args["depth"]}-{args["growth_rate"]}, {data}'
-                    f'{args["epochs"]} epochs')
+              label=f'ours: {directory.name}, {data}{args["epochs"]} epochs')
 
 
 def main(argv=None):
@@ -76,19 +74,18 @@ def main(argv=None):
         panels = figure.subplots(1, 2, width_ratios=(1.5, 1))
         for i, (axes, classes) in enumerate(zip(panels, (10, 100))):
             draw_paper(axes, i, classes)
-            for directory, color in zip(args.runs if classes == 10 else (), plot.COLORS[3:]):
-                draw_run(axes, directory, color)
             axes.set(xscale='log', xlabel='parameters (millions)', yscale='log',
                      ylabel=f'test error on CIFAR-{classes}+ (%)')
+        for directory, color in zip(args.runs, plot.COLORS[3:]):
+            draw_run(panels[0], directory, color)
+        for axes in panels:
             axes.margins(0.09)
             axes.yaxis.set_major_locator(LogLocator(subs=range(1, 10)))
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_major_formatter('{x:g}')
                 axis.set_minor_formatter(NullFormatter())
             axes.legend(loc='upper right')
-    path = ROOT / 'images' / 'error-vs-parameters.png'
-    plot.save_figure(figure, path)
-    print(path.relative_to(ROOT))
+    plot.save_figure(figure, ROOT / 'images' / 'error-vs-parameters.png')
 
 
 if __name__ == '__main__':

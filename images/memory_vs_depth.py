@@ -23,14 +23,10 @@ DEPTHS = (22, 40, 70, 100, 130, 160, 190, 220, 250)
 BATCH_SIZE = 8
 
 
-def measure(mode):
-    """MiB held for backward at each of DEPTHS; `mode` is a key of bench.MODES."""
-    curve = []
-    for depth in DEPTHS:
-        model = bench.make_model(bench.Row('ours', mode, 'fp32'), bench.network_flags(depth=depth))
-        model.train().to(memory_format=torch.channels_last)
-        curve.append(bench.bytes_held(model, torch.randn(BATCH_SIZE, 3, 32, 32)) / 2**20)
-    return curve
+def mib_held(mode, depth):
+    model = bench.make_model(bench.Row('ours', mode, 'fp32'), bench.network_flags(depth=depth))
+    model.train().to(memory_format=torch.channels_last)
+    return bench.bytes_held(model, torch.randn(BATCH_SIZE, 3, 32, 32)) / 2**20
 
 
 def main():
@@ -38,14 +34,13 @@ def main():
         figure = Figure(figsize=(6, 4), layout='constrained')
         axes = figure.subplots()
         for mode, color in zip(bench.EAGER_MODES, plot.COLORS):
-            axes.plot(DEPTHS, measure(mode), color=color, marker='o', label=mode)
+            axes.plot(DEPTHS, [mib_held(mode, depth) for depth in DEPTHS], color=color, marker='o',
+                      label=mode)
         axes.set(xlabel='depth', ylabel='held for backward, MiB', xlim=(0, None), ylim=(0, None))
         axes.legend(loc='upper left')
         figure.suptitle(f'DenseNet-BC k=12, fp32, batches of {BATCH_SIZE} at 32 pixels; CPU, torch '
                         f'{torch.__version__}', fontsize=8, color=plot.GREY)
-    path = ROOT / 'images' / 'memory-vs-depth.png'
-    plot.save_figure(figure, path)
-    print(path.relative_to(ROOT))
+    plot.save_figure(figure, ROOT / 'images' / 'memory-vs-depth.png')
 
 
 if __name__ == '__main__':
