@@ -1,0 +1,174 @@
+"""What a trained model gets wrong on its test images: the report of `train.py --evaluate`.
+
+    print(*report.lines(confusion, classes, scores, labels), sep='\\n')
+    report.save_confusion(run / 'confusion.png', confusion, classes)
+    report.save_predictions(run / 'predictions.csv', files, labels, probabilities, classes)
+
+A confusion matrix is an int64 tensor [C, C] of numbers of images: rows are the true classes,
+columns the predicted ones. `classes` holds the C names, in the order of the labels.
+"""
+
+import csv
+import math
+
+import numpy as np
+import torch
+
+# matplotlib and scipy are slow to import, and training needs balanced_error alone: the functions
+# that use them import them.
+
+MAX_CLASSES = 20       # that are all in the table, and whose cells have numbers in the figure
+NUM_WORST = 10         # classes in the table, if there are more
+MAX_TICK_LABELS = 200
+MAX_LABEL_LENGTH = 40  # letters
+
+
+def balanced_error(confusion):
+    """Mean over the classes of the share of errors, in percent, as a float.
+
+    Classes without images are left out; if there are no others, it is nan. The matrix may be on
+    any device, with which this synchronizes once.
+    """
+    # float64 on the CPU, for MPS has none.
+    hits, images = torch.stack([confusion.diagonal(), confusion.sum(1)]).cpu().double()
+    return 100 * ((images - hits) / images)[images > 0].mean().item()
+
+
+def lines(confusion, classes, scores=None, labels=None):
+    """Recall and precision of each class, balanced error and, of two classes, the ROC AUC.
+
+    Args:
+        scores: float [N], the probability of the second of two classes; None leaves out the AUC.
+        labels: int64 [N], the true classes of the same images.
+
+    Returns the lines to print, a list of strings. '-' is what is undefined: the recall of a class
+    without images, the precision of one that was never predicted.
+    """
+    hits, images, predicted = (
+        counts.tolist() for counts in (confusion.diagonal(), confusion.sum(1), confusion.sum(0)))
+    listed, heading = range(len(classes)), []
+    if len(classes) > MAX_CLASSES:
+        def recall(label):
+            return hits[label] / images[label] if images[label] else math.inf
+        listed = sorted(listed, key=recall)[:NUM_WORST]
+        heading = [f'the {NUM_WORST} of {len(classes)} classes with the lowest recall:']
+    width = max(len(name) for name in ['class', *(classes[label] for label in listed)])
+
+    def row(*fields):
+        return '{:<{width}}  {:>7}  {:>8}  {:>11}'.format(*fields, width=width)
+
+    table = [row(classes[label], images[label], percent(hits[label], images[label]),
+                 percent(hits[label], predicted[label])) for label in listed]
+    footer = [f'balanced error {balanced_error(confusion):.2f}% '
+              f'(the mean over classes of the share of errors)']
+    if len(classes) == 2 and scores is not None:
+        footer.append(f'ROC AUC {roc_auc(scores, labels)}')
+    return [*heading, row('class', 'images', 'recall %', 'precision %'), *table, *footer]
+
+
+def percent(part, whole):
+    return f'{100 * part / whole:.2f}' if whole else '-'
+
+
+def roc_auc(scores, labels):
+    """Probability that an image of class 1 scores higher than one of class 0, ties counted half.
+
+    Four decimals, as a string; '-' if one of the classes has no images. It is the statistic of
+    Mann and Whitney over the number of pairs (Hanley and McNeil, Radiology 143, 1982).
+    """
+    from scipy.stats import mannwhitneyu
+
+    scores, is_second = scores.cpu().numpy(), labels.cpu().numpy() == 1
+    pairs = int(is_second.sum()) * int((~is_second).sum())
+    if not pairs:
+        return '-'
+    # By default, an exact p-value for a class of up to 8 images, which can take a minute.
+    result = mannwhitneyu(scores[is_second], scores[~is_second], method='asymptotic')
+    return f'{result.statistic / pairs:.4f}'
+
+
+def save_predictions(path, files, labels, probabilities, classes):
+    """Writes a CSV file with a row an image: its class and the three most probable ones.
+
+    Args:
+        files: N paths or names.
+        labels: int64 [N], the true classes.
+        probabilities: float32 [N, C].
+
+    The columns are file, class, error (0 or 1), predicted, probability, second,
+    second_probability, third and third_probability, as far as there are classes.
+    """
+    best = probabilities.topk(min(3, len(classes)), dim=1)
+    columns = ['predicted', 'probability', 'second', 'second_probability', 'third',
+               'third_probability'][:2 * best.indices.shape[1]]
+    # surrogateescape: the name of a file need not be text, and is written byte for byte.
+    with open(path, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
+        writer = csv.writer(file, lineterminator='\n')
+        writer.writerow(['file', 'class', 'error', *columns])
+        for name, label, found, shares in zip(files, labels.tolist(), best.indices.tolist(),
+                                              best.values.tolist(), strict=True):
+            ranked = [field for other, share in zip(found, shares)
+                      for field in (classes[other], f'{share:.6f}')]
+            writer.writerow([name, classes[label], int(found[0] != label), *ranked])
+
+
+# ---- figure -------------------------------------------------------------------------------
+
+def save_confusion(path, confusion, classes):
+    """Writes the confusion matrix as a figure, in the format of the path's suffix (a Path)."""
+    from plot import save_figure
+
+    save_figure(confusion_figure(confusion, classes), path)
+
+
+def confusion_figure(confusion, classes):
+    """A matplotlib Figure: colours are shares of a row, in percent; numbers are images."""
+    from matplotlib import rc_context
+    from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+    from matplotlib.figure import Figure
+
+    from plot import COLORS, GREY, STYLE
+
+    counts = confusion.cpu().double()
+    shares = 100 * counts / counts.sum(1, keepdim=True)  # of no images: nan, drawn grey
+    names = [label_text(name) for name in classes] if len(classes) <= MAX_TICK_LABELS else []
+    # Inches. Letters are as high as a cell allows, from 6 points (100 classes) to 9 (20).
+    side = max(2.5, min(0.5 * len(classes), 8), 0.11 * len(classes)) if names else 11
+    cell = side / len(classes)
+    font_size = min(9, 72 * cell / 1.3)
+    margin = 0.6 + 0.6 * font_size / 72 * max(map(len, names), default=0)
+    is_vertical = margin - 0.6 > 0.9 * cell
+    colors = LinearSegmentedColormap.from_list('', ['white', COLORS[0]])
+    with rc_context({**STYLE, 'axes.grid': False}):
+        figure = Figure((side + margin + 1, side + (margin if is_vertical else 0.8)),
+                        layout='constrained')
+        axes = figure.add_subplot(xlabel='predicted class', ylabel='true class')
+        # The square root shows the errors of a good model, which are a few percent of a row.
+        image = axes.imshow(shares.numpy(), norm=PowerNorm(0.5, 0, 100), interpolation='nearest',
+                            cmap=colors.with_extremes(bad=STYLE['grid.color']))
+        ticks = range(len(names))
+        style = {'fontsize': font_size, 'parse_math': False}  # a name may have dollars in it
+        axes.set_xticks(ticks, names, rotation=90 if is_vertical else 0, **style)
+        axes.set_yticks(ticks, names, **style)
+        borders = [tick + 0.5 for tick in ticks[:-1]]
+        axes.set_xticks(borders, minor=True)
+        axes.set_yticks(borders, minor=True)
+        axes.grid(which='minor')
+        axes.tick_params(which='both', length=0)
+        if len(classes) <= MAX_CLASSES:
+            digits = len(str(confusion.max().item()))
+            number_size = min(9, 72 * 0.9 * cell / (0.64 * digits))
+            for (i, j), count in np.ndenumerate(confusion.cpu().numpy()):
+                color = 'white' if shares[i, j] > 50 else 'black' if count else GREY
+                axes.text(j, i, count, ha='center', va='center', color=color, fontsize=number_size)
+        # An inset of the axes, which keep their shape, so that the bar is as high as they are.
+        figure.colorbar(image, cax=axes.inset_axes([1 + 0.1 / side, 0, 0.15 / side, 1]),
+                        ticks=[0, 1, 5, 10, 20, 40, 60, 80, 100], label='share of the row (%)')
+    return figure
+
+
+def label_text(name):
+    """A class's name, if it is long its ends; bytes that are no text become question marks."""
+    name = name.encode(errors='surrogateescape').decode(errors='replace')
+    half = MAX_LABEL_LENGTH // 2
+    return name if len(name) <= MAX_LABEL_LENGTH else f'{name[:half - 1]}…{name[-half:]}'

@@ -1,0 +1,224 @@
+"""report.py against brute-force definitions; its files, read back."""
+
+import csv
+import math
+import os
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+
+import plot
+import report
+
+FLOWERS = ['Gänseblümchen, weiß', 'a "rose"', 'tulip $5 to $6', 'Straße']
+
+
+@pytest.fixture(autouse=True)
+def no_change_of_matplotlibs_settings():
+    before = {name: matplotlib.rcParams[name] for name in plot.STYLE}
+    yield
+    assert before == {name: matplotlib.rcParams[name] for name in plot.STYLE}
+
+
+def some_pairs(num_classes, number=300, without=(), never=(), seed=0):
+    """(true, predicted) of images: no true class is in `without`, no predicted one in `never`."""
+    rng = np.random.default_rng(seed)
+    truths = [c for c in range(num_classes) if c not in without]
+    others = [c for c in range(num_classes) if c not in never]
+    pairs = []
+    for label in rng.choice(truths, number).tolist():
+        hit = label not in never and rng.random() < 0.3 + 0.6 * label / num_classes
+        pairs.append((label, label if hit else int(rng.choice(others))))
+    return pairs
+
+
+def count(pairs, num_classes):
+    return torch.tensor([[pairs.count((i, j)) for j in range(num_classes)]
+                         for i in range(num_classes)])
+
+
+def brute_force_row(pairs, label):
+    """The fields images, recall and precision of a class, from the images one by one."""
+    images = [predicted for truth, predicted in pairs if truth == label]
+    found = [truth for truth, predicted in pairs if predicted == label]
+    shares = [f'{100 * sum(other == label for other in group) / len(group):.2f}' if group else '-'
+              for group in (images, found)]
+    return [str(len(images)), *shares]
+
+
+def brute_force_balanced_error(pairs):
+    labels = {truth for truth, _ in pairs}
+    errors = [[predicted != truth for truth, predicted in pairs if truth == label]
+              for label in labels]
+    return 100 * math.fsum(sum(group) / len(group) for group in errors) / len(labels)
+
+
+# ---- text ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('without, never', [((), ()), ((2,), ()), ((), (1,)), ((0, 3), (0, 2))])
+def test_table_and_balanced_error_are_their_definitions(without, never):
+    pairs = some_pairs(4, without=without, never=never)
+    confusion = count(pairs, 4)
+    header, *rows, balanced = report.lines(confusion, FLOWERS)
+    assert header.split() == ['class', 'images', 'recall', '%', 'precision', '%']
+    for label, (name, row) in enumerate(zip(FLOWERS, rows, strict=True)):
+        assert row.startswith(f'{name} ') and len(row) == len(header)
+        assert row.removeprefix(name).split() == brute_force_row(pairs, label)
+    expected = brute_force_balanced_error(pairs)
+    assert isinstance(report.balanced_error(confusion), float)
+    assert report.balanced_error(confusion) == pytest.approx(expected, rel=1e-12)
+    assert balanced == (f'balanced error {expected:.2f}% '
+                        '(the mean over classes of the share of errors)')
+
+
+def test_of_many_classes_the_ten_of_the_lowest_recall():
+    pairs = some_pairs(21, 900, without=(4, 7))
+    names = [f'class-{label}' for label in range(21)]
+    heading, _, *rows, balanced = report.lines(count(pairs, 21), names)
+    assert '10 of 21 classes' in heading and 'lowest recall' in heading
+    fields = {name: brute_force_row(pairs, label) for label, name in enumerate(names)}
+    with_images = [name for name in names if fields[name][1] != '-']
+    worst = sorted(with_images, key=lambda name: float(fields[name][1]))[:10]
+    assert [row.split() for row in rows] == [[name, *fields[name]] for name in worst]
+    assert f'{brute_force_balanced_error(pairs):.2f}%' in balanced  # over all of them
+    assert len(report.lines(count(pairs, 21)[:20, :20], names[:20])) == 22
+
+
+def brute_force_auc(scores, labels):
+    wins = [(first < second) + 0.5 * (first == second)
+            for first, one in zip(scores, labels) if one == 0
+            for second, other in zip(scores, labels) if other == 1]
+    return sum(wins) / len(wins)
+
+
+@pytest.mark.parametrize('decimals', [0, 1, 7], ids=['two scores', 'many ties', 'no ties'])
+@pytest.mark.parametrize('number', [7, 150])
+def test_roc_auc_is_the_share_of_pairs_in_order(number, decimals):
+    rng = np.random.default_rng(number)
+    labels = np.append([0, 1], rng.integers(0, 2, number))
+    scores = rng.random(number + 2, dtype=np.float32).round(decimals)
+    *_, line = report.lines(torch.ones(2, 2, dtype=torch.int64), ['a', 'b'],
+                            torch.from_numpy(scores), torch.from_numpy(labels))
+    expected = brute_force_auc(scores.tolist(), labels.tolist())
+    assert line.startswith('ROC AUC ') and float(line.split()[-1]) == round(expected, 4)
+
+
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('labels, scores, expected', [
+    ([1, 1, 1], [0.1, 0.2, 0.3], '-'), ([0, 0], [0.5, 0.5], '-'), ([0, 1, 1], [0.5] * 3, '0.5000'),
+    ([0, 0, 1], [0.1, 0.2, 0.9], '1.0000'), ([1, 0], [0.1, 0.9], '0.0000')])
+def test_roc_auc_of_odd_scores(labels, scores, expected):
+    *_, line = report.lines(torch.ones(2, 2, dtype=torch.int64), ['a', 'b'],
+                            torch.tensor(scores), torch.tensor(labels))
+    assert line == f'ROC AUC {expected}'
+
+
+def test_no_auc_of_three_classes_or_without_scores():
+    scores, labels = torch.tensor([0.2, 0.7]), torch.tensor([0, 1])
+    three = report.lines(torch.eye(3, dtype=torch.int64), ['a', 'b', 'c'], scores, labels)
+    assert not any('AUC' in line for line in three)
+    assert not any('AUC' in line for line in report.lines(torch.eye(2).long(), ['a', 'b']))
+
+
+# ---- predictions.csv ----------------------------------------------------------------------
+
+def write_predictions(tmp_path, probabilities, labels, classes, files=None):
+    path = tmp_path / 'predictions.csv'
+    report.save_predictions(path, files or [f'{i}.png' for i in range(len(labels))],
+                            torch.tensor(labels), torch.tensor(probabilities), classes)
+    with open(path, newline='', encoding='utf-8', errors='surrogateescape') as file:
+        return list(csv.DictReader(file))
+
+
+def test_predictions_read_back(tmp_path):
+    rng = np.random.default_rng(0)
+    probabilities = rng.dirichlet([0.5] * 4, size=20).astype(np.float32).tolist()
+    labels = rng.integers(0, 4, 20).tolist()
+    files = [f'val/{FLOWERS[label]}/Größe, {i}.png' for i, label in enumerate(labels)]
+    rows = write_predictions(tmp_path, probabilities, labels, FLOWERS, files)
+    assert list(rows[0]) == ['file', 'class', 'error', 'predicted', 'probability', 'second',
+                             'second_probability', 'third', 'third_probability']
+    for row, file, label, shares in zip(rows, files, labels, probabilities, strict=True):
+        ranked = sorted(range(4), key=lambda other: -shares[other])[:3]
+        assert row['file'] == file and row['class'] == FLOWERS[label]
+        assert row['error'] == ('0' if ranked[0] == label else '1')
+        for other, rank in zip(ranked, ('', 'second', 'third')):
+            assert row[rank or 'predicted'] == FLOWERS[other]
+            share = row[f'{rank}_probability'.lstrip('_')]
+            assert float(share) == pytest.approx(shares[other], abs=5.1e-7)
+    assert {row['error'] for row in rows} == {'0', '1'}
+
+
+def test_predictions_of_two_classes_have_no_third(tmp_path):
+    [row] = write_predictions(tmp_path, [[0.25, 0.75]], [0], ['a', 'b'])
+    assert row == {'file': '0.png', 'class': 'a', 'error': '1', 'predicted': 'b',
+                   'probability': '0.750000', 'second': 'a', 'second_probability': '0.250000'}
+
+
+def test_a_name_that_is_no_text_is_written_byte_for_byte(tmp_path):
+    name = os.fsdecode(b'caf\xe9')  # as a folder of Latin-1 names gives it
+    [row] = write_predictions(tmp_path, [[1.0, 0.0]], [0], [name, 'b'], [f'{name}/1.png'])
+    assert os.fsencode(row['class']) == b'caf\xe9'
+    assert b'caf\xe9/1.png,caf\xe9,0,' in (tmp_path / 'predictions.csv').read_bytes()
+
+
+# ---- confusion.png ------------------------------------------------------------------------
+
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('num_classes, numbers, labels', [
+    (1, 1, 1), (2, 4, 2), (20, 400, 20), (21, 0, 21), (100, 0, 100), (201, 0, 0)])
+def test_figure_shows_the_matrix(num_classes, numbers, labels):
+    pairs = some_pairs(num_classes, 200, without=[num_classes // 2] if num_classes > 1 else [])
+    confusion, names = count(pairs, num_classes), [f'class {i}' for i in range(num_classes)]
+    [axes] = report.confusion_figure(confusion, names).axes
+    [bar] = axes.child_axes
+    drawn = axes.images[0].get_array()
+    for i, row in enumerate(confusion.tolist()):
+        for j, value in enumerate(row):
+            if sum(row):
+                assert drawn[i, j] == pytest.approx(100 * value / sum(row))
+            else:
+                assert np.ma.is_masked(drawn[i, j])
+    for axis in (axes.xaxis, axes.yaxis):  # row 0 is at the top
+        assert [label.get_text() for label in axis.get_ticklabels()] == names[:labels]
+        assert axis.get_ticklocs().tolist() == list(range(labels))
+    low, high = axes.get_ylim()
+    assert low > high
+    shown = {text.get_position(): text.get_text() for text in axes.texts}
+    assert shown == {(j, i): str(confusion[i, j].item()) for i in range(num_classes)
+                     for j in range(num_classes) if numbers}
+    assert len(axes.texts) == numbers
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ('predicted class', 'true class')
+    assert '%' in bar.get_ylabel()
+
+
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('names', [
+    [*FLOWERS, 'x' * 255, os.fsdecode(b'caf\xe9'), '$\\no formula$', 'golden retriever puppy', '1'],
+    [f'sweet pepper {i}' for i in range(100)], [f'class {i}' for i in range(20)],
+    ['healthy', 'not healthy']], ids=['odd names', '100', '20', '2'])
+def test_labels_and_numbers_overlap_nothing_and_stay_inside(names):
+    confusion = torch.full((len(names), len(names)), 1234567)
+    figure = report.confusion_figure(confusion, names)
+    figure.draw_without_rendering()
+    [axes] = figure.axes
+    [bar] = axes.child_axes
+    for axis, edges in ((axes.xaxis, ('x0', 'x1')), (axes.yaxis, ('y0', 'y1'))):
+        boxes = [label.get_window_extent() for label in axis.get_ticklabels()]
+        spans = sorted([getattr(box, edge) for edge in edges] for box in boxes)
+        assert all(stop <= start for (_, stop), (start, _) in zip(spans, spans[1:]))
+    cell = axes.get_window_extent().width / len(names)
+    assert all(text.get_window_extent().width <= cell for text in axes.texts)
+    extents = [artist.get_tightbbox() for artist in (axes, bar)]
+    assert min(box.x0 for box in extents) >= 0 and min(box.y0 for box in extents) >= 0
+    assert max(box.x1 for box in extents) <= figure.bbox.x1
+    assert max(box.y1 for box in extents) <= figure.bbox.y1
+    assert axes.get_window_extent().width > 0.4 * figure.bbox.width  # not squeezed by its labels
+
+
+def test_save_confusion_writes_the_figure_alone(tmp_path):
+    report.save_confusion(tmp_path / 'confusion.png', torch.tensor([[5, 1], [0, 0]]), ['ä', 'b, c'])
+    assert (tmp_path / 'confusion.png').read_bytes().startswith(b'\x89PNG\r\n\x1a\n')
+    assert os.listdir(tmp_path) == ['confusion.png']
