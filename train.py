@@ -68,7 +68,7 @@ def build_model(args, num_classes, image_size):
             model = densenet.DenseNet(block_config=args.block_config, **settings)
         else:
             model = densenet.densenet_cifar(args.depth, **settings)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # RuntimeError: no memory for so many weights
         raise UserError(f'no such model: {error}') from error
     if image_size < model.min_size:
         raise UserError(f'this model needs images of at least {model.min_size} pixels, and these '
