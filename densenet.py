@@ -5,18 +5,15 @@
     logits = model(images)                                 # [N, 3, H, W] -> [N, num_classes]
     feature_map = model.features(images)                   # before the last ReLU and the pooling
 
-Modules have the names and kinds of torchvision's DenseNet, and state dicts go both ways:
-`model.load_state_dict(torchvision.models.densenet121(weights='DEFAULT').state_dict())`.
-Memory in training grows linearly with depth: see `DenseBlock` and `_LinearMemoryBlock`. On CPUs,
-densenet_cpu.py and densenet_cpu.cpp make it faster: copy them, too, and they are found beside this
-file.
+Modules have the names and kinds of torchvision's DenseNet, and state dicts go both ways. Memory in
+training grows linearly with depth: see `DenseBlock` and `_LinearMemoryBlock`. On CPUs,
+densenet_cpu.py and densenet_cpu.cpp beside this file make it faster: copy them, too.
 
 "The paper" is Huang, Liu, van der Maaten, Weinberger: Densely Connected Convolutional Networks,
 CVPR 2017, https://arxiv.org/abs/1608.06993; "the technical report" Pleiss et al.: Memory-Efficient
 Implementation of DenseNets, 2017, https://arxiv.org/abs/1707.06990.
 """
 
-import contextlib
 import functools
 import importlib
 import re
@@ -39,6 +36,8 @@ __all__ = ['DenseNet', 'densenet121', 'densenet161', 'densenet169', 'densenet201
 class DenseNet(nn.Module):
     """A densely connected network; the first seven arguments are those of torchvision's class.
 
+    The paper's DenseNet-BC has bottleneck and compression 0.5, its plain DenseNet has neither.
+
     Args:
         growth_rate: channels that each layer adds, k in the paper.
         block_config: number of layers in each dense block.
@@ -47,24 +46,20 @@ class DenseNet(nn.Module):
         drop_rate: dropout after every convolution but the first (paper, section 4.2).
         num_classes: width of the classifier.
         memory_efficient: save little but the feature maps for backward and recompute the rest
-            (see `DenseBlock`): the same gradients and running statistics, in less memory and a
-            little more time. No effect under torch.compile.
+            (see `DenseBlock`). No effect under torch.compile.
         compression: share of the channels that a transition keeps, theta in the paper.
         bottleneck: a 1x1 convolution before each 3x3 one (DenseNet-B).
         small_inputs: the stem for CIFAR and SVHN, one 3x3 convolution, instead of ImageNet's.
         in_channels: channels of the images.
 
-    Shapes: images [N, in_channels, H, W] to logits [N, num_classes]; any H and W of at least
-    `min_size` pixels.
+    Shapes: images [N, in_channels, H, W] to logits [N, num_classes].
 
     Attributes:
         config: all the arguments, so that `DenseNet(**model.config)` is the same network.
-        min_size: pixels.
+        min_size: the least H and W of images, in pixels.
 
     Raises:
         ValueError: an argument out of range, or images that are too small.
-
-    The paper's DenseNet-BC has bottleneck and compression 0.5, its plain DenseNet has neither.
     """
 
     def __init__(self, growth_rate=32, block_config=(6, 12, 24, 16), num_init_features=64,
@@ -98,15 +93,11 @@ class DenseNet(nn.Module):
                 channels = compressed
         self.features.add_module('norm5', nn.BatchNorm2d(channels))
         self.classifier = nn.Linear(channels, num_classes)
-        self._init_weights()
-
-    def _init_weights(self):
-        """As the official code: He et al. by the number of outputs; nn.BatchNorm2d starts right."""
+        # As the official code: He et al. by the number of outputs; nn.BatchNorm2d starts right.
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
-            elif isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
+        nn.init.zeros_(self.classifier.bias)
 
     def forward(self, x):
         # In a graph that is being recorded, this comparison would be frozen.
@@ -198,9 +189,8 @@ class DenseBlock(_LinearMemory, nn.ModuleDict):
         'checkpointed'  memory_efficient where 'linear' is impossible: layer by layer, with the
                         first convolution of each recomputed in backward
 
-    'linear' stands for the modules as they are built here. Where they were changed (hooks,
-    replaced modules, norms in eval mode) or under transforms (torch.func, forward-mode AD) the
-    block falls back to the others, and `fallback_reason` says why.
+    Where modules were changed (hooks, replaced modules, norms in eval mode) or under transforms
+    (torch.func, forward-mode AD), 'linear' is impossible, and `fallback_reason` says why.
     """
 
     def __init__(self, num_layers, in_channels, growth_rate, bn_size, drop_rate, bottleneck,
@@ -217,11 +207,12 @@ class DenseBlock(_LinearMemory, nn.ModuleDict):
             self.path = ops.path
             if not self.training:
                 return self._evaluate(ops, x)
-            layers = list(self.values())
             # Grad mode is read here: within a Function it is always off.
             save_bottlenecks = torch.is_grad_enabled() and not self.memory_efficient
-            return _LinearMemoryBlock.apply(ops, layers, save_bottlenecks, x,
-                                            *_parameters(layers))
+            layers = list(self.values())
+            parameters = [parameter for layer in layers for norm, conv in layer.halves()
+                          for parameter in (norm.weight, norm.bias, conv.weight)]
+            return _LinearMemoryBlock.apply(ops, layers, save_bottlenecks, x, *parameters)
         self.path = 'checkpointed' if _recomputes(self, x) else 'plain'
         features = [x]
         for layer in self.values():
@@ -229,18 +220,16 @@ class DenseBlock(_LinearMemory, nn.ModuleDict):
         return torch.cat(features, 1)
 
     def _evaluate(self, ops, x):
-        """In eval mode and without gradients: in one buffer, as in training."""
         c = x.shape[1]
-        channels = c + sum(len(layer.halves()[-1][1].weight) for layer in self.values())
-        features = ops.new_maps(x, channels)
+        features = ops.new_maps(x, c + sum(layer.out_channels for layer in self.values()))
         features[:, :c].copy_(x)
         for layer in self.values():
-            *first, (norm, conv) = layer.halves()
-            maps, k = features[:, :c], len(conv.weight)
+            *first, last = layer.halves()
+            maps, new = features[:, :c], features[:, c:c + layer.out_channels]
             for half in first:
                 maps = _evaluate_half(ops, maps, *half)
-            _evaluate_half(ops, maps, norm, conv, out=features[:, c:c + k])
-            c += k
+            _evaluate_half(ops, maps, *last, out=new)
+            c += layer.out_channels
         return features
 
 
@@ -269,9 +258,7 @@ class DenseLayer(nn.Module):
     def forward(self, features):
         features = features if isinstance(features, (list, tuple)) else [features]
         if _recomputes(self, features[0]):
-            # Dropout stays outside: there is no random state to restore for the recomputation.
-            x = checkpoint(self._first_half, *features, use_reentrant=False,
-                           preserve_rng_state=False, context_fn=self._checkpoint_contexts)
+            x = self._checkpointed_first_half(features)
         else:
             x = self._first_half(*features)
         x = self._dropout(x)
@@ -282,35 +269,36 @@ class DenseLayer(nn.Module):
     def _first_half(self, *features):
         return self.conv1(self.relu1(self.norm1(torch.cat(features, 1))))
 
+    def _checkpointed_first_half(self, features):
+        """Recomputed in backward, where the running statistics of norm1 stay as they are."""
+        norm, in_backward = self.norm1, False
+
+        def first_half(*features):
+            if not in_backward or not hasattr(norm, 'num_batches_tracked'):
+                return self._first_half(*features)
+            kept = norm.momentum, norm.num_batches_tracked
+            norm.momentum, norm.num_batches_tracked = 0.0, None
+            try:
+                return self._first_half(*features)
+            finally:
+                norm.momentum, norm.num_batches_tracked = kept
+
+        # Dropout stays outside: there is no random state to restore for the recomputation.
+        x = checkpoint(first_half, *features, use_reentrant=False, preserve_rng_state=False)
+        in_backward = True  # when it is called again
+        return x
+
     def _dropout(self, x):
         return F.dropout(x, self.drop_rate, self.training) if self.drop_rate else x
-
-    def _checkpoint_contexts(self):
-        is_batch_norm = hasattr(self.norm1, 'num_batches_tracked')  # nobody has replaced it
-        recompute = _UntrackedStatistics(self.norm1) if is_batch_norm else contextlib.nullcontext()
-        return contextlib.nullcontext(), recompute
 
     def halves(self):
         """(norm, conv) of each half."""
         halves = [(self.norm1, self.conv1)]
         return [*halves, (self.norm2, self.conv2)] if self.bottleneck else halves
 
-
-class _UntrackedStatistics:
-    """A context in which a norm takes batch statistics and leaves its running statistics alone.
-
-    Not a generator, since each backward through a retained graph enters it again.
-    """
-
-    def __init__(self, norm):
-        self.norm = norm
-
-    def __enter__(self):
-        self.kept = self.norm.momentum, self.norm.num_batches_tracked
-        self.norm.momentum, self.norm.num_batches_tracked = 0.0, None
-
-    def __exit__(self, *_):
-        self.norm.momentum, self.norm.num_batches_tracked = self.kept
+    @property
+    def out_channels(self):
+        return len((self.conv2 if self.bottleneck else self.conv1).weight)
 
 
 class Transition(_LinearMemory, nn.Sequential):
@@ -318,9 +306,8 @@ class Transition(_LinearMemory, nn.Sequential):
 
     [N, C, H, W] -> [N, out_channels, H // 2, W // 2]
 
-    Convolution and pooling commute, and after the pooling the convolution has a quarter of the
-    work. In training, `path` 'linear' is norm-ReLU-pool-convolution as one function that saves its
-    input alone.
+    Computed in the order norm-ReLU-pool-convolution, where it can be: convolution and pooling
+    commute, and after the pooling the convolution has a quarter of the work.
     """
 
     def __init__(self, in_channels, out_channels, drop_rate=0.0, memory_efficient=False):
@@ -334,24 +321,21 @@ class Transition(_LinearMemory, nn.Sequential):
 
     def forward(self, x):
         self.path = 'plain'
-        if not self._can_pool_first(x):
+        # Not with dropout between the two, nor where somebody may look there.
+        if (self.drop_rate and self.training or isinstance(x, torch.fx.Proxy)
+                or _difference(self.conv, 'conv', self.training)
+                or _difference(self.pool, 'pool', self.training)
+                or self.conv.kernel_size != (1, 1)):
             x = self.conv(self.relu(self.norm(x)))
             return self.pool(F.dropout(x, self.drop_rate, self.training) if self.drop_rate else x)
         ops = self._choose_operations(x)
-        if ops:
-            self.path = ops.path
-            if not self.training:
-                return _evaluate_half(ops, x, self.norm, self.conv, pool=True)
-            return _LinearMemoryTransition.apply(ops, self.norm, x, self.norm.weight,
-                                                 self.norm.bias, self.conv.weight)
-        return self.conv(self.pool(self.relu(self.norm(x))))
-
-    def _can_pool_first(self, x):
-        """Not with dropout between the two, nor where somebody may look there."""
-        return not (self.drop_rate and self.training or isinstance(x, torch.fx.Proxy)
-                    or _module_reason(self.conv, nn.Conv2d, self.training)
-                    or _module_reason(self.pool, nn.AvgPool2d, self.training)
-                    or self.conv.kernel_size != (1, 1))
+        if not ops:
+            return self.conv(self.pool(self.relu(self.norm(x))))
+        self.path = ops.path
+        if not self.training:
+            return _evaluate_half(ops, x, self.norm, self.conv, pool=True)
+        return _LinearMemoryTransition.apply(ops, self.norm, x, self.norm.weight, self.norm.bias,
+                                             self.conv.weight)
 
 
 # ---- when linear memory is impossible ------------------------------------------------------------
@@ -368,17 +352,23 @@ def _recomputes(module, x):
             and not _is_traced(x))
 
 
-# The kinds of modules by their names, without the number.
-_KINDS = {'denselayer': DenseLayer, 'norm': nn.BatchNorm2d, 'relu': nn.ReLU, 'conv': nn.Conv2d,
-          'pool': nn.AvgPool2d}
+# What the linear way takes for granted of the modules, by their names without the number.
+_AS_BUILT = {
+    'denselayer': (DenseLayer, {}),
+    'norm': (nn.BatchNorm2d, {}),
+    'relu': (nn.ReLU, {}),
+    'conv': (nn.Conv2d, dict(stride=(1, 1), dilation=(1, 1), groups=1, padding_mode='zeros',
+                             bias=None)),
+    'pool': (nn.AvgPool2d, dict(kernel_size=2, stride=2, padding=0)),
+}
+_NO_HOOKS = dict.fromkeys(['_forward_hooks', '_forward_pre_hooks', '_backward_hooks',
+                           '_backward_pre_hooks'], {})
 
 
 def _fallback_reason(block, x):
-    """Why the linear way would not compute what the modules of a block or transition do, or None.
-
-    The first two look at private names. In a torch that renames one, the functions below still
-    refuse transforms themselves, but global hooks would be overlooked.
-    """
+    """Why the linear way would not compute what a block's or transition's modules do, or None."""
+    # The first two look at private names. In a torch that renames one, autograd still refuses
+    # transforms of a Function, but global hooks would be overlooked.
     if (getattr(torch._C, '_are_functorch_transforms_active', lambda: False)()
             or getattr(forward_ad, '_current_level', -1) >= 0):
         return 'torch.func or forward-mode differentiation'
@@ -390,59 +380,41 @@ def _fallback_reason(block, x):
     channels = x.shape[1]
     for name, module in block.named_modules():
         kind = name.rpartition('.')[2].rstrip('0123456789')
-        reason = kind and _module_reason(module, _KINDS.get(kind), block.training)
-        if reason:
-            return f'{name} {reason}'
+        difference = kind and _difference(module, kind, block.training)
+        if difference:
+            return f'{name}{difference}'
         if kind == 'denselayer':
             if len(module.norm1.weight) != channels:
                 return f'{name} reads {len(module.norm1.weight)} channels, not {channels}'
-            channels += len(module.halves()[-1][1].weight)
-    dtypes = {parameter.dtype for parameter in block.parameters()}
-    if len(dtypes) > 1 or x.dtype != _conv_dtype(x, *dtypes):
-        return f'input of {x.dtype}, weights of {", ".join(map(str, dtypes))}'
+            channels += module.out_channels
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device):
+        return f'a device of type {device}'
+    weights = {parameter.dtype for parameter in block.parameters()}
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    precision = {torch.float32: autocast or torch.float32, torch.float64: torch.float64}
+    if len(weights) != 1 or x.dtype != precision.get(*weights):
+        return f'input of {x.dtype}, weights of {", ".join(map(str, weights))}'
     return None
 
 
-def _module_reason(module, kind, training):
-    """Why a module may not do what it does as it is built here, or None."""
+def _difference(module, kind, training):
+    """How a module differs from what is built here under that name, or None."""
+    kind, attributes = _AS_BUILT.get(kind, (None, {}))
     if type(module) is not kind:
-        return f'is a {type(module).__name__}'
-    if (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-            or module._backward_pre_hooks or 'forward' in module.__dict__):
-        return 'has hooks, or a forward of its own'
-    if module.training != training:
-        return f'is in {"eval" if training else "training"} mode'
+        return f' is a {type(module).__name__}'
+    if 'forward' in module.__dict__:  # vars(module) stops torch.compile in torch 2.6
+        return ' has a forward of its own'
+    for name, value in {'training': training, **_NO_HOOKS, **attributes}.items():
+        if getattr(module, name) != value:
+            return f'.{name} is not {value}'
     if kind is nn.BatchNorm2d and any(value is None for value in (
             module.weight, module.bias, module.running_mean)):
-        return 'has no weights or no running statistics'
-    if kind is nn.Conv2d:
-        side = module.kernel_size[0]
-        geometry = (module.kernel_size, module.stride, module.padding, module.dilation,
-                    module.groups, module.padding_mode, module.bias)
-        same = (side,) * 2, (1, 1), (side // 2,) * 2, (1, 1), 1, 'zeros', None
-        if side not in (1, 3) or geometry != same:
-            return 'has a bias, or is not a "same" convolution of stride 1'
-    if kind is nn.AvgPool2d and (module.kernel_size, module.stride, module.padding) != (2, 2, 0):
-        return 'does not pool 2x2'
+        return ' has no weights or no running statistics'
+    if kind is nn.Conv2d and (module.kernel_size, module.padding) not in (
+            ((1, 1), (0, 0)), ((3, 3), (1, 1))):
+        return f' has kernel_size {module.kernel_size} and padding {module.padding}'
     return None
-
-
-def _conv_dtype(x, weight_dtype):
-    """The precision in which a convolution of x is computed, None if the block has no such."""
-    device = x.device.type
-    if weight_dtype not in (torch.float32, torch.float64):
-        return None
-    if (weight_dtype == torch.float32 and torch.amp.is_autocast_available(device)
-            and torch.is_autocast_enabled(device)):
-        return torch.get_autocast_dtype(device)
-    return weight_dtype
-
-
-def _no_autocast(x):
-    device = x.device.type
-    if torch.amp.is_autocast_available(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
 
 
 # ---- training in linear memory -------------------------------------------------------------------
@@ -450,12 +422,12 @@ def _no_autocast(x):
 class _LinearMemoryBlock(torch.autograd.Function):
     """A dense block in training as one function, whose memory is linear in the number of layers.
 
-    All feature maps are in one buffer, where each layer writes its own channels: nothing is ever
-    concatenated. The mean m and variance of a channel over the batch are the same for every layer
-    that reads it, so they are taken once, and norm1 of layer l is (x - m) * s + bias with
-    s = weight * r and r = 1 / sqrt(variance + eps). Saved for backward are the buffer, vectors of
-    one number a channel, the outputs of the 1x1 convolutions (or not: `save_bottlenecks`) and the
-    masks of dropout. The rest is cheap to recompute.
+    Each layer writes its own channels into one buffer: nothing is ever concatenated. The mean m and
+    variance of a channel over the batch are the same for every layer that reads it, so they are
+    taken once, and norm1 of layer l is (x - m) * s + bias with s = weight * r and
+    r = 1 / sqrt(variance + eps). Saved for backward are the buffer, vectors of one number a
+    channel, the masks of dropout and, with `save_bottlenecks`, the outputs of the 1x1 convolutions.
+    The rest is cheap to recompute.
 
     In backward, let g be the gradient at the output of norm1 of layer l, and M = N * H * W. Batch
     normalisation gives
@@ -469,130 +441,109 @@ class _LinearMemoryBlock(torch.autograd.Function):
         dx = G - (A + (x - m) * B)  with
         G = sum of s * g,  A = sum of s * d_bias / M,  B = sum of s * r * d_weight / M  over l.
 
-    Args:
-        ops: the implementation of the operations, such as `_EagerOperations`.
-        layers: the DenseLayers, for their settings and running statistics, which are updated.
-        save_bottlenecks: save the outputs of the 1x1 convolutions for backward.
-        x: [N, C, H, W].
-        parameters: `_parameters(layers)`.
-
-    Returns:
-        The feature maps [N, C + num_layers * growth_rate, H, W].
+    x is [N, C, H, W], the result [N, C + num_layers * growth_rate, H, W]; `parameters` are those of
+    the layers, in their order, whose running statistics are updated.
     """
 
     @staticmethod
     def forward(ctx, ops, layers, save_bottlenecks, x, *parameters):
         ctx.ops, ctx.in_channels = ops, x.shape[1]
-        ctx.drop_rates = [layer.drop_rate for layer in layers]
-        ctx.eps = [[norm.eps for norm, _ in layer.halves()] for layer in layers]
-        layer_halves = _halves(parameters, ctx.eps)
-        channels = x.shape[1] + sum(len(halves[-1].kernel) for halves in layer_halves)
-        features = _Maps(ops.new_maps(x, channels),
-                         *(x.new_empty(channels, dtype=parameters[0].dtype) for _ in range(2)))
-        saved, updates = [], []
-        with _no_autocast(x):
-            features.part(0, x.shape[1]).copy_(_Maps(x, *ops.statistics(x)))
-            for layer, halves in zip(layers, layer_halves):
-                c = len(halves[0].weight)  # channels that this layer reads
-                maps, new = features.part(0, c), features.part(c, c + len(halves[-1].kernel))
-                for (norm, _), half in zip(layer.halves(), halves):
-                    updates.append((norm, maps))
-                    is_last, mask = half is halves[-1], None
+        ctx.settings = [(layer.drop_rate, [norm.eps for norm, _ in layer.halves()])
+                        for layer in layers]
+        channels = x.shape[1] + sum(layer.out_channels for layer in layers)
+        features = _Maps(ops.new_maps(x, channels), *parameters[0].new_empty(2, channels))
+        saved, norms, statistics = [], [], []
+        with torch.autocast(x.device.type, enabled=False):
+            c = x.shape[1]  # channels that the layer reads
+            features.part(0, c).copy_(_Maps(x, *ops.statistics(x)))
+            for layer in layers:
+                maps, new = features.part(0, c), features.part(c, c + layer.out_channels)
+                for i, (norm, conv) in enumerate(layer.halves(), start=1):
+                    norms.append(norm)
+                    statistics.append(maps._replace(data=None))
+                    half, mask, is_last = _Half.of(norm, conv), None, i == len(layer.halves())
                     maps = _Maps(*ops.norm_relu_conv(maps, half, statistics=not layer.drop_rate,
                                                      out=new.data if is_last else None))
                     if layer.drop_rate:
                         data, mask = torch.native_dropout(maps.data, layer.drop_rate, True)
                         maps = _Maps(data, *ops.statistics(data))
                     is_saved = save_bottlenecks and not is_last
-                    saved += [mask, maps.data if is_saved else None, maps.mean, maps.var]
+                    saved += [*half[:3], mask, maps.data if is_saved else None, *maps[1:]]
                 new.copy_(maps)
-        _update_running_statistics(updates, x.numel() // x.shape[1])
-        ctx.save_for_backward(*features, *parameters, *saved)
+                c += layer.out_channels
+        _update_running_statistics(norms, statistics, x.numel() // x.shape[1])
+        ctx.save_for_backward(*features, *saved)
         return features.data
 
     @staticmethod
     def backward(ctx, grad):
-        features, layers, parameters = _LinearMemoryBlock._unpack(ctx)
-        if _needs_autograd(grad):
-            x = features.data[:, :ctx.in_channels]  # from there, the identity leads to the input
-            return None, None, None, *_gradients_by_autograd(
-                functools.partial(_plain_block, layers), [x, *parameters], grad)
-        ops, gradients, end = ctx.ops, [], len(features.mean)
-        G = ops.new_maps(features.data, end).copy_(grad)  # names as above
-        A, B = torch.zeros_like(features.mean), torch.zeros_like(features.mean)
-
-        def incomplete(start, stop):
-            """Of some channels' gradient G, and what completes it when all layers are in."""
-            part = slice(start, stop)
-            return G[:, part], (features.part(start, stop), A[part], B[part])
-
-        with _no_autocast(grad):
+        data, mean, var, *saved = ctx.saved_tensors
+        features, rows = _Maps(data, mean, var), zip(*[iter(saved)] * 7)
+        # Of each half of each layer: its parameters, drop rate, mask of dropout or None, and
+        # output, without data where that is to be recomputed or in the buffer.
+        layers = [[(_Half(*row[:3], eps), drop_rate, row[3], _Maps(*row[4:]))
+                   for eps, row in zip(all_eps, rows)] for drop_rate, all_eps in ctx.settings]
+        if torch.is_grad_enabled():  # create_graph=True
+            x = data[:, :ctx.in_channels]  # from there, the identity leads to the input
+            parameters = [value for layer in layers for half, *_ in layer for value in half[:3]]
+            return None, None, None, *_differentiable_gradients(
+                functools.partial(_plain_block, layers), grad, x, *parameters)
+        ops, gradients, end = ctx.ops, [], len(mean)
+        G = ops.new_maps(data, end).copy_(grad)  # names as above
+        A, B = torch.zeros_like(mean), torch.zeros_like(mean)
+        with torch.autocast(grad.device.type, enabled=False):
             for layer in reversed(layers):
-                c = len(layer.halves[0].weight)
-                inputs = [features.part(0, c), *layer.outputs[:-1]]
-                grad, completion = incomplete(c, end)
-                for i in reversed(range(len(inputs))):
-                    maps, half, mask = inputs[i], layer.halves[i], layer.masks[i]
-                    if maps.data is None:
-                        z, *_ = ops.norm_relu_conv(inputs[i - 1], layer.halves[i - 1])
-                        z = _dropout_backward(z, layer.masks[i - 1], layer.drop_rate)
-                        maps = maps._replace(data=z)
+                c = end - len(layer[-1][0].kernel)  # channels that the layer has read
+                inputs = [features.part(0, c)]
+                for half, drop_rate, mask, output in layer[:-1]:
+                    if output.data is None:
+                        z, *_ = ops.norm_relu_conv(inputs[-1], half)
+                        output = output._replace(data=_dropout_backward(z, mask, drop_rate))
+                    inputs.append(output)
+                # What completes a gradient once all layers that read the channels are done.
+                grad, completion = G[:, c:end], (features.part(c, end), A[c:end], B[c:end])
+                for maps, (half, drop_rate, mask, _) in zip(reversed(inputs), reversed(layer)):
                     if mask is not None:
-                        grad = _dropout_backward(ops.complete(grad, *completion), mask,
-                                                 layer.drop_rate)
+                        grad = _dropout_backward(ops.complete(grad, *completion), mask, drop_rate)
                         completion = None
-                    grad, *found = ops.norm_relu_conv_backward(
-                        grad, maps, half, total=None if i else G[:, :c], completion=completion)
-                    completion = maps, *_coefficients(maps, half, *found[:2])
+                    grad, completion, found = _half_backward(
+                        ops, grad, maps, half, completion=completion,
+                        total=G[:, :c] if maps is inputs[0] else None)
                     gradients = found + gradients
                 A[:c] += completion[1]
                 B[:c] += completion[2]
                 end = c
-            grad, completion = incomplete(0, end)
-            return None, None, None, ops.complete(grad, *completion), *gradients
-
-    @staticmethod
-    def _unpack(ctx):
-        data, mean, var, *tensors = ctx.saved_tensors
-        count = 3 * sum(map(len, ctx.eps))
-        parameters, saved = tensors[:count], zip(*[iter(tensors[count:])] * 4)
-        layers = []
-        for halves, drop_rate in zip(_halves(parameters, ctx.eps), ctx.drop_rates):
-            masks, *outputs = zip(*(next(saved) for _ in halves))
-            layers.append(_SavedLayer(halves, drop_rate, masks, list(map(_Maps, *outputs))))
-        return _Maps(data, mean, var), layers, parameters
+            dx = ops.complete(G[:, :c], inputs[0], A[:c], B[:c])
+            return None, None, None, dx, *gradients
 
 
 class _LinearMemoryTransition(torch.autograd.Function):
     """A transition in training, pooled before the convolution; saves its input alone.
 
-    x [N, C, H, W] -> [N, out_channels, H // 2, W // 2]; the running statistics of `norm` are
-    updated.
+    x is [N, C, H, W], the result [N, out_channels, H // 2, W // 2]; the running statistics of
+    `norm` are updated.
     """
 
     @staticmethod
     def forward(ctx, ops, norm, x, *parameters):
         ctx.ops, ctx.eps = ops, norm.eps
-        with _no_autocast(x):
+        with torch.autocast(x.device.type, enabled=False):
             maps = _Maps(x, *ops.statistics(x))
             y, *_ = ops.norm_relu_conv(maps, _Half(*parameters, norm.eps), pool=True)
-        _update_running_statistics([(norm, maps)], x.numel() // x.shape[1])
+        _update_running_statistics([norm], [maps], x.numel() // x.shape[1])
         ctx.save_for_backward(*maps, *parameters)
         return y
 
     @staticmethod
     def backward(ctx, grad):
         x, mean, var, *parameters = ctx.saved_tensors
-        maps = _Maps(x, mean, var)
-        if _needs_autograd(grad):
-            def plain(x, *parameters):
-                return _plain_half(x, _Half(*parameters, ctx.eps), pool=True)
-            return None, None, *_gradients_by_autograd(plain, [x, *parameters], grad)
-        with _no_autocast(grad):
-            half = _Half(*parameters, ctx.eps)
-            total, *found = ctx.ops.norm_relu_conv_backward(grad, maps, half, pool=True)
-            dx = ctx.ops.complete(total, maps, *_coefficients(maps, half, *found[:2]))
-            return None, None, dx, *found
+        if torch.is_grad_enabled():  # create_graph=True
+            return None, None, *_differentiable_gradients(
+                functools.partial(_plain_half, eps=ctx.eps, pool=True), grad, x, *parameters)
+        with torch.autocast(grad.device.type, enabled=False):
+            total, completion, found = _half_backward(
+                ctx.ops, grad, _Maps(x, mean, var), _Half(*parameters, ctx.eps), pool=True)
+            return None, None, ctx.ops.complete(total, *completion), *found
 
 
 class _Maps(NamedTuple):
@@ -617,49 +568,32 @@ class _Half(NamedTuple):
     kernel: torch.Tensor  # of the convolution, [O, C, 1, 1] or [O, C, 3, 3]
     eps: float
 
-    def invstd(self, maps):
-        """1 / the standard deviation of each channel, as the norm takes it."""
-        return (maps.var + self.eps).rsqrt()
-
-
-class _SavedLayer(NamedTuple):
-    """What backward has of a dense layer: in lists, an entry for each half."""
-    halves: list
-    drop_rate: float
-    masks: list    # of dropout, or None
-    outputs: list  # _Maps; without data where it is to be recomputed, or in the buffer
-
-
-def _parameters(layers):
-    """Of each half, weight and bias of the norm and weight of the convolution."""
-    return [parameter for layer in layers for norm, conv in layer.halves()
-            for parameter in (norm.weight, norm.bias, conv.weight)]
-
-
-def _halves(parameters, eps):
-    """The halves of each layer, from `_parameters(layers)` and the eps of the norms."""
-    triples = zip(*[iter(parameters)] * 3)
-    return [[_Half(*next(triples), value) for value in values] for values in eps]
+    @staticmethod
+    def of(norm, conv):
+        return _Half(norm.weight, norm.bias, conv.weight, norm.eps)
 
 
 def _evaluate_half(ops, x, norm, conv, pool=False, out=None):
     maps = _Maps(x, norm.running_mean, norm.running_var)
-    half = _Half(norm.weight, norm.bias, conv.weight, norm.eps)
-    with _no_autocast(x):
-        return ops.norm_relu_conv(maps, half, pool, out)[0]
+    with torch.autocast(x.device.type, enabled=False):
+        return ops.norm_relu_conv(maps, _Half.of(norm, conv), pool, out)[0]
 
 
-def _coefficients(maps, half, d_weight, d_bias):
-    """A half's parts of A and B, as above."""
-    invstd = half.invstd(maps)
+def _half_backward(ops, grad, maps, half, **options):
+    """`norm_relu_conv_backward`, with the half's parts of A and B, as above.
+
+    Returns:
+        total; (maps, a, b), which complete it; [gradients of weight, of bias, of the kernel].
+    """
+    invstd = (maps.var + half.eps).rsqrt()
+    total, *found = ops.norm_relu_conv_backward(grad, maps, half, invstd, **options)
+    d_weight, d_bias, _ = found
     share = half.weight * invstd / (maps.data.numel() // len(invstd))
-    return share * d_bias, share * invstd * d_weight
+    return total, (maps, share * d_bias, share * invstd * d_weight), found
 
 
-@torch.no_grad()
-def _update_running_statistics(updates, count):
-    """As nn.BatchNorm2d does: for pairs of a norm and its maps of `count` values a channel."""
-    norms, maps = zip(*updates)
+def _update_running_statistics(norms, maps, count):
+    """As nn.BatchNorm2d does, from the `_Maps` that each norm read, `count` values a channel."""
     unbiased = torch._foreach_mul([m.var for m in maps], count / (count - 1))
     by_momentum = {}
     for norm, m, var in zip(norms, maps, unbiased):
@@ -673,41 +607,24 @@ def _update_running_statistics(updates, count):
     torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
 
 
-def _needs_autograd(grad):
-    """Are gradients to be differentiated again (create_graph=True), or batched (vmap)?
-
-    Batched ones can't be written into memory that is not.
-    """
-    names = 'is_batchedtensor', 'is_legacy_batchedtensor'
-    return torch.is_grad_enabled() or any(
-        getattr(torch._C._functorch, name, lambda _: False)(grad) for name in names)
+def _differentiable_gradients(function, grad, *inputs):
+    """Gradients of function(*inputs) that can be differentiated again."""
+    with torch.autocast(grad.device.type, enabled=False):
+        return torch.func.vjp(function, *inputs)[1](grad)
 
 
-def _gradients_by_autograd(function, inputs, grad):
-    """Gradients of function(*inputs), with a graph of their own if grad mode is on."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad(), _no_autocast(grad):
-        # Views, so that autograd stops here and does not go on to one input through another.
-        inputs = [value.view_as(value) for value in inputs]
-        wanted = [value for value in inputs if value.requires_grad]
-        found = iter(torch.autograd.grad(function(*inputs), wanted, grad,
-                                         create_graph=create_graph))
-        return [next(found) if value.requires_grad else None for value in inputs]
-
-
-def _plain_half(x, half, pool=False):
-    y = F.relu(F.batch_norm(x, None, None, half.weight, half.bias, training=True, eps=half.eps))
-    return _conv(F.avg_pool2d(y, 2) if pool else y, half.kernel)
+def _plain_half(x, weight, bias, kernel, eps, pool=False):
+    y = F.relu(F.batch_norm(x, None, None, weight, bias, training=True, eps=eps))
+    return _conv(F.avg_pool2d(y, 2) if pool else y, kernel)
 
 
 def _plain_block(layers, x, *parameters):
-    """The block in operations that autograd knows, with the dropout of the saved layers."""
+    """The block in operations that autograd knows, with the dropout of the saved halves."""
     features, triples = [x], zip(*[iter(parameters)] * 3)
     for layer in layers:
         y = torch.cat(features, 1)
-        for half, mask in zip(layer.halves, layer.masks):
-            y = _plain_half(y, _Half(*next(triples), half.eps))
-            y = _dropout_backward(y, mask, layer.drop_rate)
+        for half, drop_rate, mask, _ in layer:
+            y = _dropout_backward(_plain_half(y, *next(triples), half.eps), mask, drop_rate)
         features.append(y)
     return torch.cat(features, 1)
 
@@ -717,14 +634,12 @@ def _plain_block(layers, x, *parameters):
 class _EagerOperations:
     """What blocks and transitions in linear memory are made of, in PyTorch's own operations.
 
-    Maps may be in any layout and some channels of wider ones; they are in the precision of the
-    convolutions, and statistics, parameters and their gradients in float32 or float64. With
+    densenet_cpu.py has the same five functions. Maps may be in any layout and some channels of
+    wider ones; they are in the precision of the convolutions, and statistics, parameters and their
+    gradients in float32 or float64. They compute, pooled 2x2 before the convolution if `pool`,
 
         normed = (maps.data - maps.mean) / sqrt(maps.var + half.eps),
-        output = conv(relu(normed * half.weight + half.bias), half.kernel),
-
-    pooled 2x2 before the convolution if `pool`, another implementation has the same five functions,
-    as densenet_cpu.py does.
+        output = conv(relu(normed * half.weight + half.bias), half.kernel).
     """
 
     path = 'linear'
@@ -757,16 +672,16 @@ class _EagerOperations:
         return y if out is None else out.copy_(y), *found
 
     @staticmethod
-    def norm_relu_conv_backward(grad, maps, half, pool=False, total=None, completion=None):
+    def norm_relu_conv_backward(grad, maps, half, invstd, pool=False, total=None, completion=None):
         """From the gradient of the output to those of what it was made of.
-
-        With g the gradient of normed * weight + bias.
 
         Args:
             grad: the gradient of the output, or `complete(grad, *completion)` is.
+            invstd: 1 / sqrt(maps.var + half.eps).
 
         Returns:
-            total: g * weight / sqrt(var + eps), or the sum of that and `total`, in place.
+            total: g * weight * invstd, or the sum of that and `total`, in place; g is the gradient
+                of normed * weight + bias.
             Gradients of weight (sum of g * normed), of bias (sum of g) and of the kernel.
         """
         if completion is not None:
@@ -782,8 +697,8 @@ class _EagerOperations:
         torch.ops.aten.threshold_backward.grad_input(g, y, 0, grad_input=g)  # the ReLU's mask
         # In eval mode, where mean and variance are constants. CPUs read the variance, GPUs 1 / std.
         g, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward.default(
-            g, maps.data, half.weight, maps.mean, maps.var, maps.mean, half.invstd(maps), False,
-            half.eps, [True] * 3)
+            g, maps.data, half.weight, maps.mean, maps.var, maps.mean, invstd, False, half.eps,
+            [True] * 3)
         return (g if total is None else total.add_(g), d_weight, d_bias,
                 d_kernel.to(half.kernel.dtype))
 

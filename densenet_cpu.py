@@ -71,12 +71,13 @@ def norm_relu_conv(maps, half, pool=False, out=None, statistics=False):
         h, w = (size // 2 if pool else size for size in maps.data.shape[2:])
         out = new_maps(maps.data, len(half.kernel), h, w)
     mean, var = _vectors(out, 2, len(half.kernel)) if statistics else (None, None)
-    _call('norm_relu_conv', out.dtype, *_input(maps, half), *_shape(maps, half, pool), *_map(out),
-          mean, var)
+    invstd = (maps.var + half.eps).rsqrt()
+    _call('norm_relu_conv', out.dtype, *_input(maps, half, invstd), *_shape(maps, half, pool),
+          *_map(out), mean, var)
     return out, mean, var
 
 
-def norm_relu_conv_backward(grad, maps, half, pool=False, total=None, completion=None):
+def norm_relu_conv_backward(grad, maps, half, invstd, pool=False, total=None, completion=None):
     """`total` (new, or added to in place), and the gradients of weight, bias and kernel."""
     n, c, h, w = maps.data.shape
     grad = grad.to(maps.data.dtype)
@@ -92,9 +93,9 @@ def norm_relu_conv_backward(grad, maps, half, pool=False, total=None, completion
     sum_g, sum_gx = _vectors(maps.data, 2, c)
     d_kernel = torch.empty_like(half.kernel, memory_format=torch.channels_last)
     _call('norm_relu_conv_backward', grad.dtype, *_map(grad), *completing, *coefficients,
-          *_input(maps, half), *_shape(maps, half, pool), *_map(total), add, sum_g, sum_gx,
+          *_input(maps, half, invstd), *_shape(maps, half, pool), *_map(total), add, sum_g, sum_gx,
           d_kernel)
-    return total, sum_gx * half.invstd(maps), sum_g, d_kernel
+    return total, sum_gx * invstd, sum_g, d_kernel
 
 
 def complete(total, maps, a, b):
@@ -129,9 +130,9 @@ def _map(x):
     return x, row
 
 
-def _input(maps, half):
+def _input(maps, half, invstd):
     kernel = half.kernel.contiguous(memory_format=torch.channels_last)
-    return *_map(maps.data), maps.mean, half.weight * half.invstd(maps), half.bias, kernel
+    return *_map(maps.data), maps.mean, half.weight * invstd, half.bias, kernel
 
 
 def _shape(maps, half, pool):
@@ -154,10 +155,6 @@ def _call(name, dtype, *arguments):
 
 # ---- Compiling ----
 
-class KernelsUnavailable(Exception):
-    """There are no kernels on this machine; the message says why."""
-
-
 def unavailable_reason(dtype=torch.float32):
     """Why there are no kernels here, or None. Compiles them if that was not done before."""
     if os.environ.get('DENSENET_CPU_KERNELS') == '0':
@@ -170,7 +167,7 @@ def _load(dtype):
     """The library for maps of dtype and None, or None and why there is none; also a warning."""
     try:
         return _open(_build(TYPES[dtype])), None
-    except KernelsUnavailable as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         warnings.warn(f'DenseNet goes on without its CPU kernels, slower: {error}', stacklevel=2)
         return None, str(error)
 
@@ -199,44 +196,32 @@ def _find_compiler():
         command = shlex.split(name)
         if command and shutil.which(command[0]):
             return command
-    raise KernelsUnavailable('there is no C++ compiler (g++, c++, clang++ or $CXX)')
+    raise RuntimeError('there is no C++ compiler (g++, c++, clang++ or $CXX)')
 
 
 def _run(command):
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise KernelsUnavailable(f'{command[0]}: {error}') from None
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if 'error' in line] or ['']
-        raise KernelsUnavailable(f'{" ".join(command)} fails: {lines[0]}')
+        raise RuntimeError(f'{" ".join(command)} fails: {lines[0]}')
     return done.stdout
 
 
 def _cache_directory():
     """Where compiled libraries are kept: a directory to which nobody else can write."""
-    try:
-        base = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
-        directory = Path(base) / 'densenet'
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = directory.stat()
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
-        raise KernelsUnavailable(f'no directory to keep them in: {error}') from None
+    base = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
+    directory = Path(base) / 'densenet'
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = directory.stat()
     if hasattr(os, 'geteuid') and (status.st_uid != os.geteuid() or status.st_mode & 0o022):
-        raise KernelsUnavailable(f'{directory} belongs or is writable to other users')
-    if not os.access(directory, os.W_OK):
-        raise KernelsUnavailable(f'{directory} is not writable')
+        raise RuntimeError(f'{directory} belongs or is writable to other users')
     return directory
 
 
 def _open(library):
-    try:
+    # The OpenMP that torch has loaded, made visible. Only Linux needs it and has this file.
+    if os.path.exists('/proc/self/maps'):
         maps = Path('/proc/self/maps').read_text()
         for name in set(re.findall(r'\S*/lib[gi]?omp[^/\s]*\.so\S*', maps)):
             ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
-    except OSError:
-        pass  # not Linux: torch's OpenMP is visible already, or the next line complains
-    try:
-        return ctypes.CDLL(str(library))
-    except OSError as error:
-        raise KernelsUnavailable(str(error)) from None
+    return ctypes.CDLL(str(library))

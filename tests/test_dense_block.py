@@ -284,33 +284,32 @@ def backward_pre_hook(block):
 
 
 TRANSFORM = 'torch.func or forward-mode differentiation'
-SHAPE = 'has a bias, or is not a "same" convolution of stride 1'
 CHANGES = {  # what the linear way would overlook, by the reason that the block gives
     'denselayer2.norm1 is a GroupNorm': replace_norm,
     'denselayer2 is a Sequential': replace_layer,
     'denselayer2.conv1 is a Sequential': replace_conv,
     'denselayer3.relu2 is a LeakyReLU':
         lambda block: setattr(block.denselayer3, 'relu2', nn.LeakyReLU()),
-    f'denselayer2.conv2 {SHAPE}': dilate,
-    f'denselayer2.conv1 {SHAPE}': add_bias,
-    f'denselayer3.conv2 {SHAPE}': group_conv,
-    f'denselayer1.conv2 {SHAPE}':
+    'denselayer2.conv2.dilation is not (1, 1)': dilate,
+    'denselayer2.conv1.bias is not None': add_bias,
+    'denselayer3.conv2.groups is not 1': group_conv,
+    "denselayer1.conv2.padding_mode is not zeros":
         lambda block: setattr(block.denselayer1.conv2, 'padding_mode', 'circular'),
-    'denselayer3.conv1 has hooks, or a forward of its own': patch_forward,
+    'denselayer3.conv1 has a forward of its own': patch_forward,
     'denselayer2.conv2 is a ParametrizedConv2d':
         lambda block: parametrizations.weight_norm(block.denselayer2.conv2),
-    'denselayer2.conv1 has hooks, or a forward of its own':
+    'denselayer2.conv1._forward_hooks is not {}':
         lambda block: block.denselayer2.conv1.register_forward_hook(
             lambda module, inputs, output: 2 * output),
-    'denselayer2.norm2 has hooks, or a forward of its own':
+    'denselayer2.norm2._backward_hooks is not {}':
         lambda block: block.denselayer2.norm2.register_full_backward_hook(
             lambda module, into, out: (2 * into[0],)),
-    'denselayer1.conv2 has hooks, or a forward of its own': backward_pre_hook,
-    'denselayer2 has hooks, or a forward of its own':
+    'denselayer1.conv2._backward_pre_hooks is not {}': backward_pre_hook,
+    'denselayer2._forward_pre_hooks is not {}':
         lambda block: block.denselayer2.register_forward_pre_hook(
             lambda module, inputs: ([inputs[0][0] * 2, *inputs[0][1:]],)),
-    'denselayer2.norm2 is in eval mode': lambda block: block.denselayer2.norm2.eval(),
-    'denselayer2 is in eval mode': stop_dropout_of_one_layer,
+    'denselayer2.norm2.training is not True': lambda block: block.denselayer2.norm2.eval(),
+    'denselayer2.training is not True': stop_dropout_of_one_layer,
     'denselayer4.norm1 has no weights or no running statistics':
         lambda block: setattr(block.denselayer4.norm1, 'bias', None),
     'denselayer4.norm2 has no weights or no running statistics': lambda block: setattr(
@@ -390,7 +389,8 @@ def test_a_convolution_that_changes_the_size_is_the_plain_ways_error():
     block.denselayer4.conv2 = nn.Conv2d(8, 4, 2, padding=1, bias=False).double()
     with pytest.raises(RuntimeError, match='Sizes of tensors must match'):
         block(block_input())
-    assert block.path == 'plain' and SHAPE in block.fallback_reason
+    assert block.path == 'plain'
+    assert block.fallback_reason == 'denselayer4.conv2 has kernel_size (2, 2) and padding (1, 1)'
 
 
 def test_frozen_parameters_get_no_gradient_and_the_others_the_same():
@@ -414,16 +414,14 @@ def test_training_without_grad_counts_the_batch_and_keeps_nothing():
 
 
 @pytest.mark.parametrize('way', ['linear', 'efficient'])
-def test_batched_gradients_equal_one_by_one(way):
+def test_batched_gradients_are_an_error(way):
     x = block_input().requires_grad_()
-    output = make_block(way)(x)
-    grads = torch.randn(3, *output.shape, dtype=x.dtype)
-    each = [torch.autograd.grad(output, x, grad, retain_graph=True)[0] for grad in grads]
-    batched, = torch.autograd.grad(output, x, grads, retain_graph=True, is_grads_batched=True)
-    torch.testing.assert_close(batched, torch.stack(each), rtol=1e-9, atol=1e-9)
-    mapped = torch.func.vmap(
-        lambda grad: torch.autograd.grad(output, x, grad, retain_graph=True)[0])(grads)
-    torch.testing.assert_close(mapped, torch.stack(each), rtol=1e-9, atol=1e-9)
+    for module in (make_block(way), make_transition(True)):
+        output = module(x)
+        assert module.path == 'linear'
+        grads = torch.randn(3, *output.shape, dtype=x.dtype)
+        with pytest.raises(RuntimeError, match='vmap|Batching rule not implemented'):
+            torch.autograd.grad(output, x, grads, is_grads_batched=True)
 
 
 @pytest.mark.parametrize('way', ['linear', 'efficient'])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from test_dense_block import block_input, make_block
 
 import densenet_cpu
-from densenet import DenseNet
+from densenet import DenseBlock, DenseNet, Transition
 
 reason = densenet_cpu.unavailable_reason()
 pytestmark = pytest.mark.skipif(reason is not None, reason=f'no kernels here: {reason}')
@@ -164,3 +164,14 @@ def test_gradient_penalties_go_through_autograd():
         assert block.path == ('kernels' if on else 'linear')
     for here, there in zip(*gradients):
         torch.testing.assert_close(here, there, rtol=1e-3, atol=1e-3 * there.abs().max().item())
+
+
+def test_batched_gradients_are_an_error():
+    x = block_input('channels_last').float().requires_grad_()
+    for module in (DenseBlock(2, 6, 4, 2, 0.0, True, False), Transition(6, 3)):
+        output = module(x)
+        assert module.path == 'kernels'
+        n, c, h, w = output.shape
+        for grads in (torch.randn(3, n, c, h, w), torch.randn(3, n, h, w, c).movedim(-1, 2)):
+            with pytest.raises(RuntimeError, match='vmap|data pointer'):
+                torch.autograd.grad(output, x, grads, is_grads_batched=True, retain_graph=True)

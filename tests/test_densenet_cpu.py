@@ -90,8 +90,9 @@ class Case:
         return densenet_cpu.norm_relu_conv(self.maps, self.half, self.pool, **options)
 
     def backward(self, **options):
-        return densenet_cpu.norm_relu_conv_backward(self.grad, self.maps, self.half, self.pool,
-                                                    **options)
+        invstd = (self.maps.var + self.half.eps).rsqrt()
+        return densenet_cpu.norm_relu_conv_backward(self.grad, self.maps, self.half, invstd,
+                                                    self.pool, **options)
 
 
 def compare(case, dtype):
