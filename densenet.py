@@ -14,6 +14,7 @@ CVPR 2017, https://arxiv.org/abs/1608.06993; "the technical report" Pleiss et al
 Implementation of DenseNets, 2017, https://arxiv.org/abs/1707.06990.
 """
 
+import contextlib
 import functools
 import importlib
 import re
@@ -361,8 +362,7 @@ _AS_BUILT = {
                              bias=None)),
     'pool': (nn.AvgPool2d, dict(kernel_size=2, stride=2, padding=0)),
 }
-_NO_HOOKS = dict.fromkeys(['_forward_hooks', '_forward_pre_hooks', '_backward_hooks',
-                           '_backward_pre_hooks'], {})
+_HOOKS = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
 
 
 def _fallback_reason(block, x):
@@ -387,11 +387,10 @@ def _fallback_reason(block, x):
             if len(module.norm1.weight) != channels:
                 return f'{name} reads {len(module.norm1.weight)} channels, not {channels}'
             channels += module.out_channels
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device):
-        return f'a device of type {device}'
-    weights = {parameter.dtype for parameter in block.parameters()}
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    weights, device = {parameter.dtype for parameter in block.parameters()}, x.device.type
+    autocast = None
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        autocast = torch.get_autocast_dtype(device)
     precision = {torch.float32: autocast or torch.float32, torch.float64: torch.float64}
     if len(weights) != 1 or x.dtype != precision.get(*weights):
         return f'input of {x.dtype}, weights of {", ".join(map(str, weights))}'
@@ -405,7 +404,9 @@ def _difference(module, kind, training):
         return f' is a {type(module).__name__}'
     if 'forward' in module.__dict__:  # vars(module) stops torch.compile in torch 2.6
         return ' has a forward of its own'
-    for name, value in {'training': training, **_NO_HOOKS, **attributes}.items():
+    if any(getattr(module, name) for name in _HOOKS):
+        return ' has hooks'
+    for name, value in {'training': training, **attributes}.items():
         if getattr(module, name) != value:
             return f'.{name} is not {value}'
     if kind is nn.BatchNorm2d and any(value is None for value in (
@@ -415,6 +416,13 @@ def _difference(module, kind, training):
             ((1, 1), (0, 0)), ((3, 3), (1, 1))):
         return f' has kernel_size {module.kernel_size} and padding {module.padding}'
     return None
+
+
+def _no_autocast(x):
+    device = x.device.type
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 
 # ---- training in linear memory -------------------------------------------------------------------
@@ -453,7 +461,7 @@ class _LinearMemoryBlock(torch.autograd.Function):
         channels = x.shape[1] + sum(layer.out_channels for layer in layers)
         features = _Maps(ops.new_maps(x, channels), *parameters[0].new_empty(2, channels))
         saved, norms, statistics = [], [], []
-        with torch.autocast(x.device.type, enabled=False):
+        with _no_autocast(x):
             c = x.shape[1]  # channels that the layer reads
             features.part(0, c).copy_(_Maps(x, *ops.statistics(x)))
             for layer in layers:
@@ -491,7 +499,7 @@ class _LinearMemoryBlock(torch.autograd.Function):
         ops, gradients, end = ctx.ops, [], len(mean)
         G = ops.new_maps(data, end).copy_(grad)  # names as above
         A, B = torch.zeros_like(mean), torch.zeros_like(mean)
-        with torch.autocast(grad.device.type, enabled=False):
+        with _no_autocast(grad):
             for layer in reversed(layers):
                 c = end - len(layer[-1][0].kernel)  # channels that the layer has read
                 inputs = [features.part(0, c)]
@@ -527,7 +535,7 @@ class _LinearMemoryTransition(torch.autograd.Function):
     @staticmethod
     def forward(ctx, ops, norm, x, *parameters):
         ctx.ops, ctx.eps = ops, norm.eps
-        with torch.autocast(x.device.type, enabled=False):
+        with _no_autocast(x):
             maps = _Maps(x, *ops.statistics(x))
             y, *_ = ops.norm_relu_conv(maps, _Half(*parameters, norm.eps), pool=True)
         _update_running_statistics([norm], [maps], x.numel() // x.shape[1])
@@ -540,7 +548,7 @@ class _LinearMemoryTransition(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             return None, None, *_differentiable_gradients(
                 functools.partial(_plain_half, eps=ctx.eps, pool=True), grad, x, *parameters)
-        with torch.autocast(grad.device.type, enabled=False):
+        with _no_autocast(grad):
             total, completion, found = _half_backward(
                 ctx.ops, grad, _Maps(x, mean, var), _Half(*parameters, ctx.eps), pool=True)
             return None, None, ctx.ops.complete(total, *completion), *found
@@ -575,7 +583,7 @@ class _Half(NamedTuple):
 
 def _evaluate_half(ops, x, norm, conv, pool=False, out=None):
     maps = _Maps(x, norm.running_mean, norm.running_var)
-    with torch.autocast(x.device.type, enabled=False):
+    with _no_autocast(x):
         return ops.norm_relu_conv(maps, _Half.of(norm, conv), pool, out)[0]
 
 
@@ -609,7 +617,7 @@ def _update_running_statistics(norms, maps, count):
 
 def _differentiable_gradients(function, grad, *inputs):
     """Gradients of function(*inputs) that can be differentiated again."""
-    with torch.autocast(grad.device.type, enabled=False):
+    with _no_autocast(grad):
         return torch.func.vjp(function, *inputs)[1](grad)
 
 

@@ -99,8 +99,9 @@ def add_data_and_model_flags(parser):
                        help='folder, imagenet (default: 224, or that of small images)')
     group.add_argument('--in-channels', type=int, choices=(1, 3), default=3,
                        help='folder, imagenet: 1 for grey images (default: %(default)s)')
-    group.add_argument('--value-range', type=float, nargs=2, metavar=('LOW', 'HIGH'),
-                       help='of images of more than 8 bits (default: as in the training images)')
+    group.add_argument('--value-range', type=number(float, '(-1e30, 1e30)'), nargs=2,
+                       metavar=('LOW', 'HIGH'), help='of images of more than 8 bits '
+                       '(default: that of the training images)')
     group.add_argument('--val-split', type=SHARE, default=0.0, metavar='SHARE',
                        help='take this share of each class of the training images for testing')
     group.add_argument('--augment', action=argparse.BooleanOptionalAction, default=True,
@@ -288,14 +289,16 @@ def with_network(args, image_size):
 def check_flags(args):
     for flag in ('evaluate', 'freeze_features'):
         if getattr(args, flag) and args.resume is None and args.pretrained is None:
-            raise UserError(f'--{flag.replace("_", "-")} needs a model: --resume CHECKPOINT or '
-                            f'--pretrained [FILE]')
+            raise UserError(f'--{flag.replace("_", "-")} needs a model: --resume for that of '
+                            f'{run_directory(args)}, --resume CHECKPOINT or --pretrained [FILE]')
     if args.resume is not None and args.pretrained is not None:
         raise UserError('--resume and --pretrained exclude each other: both bring weights')
     if args.reset_classifier and args.pretrained is None:
         raise UserError('--reset-classifier is for the weights of --pretrained')
     if sum(getattr(args, flag) is not None for flag in LAYER_FLAGS) > 1:
         raise UserError('--arch, --depth and --block-config exclude each other: give one')
+    if args.value_range and args.value_range[0] >= args.value_range[1]:
+        raise UserError('--value-range LOW HIGH: LOW must be less than HIGH')
     if args.evaluate:
         return
     processes = distributed.world_size()

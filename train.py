@@ -24,7 +24,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-import report
 import torch
 import torch.nn.functional as F
 
@@ -34,6 +33,7 @@ import densenet
 import distributed
 import flags
 import machine
+import report
 import runlog
 from checkpoint import CheckpointError, TrainState
 from distributed import Stopped, StopSignals

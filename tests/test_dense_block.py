@@ -298,14 +298,14 @@ CHANGES = {  # what the linear way would overlook, by the reason that the block 
     'denselayer3.conv1 has a forward of its own': patch_forward,
     'denselayer2.conv2 is a ParametrizedConv2d':
         lambda block: parametrizations.weight_norm(block.denselayer2.conv2),
-    'denselayer2.conv1._forward_hooks is not {}':
+    'denselayer2.conv1 has hooks':
         lambda block: block.denselayer2.conv1.register_forward_hook(
             lambda module, inputs, output: 2 * output),
-    'denselayer2.norm2._backward_hooks is not {}':
+    'denselayer2.norm2 has hooks':
         lambda block: block.denselayer2.norm2.register_full_backward_hook(
             lambda module, into, out: (2 * into[0],)),
-    'denselayer1.conv2._backward_pre_hooks is not {}': backward_pre_hook,
-    'denselayer2._forward_pre_hooks is not {}':
+    'denselayer1.conv2 has hooks': backward_pre_hook,
+    'denselayer2 has hooks':
         lambda block: block.denselayer2.register_forward_pre_hook(
             lambda module, inputs: ([inputs[0][0] * 2, *inputs[0][1:]],)),
     'denselayer2.norm2.training is not True': lambda block: block.denselayer2.norm2.eval(),

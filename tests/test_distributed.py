@@ -16,6 +16,7 @@ from conftest import ROOT, SMALL, assert_same_run, read_csv, write_images
 from forked import interrupted
 
 import checkpoint
+import densenet_cpu
 import flags
 import train
 from densenet import densenet_cifar
@@ -72,19 +73,18 @@ def loader(n, batch_size, **kwargs):
     return loader
 
 
-class Double:  # images of a loader that has float32
+class DefaultType:  # images of a loader that has float32
     def __init__(self, loader):
         self.loader, self.num_images = loader, loader.num_images
 
     def __iter__(self):
-        return ((images.double(), labels) for images, labels in self.loader)
+        return ((images.to(torch.get_default_dtype()), labels) for images, labels in self.loader)
 
 
 def train_some(argv, batch_statistics, epochs=2):
     """Two epochs of five batches, the last of which has two images: all that came of them."""
     torch.manual_seed(0)
-    model = densenet.densenet_cifar(10, 4)
-    model.train()
+    model = densenet.densenet_cifar(10, 4).to(memory_format=torch.channels_last).train()
     if not batch_statistics:
         for norm in [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]:
             norm.eval()
@@ -99,7 +99,7 @@ def train_some(argv, batch_statistics, epochs=2):
             reduced = torch.distributed.all_reduce(bucket.buffer(), async_op=True).get_future()
             return reduced.then(lambda done: done.value()[0] / distributed.world_size())
         step.keywords['forward'].register_comm_hook(None, hook)
-    losses, images = [], Double(loader(50, 12, shuffle=True, augment=True))
+    losses, images = [], DefaultType(loader(50, 12, shuffle=True, augment=True))
     for epoch in range(1, epochs + 1):
         images.loader.set_epoch(epoch)
         for i, (batch, labels) in enumerate(images):
@@ -109,7 +109,7 @@ def train_some(argv, batch_statistics, epochs=2):
     path = model.features.denseblock1.path
     distributed.share_statistics(model)
     statistics = [b.double().sum().item() for b in model.buffers()]
-    test = train.evaluate(model, Double(loader(23, 5)), NO_AUTOCAST)
+    test = tuple(train.evaluate(model, DefaultType(loader(23, 5)), NO_AUTOCAST))
     parameters = sum(p.numel() for p in model.parameters())
     return dict(losses=losses, test=test, weights=dict(model.named_parameters()), path=path,
                 sent=sum(sent) / parameters, statistics=distributed.all_gather(statistics))
@@ -154,11 +154,29 @@ with distributed.process_group():
         for key in ('losses', 'weights'):
             torch.testing.assert_close(found[key], expected[key], rtol=1e-9, atol=1e-12)
         if i < 2:  # the others have running statistics of their own
-            assert found['test'][1:] == expected['test'][1:] and found['test'][1] > 0
+            assert found['test'][1:4] == expected['test'][1:4] and found['test'][1] > 0
+            assert torch.equal(found['test'][4], expected['test'][4])
             assert abs(found['test'][0] - expected['test'][0]) < 1e-9
         assert found['path'] == expected['path'] == ('plain' if i < 2 else 'linear')
         assert found['sent'] == 10  # each gradient once in a step, however many parts that has
         assert found['statistics'] == [found['statistics'][0]] * processes
+
+
+def test_the_cpu_kernels_train_in_processes_as_in_one(tmp_path):
+    if reason := densenet_cpu.unavailable_reason():
+        pytest.skip(f'no kernels: {reason}')
+    body = '''
+torch.set_default_dtype(torch.float32)
+alone = 'RANK' not in os.environ
+with distributed.process_group():
+    result = train_some(['--grad-accum', '2'] if alone else [], True)
+    if distributed.rank() == 0:
+        torch.save(result, sys.argv[1])
+'''
+    expected, found = (run_script(tmp_path / f'{n}.pth', body, n) for n in (1, 2))
+    assert found['path'] == expected['path'] == 'kernels'
+    for key in ('losses', 'weights'):
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=1e-5)
 
 
 def test_who_does_what_when(tmp_path):

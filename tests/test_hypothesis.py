@@ -43,7 +43,7 @@ def flag_and_values(draw):
     if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
         return [flag]
     number = WHOLE if action.type and 'whole' in kind_of(action.type) else NUMBERS
-    choices = [name for name in action.choices or () if 'densenet' not in name] or ['densenet121']
+    choices = [str(c) for c in action.choices or () if 'densenet' not in str(c)] or ['densenet121']
     value = st.one_of(number, WORDS, st.sampled_from(choices))
     if action.type:  # mostly numbers, so that some flags get beyond the parser
         value = st.one_of(number, number, number, value)
@@ -56,6 +56,8 @@ def kind_of(parse):
         parse('?')
     except argparse.ArgumentTypeError as error:
         return str(error)
+    except ValueError:  # of int
+        return 'whole'
 
 
 @settings(QUICKLY, max_examples=100)

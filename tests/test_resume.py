@@ -242,11 +242,11 @@ def test_a_run_that_is_there_is_left_alone(small, tmp_path, capsys):
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     assert 'holds a run' in fails(capsys, *small, '--save', run)
     other = [*small, '--save', run, '--resume']
-    assert re.search('another depth: its own is 10, not 16', fails(capsys, *other, '--depth', 16))
-    assert re.search('growth_rate is 4, not 8', fails(capsys, *other, '--growth-rate', 8))
+    assert 'another depth: its own is 10, not 16' in fails(capsys, *other, '--depth', 16)
+    assert 'growth_rate: its own is 4, not 8' in fails(capsys, *other, '--growth-rate', 8)
     write_images(tmp_path / 'two', {'train/a': 4, 'train/b': 4, 'val/a': 1, 'val/b': 1}, (8, 8))
     assert 'other classes than' in fails(capsys, *other, '--data', tmp_path / 'two')
-    assert re.search('optimizer is sgd, not adam', fails(capsys, *other, '--optimizer', 'adam'))
+    assert 'optimizer: its own is sgd, not adam' in fails(capsys, *other, '--optimizer', 'adam')
     lock = os.open(run, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     assert 'in use' in fails(capsys, *other)

@@ -183,7 +183,7 @@ def test_two_processes_exchange_gradients_by_nccl(small, tmp_path):
         process.start()
     for _ in processes:
         # The gradients, in one bucket, with the last micro-batch of each of 9 steps; test results.
-        assert results.get(timeout=50).count('ncclAllReduce') == 9 + 1
+        assert results.get(timeout=50).count('ncclAllReduce') == 9 + 2
     for process in processes:
         process.join()
         assert process.exitcode == 0
