@@ -143,8 +143,8 @@ def describe(name, root='work/data', image_size=None, split='train', *, in_chann
     statistics = STATISTICS[name]
     if in_channels == 1:
         statistics = [(sum(values) / 3,) for values in statistics]
-    dataset = Description(name, root, classes, image_size or 224, *statistics, value_range,
-                          val_split, seed)
+    dataset = Description(name, root, classes, image_size or 224, *statistics,
+                          value_range and tuple(value_range), val_split, seed)
     if name == 'imagenet':
         return dataset
     samples = _list_images(dataset, split)

@@ -1,0 +1,119 @@
+"""attic/own-images.md, command by command, and a rare class that differs by a few grey levels."""
+
+import functools
+import re
+import shlex
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import ROOT, cache_densenet121, read_csv, write_images
+from PIL import Image
+
+import checkpoint
+import data
+import densenet
+import predict
+import train
+
+SCANS = {'gesund': 1030, 'Läsion groß': 1270}  # the level of a spot, among 0..4095
+
+
+def write_scans(root, counts, ending):
+    """Noise with a spot in it, of odd sizes: 12 bits in 16-bit PNG, or as floats in TIFF."""
+    rng = np.random.RandomState(0)
+    for split, share in counts.items():
+        for name, count in zip(SCANS, (10 * share, share)):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                height, width = rng.randint(25, 45, 2)
+                scan = rng.normal(1030, 60, (height, width))
+                y, x = rng.randint(height - 14), rng.randint(width - 14)
+                scan[y:y + 14, x:x + 14] += SCANS[name] - 1030
+                scan[0, 0], scan[0, 1] = 0, 4095
+                scan = scan.astype(np.uint16) if ending == 'png' else scan.astype(np.float32) - 1024
+                Image.fromarray(scan).save(folder / f'{i}.{ending}')
+
+
+@pytest.mark.parametrize('ending, flags', [
+    ('png', []), ('tif', ['--value-range', '-1024', '3071'])])
+def test_a_rare_class_that_differs_by_a_few_levels_is_learned(tmp_path, capsys, ending, flags):
+    write_scans(tmp_path, {'train': 24, 'val': 6}, ending)
+    run = tmp_path / 'run'
+    train.main(['--dataset', 'folder', '--data', str(tmp_path), '--in-channels', '1', *flags,
+                '--image-size', '24', '--depth', '10', '--growth-rate', '8', '--epochs', '10',
+                '--lr-schedule', 'cosine', '--batch-size', '32', '--class-weights', 'balanced',
+                '--best-by', 'balanced-error', '--device', 'cpu', '--no-plot', '--save', str(run)])
+    rows = read_csv(run / 'test.csv')
+    saved = checkpoint.load(run / 'best.pth')
+    scores = [float(row['balanced_error']) for row in rows]
+    assert min(scores) < 2 and saved['best_epoch'] == 1 + np.argmin(scores)
+    assert saved['dataset']['value_range'] == ((-1024, 3071) if flags else (0, 4095))
+
+    capsys.readouterr()
+    train.main(['--evaluate', '--resume', str(run / 'best.pth'), '--device', 'cpu'])
+    printed = capsys.readouterr().out
+    assert f'balanced error {min(scores):.2f}%' in printed and 'ROC AUC' in printed
+    assert re.search(r'Läsion groß +6 ', printed)
+    rows = read_csv(run / 'predictions.csv')
+    assert len(rows) == 66 and rows[0]['file'] == str(tmp_path / f'val/Läsion groß/0.{ending}')
+    predict.main([str(tmp_path / 'val'), '--checkpoint', str(run / 'best.pth'), '--csv',
+                  str(tmp_path / 'x.csv'), '--device', 'cpu'])
+    found = {row['file']: row for row in reversed(read_csv(tmp_path / 'x.csv'))}  # the likeliest
+    assert len(found) == 66
+    for row in rows:
+        assert row['predicted'] == found[row['file']]['class']
+        assert abs(float(row['probability']) - float(found[row['file']]['probability'])) < 1e-4
+
+
+def test_the_commands_of_the_page(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    torch.manual_seed(0)
+    cache_densenet121(tmp_path, torchvision.models.densenet121())
+    write_images(tmp_path, {'scans/normal': 20, 'scans/lesion': 10}, (70, 80), mode='L')
+    write_images(tmp_path, {'new': 2}, (90, 70), mode='L')
+    page = re.sub(r'\\\n +', '', (ROOT / 'attic/own-images.md').read_text())
+    commands = re.findall(r'^    python (.*)$', page, re.MULTILINE)
+    assert len(commands) == 6
+    for command in commands:  # smaller, shorter
+        command = command.replace('--epochs 30', '--epochs 1 --image-size 65 --batch-size 9')
+        script, *argv = shlex.split(command.replace('--epochs 60', '--epochs 2'))
+        __import__(script.removesuffix('.py')).main(argv)
+    assert [row['epoch'] for row in read_csv('work/scans/test.csv')] == ['1', '2']
+    for name in ('loss-error.pdf', 'confusion.png', 'predictions.csv', 'new.csv'):
+        assert (tmp_path / 'work/scans' / name).stat().st_size > 0
+    assert len(list((tmp_path / 'work/scans/heatmaps').rglob('*.heatmap.png'))) == 2
+    assert len(read_csv('work/scans/predictions.csv')) == 2 + 1
+
+
+@pytest.mark.parametrize('build, size', [
+    (densenet.densenet121, 96), (functools.partial(densenet.densenet_cifar, 10, 4), 32)])
+def test_one_channel_gives_what_three_equal_ones_gave(tmp_path, build, size):
+    torch.manual_seed(0)
+    three, one = build(num_classes=3).eval(), build(num_classes=3, in_channels=1).eval()
+    torch.save(three.state_dict(), tmp_path / 'three.pth')
+    train.load_pretrained(one, Namespace(pretrained=str(tmp_path / 'three.pth'), arch=None,
+                                         reset_classifier=False))
+    grey = torch.randn(2, 1, size, size)
+    with torch.no_grad():
+        torch.testing.assert_close(one(grey), three(grey.expand(-1, 3, -1, -1)),
+                                   rtol=1e-4, atol=1e-4)
+
+
+def test_a_resumed_run_keeps_its_split(tmp_path):
+    scans = write_images(tmp_path / 'scans', {'a': 20, 'b': 10}, (8, 8))
+    argv = ['--dataset', 'folder', '--data', str(scans), '--val-split', '0.2', '--depth', '10',
+            '--growth-rate', '4', '--epochs', '1', '--device', 'cpu', '--no-plot', '--save']
+    train.main([*argv, str(tmp_path / 'run')])
+    saved = checkpoint.load(tmp_path / 'run/latest.pth')
+    assert saved['num_images'] == 24
+    args, _ = train.flags.parse_args(['--resume', str(tmp_path / 'run/latest.pth'), '--seed', '5'])
+    again = train.choose_dataset(args, saved)
+    first = data.Description(root=scans, **saved['dataset'])
+    files = [data.make_loader(dataset, 'test', 4, device=torch.device('cpu')).files
+             for dataset in (first, again)]
+    assert files[0] == files[1] and len(files[0]) == 6
