@@ -514,6 +514,13 @@ def test_missing_or_broken_archives_are_named(tmp_path, monkeypatch, name, files
     assert '\n' not in message
 
 
+def test_a_folder_of_images_that_is_taken_for_cifar_names_the_flag(tmp_path, monkeypatch):
+    monkeypatch.setattr('urllib.request.urlopen', no_network)
+    write_images(tmp_path, {'train/a': 1})
+    with pytest.raises(DataError, match='a folder train: --dataset folder reads images from there'):
+        load(tmp_path, name='cifar10')
+
+
 def test_foreign_files_in_the_folder_of_cifar_are_not_unpickled(tmp_path, monkeypatch):
     monkeypatch.setattr('urllib.request.urlopen', no_network)
     (tmp_path / 'cifar-10-batches-py').mkdir()
