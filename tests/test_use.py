@@ -1,4 +1,4 @@
-"""What is done with weights: fine-tuning, evaluating, predicting, torch.hub, exporting."""
+"""What is done with weights: fine-tuning, evaluating, torch.hub, exporting."""
 
 import argparse
 import math
@@ -16,12 +16,10 @@ from conftest import (
     Opener,
     cache_densenet121,
     fails,
-    raise_no_network,
     read_csv,
     write_images,
 )
 from PIL import Image
-from torchvision import transforms
 
 import checkpoint
 import data
@@ -118,7 +116,7 @@ def test_weights_of_timms_in_three_kinds_of_files(tmp_path, photos, capsys):
         'folder', '--data', photos, *NARROW_FLAGS)
 
 
-# ---- evaluating and predicting ---------------------------------------------------------------
+# ---- evaluating ------------------------------------------------------------------------------
 
 def test_one_crop_and_ten(trained, photos, capsys):
     one, *_ = run(capsys, '--evaluate', '--resume', trained / 'latest.pth', '--device', 'cpu')
@@ -176,70 +174,6 @@ def test_images_are_normalised_as_the_checkpoint_says(uninterrupted, folder, tmp
     truth = train.evaluate(model, loader, torch.autocast('cpu', enabled=False))
     line, *_ = run(capsys, '--evaluate', '--resume', tmp_path / 'other.pth', '--device', 'cpu')
     assert line.startswith(f'test loss {truth[0]:.4f}, ')
-
-
-def test_predictions_are_the_probabilities_of_the_classes(trained, photos, tmp_path, capsys):
-    files = [photos / 'val/dark/0.png', photos / 'val/bright/1.png']
-    lines = run(capsys, *files, '--checkpoint', trained / 'latest.pth', '--device', 'cpu', '--csv',
-                tmp_path / 'x.csv', script=predict)
-    rows = read_csv(tmp_path / 'x.csv')
-    saved = torch.load(trained / 'latest.pth', weights_only=True)
-    model = densenet.DenseNet(**saved['config']).eval()
-    model.load_state_dict(saved['model'])
-    mean, std = ([value / 255 for value in saved['dataset'][key]] for key in ('mean', 'std'))
-    transform = transforms.Compose([transforms.Resize(75), transforms.CenterCrop(66),
-                                    transforms.ToTensor(), transforms.Normalize(mean, std)])
-    for path, line in zip(files, lines, strict=True):
-        with torch.no_grad():
-            shares = model(transform(Image.open(path))[None])[0].softmax(0)
-        first = int(shares.argmax())
-        expected = [(('bright', 'dark')[label], float(shares[label])) for label in
-                    (first, 1 - first)]
-        assert line == f'{path}: ' + ', '.join(f'{name} {100 * p:.2f}%' for name, p in expected)
-        for name, p in expected:
-            row = rows.pop(0)
-            assert (row['file'], row['class']) == (str(path), name)
-            assert math.isclose(float(row['probability']), p, abs_tol=2e-6)
-    assert rows == [] and 'dark' in lines[0].split(': ')[1].split()[0]
-
-
-def test_predictions_have_the_error_of_the_evaluation(uninterrupted, folder, tmp_path, capsys):
-    images = [folder / 'val/a/0.png', folder / 'val/a/1.png', *(folder / f'val/{c}' for c in 'bcd')]
-    lines = run(capsys, *images, '--checkpoint', uninterrupted / 'latest.pth', script=predict)
-    paths, seen = zip(*(line.split(': ') for line in lines))
-    assert list(paths) == sorted(str(path) for path in folder.glob('val/*/*'))
-    wrong = sum(path.split('/')[-2] != first.split()[0] for path, first in zip(paths, seen))
-    assert 100 * wrong / 8 == float(read_csv(uninterrupted / 'test.csv')[-1]['error']) > 0
-
-
-def test_predictions_of_imagenets_models_have_words(tmp_path, photos, monkeypatch, capsys):
-    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
-    model = torchvision.models.densenet121()
-    with torch.no_grad():
-        model.classifier.bias[[0, 999]] = torch.tensor([35.0, 30.0])
-    cache_densenet121(tmp_path, model)
-    line, = run(capsys, photos / 'val/dark/0.png', '--arch', 'densenet121', script=predict)
-    assert re.search(r': tench \d+\.\d\d%, toilet tissue \d', line) and line.count('%') == 5
-
-
-def test_what_cannot_be_predicted(trained, photos, tmp_path, monkeypatch, capsys):
-    (tmp_path / 'text.jpg').write_text('no picture')
-    (tmp_path / 'empty').mkdir()
-    torch.save(densenet.DenseNet(**NARROW).state_dict(), tmp_path / 'weights.pth')
-    monkeypatch.setattr(torch.hub, 'download_url_to_file', raise_no_network)
-    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
-    model, photo = ['--checkpoint', trained / 'latest.pth'], photos / 'val/dark/0.png'
-    for argv, message in (
-            ([tmp_path / 'text.jpg', *model], 'text.jpg: cannot be read'),
-            (['nowhere.jpg', *model], 'nowhere.jpg: cannot be read'),
-            ([tmp_path / 'empty', *model], 'empty has no images in it'),
-            ([photo], 'one of the arguments --checkpoint --arch is required'),
-            ([photo, '--checkpoint', 'nowhere.pth'], 'nowhere.pth is not there'),
-            ([photo, '--checkpoint', tmp_path / 'weights.pth'], 'holds no run'),
-            ([photo, *model, '--csv', tmp_path / 'nowhere/x.csv'], 'No such file'),
-            ([photo, *model, '--device', 'abacus'], 'abacus'),
-            ([photo, '--arch', 'densenet121'], 'could not download')):
-        assert message in fails(capsys, *argv, script=predict, lines=1 + ('--arch' in argv))
 
 
 # ---- hostile files ---------------------------------------------------------------------------
