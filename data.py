@@ -184,8 +184,9 @@ def make_loader(dataset, split, batch_size, *, device, augment=False, seed=1, wo
         images, labels, files = _read_split(dataset, split, workers)
         return MemoryLoader(images, labels, batch_size, augment=augment, files=files, **common)
     transform = (_train_transform(dataset.image_size) if augment
-                 else _test_transform(dataset.image_size, ten_crop))
-    return WorkerLoader(_list_images(dataset, split), functools.partial(_read, dataset, transform),
+                 else test_transform(dataset.image_size, ten_crop))
+    read = functools.partial(read_pixels, dataset, transform)
+    return WorkerLoader(_list_images(dataset, split), read,
                         -(-batch_size // 10) if ten_crop else batch_size, workers=workers, **common)
 
 
@@ -195,7 +196,7 @@ def read_image(path, dataset):
     Raises:
         DataError: not an image, a broken one, or one of more than 8 bits without a range.
     """
-    image = _read(dataset, _test_transform(dataset.image_size), path)
+    image = read_pixels(dataset, test_transform(dataset.image_size), path)
     return (image.float() - _channels(dataset.mean, 'cpu')) / _channels(dataset.std, 'cpu')
 
 
@@ -361,19 +362,19 @@ def _train_transform(size):
     return transforms.Compose([transforms.RandomResizedCrop(size),
                                transforms.RandomHorizontalFlip(),
                                transforms.ColorJitter(0.4, 0.4, 0.4),
-                               _to_tensor])
+                               to_tensor])
 
 
-def _test_transform(size, ten_crop=False):
+def test_transform(size, ten_crop=False):
     """The centre of the image, 224/256 of its shorter side; of small images all of it."""
     resize = transforms.Resize(size if size <= SMALL else round(size * 256 / 224))
     if not ten_crop:
-        return transforms.Compose([resize, transforms.CenterCrop(size), _to_tensor])
-    return transforms.Compose([resize, _to_tensor, transforms.TenCrop(size),
+        return transforms.Compose([resize, transforms.CenterCrop(size), to_tensor])
+    return transforms.Compose([resize, to_tensor, transforms.TenCrop(size),
                                torch.stack])
 
 
-def _to_tensor(image):
+def to_tensor(image):
     return image if torch.is_tensor(image) else transforms.functional.pil_to_tensor(image)
 
 
@@ -492,7 +493,7 @@ def _read_folder(dataset, split, workers):
     files, labels = zip(*samples)
     images = np.empty((len(samples), len(dataset.mean), size, size),
                       np.float32 if dataset.value_range else np.uint8)
-    read = functools.partial(_read, dataset, _test_transform(size))
+    read = functools.partial(read_pixels, dataset, test_transform(size))
     done = 0
     for batch in _read_all(samples, read, workers, f'reading {split}'):
         images[done:done + len(batch)] = batch
@@ -549,7 +550,7 @@ def _unchanged(batch):
     return batch
 
 
-def _read(dataset, transform, path):
+def read_pixels(dataset, transform, path):
     """An image file, transformed: uint8 [C, H, W] or, in a data set with a value range, float32.
 
     Both are on the scale 0..255.

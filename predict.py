@@ -132,9 +132,10 @@ def draw_heatmap(heat, file, dataset):
     """
     from matplotlib import colormaps  # here, for it is slow to import
 
-    grey = data._read(dataset, data._to_tensor, file).float().mean(0) / 255  # all of it, [H, W]
+    pixels = data.read_pixels(dataset, data.to_tensor, file)  # all of the image, [C, H, W]
+    grey = pixels.float().mean(0) / 255
     picture = grey[:, :, None].repeat(1, 1, 3).numpy()
-    resize, crop, _ = data._test_transform(dataset.image_size).transforms
+    resize, crop, _ = data.test_transform(dataset.image_size).transforms
     side = round(min(grey.shape) * crop.size[0] / resize.size)  # of the crop, in pixels of the file
     top, left = ((size - side) // 2 for size in grey.shape)
     heat = F.interpolate(heat[None, None], (side, side), mode='bicubic')[0, 0].clamp(min=0)
@@ -142,19 +143,6 @@ def draw_heatmap(heat, file, dataset):
     seen = picture[top:top + side, left:left + side]
     seen += 0.5 * (colours - seen)
     return Image.fromarray((255 * picture).round().astype(np.uint8))
-
-
-def write_csv(path, rows):
-    """On a full disk, the file that was there before stays."""
-    path = path.resolve()  # what a link leads to, /dev/stdout for example
-    temporary = path.with_name(f'.{path.name}.tmp')
-    try:  # a file's name may be no text
-        with open(temporary, 'w', newline='', errors='surrogateescape') as file:
-            csv.writer(file).writerows([('file', 'class', 'probability'), *rows])
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def make_parser():
@@ -176,18 +164,20 @@ def make_parser():
 
 
 def main(argv=None):
-    rows, broken = [], 0
+    broken = 0
     try:
         args = make_parser().parse_args(argv)
         files = [*dict.fromkeys(file for name in args.images for file in find_images(name))]
         heatmaps = {} if args.heatmap is None else heatmap_paths(files, args.heatmap)
-        if args.csv and (args.csv.exists() != args.csv.is_file() or not args.csv.parent.is_dir()):
-            raise UserError(f'--csv {args.csv}: no file can be written there')
         model, dataset = load_model(args)
         names = dataset.classes
         if len(names) == 1000 and all(re.fullmatch(r'n\d{8}', name) for name in names):
             names = imagenet_classes()  # instead of numbers in WordNet
         model.to(machine.choose_device(args.device), memory_format=torch.channels_last)
+        # A file's name, and so a row, may be no text.
+        table = open(args.csv or os.devnull, 'w', newline='', errors='surrogateescape')
+        writer = csv.writer(table)
+        writer.writerow(('file', 'class', 'probability'))
         bar = tqdm(predict(model, dataset, files, args.batch_size), total=len(files), leave=False,
                    disable=None)  # None: only on a terminal
         for file, answer in bar:
@@ -200,12 +190,11 @@ def main(argv=None):
                 found = [(names[label], share) for share, label in zip(shares, labels)]
                 print(f'{file}:', ', '.join(f'{name} {100 * share:.2f}%' for name, share in found),
                       flush=True)
-            rows += [(file, name, f'{share:.6f}') for name, share in found]
+            writer.writerows((file, name, f'{share:.6f}') for name, share in found)
             if heatmaps:
                 heatmaps[file].parent.mkdir(parents=True, exist_ok=True)
                 draw_heatmap(answer[1], file, dataset).save(heatmaps[file])
-        if args.csv:
-            write_csv(args.csv, rows)
+        table.close()
         if broken:
             raise UserError(f'{broken} of {len(files)} images could not be read')
     except BrokenPipeError:  # `| head`; Python would fail again at its exit

@@ -251,7 +251,7 @@ def test_large_training_images_are_mirrored_and_their_colours_vary(tmp_path):
     ramp = np.tile(np.linspace(60, 200, 90).astype(np.uint8)[None, :, None], (70, 1, 3))
     ramp[..., 1] = 130  # a green that no crop changes
     Image.fromarray(ramp).save(tmp_path / 'ramp.png')
-    read = functools.partial(data._read, RGB, data._train_transform(66))
+    read = functools.partial(data.read_pixels, RGB, data._train_transform(66))
     dataset = data._ImageFiles([(tmp_path / 'ramp.png', 0)], read)
     batch = np.array([(0, seed) for seed in range(64)])
     views = torch.from_numpy(dataset.__getitems__(batch)[0]).float()
@@ -275,7 +275,8 @@ def test_photographs_of_cameras_and_printers_become_rgb(tmp_path):
     palette.save(tmp_path / 'palette.png', transparency=bytes(range(200)))
     with warnings.catch_warnings():
         warnings.simplefilter('error')  # data.py, imported here, lets none through
-        read = functools.partial(runpy.run_path(str(ROOT / 'data.py'))['_read'], RGB, np.asarray)
+        imported = runpy.run_path(str(ROOT / 'data.py'))
+        read = functools.partial(imported['read_pixels'], RGB, np.asarray)
         decoded = {name: read(tmp_path / f'{name}.jpg').astype(float) for name in kinds}
         read(tmp_path / 'palette.png')
     for name in ('cmyk', 'broken exif'):
