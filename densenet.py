@@ -78,7 +78,7 @@ class DenseNet(nn.Module):
         smallest_map = 2 ** (len(block_config) - 1)
         self.min_size = smallest_map if small_inputs else 4 * (smallest_map - 1) + 1
 
-        self.features = nn.Sequential(_stem(in_channels, num_init_features, small_inputs))
+        self.features = Features(_stem(in_channels, num_init_features, small_inputs))
         channels = num_init_features
         for i, num_layers in enumerate(block_config, start=1):
             block = DenseBlock(num_layers, channels, growth_rate, bn_size, drop_rate, bottleneck,
@@ -141,6 +141,33 @@ def _stem(in_channels, out_channels, small_inputs):
         relu0=nn.ReLU(),
         pool0=nn.MaxPool2d(3, stride=2, padding=1),
     )
+
+
+class Features(nn.Sequential):
+    """Stem, dense blocks, transitions and the last norm; computes ImageNet's stem in another order.
+
+    ReLU and max-pool commute, and after the pooling there is a quarter to do. On CPUs and without
+    gradients, the norm is folded into the convolution, and a few images at a time go through the
+    stem: their maps stay in the cache, while a page of fresh memory costs more than the arithmetic.
+    """
+
+    def forward(self, x):
+        # Not where somebody may look in between.
+        if 'norm0' not in self._modules or _is_traced(x) or _transformed_or_hooked() or any(
+                _difference(module, name, self.training)
+                for name, module in list(self.named_children())[:4]):
+            return super().forward(x)
+        conv, norm, relu, pool, *others = self
+        if x.device.type == 'cpu' and not (self.training or torch.is_grad_enabled()):
+            scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+            kernel = conv.weight * scale[:, None, None, None]
+            bias = norm.bias - norm.running_mean * scale
+            x = torch.cat([pool(F.conv2d(part, kernel, bias, 2, 3)).relu_() for part in x.split(4)])
+        else:
+            x = relu(pool(norm(conv(x))))
+        for module in others:
+            x = module(x)
+        return x
 
 
 class _LinearMemory:
@@ -353,28 +380,41 @@ def _recomputes(module, x):
             and not _is_traced(x))
 
 
-# What the linear way takes for granted of the modules, by their names without the number.
+_SAME_CONV = dict(stride=(1, 1), dilation=(1, 1), groups=1, padding_mode='zeros', bias=None)
+# What is taken for granted of the modules, by their names; in blocks, without the number.
 _AS_BUILT = {
+    'conv0': (nn.Conv2d, {**_SAME_CONV, 'kernel_size': (7, 7), 'stride': (2, 2),
+                          'padding': (3, 3)}),
+    'norm0': (nn.BatchNorm2d, {}),
+    'relu0': (nn.ReLU, {}),
+    'pool0': (nn.MaxPool2d, dict(kernel_size=3, stride=2, padding=1, dilation=1, ceil_mode=False,
+                                 return_indices=False)),
     'denselayer': (DenseLayer, {}),
     'norm': (nn.BatchNorm2d, {}),
     'relu': (nn.ReLU, {}),
-    'conv': (nn.Conv2d, dict(stride=(1, 1), dilation=(1, 1), groups=1, padding_mode='zeros',
-                             bias=None)),
+    'conv': (nn.Conv2d, _SAME_CONV),
     'pool': (nn.AvgPool2d, dict(kernel_size=2, stride=2, padding=0)),
 }
 _HOOKS = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
 
 
-def _fallback_reason(block, x):
-    """Why the linear way would not compute what a block's or transition's modules do, or None."""
-    # The first two look at private names. In a torch that renames one, autograd still refuses
-    # transforms of a Function, but global hooks would be overlooked.
+def _transformed_or_hooked():
+    """Transforms or global hooks that need the modules one by one, or None."""
+    # By private names. In a torch that renames one, autograd still refuses transforms of a
+    # Function, but global hooks would be overlooked.
     if (getattr(torch._C, '_are_functorch_transforms_active', lambda: False)()
             or getattr(forward_ad, '_current_level', -1) >= 0):
         return 'torch.func or forward-mode differentiation'
     if any(getattr(nn.modules.module, f'_global_{kind}_hooks', None)
            for kind in ('forward', 'forward_pre', 'backward', 'backward_pre')):
         return 'global module hooks'
+    return None
+
+
+def _fallback_reason(block, x):
+    """Why the linear way would not compute what a block's or transition's modules do, or None."""
+    if reason := _transformed_or_hooked():
+        return reason
     if x.dim() != 4 or x.numel() <= x.shape[1] * block.training:  # nn.BatchNorm2d complains
         return f'an input of shape {list(x.shape)}'
     channels = x.shape[1]
@@ -412,7 +452,7 @@ def _difference(module, kind, training):
     if kind is nn.BatchNorm2d and any(value is None for value in (
             module.weight, module.bias, module.running_mean)):
         return ' has no weights or no running statistics'
-    if kind is nn.Conv2d and (module.kernel_size, module.padding) not in (
+    if attributes is _SAME_CONV and (module.kernel_size, module.padding) not in (
             ((1, 1), (0, 0)), ((3, 3), (1, 1))):
         return f' has kernel_size {module.kernel_size} and padding {module.padding}'
     return None
@@ -518,8 +558,8 @@ class _LinearMemoryBlock(torch.autograd.Function):
                         ops, grad, maps, half, completion=completion,
                         total=G[:, :c] if maps is inputs[0] else None)
                     gradients = found + gradients
-                A[:c] += completion[1]
-                B[:c] += completion[2]
+                A[:c].add_(completion[1])
+                B[:c].add_(completion[2])
                 end = c
             dx = ops.complete(G[:, :c], inputs[0], A[:c], B[:c])
             return None, None, None, dx, *gradients

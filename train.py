@@ -97,10 +97,10 @@ def load_pretrained(model, args):
         raise UserError(f'--pretrained without a file takes torchvision\'s weights, which are for '
                         f'--arch {", ".join(flags.TORCHVISION_WEIGHTS)} and images of more than '
                         f'{data.SMALL} pixels')
-    stem = weights.get('features.conv0.weight')
-    if model.config['in_channels'] == 1 and stem is not None and stem.shape[1] == 3:
+    if model.config['in_channels'] == 1:
         # A grey image in three channels: conv(w, [x, x, x]) = conv(w_red + w_green + w_blue, x).
-        weights = {**weights, 'features.conv0.weight': stem.sum(1, keepdim=True)}
+        weights = {key: weight.sum(1, keepdim=True) if key.endswith('conv0.weight') else weight
+                   for key, weight in weights.items()}
     # ImageNet's stem has a norm, that of small images has none.
     if model.config['small_inputs'] and any(key.endswith('norm0.weight') for key in weights):
         raise CheckpointError(f'{source} has ImageNet\'s 7x7 stem, and images of up to '
@@ -141,12 +141,12 @@ def set_training_mode(model, args):
 def make_optimizer(args, model):
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     on_cuda = parameters[0].is_cuda
-    # On CUDA one kernel updates all parameters, and reads the learning rate from device memory, so
-    # that a CUDA graph of it follows a change of rate.
+    fused = parameters[0].device.type in ('cpu', 'cuda')  # one pass over all parameters
+    # On CUDA the learning rate is in device memory, so that a CUDA graph follows a change of rate.
     lr = torch.tensor(args.lr, device=parameters[0].device) if on_cuda else args.lr
     common = dict(lr=lr, weight_decay=args.weight_decay)
     if args.optimizer == 'sgd':
-        optimizer = torch.optim.SGD(parameters, momentum=args.momentum, fused=on_cuda,
+        optimizer = torch.optim.SGD(parameters, momentum=args.momentum, fused=fused,
                                     nesterov=args.momentum > 0, **common)
         if args.momentum:
             # Made now: in fp16 the scaler may skip the first steps, and a graph recorded in one of
@@ -157,7 +157,7 @@ def make_optimizer(args, model):
     if args.optimizer == 'rmsprop':
         return torch.optim.RMSprop(parameters, momentum=args.momentum, capturable=on_cuda, **common)
     kind = torch.optim.Adam if args.optimizer == 'adam' else torch.optim.AdamW
-    return kind(parameters, fused=on_cuda, capturable=on_cuda, **common)
+    return kind(parameters, fused=fused, capturable=on_cuda, **common)
 
 
 def make_state(args, model, device, precision):
@@ -399,8 +399,8 @@ def evaluate(model, loader, autocast, stop=None, outputs=None):
                       report.balanced_error(confusion), confusion)
 
 
-def print_errors(model, dataset, device, autocast, args):
-    """Print test loss and errors; with --ten-crop, of one crop and of ten. Write what was wrong."""
+def report_errors(model, dataset, device, autocast, args):
+    """Print loss and errors, with --ten-crop of one crop and of ten; write what was wrong."""
     for ten_crop in [False, True] if args.ten_crop else [False]:
         loader = data.make_loader(dataset, 'test', args.batch_size, device=device,
                                   workers=args.workers, ten_crop=ten_crop,
@@ -624,7 +624,7 @@ def main(argv=None):
             checkpoint.load_weights(model, saved.get('model'), args.resume)
         model = prepare_model(model, args, device)
         if args.evaluate:
-            print_errors(model, dataset, device, machine.make_autocast(precision, device), args)
+            report_errors(model, dataset, device, machine.make_autocast(precision, device), args)
             return
         directory = flags.run_directory(args)
         resumed = Path(args.resume).resolve() if saved else None

@@ -114,7 +114,8 @@ def test_trains_as_torchvision_does(name):
 
 def kinds(model):
     """(name, kind) of each module; torchvision's own classes begin with an underscore."""
-    return [(name, type(module).__name__.lstrip('_')) for name, module in model.named_modules()]
+    return [(name, 'Sequential' if isinstance(module, torch.nn.Sequential)
+             else type(module).__name__.lstrip('_')) for name, module in model.named_modules()]
 
 
 def pair(training=False, efficient=False):
@@ -134,6 +135,36 @@ def pair(training=False, efficient=False):
 def test_modules_are_those_of_torchvision(name):
     with torch.device('meta'):
         assert kinds(getattr(densenet, name)()) == kinds(getattr(torchvision.models, name)())
+
+
+@pytest.mark.parametrize('training', [False, True])
+@pytest.mark.parametrize('grad', [False, True])
+def test_the_order_within_the_stem_makes_no_difference(training, grad):
+    features = pair(training)[1].features.double()
+    for value in (features.norm0.weight, features.norm0.bias):
+        torch.nn.init.normal_(value)
+    plain, x = copy.deepcopy(features), images(9, 40, torch.float64)  # in parts of 4 images
+    results = []
+    for model, forward in ((features, type(features).forward),
+                           (plain, torch.nn.Sequential.forward)):
+        with torch.set_grad_enabled(grad):
+            maps = forward(model, x)
+        results.append([maps])
+        if grad:
+            results[-1] += torch.autograd.grad(maps.square().sum(), list(model.parameters()))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(features.norm0.running_var, plain.norm0.running_var)
+
+
+@pytest.mark.parametrize('name', ['conv0', 'norm0', 'relu0', 'pool0'])
+def test_a_hook_in_the_stem_sees_what_it_sees_in_torchvision(name):
+    seen = []
+    for model in pair():
+        model.features.get_submodule(name).register_forward_hook(
+            lambda module, inputs, output: seen.append((inputs[0].shape, output.clone())))
+        with torch.no_grad():
+            model(images(2, 32))
+    torch.testing.assert_close(*seen, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('training', [False, True])
