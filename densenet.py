@@ -251,11 +251,14 @@ class DenseBlock(_LinearMemory, nn.ModuleDict):
         c = x.shape[1]
         features = ops.new_maps(x, c + sum(layer.out_channels for layer in self.values()))
         features[:, :c].copy_(x)
+        bottleneck = None  # the same memory for all layers: fresh memory costs more than arithmetic
         for layer in self.values():
             *first, last = layer.halves()
             maps, new = features[:, :c], features[:, c:c + layer.out_channels]
-            for half in first:
-                maps = _evaluate_half(ops, maps, *half)
+            for norm, conv in first:
+                if bottleneck is None or bottleneck.shape[1] != len(conv.weight):
+                    bottleneck = ops.new_maps(x, len(conv.weight))
+                maps = _evaluate_half(ops, maps, norm, conv, out=bottleneck)
             _evaluate_half(ops, maps, *last, out=new)
             c += layer.out_channels
         return features
