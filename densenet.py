@@ -157,14 +157,14 @@ class Features(nn.Sequential):
                 _difference(module, name, self.training)
                 for name, module in list(self.named_children())[:4]):
             return super().forward(x)
-        conv, norm, relu, pool, *others = self
+        conv, norm, _, pool, *others = self
         if x.device.type == 'cpu' and not (self.training or torch.is_grad_enabled()):
             scale = norm.weight / (norm.running_var + norm.eps).sqrt()
             kernel = conv.weight * scale[:, None, None, None]
             bias = norm.bias - norm.running_mean * scale
             x = torch.cat([pool(F.conv2d(part, kernel, bias, 2, 3)).relu_() for part in x.split(4)])
         else:
-            x = relu(pool(norm(conv(x))))
+            x = pool(norm(conv(x))).relu_()
         for module in others:
             x = module(x)
         return x

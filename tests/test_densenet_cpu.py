@@ -235,7 +235,8 @@ REPORT = ('import densenet_cpu; '
 def start(cache, code=REPORT, **env):
     return subprocess.Popen([sys.executable, '-c', code], text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, cwd=ROOT,
-                            env={**os.environ, 'XDG_CACHE_HOME': str(cache), **env})
+                            env={**os.environ, 'DENSENET_CPU_KERNELS': '1',
+                                 'XDG_CACHE_HOME': str(cache), **env})
 
 
 def compiler():
