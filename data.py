@@ -15,7 +15,6 @@ has.
 import contextlib
 import dataclasses
 import functools
-import math
 import os
 import signal
 import threading
@@ -445,6 +444,8 @@ def _split_folder(root, split, val_split=0.0):
     """`train/` or, for 'test', `val/` or without one `test/`; where a part of `train/` is for
     testing, `train/` or without one the root itself.
     """
+    if val_split and not root.is_dir():
+        raise DataError(f'{root} is no folder: --data must name one')
     if val_split:
         return root / 'train' if (root / 'train').is_dir() else root
     names = ('train',) if split == 'train' else ('val', 'test')
@@ -513,7 +514,8 @@ def _measure_range(samples, workers):
 def _extremes(path):
     with _opened(path) as image:
         if not _is_deep(image):
-            return torch.tensor([math.inf, -math.inf], dtype=torch.float64)
+            raise DataError(f'{path} has 8 bits, and the first training image has more: give '
+                            f'--value-range LOW HIGH, for those of more')
         values = _values(path, image)
         if image.mode == 'F' and values.min() < 0:
             raise DataError(f'{path}: floats as low as {values.min():g} have no natural range: '

@@ -26,9 +26,10 @@ ARCHITECTURES = TORCHVISION_WEIGHTS + ('densenet264', 'densenet232_k48', 'densen
 
 # Three ways to say how many layers there are, of which a command may use one.
 LAYER_FLAGS = ('arch', 'depth', 'block_config')
-# What a run is resumed with unchanged.
-FIXED_FLAGS = (*LAYER_FLAGS, 'growth_rate', 'compression', 'bottleneck', 'init_features',
-               'bn_size', 'in_channels', 'optimizer', 'freeze_features', 'best_by')
+# What a model is evaluated with unchanged, and what its run is resumed with.
+MODEL_FLAGS = (*LAYER_FLAGS, 'growth_rate', 'compression', 'bottleneck', 'init_features',
+               'bn_size', 'in_channels')
+RUN_FLAGS = (*MODEL_FLAGS, 'optimizer', 'freeze_features', 'best_by', 'val_split')
 # Flags of one call of this script; with --resume, all others are by default the checkpoint's.
 CALL_FLAGS = ('save', 'name', 'resume', 'overwrite', 'start_epoch', 'pretrained',
               'reset_classifier', 'evaluate', 'device')
@@ -247,6 +248,9 @@ def parse_args(argv=None, parser=None):
                                   f'--pretrained')
         own = {*CALL_FLAGS, *(LAYER_FLAGS if any(getattr(args, flag) is not None
                                                  for flag in LAYER_FLAGS) else ())}
+        if args.evaluate and args.data not in (parser.get_default('data'),
+                                               saved['args'].get('data')):
+            own.add('val_split')  # of other data, no part is held back: all are for testing
         parser.set_defaults(**{flag: value for flag, value in saved['args'].items()
                                if flag in vars(args) and flag not in own})
     else:

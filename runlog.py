@@ -6,7 +6,7 @@
         for images, labels in log.watch(loader):
             log.advance(len(images))
         log.train_row(loss=2.1, error=78.2, lr=0.1)
-        log.end_epoch(train=(1.6, 58.1), test=(1.4, 50.2, 6.4), best=(50.2, 1))
+        log.end_epoch(train=(1.6, 58.1), test=test_result, best='best 50.2% (epoch 1)')
         log.close()
 """
 
@@ -192,7 +192,7 @@ class RunLog:
                 f'loss {loss:.4f}  error {error:.2f}%  lr {lr:g}  {speed}  {left} left')
 
     def end_epoch(self, train, test, best):
-        """A row of test.csv: train (loss, error), test a train.TestResult, best (error, epoch).
+        """A row of test.csv: train (loss, error), test a train.TestResult, `best` in words.
 
         Errors are in percent.
         """
@@ -204,7 +204,7 @@ class RunLog:
         say(f'epoch {self.epoch}/{self.epochs}  '
             f'train loss {train[0]:.4f}, error {train[1]:.2f}%  '
             f'test loss {loss:.4f}, error {error:.2f}%{balanced}{top5}  '
-            f'best {best[0]:.2f}% (epoch {best[1]})')
+            f'{best}')
         if self.tensorboard:
             for tag, value in (('train_loss', train[0]), ('train_acc', 100 - train[1]),
                                ('val_loss', loss), ('val_acc', 100 - error)):

@@ -485,8 +485,13 @@ def record_test(state, test, log, best_by='error'):
         state.best_score, state.best_error, state.best_epoch = score, test.error, state.epoch
     train_loss, train_errors, images = state.epoch_sums
     log.end_epoch((train_loss / images, 100 * train_errors / images), test,
-                  (state.best_error, state.best_epoch))
+                  best_so_far(state, best_by))
     return improved
+
+
+def best_so_far(state, best_by):
+    by = '' if best_by == 'error' else f', by the {best_by} of {state.best_score:.4g}'
+    return f'best {state.best_error:.2f}%{by} (epoch {state.best_epoch})'
 
 
 def not_finite(what, state):
@@ -583,9 +588,11 @@ def train(args, dataset, model, loaders, directory, stop, *, device, precision, 
                      start=(state.epoch, state.step), tensorboard=args.tensorboard,
                      figures=args.plot)
     processes = f'{distributed.world_size()} x ' * (distributed.world_size() > 1)
+    values = ' with values from {:g} to {:g}'.format(*dataset.value_range or (0, 0))
     say(f'{model_name(args)}: {sum(p.numel() for p in model.parameters()):,} parameters; '
         f'{dataset.name}: {train_loader.num_images:,} training and {test_loader.num_images:,} '
-        f'test images of {dataset.image_size} pixels, {len(dataset.classes)} classes; '
+        f'test images of {dataset.image_size} pixels{values * bool(dataset.value_range)}, '
+        f'{len(dataset.classes)} classes; '
         f'{processes}{hardware}, {precision}{", CUDA graph" * graphed}')
     with contextlib.closing(log):
         try:
@@ -600,9 +607,8 @@ def train(args, dataset, model, loaders, directory, stop, *, device, precision, 
     used = str(timedelta(seconds=round(state.seconds)))
     if state.peak_memory:
         used += f' with at most {state.peak_memory / 2**30:.2f} GiB on the GPU'
-    say(f'final error {state.last_error:.2f}% (epoch {state.epoch - 1}), best '
-        f'{state.best_error:.2f}% (epoch {state.best_epoch}), after {used}; everything is in '
-        f'{directory}')
+    say(f'final error {state.last_error:.2f}% (epoch {state.epoch - 1}), '
+        f'{best_so_far(state, args.best_by)}, after {used}; everything is in {directory}')
 
 
 def main(argv=None):
@@ -615,7 +621,8 @@ def main(argv=None):
         dataset = distributed.from_rank_0(lambda: choose_dataset(args, saved))
         args = flags.with_network(args, dataset.image_size)
         if saved:
-            checkpoint.check_fixed_flags(args, saved['args'], flags.FIXED_FLAGS)
+            checkpoint.check_fixed_flags(args, saved['args'], flags.MODEL_FLAGS if args.evaluate
+                                         else flags.RUN_FLAGS)
         torch.manual_seed(args.seed)
         model = build_model(args, len(dataset.classes), dataset.image_size)
         if args.pretrained is not None:

@@ -367,6 +367,14 @@ def test_8_bits_among_more_are_what_they_are_alone(tmp_path):
     assert loader.images[0, :, 0].tolist() == 3 * [[0, 255]]
 
 
+def test_8_bits_among_more_have_no_measured_range(tmp_path):
+    save_scans(tmp_path, 'I;16', [0, 4095], 'png')
+    Image.fromarray(np.array([[7, 200]] * 2, np.uint8)).save(tmp_path / 'train/b/2.png')
+    with pytest.raises(DataError, match='b/2.png has 8 bits, .* give --value-range LOW HIGH'):
+        data.describe('folder', tmp_path)
+    assert data.describe('folder', tmp_path, value_range=(0, 4095)).value_range == (0, 4095)
+
+
 @pytest.mark.parametrize('mode, values, message', [
     ('F', [-0.5, 1], 'floats as low as -0.5 have no natural range: give --value-range LOW HIGH'),
     ('F', [math.nan, 1], 'values that are not finite'), ('I;16', [9, 9], 'all values in .* are 9')])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, cache_densenet121, read_csv, write_images
+from conftest import ROOT, cache_densenet121, fails, read_csv, write_images
 from PIL import Image
 
 import checkpoint
@@ -53,7 +53,9 @@ def test_a_rare_class_that_differs_by_a_few_levels_is_learned(tmp_path, capsys, 
     assert min(scores) < 2 and saved['best_epoch'] == 1 + np.argmin(scores)
     assert saved['dataset']['value_range'] == ((-1024, 3071) if flags else (0, 4095))
 
-    capsys.readouterr()
+    said = capsys.readouterr().out
+    assert f'with values from {"-1024 to 3071" if flags else "0 to 4095"}' in said
+    assert f'by the balanced-error of {min(scores):.4g} (epoch {saved["best_epoch"]})' in said
     train.main(['--evaluate', '--resume', str(run / 'best.pth'), '--device', 'cpu'])
     printed = capsys.readouterr().out
     assert f'balanced error {min(scores):.2f}%' in printed and 'ROC AUC' in printed
@@ -104,7 +106,7 @@ def test_one_channel_gives_what_three_equal_ones_gave(tmp_path, build, size):
                                    rtol=1e-4, atol=1e-4)
 
 
-def test_a_resumed_run_keeps_its_split(tmp_path):
+def test_a_resumed_run_keeps_its_split_and_other_data_are_all_tested(tmp_path, capsys):
     scans = write_images(tmp_path / 'scans', {'a': 20, 'b': 10}, (8, 8))
     argv = ['--dataset', 'folder', '--data', str(scans), '--val-split', '0.2', '--depth', '10',
             '--growth-rate', '4', '--epochs', '1', '--device', 'cpu', '--no-plot', '--save']
@@ -117,3 +119,9 @@ def test_a_resumed_run_keeps_its_split(tmp_path):
     files = [data.make_loader(dataset, 'test', 4, device=torch.device('cpu')).files
              for dataset in (first, again)]
     assert files[0] == files[1] and len(files[0]) == 6
+    assert 'another val_split: its own is 0.2, not 0.1' in fails(
+        capsys, '--save', tmp_path / 'run', '--resume', '--val-split', '0.1')
+    more = write_images(tmp_path / 'more', {'test/a': 3, 'test/b': 4}, (8, 8))
+    train.main(['--evaluate', '--resume', str(tmp_path / 'run/best.pth'), '--data', str(more),
+                '--device', 'cpu'])
+    assert len(read_csv(tmp_path / 'run/predictions.csv')) == 7
