@@ -588,11 +588,12 @@ def train(args, dataset, model, loaders, directory, stop, *, device, precision, 
                      start=(state.epoch, state.step), tensorboard=args.tensorboard,
                      figures=args.plot)
     processes = f'{distributed.world_size()} x ' * (distributed.world_size() > 1)
-    values = ' with values from {:g} to {:g}'.format(*dataset.value_range or (0, 0))
+    values = ''
+    if dataset.value_range:
+        values = ' with values from {:g} to {:g}'.format(*dataset.value_range)
     say(f'{model_name(args)}: {sum(p.numel() for p in model.parameters()):,} parameters; '
         f'{dataset.name}: {train_loader.num_images:,} training and {test_loader.num_images:,} '
-        f'test images of {dataset.image_size} pixels{values * bool(dataset.value_range)}, '
-        f'{len(dataset.classes)} classes; '
+        f'test images of {dataset.image_size} pixels{values}, {len(dataset.classes)} classes; '
         f'{processes}{hardware}, {precision}{", CUDA graph" * graphed}')
     with contextlib.closing(log):
         try:
