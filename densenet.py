@@ -144,28 +144,25 @@ def _stem(in_channels, out_channels, small_inputs):
 
 
 class Features(nn.Sequential):
-    """Stem, dense blocks, transitions and the last norm; computes ImageNet's stem in another order.
+    """Stem, dense blocks, transitions and the last norm.
 
-    ReLU and max-pool commute, and after the pooling there is a quarter to do. On CPUs and without
-    gradients, the norm is folded into the convolution, and a few images at a time go through the
-    stem: their maps stay in the cache, while a page of fresh memory costs more than the arithmetic.
+    On CPUs and without gradients, a few images at a time go through ImageNet's stem: their maps
+    stay in the cache, while a page of fresh memory costs more than the arithmetic. The norm is
+    folded into the convolution, and ReLU, which commutes with the max-pool, comes after it.
     """
 
     def forward(self, x):
-        # Not where somebody may look in between.
-        if 'norm0' not in self._modules or _is_traced(x) or _transformed_or_hooked() or any(
-                _difference(module, name, self.training)
-                for name, module in list(self.named_children())[:4]):
-            return super().forward(x)
-        conv, norm, _, pool, *others = self
-        if x.device.type == 'cpu' and not (self.training or torch.is_grad_enabled()):
+        modules = list(self)
+        if ('norm0' in self._modules and not _is_traced(x) and x.device.type == 'cpu'
+                and not (self.training or torch.is_grad_enabled() or _transformed_or_hooked())
+                and not any(map(_difference, modules, ('conv0', 'norm', 'relu', 'pool0')))):
+            conv, norm, _, pool, *modules = modules
             scale = norm.weight / (norm.running_var + norm.eps).sqrt()
             kernel = conv.weight * scale[:, None, None, None]
             bias = norm.bias - norm.running_mean * scale
-            x = torch.cat([pool(F.conv2d(part, kernel, bias, 2, 3)).relu_() for part in x.split(4)])
-        else:
-            x = pool(norm(conv(x))).relu_()
-        for module in others:
+            x = torch.cat([pool(conv._conv_forward(part, kernel, bias)).relu_()
+                           for part in x.split(4)])
+        for module in modules:
             x = module(x)
         return x
 
@@ -384,14 +381,10 @@ def _recomputes(module, x):
 
 
 _SAME_CONV = dict(stride=(1, 1), dilation=(1, 1), groups=1, padding_mode='zeros', bias=None)
-# What is taken for granted of the modules, by their names; in blocks, without the number.
+# What is taken for granted of the modules, by their names, but for the stem's without the number.
 _AS_BUILT = {
-    'conv0': (nn.Conv2d, {**_SAME_CONV, 'kernel_size': (7, 7), 'stride': (2, 2),
-                          'padding': (3, 3)}),
-    'norm0': (nn.BatchNorm2d, {}),
-    'relu0': (nn.ReLU, {}),
-    'pool0': (nn.MaxPool2d, dict(kernel_size=3, stride=2, padding=1, dilation=1, ceil_mode=False,
-                                 return_indices=False)),
+    'conv0': (nn.Conv2d, dict(bias=None)),
+    'pool0': (nn.MaxPool2d, dict(return_indices=False)),
     'denselayer': (DenseLayer, {}),
     'norm': (nn.BatchNorm2d, {}),
     'relu': (nn.ReLU, {}),
@@ -440,7 +433,7 @@ def _fallback_reason(block, x):
     return None
 
 
-def _difference(module, kind, training):
+def _difference(module, kind, training=False):
     """How a module differs from what is built here under that name, or None."""
     kind, attributes = _AS_BUILT.get(kind, (None, {}))
     if type(module) is not kind:

@@ -189,8 +189,6 @@ def add_run_flags(parser):
     group.add_argument('--deterministic', action='store_true',
                        help='the same bits in every run, on a GPU too, for some of its speed')
     group.add_argument('--compile', action='store_true', help='torch.compile: minutes to start')
-    group.add_argument('--sync-bn', action='store_true',
-                       help='batch statistics over all GPUs of torchrun, not each one\'s own')
 
     group = parser.add_argument_group('run')
     group.add_argument('--name', help='the run directory is work/NAME (default: <dataset>.base)')

@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import os
 import signal
 import sys
 import time
@@ -26,6 +25,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import parameters_to_vector
 
 import checkpoint
 import data
@@ -50,14 +50,11 @@ def build_model(args, num_classes, image_size):
     """
     small = image_size <= data.SMALL
     settings = dict(
+        growth_rate=args.growth_rate, num_init_features=args.init_features,
         num_classes=num_classes, small_inputs=small, in_channels=args.in_channels,
-        drop_rate=args.drop_rate,
-        bn_size=args.bn_size, compression=args.compression, bottleneck=args.bottleneck,
-        memory_efficient=args.memory_efficient)
-    if args.growth_rate is not None:
-        settings['growth_rate'] = args.growth_rate
-    if args.init_features is not None:
-        settings['num_init_features'] = args.init_features
+        drop_rate=args.drop_rate, bn_size=args.bn_size, compression=args.compression,
+        bottleneck=args.bottleneck, memory_efficient=args.memory_efficient)
+    settings = {name: value for name, value in settings.items() if value is not None}
     try:
         if args.arch is not None:
             model = getattr(densenet, args.arch)(**settings)
@@ -119,13 +116,9 @@ def load_pretrained(model, args):
 
 
 def prepare_model(model, args, device):
-    """Freeze features and synchronize norms if the flags say so, and move to the device."""
+    """Freeze the features if the flags say so, and move the model to the device."""
     if args.freeze_features:
         model.features.requires_grad_(False)
-    if args.sync_bn and distributed.world_size() > 1:
-        if device.type != 'cuda':
-            raise UserError(f'--sync-bn: torch has it for cuda alone, and this is {device.type}')
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     # Convolutions are faster in channels_last, on CPUs too; activations follow the weights' layout.
     # On MPS, which nobody has tried, the default layout is safer.
     layout = torch.contiguous_format if device.type == 'mps' else torch.channels_last
@@ -301,25 +294,21 @@ class CudaGraphStep:
         about all of it. Nothing is changed.
         """
         for batch in self.batches.values():
-            eager = self._changes(self.step, batch)
-            replayed = self._changes(self, batch)
+            eager, replayed = (self._changes(step, batch) for step in (self.step, self))
             if not all((a - b).norm() <= 0.1 * a.norm() for a, b in zip(eager, replayed)):
                 return False
         return True
 
     def _changes(self, step, batch):
         """How a step on random images changes sums, weights and running statistics."""
-        def values():
-            model = self.state.model
-            floats = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-            return [torch.cat([tensor.detach().flatten() for tensor in tensors])
-                    for tensors in ([self.state.sums], model.parameters(), floats)]
-
+        model = self.state.model
+        groups = ([self.state.sums], list(model.parameters()),
+                  [buffer for buffer in model.buffers() if buffer.is_floating_point()])
+        values = lambda: [parameters_to_vector(group).detach() for group in groups]
         with self.state.rehearsal():
-            images, labels = batch
-            images.normal_()
+            batch[0].normal_()
             before = values()
-            step(images, labels)
+            step(*batch)
             return [after - value for after, value in zip(values(), before)]
 
 
@@ -400,20 +389,18 @@ def evaluate(model, loader, autocast, stop=None, outputs=None):
 
 
 def report_errors(model, dataset, device, autocast, args):
-    """Print loss and errors, with --ten-crop of one crop and of ten; write what was wrong."""
-    for ten_crop in [False, True] if args.ten_crop else [False]:
-        loader = data.make_loader(dataset, 'test', args.batch_size, device=device,
-                                  workers=args.workers, ten_crop=ten_crop,
-                                  shard=(distributed.rank(), distributed.world_size()))
-        outputs = []
-        test = evaluate(model, loader, autocast, outputs=outputs)
-        crops = 'ten crops: ' if ten_crop else 'one crop: ' if args.ten_crop else ''
-        top5 = f', top-5 error {test.error5:.2f}%' * (len(dataset.classes) > 5)
-        say(f'{crops}test loss {test.loss:.4f}, error {test.error:.2f}%{top5}')
+    """Print loss and errors of the test images; write what was wrong."""
+    loader = data.make_loader(dataset, 'test', args.batch_size, device=device,
+                              workers=args.workers, ten_crop=args.ten_crop,
+                              shard=(distributed.rank(), distributed.world_size()))
+    outputs = []
+    test = evaluate(model, loader, autocast, outputs=outputs)
     shards = zip(*distributed.all_gather(outputs))  # of each batch
     labels, probabilities = map(torch.cat, zip(*(shard for batch in shards for shard in batch)))
     if distributed.rank() > 0:
         return
+    top5 = f', top-5 error {test.error5:.2f}%' * (len(dataset.classes) > 5)
+    say(f'test loss {test.loss:.4f}, error {test.error:.2f}%{top5}')
     labels, probabilities = (output[labels != data.NO_LABEL] for output in (labels, probabilities))
     say('\n'.join(report.lines(test.confusion, dataset.classes, probabilities[:, -1], labels)))
     directory = flags.run_directory(args)
@@ -697,9 +684,6 @@ def explanation(error):
 
 
 if __name__ == '__main__':
-    for name in ('stdout', 'stderr'):
-        if getattr(sys, name) is None:  # closed by the caller: the next file would get its number
-            setattr(sys, name, open(os.devnull, 'w'))
     sys.stdout.reconfigure(errors='backslashreplace')  # class names may not be valid UTF-8
     warnings.showwarning = lambda message, *_: runlog.warn(message)
     cli()

@@ -17,10 +17,7 @@ from forked import interrupted
 
 import checkpoint
 import densenet_cpu
-import flags
 import train
-from densenet import densenet_cifar
-from errors import UserError
 
 # What torchrun does with its flags, for a script given as text: processes, the script and its
 # arguments.
@@ -302,10 +299,3 @@ def test_wrong_input_to_several_is_one_line_of_each(recipe, tmp_path, flags, bef
     for line in lines:  # of the others, unless torchrun was faster
         assert said in line or re.fullmatch(LOST.replace('error: ', 'error: (rank [12]: )?'), line)
     assert not (tmp_path / 'run/latest.pth').exists() or 'loss' in said
-
-
-def test_batch_statistics_over_all_are_for_cuda(monkeypatch):
-    args, _ = flags.parse_args(['--sync-bn'])
-    monkeypatch.setattr(train.distributed, 'world_size', lambda: 2)
-    with pytest.raises(UserError, match='--sync-bn: torch has it for cuda alone'):
-        train.prepare_model(densenet_cifar(10, 4), args, torch.device('cpu'))

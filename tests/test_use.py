@@ -118,13 +118,13 @@ def test_weights_of_timms_in_three_kinds_of_files(tmp_path, photos, capsys):
 
 # ---- evaluating ------------------------------------------------------------------------------
 
-def test_one_crop_and_ten(trained, photos, capsys):
+def test_one_crop_or_ten(trained, photos, capsys):
     one, *_ = run(capsys, '--evaluate', '--resume', trained / 'latest.pth', '--device', 'cpu')
     error = float(read_csv(trained / 'test.csv')[-1]['error'])
     assert f'error {error:.2f}%' in one
-    both = run(capsys, '--evaluate', '--resume', trained / 'latest.pth', '--device', 'cpu',
-               '--ten-crop')
-    assert both[0] == f'one crop: {one}' and both[1].startswith('ten crops: test loss ')
+    ten, *_ = run(capsys, '--evaluate', '--resume', trained / 'latest.pth', '--device', 'cpu',
+                  '--ten-crop')
+    assert ten.startswith('test loss ') and ten != one
 
 
 def test_densenet121_at_224_pixels_trains_and_is_tested_on_ten_crops(tmp_path, capsys):
