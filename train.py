@@ -25,7 +25,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.nn.utils import parameters_to_vector
 
 import checkpoint
 import data
@@ -304,7 +303,8 @@ class CudaGraphStep:
         model = self.state.model
         groups = ([self.state.sums], list(model.parameters()),
                   [buffer for buffer in model.buffers() if buffer.is_floating_point()])
-        values = lambda: [parameters_to_vector(group).detach() for group in groups]
+        values = lambda: [torch.cat([tensor.detach().flatten() for tensor in group])
+                          for group in groups]
         with self.state.rehearsal():
             batch[0].normal_()
             before = values()
