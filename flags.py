@@ -38,8 +38,7 @@ FLAGS_ELSEWHERE = {
     **dict.fromkeys(('--gpu', '--gpus', '--gpu-id', '--gpu-ids'),
                     '--device cuda, on the GPU that CUDA_VISIBLE_DEVICES names'),
     '--model': '--arch', '-a': '--arch', '-j': '--workers', '--amp': '--precision bf16',
-    '--fp16': '--precision fp16', '--output': '--save', '--output-dir': '--save',
-    '--num-classes': 'nothing: the folders are the classes'}
+    '--fp16': '--precision fp16', '--output': '--save', '--output-dir': '--save'}
 EXAMPLES = """examples:
   python train.py --depth 40 --no-bottleneck --compression 1 --name densenet-40-12
   python train.py --name densenet-40-12 --resume
