@@ -82,7 +82,7 @@ def model_name(args):
 
 def load_pretrained(model, args):
     """Weights from a file, ours or another's, or torchvision's download (--pretrained)."""
-    source, weights = args.pretrained, None
+    source = args.pretrained
     if source:
         weights = checkpoint.load_weights_file(source)
     elif args.arch in flags.TORCHVISION_WEIGHTS:
@@ -162,10 +162,12 @@ def make_state(args, model, device, precision):
 def learning_rate(args, epoch, done=0.0):
     """The learning rate in `epoch`, counted from 1, of which the fraction `done` is done.
 
+    cosine: from --lr to 0 over all epochs.
     multistep: divided by 10 at half and again at three quarters of the epochs (of 300: from epochs
     150 and 225 on, as in the official code); for ImageNet after each third (of 90: from epochs 31
-    and 61 on). Never before epoch 2. In the warm-up epochs it is multiplied by a factor that rises
-    linearly from 0.01 to 1 (Goyal et al.: Accurate, Large Minibatch SGD, 2017, section 2.2).
+    and 61 on). Never before epoch 2.
+    In the warm-up epochs, either is multiplied by a factor that rises linearly from 0.01 to 1
+    (Goyal et al.: Accurate, Large Minibatch SGD, 2017, section 2.2).
     """
     epochs_done = epoch - 1 + done
     lr = args.lr
@@ -174,10 +176,10 @@ def learning_rate(args, epoch, done=0.0):
     if args.lr_schedule == 'cosine':
         return lr * (1 + math.cos(math.pi * epochs_done / args.epochs)) / 2
     if args.dataset == 'imagenet':
-        first_epochs = args.epochs // 3 + 1, args.epochs * 2 // 3 + 1
+        drops = args.epochs // 3 + 1, args.epochs * 2 // 3 + 1
     else:
-        first_epochs = args.epochs / 2, args.epochs * 3 / 4
-    return lr / 10 ** sum(epoch >= max(2, first) for first in first_epochs)
+        drops = args.epochs / 2, args.epochs * 3 / 4
+    return lr / 10 ** sum(epoch >= max(2, drop) for drop in drops)
 
 
 def set_learning_rate(optimizer, lr):
@@ -192,14 +194,15 @@ def set_learning_rate(optimizer, lr):
 
 def train_step(state, images, labels, batch_size=None, *, autocast, grad_accum=1,
                label_smoothing=0.0, class_weights=None, forward=None):
-    """One step on a batch, float32 [B, C, H, W] and int64 [B], without device synchronization.
+    """One optimizer step on a batch, float32 [B, C, H, W] and int64 [B].
 
-    Of several processes, each calls it with its shard of a batch of `batch_size` images, and with
-    `forward`, the model as `distributed.wrap` has it.
+    Adds the loss and the errors of the images to `state.sums`. Nothing in it waits for the device,
+    but rmsprop with fp16. Of several processes, each calls it with its shard of a batch of
+    `batch_size` images, and with `forward`, the model as `distributed.wrap` has it.
     """
     forward = state.model if forward is None else forward
     # DistributedDataParallel takes the mean over W processes: that of sum / (B / W) is sum / B.
-    divisor = (batch_size or len(images)) / distributed.world_size()
+    divisor = batch_size / distributed.world_size() if batch_size else len(images)
     state.optimizer.zero_grad()
     micro_batches = list(zip(images.chunk(grad_accum), labels.chunk(grad_accum)))
     for i, (part, part_labels) in enumerate(micro_batches, start=1):
@@ -216,9 +219,9 @@ def train_step(state, images, labels, batch_size=None, *, autocast, grad_accum=1
 
 
 def balanced_class_weights(class_counts):
-    """Weights that let each class have the same share in the loss; their mean over the images is 1.
+    """Inverse class frequencies, scaled so that their mean over the images is 1.
 
-    With them and without, the loss of a batch is divided by its images, so that the learning rate
+    The loss of a batch is still divided by the number of its images, so that the learning rate
     means the same. int64 [classes] to float32.
     """
     return class_counts.sum() / (len(class_counts) * class_counts)
@@ -244,8 +247,8 @@ class CudaGraphStep:
             same memory.
 
     Raises:
-        UserError: CUDA broke the recording off. The process can't go on: generators and allocator
-            still believe that there is one.
+        UserError: the recording failed. The process can't go on: generators and allocator are
+            still in the mode of recording.
     """
 
     def __init__(self, step, state, shapes):
@@ -262,7 +265,7 @@ class CudaGraphStep:
                 for batch in self.batches.values():
                     for _ in range(3):  # libraries choose kernels, the optimizer makes its state
                         step(*batch)
-                state.optimizer.zero_grad()  # those of the graph are to lie in its pool
+                state.optimizer.zero_grad()  # so that recording allocates them in the graph's pool
                 for shape, batch in self.batches.items():
                     self.graphs[shape] = torch.cuda.CUDAGraph()
                     with torch.cuda.graph(self.graphs[shape], pool=pool, stream=stream):
@@ -303,8 +306,10 @@ class CudaGraphStep:
         model = self.state.model
         groups = ([self.state.sums], list(model.parameters()),
                   [buffer for buffer in model.buffers() if buffer.is_floating_point()])
-        values = lambda: [torch.cat([tensor.detach().flatten() for tensor in group])
-                          for group in groups]
+
+        def values():
+            return [torch.cat([tensor.detach().flatten() for tensor in group]) for group in groups]
+
         with self.state.rehearsal():
             batch[0].normal_()
             before = values()
@@ -322,13 +327,15 @@ def make_step(args, state, shapes, autocast, class_weights=None):
         train_step, state, autocast=autocast, grad_accum=args.grad_accum,
         label_smoothing=args.label_smoothing, class_weights=class_weights,
         forward=distributed.wrap(state.model))
+    if distributed.world_size() > 1:
+        settle_order_of_sums(step, state, shapes[0])
     device = state.sums.device.type
     if args.cuda_graph is False or (args.cuda_graph is None and device != 'cuda'):
         return step
     if device != 'cuda':
         reason = f'the device is {device}'
     elif args.optimizer == 'rmsprop' and state.scaler.is_enabled():
-        reason = 'with fp16, rmsprop waits for the host'
+        reason = 'with fp16, the host waits for the device in each step of rmsprop'
     elif distributed.world_size() > 1:
         reason = 'several processes exchange gradients in it'
     else:
@@ -338,6 +345,19 @@ def make_step(args, state, shapes, autocast, class_weights=None):
         reason = 'it does not do what the step does; please report this'
     say(f'no CUDA graph, each kernel is launched by itself: {reason}')
     return step
+
+
+def settle_order_of_sums(step, state, shape):
+    """Take a step and undo it, for batches of `shape`, [B, C, H, W], of all processes together.
+
+    After its first step, DistributedDataParallel arranges the gradients anew, and then sums them
+    over the processes in another order. A resumed run would have a first step where one that was
+    not interrupted has none.
+    """
+    n, *image = shape
+    images = torch.zeros(-(-n // distributed.world_size()), *image, device=state.sums.device)
+    with state.rehearsal():
+        step(images, images.new_zeros(len(images), dtype=torch.int64))
 
 
 # ---- evaluate --------------------------------------------------------------------------------
@@ -389,7 +409,7 @@ def evaluate(model, loader, autocast, stop=None, outputs=None):
 
 
 def report_errors(model, dataset, device, autocast, args):
-    """Print loss and errors of the test images; write what was wrong."""
+    """Print loss and errors on the test images; write confusion.png and predictions.csv."""
     loader = data.make_loader(dataset, 'test', args.batch_size, device=device,
                               workers=args.workers, ten_crop=args.ten_crop,
                               shard=(distributed.rank(), distributed.world_size()))
@@ -413,7 +433,7 @@ def report_errors(model, dataset, device, autocast, args):
 
 # ---- loop ------------------------------------------------------------------------------------
 
-def fit(args, state, train_on, train_loader, test_loader, log, save, stop, autocast):
+def fit(args, state, step, train_loader, test_loader, log, save, stop, autocast):
     """Train and evaluate from where `state` is to the last epoch.
 
     Raises:
@@ -427,7 +447,7 @@ def fit(args, state, train_on, train_loader, test_loader, log, save, stop, autoc
             lr = learning_rate(args, state.epoch, state.step / len(train_loader))
             set_learning_rate(state.optimizer, lr)
             batch_size = train_loader.images_in(state.step)
-            train_on(images, labels, batch_size)
+            step(images, labels, batch_size)
             state.count_step(batch_size)
             log.advance(batch_size)
             if state.step % args.print_freq == 0 or state.step == len(train_loader):
@@ -437,7 +457,7 @@ def fit(args, state, train_on, train_loader, test_loader, log, save, stop, autoc
         test = evaluate(state.model, test_loader, autocast, stop)
         improved = record_test(state, test, log, args.best_by)
         state.begin_epoch(state.epoch + 1)
-        if improved:
+        if improved:  # saved after the epoch's end, so that it resumes in the next one
             save('best.pth')
         log.sync()
         save('latest.pth')
@@ -461,7 +481,7 @@ def take_means(args, state):
     return loss / images, 100 * errors / images
 
 
-def record_test(state, test, log, best_by='error'):
+def record_test(state, test, log, best_by):
     """Record the TestResult of the epoch; returns whether it is the best so far."""
     if not math.isfinite(test.loss):
         raise not_finite('the test loss', state)
@@ -551,11 +571,11 @@ def train(args, dataset, model, loaders, directory, stop, *, device, precision, 
         state.begin_epoch(args.start_epoch)
     best_is_here = distributed.from_rank_0((directory / 'best.pth').exists)
     if state.epoch <= args.epochs and not best_is_here:
-        # The best so far is that of another directory's best.pth: this one gets its own.
+        # Resumed from another directory, which has the best so far: this one gets its own.
         state.best_score, state.best_error, state.best_epoch = math.inf, math.inf, 0
     if args.compile:
-        model.compile(dynamic=False)  # each batch size by itself, as a graph records it
-    set_training_mode(model, args)  # also as a graph records it
+        model.compile(dynamic=False)  # one compilation for each batch size, as with CUDA graphs
+    set_training_mode(model, args)  # before a graph is recorded
     image = model.config['in_channels'], dataset.image_size, dataset.image_size
     sizes = args.batch_size, train_loader.num_images % args.batch_size  # full and last batches
     weights = None
@@ -574,7 +594,7 @@ def train(args, dataset, model, loaders, directory, stop, *, device, precision, 
         log = RunLog(directory, steps_per_epoch=len(train_loader), epochs=args.epochs,
                      start=(state.epoch, state.step), tensorboard=args.tensorboard,
                      figures=args.plot)
-    processes = f'{distributed.world_size()} x ' * (distributed.world_size() > 1)
+    processes = f'{distributed.world_size()} x ' if distributed.world_size() > 1 else ''
     values = ''
     if dataset.value_range:
         values = ' with values from {:g} to {:g}'.format(*dataset.value_range)
@@ -637,6 +657,7 @@ def main(argv=None):
                 loaders = (
                     data.make_loader(dataset, 'train', args.batch_size, augment=args.augment,
                                      seed=args.seed, **common),
+                    # A micro-batch, so that testing needs no more memory than training.
                     data.make_loader(dataset, 'test', -(-args.batch_size // args.grad_accum),
                                      ten_crop=args.ten_crop, **common))
             stop.deferred = True  # until a step is done, and all can be saved
@@ -649,7 +670,7 @@ def cli(argv=None):
     try:
         main(argv)
     except (UserError, OSError, EOFError, RuntimeError, ValueError, MemoryError) as error:
-        # torch's handler would raise again, anywhere, for each worker that dies now.
+        # Else torch's handler raises again, anywhere, for each worker that dies now.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         message = explanation(error)
         if message is None:

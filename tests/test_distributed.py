@@ -88,7 +88,7 @@ def train_some(argv, batch_statistics, epochs=2):
     args, _ = parse_args(['--device', 'cpu', '--lr', '0.05', '--batch-size', '12', *argv])
     state = TrainState(model, train.make_optimizer(args, model),
                        torch.amp.GradScaler('cpu', enabled=False), torch.zeros(2))
-    step = train.make_step(args, state, [], NO_AUTOCAST)
+    step = train.make_step(args, state, [(4, 3, 8, 8)], NO_AUTOCAST)
     sent = []
     if distributed.world_size() > 1:
         def hook(_, bucket):
@@ -222,24 +222,24 @@ def recipe(tmp_path_factory):
 @pytest.fixture(scope='module')
 def uninterrupted(recipe, tmp_path_factory):
     run = tmp_path_factory.mktemp('uninterrupted')
-    ended = torchrun(2, [*recipe, '--save', run])
+    ended = torchrun(3, [*recipe, '--save', run])
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count('final error') == 1 and '; 2 x cpu, fp32' in ended.stdout
+    assert ended.stdout.count('final error') == 1 and '; 3 x cpu, fp32' in ended.stdout
     return run
 
 
-def test_one_of_two_is_told_to_stop_and_both_go_on_where_they_were(
+def test_one_of_three_is_told_to_stop_and_all_go_on_where_they_were(
         recipe, uninterrupted, tmp_path):
     run = tmp_path / 'run'
     # Twice: a scheduler tells every process, and torchrun, which tells them again.
     script = interrupted('learning_rate', 14, (
         "[os.kill(os.getpid(), 2) for _ in os.environ['RANK'] * 2]"))
-    ended = torchrun(2, [*recipe, '--save', run], script)
+    ended = torchrun(3, [*recipe, '--save', run], script)
     assert ended.returncode != 0 and complaints(ended) == []
     assert 'SIGINT: saved in epoch 2 after step 5' in ended.stdout
     drawn = [process['rng']['cpu'] for process in checkpoint.load(run / 'latest.pth')['processes']]
-    assert not torch.equal(*drawn)  # each has a dropout of its own
-    assert torchrun(2, ['--save', run, '--resume']).returncode == 0
+    assert not torch.equal(*drawn[:2])  # each has a dropout of its own
+    assert torchrun(3, ['--save', run, '--resume']).returncode == 0
     assert_same_run(run, uninterrupted)
 
 
@@ -260,7 +260,7 @@ def test_torchrun_comes_back_from_a_killed_worker(recipe, uninterrupted, tmp_pat
     script.write_text(interrupted('learning_rate', 14, (
         "os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and os.environ['RANK'] == '1' "
         'and os.kill(os.getpid(), signal.SIGKILL)')))
-    command = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
+    command = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '3',
                '--max-restarts', '1', script, *recipe, '--save', run, '--resume']
     ended = subprocess.run(
         [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=120,

@@ -412,6 +412,7 @@ def test_without_a_graph_it_says_why_if_one_was_asked_for(capsys):
 def test_no_graph_for_several_processes(capsys, monkeypatch):
     monkeypatch.setattr(train.distributed, 'world_size', lambda: 2)
     monkeypatch.setattr(train.distributed, 'wrap', lambda model: model)
+    monkeypatch.setattr(train, 'settle_order_of_sums', lambda *_: None)
     step = train.make_step(flags_of(), pretended_state_on_cuda(), SHAPES, NO_AUTOCAST)
     assert step.func is train_step
     assert 'by itself: several processes' in capsys.readouterr().out
