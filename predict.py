@@ -135,7 +135,7 @@ def draw_heatmap(heat, file, dataset):
     pixels = data.read_pixels(dataset, data.to_tensor, file)  # all of the image, [C, H, W]
     grey = pixels.float().mean(0) / 255
     picture = grey[:, :, None].repeat(1, 1, 3).numpy()
-    resize, crop, _ = data.test_transform(dataset.image_size).transforms
+    resize, _, crop = data.test_transform(dataset.image_size).transforms
     side = round(min(grey.shape) * crop.size[0] / resize.size)  # of the crop, in pixels of the file
     top, left = ((size - side) // 2 for size in grey.shape)
     heat = F.interpolate(heat[None, None], (side, side), mode='bicubic')[0, 0].clamp(min=0)
