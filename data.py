@@ -52,11 +52,10 @@ NAMES = tuple(STATISTICS)
 ARCHIVES = {'cifar10': 'cifar-10-python.tar.gz', 'cifar100': 'cifar-100-python.tar.gz',
             'svhn': 'train_32x32.mat, extra_32x32.mat, test_32x32.mat'}
 
-SHAPES = ('disk', 'ring', 'square', 'frame', 'triangle up', 'triangle down', 'plus', 'cross',
-          'horizontal bars', 'vertical bars')
 # In the order of the labels. For imagenet and folder: the sorted names of the class folders.
 CLASSES = {
-    'shapes': SHAPES,
+    'shapes': ('disk', 'ring', 'square', 'frame', 'triangle up', 'triangle down', 'plus', 'cross',
+               'horizontal bars', 'vertical bars'),
     'svhn': tuple('0123456789'),
     'cifar10': tuple('airplane automobile bird cat deer dog frog horse ship truck'.split()),
     'cifar100': tuple('''
@@ -447,23 +446,21 @@ def _list_images(dataset, split):
     except FileNotFoundError as error:  # a class folder without images
         raise DataError(f'{folder}: {error}') from error
     if dataset.val_split:
-        is_test = _choose_test_images(torch.tensor([label for _, label in samples]),
-                                      dataset.val_split, dataset.split_seed).tolist()
-        samples = [sample for sample, test in zip(samples, is_test) if test == (split == 'test')]
+        samples = _split(samples, split, dataset.val_split, dataset.split_seed)
     if not samples:
         raise DataError(f'{folder} has no images to {split} on')
     return samples
 
 
-def _choose_test_images(labels, share, seed):
-    """A share of each class, at least one image and never all of them; labels [N] to bool [N]."""
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.zeros(len(labels), dtype=torch.bool)
+def _split(samples, split, share, seed):
+    """Of each class a share for 'test', at least one image and never all, or the rest."""
+    labels = torch.tensor([label for _, label in samples])
+    generator, chosen = torch.Generator().manual_seed(seed), set()
     for label in labels.unique():
         images = (labels == label).nonzero()[:, 0]
         count = min(max(1, round(share * len(images))), len(images) - 1)
-        chosen[images[torch.randperm(len(images), generator=generator)[:count]]] = True
-    return chosen
+        chosen.update(images[torch.randperm(len(images), generator=generator)[:count]].tolist())
+    return [sample for i, sample in enumerate(samples) if (i in chosen) == (split == 'test')]
 
 
 def _measure_range(samples, workers):
@@ -542,14 +539,14 @@ def draw_shapes(split):
     """
     count, seed = {'train': (6000, 1), 'test': (1000, 2)}[split]
     rng = np.random.RandomState(seed)  # the one generator of NumPy whose stream is frozen
-    labels = np.arange(count) % len(SHAPES)
+    labels = np.arange(count) % 10
     radius = rng.uniform(4, 12, (count, 1, 1))
     # Distances of each pixel from the centre, in units of the radius: right and down.
     centre = 15.5 + rng.uniform(-1, 1, (2, count, 1, 1)) * (15 - radius)
     x = (np.arange(32)[None, None, :] - centre[0]) / radius
     y = (np.arange(32)[None, :, None] - centre[1]) / radius
     depth = np.empty((count, 32, 32))
-    for i, shape in enumerate(SHAPES):
+    for i, shape in enumerate(CLASSES['shapes']):
         depth[labels == i] = _shape_depth(shape, x[labels == i], y[labels == i])
     mask = np.clip(depth * radius + 0.5, 0, 1)[:, None]      # edges smoothed over a pixel
     dark, light = (rng.uniform(low, high, (count, 3, 1, 1)) for low, high in ((0, 110), (145, 255)))

@@ -23,6 +23,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 FIGURES = {'loss': ['loss'], 'error': ['error'], 'loss-error': ['loss', 'error']}
 AXIS_LABELS = {'loss': 'cross-entropy loss', 'error': 'error (%)'}
+COLUMNS = ['epoch', 'loss', 'error']  # that every table has
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; its yellow is too pale here.
 COLORS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000']
@@ -43,7 +44,7 @@ class UsageError(Exception):
 
 class Run(NamedTuple):
     name: str
-    train: dict[str, np.ndarray]  # column name -> a value a row; empty if there is no file
+    train: dict[str, np.ndarray]  # column name -> a value a row
     test: dict[str, np.ndarray]
 
 
@@ -54,18 +55,16 @@ def warn(message):
 
 
 def read_table(path):
-    """{column: values} of a CSV file of numbers, {} if there is none; broken rows are left out.
+    """{column: values} of a CSV file of numbers; none if it is not there. Broken rows are left out.
 
-    Raises UsageError for a file whose header has no epoch.
+    Raises UsageError for a file without the columns of a run.
     """
-    if not path.exists():
-        return {}
-    with open(path, encoding='utf-8-sig', errors='replace') as file:
-        header, *lines = [line.split(',') for line in file] or [['epoch']]
+    text = path.read_text(encoding='utf-8-sig', errors='replace') if path.exists() else ''
+    header, *lines = [line.split(',') for line in text.splitlines()] or [COLUMNS]
     header, rows = [name.strip() for name in header], []
-    if 'epoch' not in header:
+    if not {*COLUMNS} <= {*header}:
         raise UsageError(f'{path} is not a CSV file of a run: its first line must be a header such '
-                         f'as epoch,loss,error')
+                         f'as {",".join(COLUMNS)}')
     for line in lines:
         with contextlib.suppress(ValueError):  # the last one of a process that was killed
             # A run that an older version began has fewer columns in its header.
@@ -76,9 +75,7 @@ def read_table(path):
 
 
 def points(table, column):
-    """(epochs, values) of the rows that can be drawn; empty if there is no such column."""
-    if column not in table:
-        return np.empty(0), np.empty(0)
+    """(epochs, values) of the rows that can be drawn."""
     finite = np.isfinite(table[column])
     return table['epoch'][finite], table[column][finite]
 
@@ -99,8 +96,7 @@ def read_runs(directories):
             warn(f'{directory}: left out, nothing to draw yet')
     if not runs:
         raise UsageError(f'nothing to draw in {", ".join(map(str, directories))}: give directories '
-                         f'of runs, as train.py makes them under work/, with a row in train.csv or '
-                         f'test.csv')
+                         f'of runs, with a row in train.csv or test.csv')
     return runs
 
 
@@ -218,14 +214,10 @@ def save_figure(figure, path):
 
 # ---- command line -------------------------------------------------------------------------
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f'plot.py: error: {message}\n')
-
-
 def main(argv=None):
-    parser = Parser(prog='plot.py', description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog='plot.py', description=__doc__,
+                                     usage=argparse.SUPPRESS,  # an error is one line
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('runs', metavar='RUN', nargs='*', type=Path,
                         default=[Path('work/cifar10.base')],
                         help='run directory; several are compared (default: work/cifar10.base)')

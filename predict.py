@@ -126,8 +126,7 @@ def draw_heatmap(heat, file, dataset):
 
 
 def make_parser():
-    parser = flags.Parser(description=__doc__, allow_abbrev=False,
-                          formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='files, folders and globs')
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument('--checkpoint', metavar='FILE', help='latest.pth or best.pth of a run')
@@ -136,8 +135,7 @@ def make_parser():
     parser.add_argument('--heatmap', nargs='?', const='', metavar='DIR',
                         help='draw where it looks, beside each image or in this folder')
     parser.add_argument('--batch-size', type=flags.POSITIVE, default=32, help='(default: 32)')
-    parser.add_argument('--device', choices=machine.DEVICES, default='auto',
-                        help='(default: cuda if there is one, else cpu)')
+    parser.add_argument('--device', choices=machine.DEVICES, default='auto', help='(default: auto)')
     return parser
 
 

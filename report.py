@@ -18,18 +18,16 @@ import torch
 MAX_CLASSES = 20       # that are all in the table, and whose cells have numbers in the figure
 NUM_WORST = 10         # classes in the table, if there are more
 MAX_TICK_LABELS = 200
-MAX_LABEL_LENGTH = 40  # letters
 
 
 def balanced_error(confusion):
     """Mean over the classes of the share of errors, in percent, as a float.
 
-    Classes without images are left out; if there are no others, it is nan. The matrix may be on
-    any device, with which this synchronizes once.
+    Classes without images are left out; if there are no others, it is nan.
     """
-    # float64 on the CPU, for MPS has none.
-    hits, images = torch.stack([confusion.diagonal(), confusion.sum(1)]).cpu().double()
-    return 100 * ((images - hits) / images)[images > 0].mean().item()
+    counts = confusion.cpu().double()  # on the CPU, for MPS has no float64
+    images = counts.sum(1)
+    return 100 * ((images - counts.diagonal()) / images).nanmean().item()
 
 
 def lines(confusion, classes, scores=None, labels=None):
@@ -148,7 +146,6 @@ def confusion_figure(confusion, classes):
 
 
 def label_text(name):
-    """A class's name, if it is long its ends; bytes that are no text become question marks."""
+    """A class's name or, over 40 letters, its ends; bytes that are no text are question marks."""
     name = name.encode(errors='surrogateescape').decode(errors='replace')
-    half = MAX_LABEL_LENGTH // 2
-    return name if len(name) <= MAX_LABEL_LENGTH else f'{name[:half - 1]}…{name[-half:]}'
+    return name if len(name) <= 40 else f'{name[:19]}…{name[-20:]}'
