@@ -303,8 +303,8 @@ class WorkerLoader(_Loader):
         self.batches = []  # filled by `_draw`
         files, labels = zip(*samples)
         super().__init__(torch.tensor(labels), batch_size, device=device, files=files, **kwargs)
-        self.loader = _FileLoader(samples, read, self.batches, num_workers=workers,
-                                  persistent_workers=workers > 0, pin_memory=device.type == 'cuda')
+        self.loader = _file_loader(samples, read, self.batches, num_workers=workers,
+                                   persistent_workers=workers > 0, pin_memory=device.type == 'cuda')
 
     def _draw(self, generator):
         # Each image has a seed, for its random transforms; a batch is rows of (index, seed).
@@ -314,32 +314,30 @@ class WorkerLoader(_Loader):
         self.batches[:] = [torch.stack([shard, seeds[shard]], 1).numpy() for shard in shards]
 
     def __iter__(self):
-        for i, batch in enumerate(self.loader, start=self.start):
+        for i, batch in enumerate(_checked(self.loader), start=self.start):
             yield self._finish(i, *(part.to(self.device, non_blocking=True) for part in batch))
 
 
-class _FileLoader(DataLoader):
-    """What `read` makes of the files of (path, label) samples, and int64 labels, a batch at a time.
+def _file_loader(samples, read, batches, **kwargs):
+    """A DataLoader, for `_checked`, of what `read` makes of image files, and of int64 labels.
 
-    A batch is rows of (index, seed), int64 [B, 2].
+    Samples are (path, label), and a batch is rows of (index, seed), int64 [B, 2].
     """
+    return DataLoader(_ImageFiles(samples, read), batch_size=None, sampler=batches,
+                      worker_init_fn=_leave_signals_to_main,
+                      generator=torch.Generator(),  # not the global one, which dropout draws from
+                      **kwargs)
 
-    def __init__(self, samples, read, batches, **kwargs):
-        super().__init__(_ImageFiles(samples, read), batch_size=None, sampler=batches,
-                         worker_init_fn=_leave_signals_to_main,
-                         generator=torch.Generator(),  # dropout draws from the global one
-                         **kwargs)
 
-    def __iter__(self):
-        for batch in super().__iter__():
-            if isinstance(batch, DataError):
-                raise DataError(*batch.args)
-            yield batch
+def _checked(loader):
+    """The batches of a `_file_loader`; raises the DataError that stands in a batch's place."""
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise DataError(*batch.args)
+        yield batch
 
 
 class _ImageFiles(torch.utils.data.Dataset):
-    """The data set whose indices are such batches."""
-
     def __init__(self, samples, read):
         self.samples, self.read = samples, read
 
@@ -484,10 +482,10 @@ def _read_all(samples, read, workers, what):
     """What `read` makes of N files, as one tensor [N, ...]; if they are many, processes do it."""
     count, done, result = len(samples), 0, None
     rows = np.array([(index, 0) for index in range(count)])  # nothing is random: seed 0
-    loader = _FileLoader(samples, read, np.split(rows, range(100, count, 100)),
-                         num_workers=workers if count > 2000 else 0)
+    loader = _file_loader(samples, read, np.split(rows, range(100, count, 100)),
+                          num_workers=workers if count > 2000 else 0)
     with tqdm(desc=what, total=count, leave=False, disable=None) as bar:
-        for batch, _ in loader:
+        for batch, _ in _checked(loader):
             if result is None:  # not a tensor: torch would start its threads for each copy
                 result = np.empty((count, *batch.shape[1:]), batch.numpy().dtype)
             result[done:done + len(batch)] = batch
