@@ -12,7 +12,6 @@ resumed at any batch, and the shards of several processes make up the same batch
 has.
 """
 
-import contextlib
 import dataclasses
 import functools
 import os
@@ -26,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader, default_convert
+from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 from tqdm import tqdm
 
@@ -36,8 +35,6 @@ SMALL = 64  # pixels: images up to this size are held in memory, larger ones are
 MAX_SIZE = 4096  # pixels: the largest --image-size
 PAD = 4     # pixels: zero padding of small images before the random crop (paper, section 4.1)
 NO_LABEL = -100  # the ignore_index of F.cross_entropy
-
-HINT = 'to train without any data: --dataset shapes'
 
 # Channel means and standard deviations on the scale 0..255, as in the official code
 # (attic/channel_stats.py measures them); SVHN is only divided by 255 (paper, section 4.1). Folders
@@ -52,12 +49,13 @@ STATISTICS = {
     'shapes': ((127.0938, 127.135414, 127.086905), (80.26133, 79.86884, 79.862017)),
 }
 NAMES = tuple(STATISTICS)
+ARCHIVES = {'cifar10': 'cifar-10-python.tar.gz', 'cifar100': 'cifar-100-python.tar.gz',
+            'svhn': 'train_32x32.mat, extra_32x32.mat, test_32x32.mat'}
 
-SHAPES = ('disk', 'ring', 'square', 'frame', 'triangle up', 'triangle down', 'plus', 'cross',
-          'horizontal bars', 'vertical bars')
 # In the order of the labels. For imagenet and folder: the sorted names of the class folders.
 CLASSES = {
-    'shapes': SHAPES,
+    'shapes': ('disk', 'ring', 'square', 'frame', 'triangle up', 'triangle down', 'plus', 'cross',
+               'horizontal bars', 'vertical bars'),
     'svhn': tuple('0123456789'),
     'cifar10': tuple('airplane automobile bird cat deer dog frog horse ship truck'.split()),
     'cifar100': tuple('''
@@ -125,33 +123,29 @@ def describe(name, root='work/data', image_size=None, split='train', *, in_chann
     Raises:
         DataError: no such folders, a choice that this data set does not have, or values without a
             natural range.
+        OSError: no folders of classes.
     """
     root = Path(root)
     if name in CLASSES:
-        given = {'--image-size': image_size not in (None, 32), '--in-channels': in_channels != 3,
-                 '--value-range': value_range is not None, '--val-split': val_split > 0}
-        if any(given.values()):
-            raise DataError(f'{", ".join(flag for flag in given if given[flag])} is for folder and '
-                            f'imagenet: {name} has colour images of 32 pixels')
+        if image_size not in (None, 32) or in_channels != 3 or value_range or val_split:
+            raise DataError(f'{name} has colour images of 32 pixels: --val-split, --value-range, '
+                            f'--in-channels or another --image-size is for folder and imagenet')
         return Description(name, root, CLASSES[name], 32, *STATISTICS[name])
-    folder = _split_folder(root, split, val_split)
-    try:
-        classes = tuple(datasets.folder.find_classes(folder)[0])
-    except OSError as error:
-        raise DataError(f'{folder}: {error}') from error
     statistics = STATISTICS[name]
     if in_channels == 1:
         statistics = [(sum(values) / 3,) for values in statistics]
-    dataset = Description(name, root, classes, image_size or 224, *statistics,
+    _, classes = _class_folders(root, split, val_split)
+    dataset = Description(name, root, tuple(classes), image_size or 224, *statistics,
                           value_range and tuple(value_range), val_split, seed)
     if name == 'imagenet':
         return dataset
     samples = _list_images(dataset, split)
-    with _opened(samples[0][0]) as first:
-        if image_size is None and max(first.size) <= SMALL:
-            dataset = dataclasses.replace(dataset, image_size=min(first.size))
-        if value_range is None and split == 'train' and _is_deep(first):
-            dataset = dataclasses.replace(dataset, value_range=_measure_range(samples, workers))
+    first = _decode(samples[0][0])
+    height, width, *_ = np.shape(first)
+    if image_size is None and max(height, width) <= SMALL:
+        dataset = dataclasses.replace(dataset, image_size=min(height, width))
+    if value_range is None and split == 'train' and isinstance(first, np.ndarray):
+        dataset = dataclasses.replace(dataset, value_range=_measure_range(samples, workers))
     return dataset
 
 
@@ -179,13 +173,20 @@ def make_loader(dataset, split, batch_size, *, device, augment=False, seed=1, wo
                         f'{dataset.name} has images of {dataset.image_size}')
     common = dict(mean=dataset.mean, std=dataset.std, device=device, shuffle=split == 'train',
                   seed=seed, shard=shard)
+    if dataset.name in CLASSES:
+        images, labels = (draw_shapes(split) if dataset.name == 'shapes'
+                          else _read_torchvision(dataset, split))
+        return MemoryLoader(images, labels, batch_size, augment=augment, **common)
+    samples = _list_images(dataset, split)
     if dataset.in_memory:
-        images, labels, files = _read_split(dataset, split, workers)
-        return MemoryLoader(images, labels, batch_size, augment=augment, files=files, **common)
+        files, labels = zip(*samples)
+        read = functools.partial(read_pixels, dataset, test_transform(dataset.image_size))
+        images = _read_all(samples, read, workers, f'reading {split}')
+        return MemoryLoader(images, torch.tensor(labels), batch_size, augment=augment, files=files,
+                            **common)
     transform = (_train_transform(dataset.image_size) if augment
                  else test_transform(dataset.image_size, ten_crop))
-    read = functools.partial(read_pixels, dataset, transform)
-    return WorkerLoader(_list_images(dataset, split), read,
+    return WorkerLoader(samples, functools.partial(read_pixels, dataset, transform),
                         -(-batch_size // 10) if ten_crop else batch_size, workers=workers, **common)
 
 
@@ -276,10 +277,10 @@ class MemoryLoader(_Loader):
             yield images, labels
 
 
-def crop_and_mirror(images, offsets, mirrored, pad=PAD):
+def crop_and_mirror(images, offsets, mirrored):
     """Crop each image at its own offset after zero padding, then mirror some.
 
-    Shapes: images [B, C, H, W]; offsets int64 [B, 2], down and right, in 0..2*pad; mirrored bool
+    Shapes: images [B, C, H, W]; offsets int64 [B, 2], down and right, in 0..2*PAD; mirrored bool
     [B]. Returns [B, C, H, W].
     """
     b, c, h, w = images.shape
@@ -287,7 +288,7 @@ def crop_and_mirror(images, offsets, mirrored, pad=PAD):
     columns = torch.where(mirrored[:, None], w - 1 - arange(w), arange(w))
     rows = offsets[:, :1] + arange(h)          # [B, H]
     columns = offsets[:, 1:] + columns         # [B, W]
-    padded = F.pad(images, (pad, pad, pad, pad))
+    padded = F.pad(images, (PAD,) * 4)
     return padded[arange(b)[:, None, None, None], arange(c)[:, None, None],
                   rows[:, None, :, None], columns[:, None, None, :]]
 
@@ -302,14 +303,14 @@ class WorkerLoader(_Loader):
         self.batches = []  # filled by `_draw`
         files, labels = zip(*samples)
         super().__init__(torch.tensor(labels), batch_size, device=device, files=files, **kwargs)
-        self.loader = _file_loader(samples, read, self.batches, workers,
-                                   collate_fn=default_convert, persistent_workers=workers > 0,
-                                   pin_memory=device.type == 'cuda')
+        self.loader = _file_loader(samples, read, self.batches, num_workers=workers,
+                                   persistent_workers=workers > 0, pin_memory=device.type == 'cuda')
 
     def _draw(self, generator):
         # Each image has a seed, for its random transforms; a batch is rows of (index, seed).
         seeds = torch.randint(2**31, (self.num_images,), generator=generator)
         shards = map(self._indices, range(self.start, len(self)))
+        # NumPy, for a tensor that is sent to a worker occupies shared memory as long as it lives.
         self.batches[:] = [torch.stack([shard, seeds[shard]], 1).numpy() for shard in shards]
 
     def __iter__(self):
@@ -317,9 +318,12 @@ class WorkerLoader(_Loader):
             yield self._finish(i, *(part.to(self.device, non_blocking=True) for part in batch))
 
 
-def _file_loader(samples, read, batches, workers, **kwargs):
-    """A DataLoader of `_ImageFiles`; `_checked` iterates over it."""
-    return DataLoader(_ImageFiles(samples, read), batch_sampler=batches, num_workers=workers,
+def _file_loader(samples, read, batches, **kwargs):
+    """A DataLoader, for `_checked`, of what `read` makes of image files, and of int64 labels.
+
+    Samples are (path, label), and a batch is rows of (index, seed), int64 [B, 2].
+    """
+    return DataLoader(_ImageFiles(samples, read), batch_size=None, sampler=batches,
                       worker_init_fn=_leave_signals_to_main,
                       generator=torch.Generator(),  # not the global one, which dropout draws from
                       **kwargs)
@@ -334,13 +338,11 @@ def _checked(loader):
 
 
 class _ImageFiles(torch.utils.data.Dataset):
-    """Batches of (path, label) as NumPy arrays: what `read` makes of the files, int64 labels."""
-
     def __init__(self, samples, read):
         self.samples, self.read = samples, read
 
-    def __getitems__(self, batch):
-        """The images of rows of (index, seed), or a DataError for the main process to raise.
+    def __getitem__(self, batch):
+        """Images and labels, or a DataError for the main process to raise.
 
         A worker must not raise it itself: it would arrive as the text of its traceback.
         """
@@ -352,8 +354,7 @@ class _ImageFiles(torch.utils.data.Dataset):
                     images.append(self.read(self.samples[index][0]))
         except DataError as error:
             return error
-        labels = [self.samples[index][1] for index in batch[:, 0]]
-        return torch.stack(images).numpy(), np.array(labels)
+        return torch.stack(images), torch.tensor([self.samples[index][1] for index in batch[:, 0]])
 
 
 def _train_transform(size):
@@ -367,10 +368,8 @@ def _train_transform(size):
 def test_transform(size, ten_crop=False):
     """The centre of the image, 224/256 of its shorter side; of small images all of it."""
     resize = transforms.Resize(size if size <= SMALL else round(size * 256 / 224))
-    if not ten_crop:
-        return transforms.Compose([resize, transforms.CenterCrop(size), to_tensor])
-    return transforms.Compose([resize, to_tensor, transforms.TenCrop(size),
-                               torch.stack])
+    crop = [transforms.TenCrop(size), torch.stack] if ten_crop else [transforms.CenterCrop(size)]
+    return transforms.Compose([resize, to_tensor, *crop])
 
 
 def to_tensor(image):
@@ -397,159 +396,102 @@ def _channels(values, device):
     return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
 
 
-def _read_split(dataset, split, workers):
-    """Images [N, C, H, W], int64 labels [N] and names of files, if any, of 'train' or 'test'."""
-    if dataset.name == 'shapes':
-        return *draw_shapes(split), ()
-    if dataset.name in ('imagenet', 'folder'):
-        return _read_folder(dataset, split, workers)
-    return *_read_torchvision(dataset, split), ()
-
-
 def _read_torchvision(dataset, split):
-    """cifar10, cifar100, svhn: through torchvision, which also downloads them."""
-    root, train = dataset.root, split == 'train'
+    """Images [N, 3, 32, 32] and int64 labels [N], which torchvision also downloads."""
     try:
         if dataset.name == 'svhn':  # the paper trains on both sets, 604,388 images
-            parts = [datasets.SVHN(root, part, download=True)
-                     for part in (('train', 'extra') if train else ('test',))]
+            parts = [datasets.SVHN(dataset.root, part, download=True)
+                     for part in (('train', 'extra') if split == 'train' else ('test',))]
             images = np.concatenate([part.data for part in parts])
             labels = np.concatenate([part.labels for part in parts])
         else:
-            kind = datasets.CIFAR100 if dataset.name == 'cifar100' else datasets.CIFAR10
-            part = kind(root, train, download=True)
-            images, labels = part.data.transpose(0, 3, 1, 2), np.array(part.targets)
-    except Exception as error:  # no network, no disk, a broken archive: torchvision raises anything
-        raise DataError(_how_to_get(dataset, error)) from error
-    return torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels).long()
+            kind = getattr(datasets, dataset.name.upper())
+            part = kind(dataset.root, split == 'train', download=True)
+            images, labels = part.data.transpose(0, 3, 1, 2).copy(), np.array(part.targets)
+    except Exception as error:  # no network, no disk, a broken archive: it raises anything
+        raise DataError(
+            f'{ARCHIVES[dataset.name]}: missing from {dataset.root} or broken, and not to be '
+            f'downloaded ({error}): put it there, or name the folder that has it by --data; '
+            f'--dataset folder reads a folder of images, --dataset shapes needs no data') from error
+    return torch.from_numpy(images), torch.from_numpy(labels).long()
 
 
-def _how_to_get(dataset, error):
-    files = {'cifar10': ['cifar-10-python.tar.gz'], 'cifar100': ['cifar-100-python.tar.gz'],
-             'svhn': ['train_32x32.mat', 'extra_32x32.mat', 'test_32x32.mat']}[dataset.name]
-    missing = [name for name in files if not (dataset.root / name).exists()]
-    state = 'missing from' if missing else 'broken in'
-    if (dataset.root / 'train').is_dir():
-        return (f'{", ".join(missing or files)} {state} {dataset.root}, which has a folder train: '
-                f'--dataset folder reads images from there')
-    return (f'{", ".join(missing or files)} {state} {dataset.root} and not to be downloaded '
-            f'({_one_line(error)}): put it there, or name the folder that has it by --data; {HINT}')
+def _class_folders(root, split, val_split):
+    """The folder of a split, and the sorted names of the class folders in it.
 
-
-def _one_line(error):
-    return ' '.join(str(error).split()) or type(error).__name__
-
-
-def _split_folder(root, split, val_split=0.0):
-    """`train/` or, for 'test', `val/` or without one `test/`; where a part of `train/` is for
+    It is `train/` or, for 'test', `val/` or without one `test/`; where a part of `train/` is for
     testing, `train/` or without one the root itself.
     """
-    if val_split and not root.is_dir():
-        raise DataError(f'{root} is no folder: --data must name one')
-    if val_split:
-        return root / 'train' if (root / 'train').is_dir() else root
-    names = ('train',) if split == 'train' else ('val', 'test')
-    for name in names:
-        if (root / name).is_dir():
-            return root / name
-    raise DataError(f'no {" or ".join(names)} in {root}: --data must name a folder with train/ and '
-                    f'val/ (or test/), and in each a folder of images a class; --val-split 0.1 '
-                    f'does without val/; {HINT}')
+    names = ('train', '.') if val_split else ('train',) if split == 'train' else ('val', 'test')
+    folder = next((root / name for name in names if (root / name).is_dir()), None)
+    if folder is None:
+        raise DataError(f'no {" or ".join(names)} in {root}: --data must name a folder with train/ '
+                        f'and val/ (or test/), and in each a folder of images a class; --val-split '
+                        f'0.1 does without val/; --dataset shapes needs no data')
+    return folder, datasets.folder.find_classes(folder)[0]
 
 
 def _list_images(dataset, split):
     """(path, label) of each image, sorted; in the test images, classes may be missing."""
-    folder = _split_folder(dataset.root, split, dataset.val_split)
+    folder, found = _class_folders(dataset.root, split, dataset.val_split)
     labels = {name: label for label, name in enumerate(dataset.classes)}
-    try:
-        unknown = set(datasets.folder.find_classes(folder)[0]) - set(labels)
-        samples = datasets.folder.make_dataset(
-            folder, labels, datasets.folder.IMG_EXTENSIONS, allow_empty=split == 'test')
-    except OSError as error:  # no class folders, or one without images
-        raise DataError(f'{folder}: {error}') from error
+    unknown = set(found) - set(labels)
     if unknown:
         raise DataError(f'{folder}: {min(unknown)} is not among the classes trained on')
+    try:
+        samples = datasets.folder.make_dataset(
+            folder, labels, datasets.folder.IMG_EXTENSIONS, allow_empty=split == 'test')
+    except FileNotFoundError as error:  # a class folder without images
+        raise DataError(f'{folder}: {error}') from error
     if dataset.val_split:
-        is_test = _choose_test_images(torch.tensor([label for _, label in samples]),
-                                      dataset.val_split, dataset.split_seed).tolist()
-        samples = [sample for sample, test in zip(samples, is_test) if test == (split == 'test')]
+        samples = _split(samples, split, dataset.val_split, dataset.split_seed)
     if not samples:
         raise DataError(f'{folder} has no images to {split} on')
     return samples
 
 
-def _choose_test_images(labels, share, seed):
-    """A share of each class, at least one image and never all of them; labels [N] to bool [N]."""
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.zeros(len(labels), dtype=torch.bool)
+def _split(samples, split, share, seed):
+    """Of each class a share for 'test', at least one image and never all, or the rest."""
+    labels = torch.tensor([label for _, label in samples])
+    generator, chosen = torch.Generator().manual_seed(seed), set()
     for label in labels.unique():
         images = (labels == label).nonzero()[:, 0]
         count = min(max(1, round(share * len(images))), len(images) - 1)
-        chosen[images[torch.randperm(len(images), generator=generator)[:count]]] = True
-    return chosen
-
-
-def _read_folder(dataset, split, workers):
-    samples, size = _list_images(dataset, split), dataset.image_size
-    files, labels = zip(*samples)
-    images = np.empty((len(samples), len(dataset.mean), size, size),
-                      np.float32 if dataset.value_range else np.uint8)
-    read = functools.partial(read_pixels, dataset, test_transform(size))
-    done = 0
-    for batch in _read_all(samples, read, workers, f'reading {split}'):
-        images[done:done + len(batch)] = batch
-        done += len(batch)
-    return torch.from_numpy(images), torch.tensor(labels), files
+        chosen.update(images[torch.randperm(len(images), generator=generator)[:count]].tolist())
+    return [sample for i, sample in enumerate(samples) if (i in chosen) == (split == 'test')]
 
 
 def _measure_range(samples, workers):
     """The lowest and the highest value in the images of more than 8 bits."""
-    low, high = zip(*(batch.T for batch in _read_all(samples, _extremes, workers, 'measuring')))
-    low, high = np.concatenate(low).min(), np.concatenate(high).max()
-    if low == high:
-        raise DataError(f'all values in {Path(samples[0][0]).parents[1]} are {low:g}')
-    return low.item(), high.item()
+    values = _read_all(samples, _extremes, workers, 'measuring')
+    return values.min().item(), values.max().item()
 
 
 def _extremes(path):
-    with _opened(path) as image:
-        if not _is_deep(image):
-            raise DataError(f'{path} has 8 bits, and the first training image has more: give '
-                            f'--value-range LOW HIGH, for those of more')
-        values = _values(path, image)
-        if image.mode == 'F' and values.min() < 0:
-            raise DataError(f'{path}: floats as low as {values.min():g} have no natural range: '
-                            f'give --value-range LOW HIGH')
-    return torch.tensor([values.min(), values.max()])
-
-
-def _values(path, image):
-    """Of an image of more than 8 bits, float64 [H, W]."""
-    values = np.asarray(image, np.float64)
-    if not np.isfinite(values).all():
-        raise DataError(f'{path} has values that are not finite')
-    return values
+    values = _decode(path)
+    if not isinstance(values, np.ndarray):
+        raise DataError(f'{path} has 8 bits, and the first training image has more: give '
+                        f'--value-range LOW HIGH, for those of more')
+    if values.dtype.kind == 'f' and values.min() < 0:
+        raise DataError(f'{path}: floats as low as {values.min():g} have no natural range: give '
+                        f'--value-range LOW HIGH')
+    return torch.tensor([values.min(), values.max()], dtype=torch.float64)
 
 
 def _read_all(samples, read, workers, what):
-    """What `read` makes of the files, in batches; processes read them, if they are many.
-
-    Threads would wait for each other's interpreter lock.
-    """
-    count = len(samples)
-    rows = np.stack([np.arange(count), np.zeros(count, np.int64)], 1)  # nothing random: seed 0
-    # Batches stay NumPy arrays: torch would pass them through shared memory, of which containers
-    # have little, and start its threads for each copy.
-    loader = _file_loader(samples, read, np.array_split(rows, -(-count // 100)),
-                          workers if count > 2000 else 0, collate_fn=_unchanged)
+    """What `read` makes of N files, as one tensor [N, ...]; if they are many, processes do it."""
+    count, done, result = len(samples), 0, None
+    rows = np.array([(index, 0) for index in range(count)])  # nothing is random: seed 0
+    loader = _file_loader(samples, read, np.split(rows, range(100, count, 100)),
+                          num_workers=workers if count > 2000 else 0)
     with tqdm(desc=what, total=count, leave=False, disable=None) as bar:
         for batch, _ in _checked(loader):
-            yield batch
+            if result is None:  # not a tensor: torch would start its threads for each copy
+                result = np.empty((count, *batch.shape[1:]), batch.numpy().dtype)
+            result[done:done + len(batch)] = batch
+            done += len(batch)
             bar.update(len(batch))
-
-
-def _unchanged(batch):
-    return batch
+    return torch.from_numpy(result)
 
 
 def read_pixels(dataset, transform, path):
@@ -557,40 +499,33 @@ def read_pixels(dataset, transform, path):
 
     Both are on the scale 0..255.
     """
-    channels = len(dataset.mean)
-    with _opened(path) as image:
-        if _is_deep(image):
-            if dataset.value_range is None:
-                raise DataError(f'{path} has more than 8 bits, and the first training image had '
-                                f'not: train with --value-range LOW HIGH')
-            low, high = dataset.value_range
-            values = ((_values(path, image) - low) / (high - low)).clip(0, 1)
-            image = torch.from_numpy(values.astype(np.float32)).expand(channels, -1, -1)
-        else:
-            if 'transparency' in image.info:
-                image = image.convert('RGBA')
-            image = image.convert('RGB' if channels == 3 else 'L')
-    pixels = transform(image)
-    if torch.is_tensor(image):  # 0..1, as the transforms expect floats
-        pixels = 255 * pixels
-    return pixels if dataset.value_range is None else pixels.float()
+    channels, value_range = len(dataset.mean), dataset.value_range
+    image = _decode(path, 'RGB' if channels == 3 else 'L')
+    if not isinstance(image, np.ndarray):
+        return transform(image) if value_range is None else transform(image).float()
+    if value_range is None:
+        raise DataError(f'{path} has more than 8 bits, and the first training image had not: train '
+                        f'with --value-range LOW HIGH')
+    low, high = value_range
+    values = ((image.astype(np.float64) - low) / (high - low)).clip(0, 1).astype(np.float32)
+    # 0..1, as the transforms expect floats.
+    return 255 * transform(torch.from_numpy(values).expand(channels, -1, -1))
 
 
-def _is_deep(image):
-    """Has it 16 or 32 bits, or floats? PIL has no such images but grey ones."""
-    return image.mode.startswith(('I', 'F'))
-
-
-@contextlib.contextmanager
-def _opened(path):
-    """An image file as PIL opens it; raises DataError for one that can't be read."""
+def _decode(path, mode='RGB'):
+    """An image file as a PIL image of that mode or, of more than 8 bits, as an array [H, W]."""
     try:
         with Image.open(path) as image:
-            yield image
-    except DataError:
-        raise
+            if not image.mode.startswith(('I', 'F')):
+                if 'transparency' in image.info:
+                    image = image.convert('RGBA')
+                return image.convert(mode)
+            values = np.asarray(image)  # grey, for PIL has no others of 16 or 32 bits, or floats
     except Exception as error:  # PIL raises anything for a broken file, or one that is too large
-        raise DataError(f'{path}: cannot be read as an image ({_one_line(error)})') from error
+        raise DataError(f'{path}: cannot be read as an image ({error})') from error
+    if not np.isfinite(values).all():
+        raise DataError(f'{path} has values that are not finite')
+    return values
 
 
 def draw_shapes(split):
@@ -602,14 +537,14 @@ def draw_shapes(split):
     """
     count, seed = {'train': (6000, 1), 'test': (1000, 2)}[split]
     rng = np.random.RandomState(seed)  # the one generator of NumPy whose stream is frozen
-    labels = np.arange(count) % len(SHAPES)
+    labels = np.arange(count) % 10
     radius = rng.uniform(4, 12, (count, 1, 1))
     # Distances of each pixel from the centre, in units of the radius: right and down.
     centre = 15.5 + rng.uniform(-1, 1, (2, count, 1, 1)) * (15 - radius)
     x = (np.arange(32)[None, None, :] - centre[0]) / radius
     y = (np.arange(32)[None, :, None] - centre[1]) / radius
     depth = np.empty((count, 32, 32))
-    for i, shape in enumerate(SHAPES):
+    for i, shape in enumerate(CLASSES['shapes']):
         depth[labels == i] = _shape_depth(shape, x[labels == i], y[labels == i])
     mask = np.clip(depth * radius + 0.5, 0, 1)[:, None]      # edges smoothed over a pixel
     dark, light = (rng.uniform(low, high, (count, 3, 1, 1)) for low, high in ((0, 110), (145, 255)))
@@ -624,15 +559,14 @@ def _shape_depth(shape, x, y):
     """How far inside the shape a point lies, negative outside; the shape has radius 1."""
     ax, ay = np.abs(x), np.abs(y)
     disk, square = 1 - np.hypot(x, y), 0.85 - np.maximum(ax, ay)
-    triangle_up = np.minimum(0.7 - y, (y + 1) / 2 - ax) * 0.9
-    triangle_down = np.minimum(0.7 + y, (1 - y) / 2 - ax) * 0.9
+    triangle = lambda y: np.minimum(0.7 - y, (y + 1) / 2 - ax) * 0.9
     arm = lambda u, v: np.minimum(0.28 - u, 1 - v)
     bars = lambda u, v: np.minimum(0.25 - np.abs(u - 0.6), 0.9 - v)
     diagonal, other = np.abs(x + y) / 2**0.5, np.abs(x - y) / 2**0.5
     return {
         'disk': disk, 'ring': np.minimum(disk, 0.4 - disk),
         'square': square, 'frame': np.minimum(square, 0.35 - square),
-        'triangle up': triangle_up, 'triangle down': triangle_down,
+        'triangle up': triangle(y), 'triangle down': triangle(-y),
         'plus': np.maximum(arm(ax, ay), arm(ay, ax)),
         'cross': np.maximum(arm(diagonal, other), arm(other, diagonal)),
         'horizontal bars': bars(ay, ax), 'vertical bars': bars(ax, ay),

@@ -4,7 +4,8 @@
     model = torch.hub.load('path/to/clone', 'densenet_cifar', source='local', depth=40)
     model = torch.hub.load('path/to/clone', 'densenet_bc_100_12', source='local', pretrained=True)
 
-All take the arguments of `densenet.DenseNet`.
+All take the arguments of `densenet.DenseNet`; the weights are torchvision's for ImageNet, and ours
+for CIFAR-10.
 """
 
 import functools
@@ -28,8 +29,6 @@ def _with_weights(build):
             weights = get_model_weights(build.__name__).DEFAULT
             model.load_state_dict(weights.get_state_dict(weights_only=True))
         return model
-
-    entry_point.__doc__ += ' With `pretrained`, torchvision\'s weights for ImageNet.'
     return entry_point
 
 

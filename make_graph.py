@@ -12,7 +12,6 @@ ImageNet's network, unless a --dataset is given. It needs the program `dot` of g
 FILE.dot, which is that program's input.
 """
 
-import argparse
 import re
 import sys
 from pathlib import Path
@@ -26,7 +25,7 @@ import flags
 import plot
 import runlog
 import train
-from densenet import DenseBlock, DenseNet
+from densenet import DenseBlock
 from errors import UserError
 
 FORMATS = ('.png', '.svg', '.pdf', '.dot')
@@ -66,7 +65,15 @@ def block_graph(model, image_size, title):
             graph.node(name, f'transition {name.removeprefix("transition")}\nBN, ReLU, '
                        f'1 × 1 convolution: {conv.in_channels} to {conv.out_channels}{dropout}\n'
                        f'2 × 2 average pool', fillcolor=ORANGE)
-            add_edge_to_next_column(graph, source, name, inputs.shape[1:])
+            # It heads the next column. dot draws from above to below, and so the edge to it in two
+            # parts: down to a bend, and back from there.
+            bend = f'{source}.bend'
+            graph.node(bend, '', shape='point', width='0')
+            add_edge(graph, source, bend, inputs.shape[1:], arrowhead='none')
+            graph.edge(f'{name}:w', bend, dir='back', weight='0')
+            with graph.subgraph(graph_attr={'rank': 'min'}) as top:
+                top.node('images')
+                top.node(name)
             source = name
     linear = model.classifier
     graph.node('classifier', 'BN, ReLU, global average pool\n'
@@ -84,9 +91,9 @@ def add_block(graph, name, block, source, input_shape):
     groups = [[i] for i in range(len(layers))]  # the layers of each box
     if len(layers) > MAX_LAYERS:
         groups[2:-1] = [[*range(2, len(layers) - 1)]]
-    with graph.subgraph(name=f'cluster_{name}') as cluster:
-        cluster.attr(label=f'   block {name.removeprefix("denseblock")}', labelloc='b',
-                     labeljust='l', style='rounded', color=plot.GREY)
+    style = dict(label=f'   block {name.removeprefix("denseblock")}', labelloc='b', labeljust='l',
+                 style='rounded', color=plot.GREY)
+    with graph.subgraph(name=f'cluster_{name}', graph_attr=style) as cluster:
         for group in groups:
             first, last = group[0] + 1, group[-1] + 1
             reads = [layers[i].norm1.num_features for i in group]
@@ -108,21 +115,6 @@ def add_edge(graph, source, target, shape, is_main=True, **style):
     """A main edge has a label, and its weight makes dot align its ends in a straight column."""
     graph.edge(source, target, tooltip=f'{source} to {target}: {show(shape)}',
                label=f'  {show(shape)}' * is_main, weight='9' if is_main else '1', **style)
-
-
-def add_edge_to_next_column(graph, source, target, shape):
-    """An edge from the foot of a column to `target`, the head of the next.
-
-    dot draws from above to below, and so this in two parts: down to a bend, and back from there.
-    """
-    bend = f'{source}.bend'
-    graph.node(bend, '', shape='point', width='0')
-    add_edge(graph, source, bend, shape, arrowhead='none')
-    graph.edge(f'{target}:w', bend, dir='back', weight='0')
-    with graph.subgraph() as top:
-        top.attr(rank='min')
-        top.node('images')
-        top.node(target)
 
 
 def convolutions(module):
@@ -165,18 +157,16 @@ def autograd_graph(model, image_size, title):
 # ---- command line -------------------------------------------------------------------------
 
 def new_graph(title):
-    graph = graphviz.Digraph()
-    graph.attr(label=title, labelloc='b', bgcolor='white', nodesep='0.3', ranksep='0.4',
-               newrank='true', **FONT)
-    graph.attr('node', shape='box', style='filled', margin='0.12,0.06', height='0.3', **FONT)
-    graph.attr('edge', arrowsize='0.6', **{**FONT, 'fontsize': '11'})
-    return graph
+    return graphviz.Digraph(
+        graph_attr=dict(label=title, labelloc='b', bgcolor='white', nodesep='0.3', ranksep='0.4',
+                        newrank='true', **FONT),
+        node_attr=dict(shape='box', style='filled', margin='0.12,0.06', height='0.3', **FONT),
+        edge_attr=dict(arrowsize='0.6', **{**FONT, 'fontsize': '11'}))
 
 
 def make_parser():
     parser = flags.make_parser()
     parser.prog, parser.description, parser.epilog = 'make_graph.py', __doc__, None
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.set_defaults(dataset=None)
     group = parser.add_argument_group('picture')
     group.add_argument('--view', choices=('blocks', 'autograd'), default='blocks',
@@ -191,31 +181,16 @@ def build_model(argv):
     args, saved = flags.parse_args(argv, make_parser())
     if args.output.suffix not in FORMATS:
         raise UserError(f'--output {args.output}: its name must end in {", ".join(FORMATS)}')
-    if args.dataset is None:
-        args.dataset = 'imagenet' if args.arch else 'cifar10'
     if saved:
-        with torch.device('meta'):
-            return args, DenseNet(**saved['config']), saved['dataset']['image_size']
-    if args.dataset == 'imagenet':  # nothing of it has to be there
+        num_classes, image_size = len(saved['dataset']['classes']), saved['dataset']['image_size']
+    elif args.dataset == 'imagenet' or args.arch and not args.dataset:  # nothing has to be there
         num_classes, image_size = 1000, args.image_size or 224
     else:
-        dataset = data.describe(args.dataset, args.data, args.image_size)
+        dataset = data.describe(args.dataset or 'cifar10', args.data, args.image_size)
         num_classes, image_size = len(dataset.classes), dataset.image_size
     args = flags.with_network(args, image_size)
     with torch.device('meta'):
         return args, train.build_model(args, num_classes, image_size), image_size
-
-
-def write(graph, path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == '.dot':
-        path.write_text(graph.source)
-        return
-    try:
-        path.write_bytes(graph.pipe(format=path.suffix[1:], quiet=True))
-    except graphviz.ExecutableNotFound as error:
-        raise UserError('the program dot is missing (apt install graphviz, brew install '
-                        'graphviz); --output FILE.dot writes its input') from error
 
 
 def main(argv=None):
@@ -224,9 +199,14 @@ def main(argv=None):
         count = sum(parameter.numel() for parameter in model.parameters())
         title = f'{train.model_name(args)}, {count:,} parameters'
         draw = autograd_graph if args.view == 'autograd' else block_graph
-        write(draw(model, image_size, title), args.output)
+        graph = draw(model, image_size, title)
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        if args.output.suffix == '.dot':
+            args.output.write_text(graph.source)
+        else:
+            args.output.write_bytes(graph.pipe(args.output.suffix[1:], quiet=True))
         print(args.output)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, graphviz.ExecutableNotFound) as error:
         runlog.warn(error, 'error', 'make_graph.py')
         sys.exit(2)
 

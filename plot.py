@@ -19,11 +19,11 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 FIGURES = {'loss': ['loss'], 'error': ['error'], 'loss-error': ['loss', 'error']}
 AXIS_LABELS = {'loss': 'cross-entropy loss', 'error': 'error (%)'}
-COLUMNS = ['epoch', *AXIS_LABELS]  # that are read
+COLUMNS = ['epoch', 'loss', 'error']  # that every table has
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; its yellow is too pale here.
 COLORS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000']
@@ -44,7 +44,7 @@ class UsageError(Exception):
 
 class Run(NamedTuple):
     name: str
-    train: dict[str, np.ndarray]  # column name -> a value a row; empty if there is no file
+    train: dict[str, np.ndarray]  # column name -> a value a row
     test: dict[str, np.ndarray]
 
 
@@ -55,34 +55,27 @@ def warn(message):
 
 
 def read_table(path):
-    """{column: values} of a CSV file, {} if there is none; incomplete rows are left out.
+    """{column: values} of a CSV file of numbers; none if it is not there. Broken rows are left out.
 
-    Raises UsageError for a file whose header has no epoch.
+    Raises UsageError for a file without the columns of a run.
     """
-    if not path.exists():
-        return {}
-    with open(path, encoding='utf-8-sig', errors='replace') as file:
-        header, *lines = [line.strip().split(',') for line in file] or [['epoch']]
-    header = [name.strip() for name in header]
-    if 'epoch' not in header:
+    text = path.read_text(encoding='utf-8-sig', errors='replace') if path.exists() else ''
+    header, *lines = [line.split(',') for line in text.splitlines()] or [COLUMNS]
+    header, rows = [name.strip() for name in header], []
+    if not {*COLUMNS} <= {*header}:
         raise UsageError(f'{path} is not a CSV file of a run: its first line must be a header such '
                          f'as {",".join(COLUMNS)}')
-    rows = []
     for line in lines:
-        # The last row of a process that was killed may be incomplete.
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError):  # the last one of a process that was killed
             # A run that an older version began has fewer columns in its header.
-            fields = zip(header, line[:len(header)], strict=True)
-            rows.append({name: float(field) for name, field in fields if name in COLUMNS})
+            rows.append([float(field) for _, field in zip(header, line[:len(header)], strict=True)])
     if len(rows) < len(lines):
         warn(f'{path}: left out {len(lines) - len(rows)} incomplete rows of {len(lines)}')
-    return {name: np.array([row[name] for row in rows]) for name in header if name in COLUMNS}
+    return dict(zip(header, np.array(rows).reshape(-1, len(header)).T))
 
 
 def points(table, column):
-    """(epochs, values) of the rows that can be drawn; empty if there is no such column."""
-    if column not in table:
-        return np.empty(0), np.empty(0)
+    """(epochs, values) of the rows that can be drawn."""
     finite = np.isfinite(table[column])
     return table['epoch'][finite], table[column][finite]
 
@@ -93,19 +86,17 @@ def common_parent(directories):
 
 def read_runs(directories):
     """The runs that have something to draw; UsageError if none has."""
-    parent, runs, empty = common_parent(directories), [], []
+    parent, runs = common_parent(directories), []
     for directory in directories:
         run = Run(os.path.relpath(directory, parent), read_table(directory / 'train.csv'),
                   read_table(directory / 'test.csv'))
         if any(len(points(table, column)[0]) for table in run[1:] for column in AXIS_LABELS):
             runs.append(run)
-        else:
-            empty.append(str(directory))
+        elif len(directories) > 1:
+            warn(f'{directory}: left out, nothing to draw yet')
     if not runs:
-        raise UsageError(f'nothing to draw in {", ".join(empty)}: give directories of runs, as '
-                         'train.py makes them under work/, whose train.csv or test.csv has a row')
-    for directory in empty:
-        warn(f'{directory}: left out, nothing to draw yet')
+        raise UsageError(f'nothing to draw in {", ".join(map(str, directories))}: give directories '
+                         f'of runs, with a row in train.csv or test.csv')
     return runs
 
 
@@ -160,7 +151,7 @@ def set_value_axis(axes, values):
     axes.set_yscale('log', nonpositive='clip')
     axes.set_ylim(max(positive.min(), median / 1e3) / 1.5, min(positive.max(), median * 1e3) * 1.2)
     axes.yaxis.set_major_locator(LogLocator(subs=[1, 2, 5], numticks=50))
-    axes.yaxis.set_major_formatter(StrMethodFormatter('{x:g}'))  # 0.1, not 10^-1
+    axes.yaxis.set_major_formatter('{x:g}')  # 0.1, not 10^-1
     axes.yaxis.set_minor_locator(LogLocator(subs=range(2, 10), numticks=50))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
@@ -223,27 +214,17 @@ def save_figure(figure, path):
 
 # ---- command line -------------------------------------------------------------------------
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f'plot.py: error: {message}\n')
-
-
-def make_parser():
-    parser = Parser(prog='plot.py', description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog='plot.py', description=__doc__,
+                                     usage=argparse.SUPPRESS,  # an error is one line
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('runs', metavar='RUN', nargs='*', type=Path,
                         default=[Path('work/cifar10.base')],
                         help='run directory; several are compared (default: work/cifar10.base)')
     parser.add_argument('--format', nargs='+', choices=['png', 'pdf', 'svg'], default=['png'],
                         help='one or more of png, pdf, svg (default: png)')
     parser.add_argument('--output', metavar='DIR', type=Path,
-                        help='where to write (default: the run directory; for several runs, '
-                             'the directory that they have in common)')
-    return parser
-
-
-def main(argv=None):
-    parser = make_parser()
+                        help='where to write (default: the run, or what several are all in)')
     args = parser.parse_args(argv)
     is_comparison = len(args.runs) > 1
     output = args.output or (Path(common_parent(args.runs)) if is_comparison else args.runs[0])

@@ -12,9 +12,7 @@ import csv
 import functools
 import glob
 import os
-import re
 import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +31,8 @@ import machine
 import runlog
 from errors import UserError
 
-HEATMAP = '.heatmap.png'  # the end of the names of heatmaps
+HEATMAP = '.heatmap.png'  # what the name of an image's heatmap has after the image's own
+IMAGENET_CLASSES = tuple(torchvision.models.DenseNet121_Weights.DEFAULT.meta['categories'])
 
 
 def load_model(args):
@@ -41,20 +40,16 @@ def load_model(args):
     if args.checkpoint:
         saved = checkpoint.load(args.checkpoint)
         if not isinstance(saved.get('dataset'), dict):
-            raise UserError(f'{args.checkpoint} holds no run: it does not say which classes it '
-                            f'knows')
+            raise UserError(f'{args.checkpoint} holds no run: its classes are unknown')
         dataset = data.Description(root=None, **saved['dataset'])
-        model = densenet.DenseNet(**saved['config'])
-        checkpoint.load_weights(model, saved.get('model'), args.checkpoint)
-        return model.eval(), dataset
-    model = getattr(densenet, args.arch)()
-    checkpoint.load_weights(model, checkpoint.torchvision_weights(args.arch), args.arch)
-    return model.eval(), data.Description('imagenet', None, imagenet_classes(), 224,
-                                          *data.STATISTICS['imagenet'])
-
-
-def imagenet_classes():
-    return tuple(torchvision.models.DenseNet121_Weights.IMAGENET1K_V1.meta['categories'])
+        model, weights = densenet.DenseNet(**saved['config']), saved['model']
+    else:
+        dataset = data.Description('imagenet', None, IMAGENET_CLASSES, 224,
+                                   *data.STATISTICS['imagenet'])
+        model = getattr(densenet, args.arch)()
+        weights = checkpoint.torchvision_weights(args.arch)
+    checkpoint.load_weights(model, weights, args.checkpoint or args.arch)
+    return model.eval(), dataset
 
 
 def find_images(name):
@@ -63,25 +58,11 @@ def find_images(name):
     if path.is_file():
         return [path]
     found = path.rglob('*') if path.is_dir() else map(Path, glob.glob(name, recursive=True))
-    endings = torchvision.datasets.folder.IMG_EXTENSIONS
-    found = sorted(file for file in found if file.name.lower().endswith(endings)
-                   and not file.name.endswith(HEATMAP) and not file.is_dir())
+    found = sorted(file for file in found if not file.name.endswith(HEATMAP)
+                   and file.name.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS))
     if not found:
         raise UserError(f'{name}: there is no such file, or no image in it')
     return found
-
-
-def heatmap_paths(files, folder):
-    """{image: its heatmap}, beside it or, below the folder that all images share, in `folder`."""
-    if folder and Path(folder).is_file():
-        raise UserError(f'--heatmap {folder} is no folder: name the images before --heatmap')
-    root = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
-    heatmaps = {file: Path(folder or root, os.path.relpath(file, root)).with_suffix(HEATMAP)
-                for file in files}
-    path, count = Counter(heatmaps.values()).most_common(1)[0]
-    if count > 1:
-        raise UserError(f'{path} would be the heatmap of {count} images: predict them one by one')
-    return heatmaps
 
 
 def read(dataset, files):
@@ -132,10 +113,9 @@ def draw_heatmap(heat, file, dataset):
     """
     from matplotlib import colormaps  # here, for it is slow to import
 
-    pixels = data.read_pixels(dataset, data.to_tensor, file)  # all of the image, [C, H, W]
-    grey = pixels.float().mean(0) / 255
-    picture = grey[:, :, None].repeat(1, 1, 3).numpy()
-    resize, crop, _ = data.test_transform(dataset.image_size).transforms
+    grey = data.read_pixels(dataset, data.to_tensor, file).float().mean(0)  # [H, W], uncropped
+    picture = grey[:, :, None].repeat(1, 1, 3).numpy() / 255
+    resize, _, crop = data.test_transform(dataset.image_size).transforms
     side = round(min(grey.shape) * crop.size[0] / resize.size)  # of the crop, in pixels of the file
     top, left = ((size - side) // 2 for size in grey.shape)
     heat = F.interpolate(heat[None, None], (side, side), mode='bicubic')[0, 0].clamp(min=0)
@@ -146,55 +126,51 @@ def draw_heatmap(heat, file, dataset):
 
 
 def make_parser():
-    parser = flags.Parser(prog='predict.py', description=__doc__, allow_abbrev=False,
-                          formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='files, folders and globs')
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument('--checkpoint', metavar='FILE', help='latest.pth or best.pth of a run')
-    which.add_argument('--arch', choices=flags.TORCHVISION_WEIGHTS,
-                       help='with torchvision\'s weights')
+    which.add_argument('--arch', choices=flags.TORCHVISION_WEIGHTS, help='of torchvision\'s')
     parser.add_argument('--csv', type=Path, metavar='FILE', help='also write the classes to this')
     parser.add_argument('--heatmap', nargs='?', const='', metavar='DIR',
                         help='draw where it looks, beside each image or in this folder')
-    parser.add_argument('--batch-size', type=flags.POSITIVE, default=32, metavar='N',
-                        help='(default: %(default)s)')
-    parser.add_argument('--device', choices=machine.DEVICES, default='auto',
-                        help='(default: cuda if there is one, else cpu)')
+    parser.add_argument('--batch-size', type=flags.POSITIVE, default=32, help='(default: 32)')
+    parser.add_argument('--device', choices=machine.DEVICES, default='auto', help='(default: auto)')
     return parser
 
 
 def main(argv=None):
-    broken = 0
     try:
         args = make_parser().parse_args(argv)
         files = [*dict.fromkeys(file for name in args.images for file in find_images(name))]
-        heatmaps = {} if args.heatmap is None else heatmap_paths(files, args.heatmap)
+        root = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
         model, dataset = load_model(args)
-        names = dataset.classes
-        if len(names) == 1000 and all(re.fullmatch(r'n\d{8}', name) for name in names):
-            names = imagenet_classes()  # instead of numbers in WordNet
+        names, broken = dataset.classes, 0
+        if len(names) == 1000 and names[0] == 'n01440764':  # ImageNet's numbers in WordNet
+            names = IMAGENET_CLASSES
         model.to(machine.choose_device(args.device), memory_format=torch.channels_last)
-        # A file's name, and so a row, may be no text.
-        table = open(args.csv or os.devnull, 'w', newline='', errors='surrogateescape')
-        writer = csv.writer(table)
-        writer.writerow(('file', 'class', 'probability'))
         bar = tqdm(predict(model, dataset, files, args.batch_size), total=len(files), leave=False,
                    disable=None)  # None: only on a terminal
-        for file, answer in bar:
-            with bar.external_write_mode():
-                if isinstance(answer, data.DataError):
-                    runlog.warn(answer, script='predict.py')
-                    broken += 1
-                    continue
-                shares, labels = (part.tolist() for part in answer[0].topk(min(5, len(names))))
-                found = [(names[label], share) for share, label in zip(shares, labels)]
-                print(f'{file}:', ', '.join(f'{name} {100 * share:.2f}%' for name, share in found),
-                      flush=True)
-            writer.writerows((file, name, f'{share:.6f}') for name, share in found)
-            if heatmaps:
-                heatmaps[file].parent.mkdir(parents=True, exist_ok=True)
-                draw_heatmap(answer[1], file, dataset).save(heatmaps[file])
-        table.close()
+        # A file's name, and so a row, may be no text.
+        with open(args.csv or os.devnull, 'w', newline='', errors='surrogateescape') as table:
+            writer = csv.writer(table)
+            writer.writerow(('file', 'class', 'probability'))
+            for file, answer in bar:
+                with bar.external_write_mode():
+                    if isinstance(answer, data.DataError):
+                        runlog.warn(answer, script='predict.py')
+                        broken += 1
+                        continue
+                    probabilities, heat = answer
+                    best = zip(*probabilities.topk(min(5, len(names))))
+                    found = [(names[label], share.item()) for share, label in best]
+                    print(f'{file}:', ', '.join(f'{name} {share:.2%}' for name, share in found),
+                          flush=True)
+                writer.writerows((file, name, f'{share:.6f}') for name, share in found)
+                if args.heatmap is not None:
+                    path = Path(args.heatmap or root, os.path.relpath(file, root) + HEATMAP)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    draw_heatmap(heat, file, dataset).save(path)
         if broken:
             raise UserError(f'{broken} of {len(files)} images could not be read')
     except BrokenPipeError:  # `| head`; Python would fail again at its exit

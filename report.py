@@ -9,29 +9,25 @@ columns the predicted ones. `classes` holds the C names, in the order of the lab
 """
 
 import csv
-import math
 
 import numpy as np
 import torch
 
-# matplotlib and scipy are slow to import, and training needs balanced_error alone: the functions
-# that use them import them.
+# matplotlib is slow to import, and training needs balanced_error alone: what draws imports it.
 
 MAX_CLASSES = 20       # that are all in the table, and whose cells have numbers in the figure
 NUM_WORST = 10         # classes in the table, if there are more
 MAX_TICK_LABELS = 200
-MAX_LABEL_LENGTH = 40  # letters
 
 
 def balanced_error(confusion):
     """Mean over the classes of the share of errors, in percent, as a float.
 
-    Classes without images are left out; if there are no others, it is nan. The matrix may be on
-    any device, with which this synchronizes once.
+    Classes without images are left out; if there are no others, it is nan.
     """
-    # float64 on the CPU, for MPS has none.
-    hits, images = torch.stack([confusion.diagonal(), confusion.sum(1)]).cpu().double()
-    return 100 * ((images - hits) / images)[images > 0].mean().item()
+    counts = confusion.cpu().double()  # on the CPU, for MPS has no float64
+    images = counts.sum(1)
+    return 100 * ((images - counts.diagonal()) / images).nanmean().item()
 
 
 def lines(confusion, classes, scores=None, labels=None):
@@ -44,72 +40,54 @@ def lines(confusion, classes, scores=None, labels=None):
     Returns the lines to print, a list of strings. '-' is what is undefined: the recall of a class
     without images, the precision of one that was never predicted.
     """
-    hits, images, predicted = (
-        counts.tolist() for counts in (confusion.diagonal(), confusion.sum(1), confusion.sum(0)))
-    listed, heading = range(len(classes)), []
+    counts = confusion.cpu().double()
+    images = counts.sum(1)
+    recall, precision = (100 * counts.diagonal() / whole for whole in (images, counts.sum(0)))
+    output, listed = [], list(range(len(classes)))
     if len(classes) > MAX_CLASSES:
-        def recall(label):
-            return hits[label] / images[label] if images[label] else math.inf
-        listed = sorted(listed, key=recall)[:NUM_WORST]
-        heading = [f'the {NUM_WORST} of {len(classes)} classes with the lowest recall:']
-    width = max(len(name) for name in ['class', *(classes[label] for label in listed)])
-
-    def row(*fields):
-        return '{:<{width}}  {:>7}  {:>8}  {:>11}'.format(*fields, width=width)
-
-    table = [row(classes[label], images[label], percent(hits[label], images[label]),
-                 percent(hits[label], predicted[label])) for label in listed]
-    footer = [f'balanced error {balanced_error(confusion):.2f}% '
-              f'(the mean over classes of the share of errors)']
+        output = [f'the {NUM_WORST} of {len(classes)} classes with the lowest recall:']
+        listed = recall.argsort(stable=True)[:NUM_WORST].tolist()  # nan, of no images, comes last
+    width = max(len('class'), *(len(classes[label]) for label in listed))
+    output.append(f'{"class":<{width}}   images  recall %  precision %')
+    for label in listed:
+        shares = [f'{share:.2f}'.replace('nan', '-') for share in (recall[label], precision[label])]
+        output.append(f'{classes[label]:<{width}}  {images[label]:>7.0f}  {shares[0]:>8}  '
+                      f'{shares[1]:>11}')
+    output.append(f'balanced error {balanced_error(confusion):.2f}% '
+                  f'(the mean over classes of the share of errors)')
     if len(classes) == 2 and scores is not None:
-        footer.append(f'ROC AUC {roc_auc(scores, labels)}')
-    return [*heading, row('class', 'images', 'recall %', 'precision %'), *table, *footer]
-
-
-def percent(part, whole):
-    return f'{100 * part / whole:.2f}' if whole else '-'
+        output.append(f'ROC AUC {roc_auc(scores, labels):.4f}'.replace('nan', '-'))
+    return output
 
 
 def roc_auc(scores, labels):
     """Probability that an image of class 1 scores higher than one of class 0, ties counted half.
 
-    Four decimals, as a string; '-' if one of the classes has no images. It is the statistic of
-    Mann and Whitney over the number of pairs (Hanley and McNeil, Radiology 143, 1982).
+    That is the area under the curve (Hanley and McNeil, Radiology 143, 1982); nan if one of the
+    classes has no images.
     """
-    from scipy.stats import mannwhitneyu
-
-    scores, is_second = scores.cpu().numpy(), labels.cpu().numpy() == 1
-    pairs = int(is_second.sum()) * int((~is_second).sum())
-    if not pairs:
-        return '-'
-    # By default, an exact p-value for a class of up to 8 images, which can take a minute.
-    result = mannwhitneyu(scores[is_second], scores[~is_second], method='asymptotic')
-    return f'{result.statistic / pairs:.4f}'
+    first, second = scores[labels == 0].sort().values, scores[labels == 1]
+    lower, not_higher = (torch.searchsorted(first, second, right=ties) for ties in (False, True))
+    return ((lower + not_higher).double() / 2 / len(first)).mean().item()
 
 
 def save_predictions(path, files, labels, probabilities, classes):
     """Writes a CSV file with a row an image: its class and the three most probable ones.
 
-    Args:
-        files: N paths or names.
-        labels: int64 [N], the true classes.
-        probabilities: float32 [N, C].
-
-    The columns are file, class, error (0 or 1), predicted, probability, second,
-    second_probability, third and third_probability, as far as there are classes.
+    Of N files, with int64 labels [N] and float32 probabilities [N, C]; an error is 0 or 1.
     """
-    best = probabilities.topk(min(3, len(classes)), dim=1)
+    shares, found = (part.tolist() for part in probabilities.topk(min(3, len(classes))))
     columns = ['predicted', 'probability', 'second', 'second_probability', 'third',
-               'third_probability'][:2 * best.indices.shape[1]]
+               'third_probability'][:2 * len(classes)]
     # surrogateescape: the name of a file need not be text, and is written byte for byte.
     with open(path, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
         writer = csv.writer(file, lineterminator='\n')
         writer.writerow(['file', 'class', 'error', *columns])
-        for name, label, found, shares in zip(files, labels.tolist(), best.indices.tolist(),
-                                              best.values.tolist(), strict=True):
-            ranked = [field for other, share in zip(found, shares)
-                      for field in (classes[other], f'{share:.6f}')]
-            writer.writerow([name, classes[label], int(found[0] != label), *ranked])
+        for i, (name, label) in enumerate(zip(files, labels.tolist(), strict=True)):
+            row = [name, classes[label], int(found[i][0] != label)]
+            for other, share in zip(found[i], shares[i]):
+                row += [classes[other], f'{share:.6f}']
+            writer.writerow(row)
 
 
 # ---- figure -------------------------------------------------------------------------------
@@ -168,7 +146,6 @@ def confusion_figure(confusion, classes):
 
 
 def label_text(name):
-    """A class's name, if it is long its ends; bytes that are no text become question marks."""
+    """A class's name or, over 40 letters, its ends; bytes that are no text are question marks."""
     name = name.encode(errors='surrogateescape').decode(errors='replace')
-    half = MAX_LABEL_LENGTH // 2
-    return name if len(name) <= MAX_LABEL_LENGTH else f'{name[:half - 1]}…{name[-half:]}'
+    return name if len(name) <= 40 else f'{name[:19]}…{name[-20:]}'

@@ -109,13 +109,15 @@ def test_running_mean_recovers_from_a_huge_spike():
 def test_columns_are_found_by_name(tmp_path):
     spreadsheet = b'\xef\xbb\xbferror,data_wait, lr,epoch,loss\r\n50,7,0.1,1,2.5\r\n25,7,0.1,2,1.5'
     assert read(tmp_path, spreadsheet) == {
-        'epoch': [1, 2], 'loss': [2.5, 1.5], 'error': [50, 25]}
+        'error': [50, 25], 'data_wait': [7, 7], 'lr': [0.1, 0.1], 'epoch': [1, 2],
+        'loss': [2.5, 1.5]}
 
 
 @pytest.mark.parametrize('row', [b'3,0.3,5', b'3,0.3', b'3,what,4,5', b'\x00\xff'])
 def test_a_row_that_is_not_whole_is_left_out(tmp_path, capsys, row):
     rows = [b'epoch,loss,error,error5', b'1,2,30,4', b'2,1,20,3', row]
-    assert read(tmp_path, b'\n'.join(rows)) == {'epoch': [1, 2], 'loss': [2, 1], 'error': [30, 20]}
+    assert read(tmp_path, b'\n'.join(rows)) == {
+        'epoch': [1, 2], 'loss': [2, 1], 'error': [30, 20], 'error5': [4, 3]}
     [warning] = capsys.readouterr().err.splitlines()
     assert warning.startswith('plot.py: warning: ') and 'log.csv: left out' in warning
     rows.insert(2, rows.pop())  # in the middle, too
@@ -131,7 +133,7 @@ def test_a_file_cut_off_anywhere_gives_its_whole_rows(tmp_path):
     content = '\n'.join([TRAIN_HEADER, *rows, ''])
     for size in range(len(TRAIN_HEADER), len(content) + 1):
         cut = content[:size]
-        whole = [row for row in rows if row[:-3] in cut]  # data_wait is not read
+        whole = [row for row in rows if row[:-2] in cut]  # of data_wait a digit is enough
         assert read(tmp_path, cut.encode())['error'] == [float(row.split(',')[2]) for row in whole]
 
 

@@ -44,7 +44,7 @@ def photos(tmp_path):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.randint(0, 256, (80, 90, 3)).astype(np.uint8)).save(root / name)
     (root / 'a/notes.txt').write_text('no picture')
-    Image.new('RGB', (90, 80)).save(root / 'a/0.heatmap.png')
+    Image.new('RGB', (90, 80)).save(root / 'a/0.png.heatmap.png')
     return root
 
 
@@ -121,7 +121,7 @@ def test_files_folders_and_globs(model, photos, capsys):
             ([photos / '**/*.png'], named(photos, 'a/0.png', 'b/c/2.png')),
             ([photos / '*' / '[01].*'], every[:2]),
             ([photos / 'b', photos / 'b/3.PNG', photos / 'a/1.jpg'], every[2:] + every[1:2]),
-            ([photos / 'a/0.heatmap.png'], named(photos, 'a/0.heatmap.png'))):
+            ([photos / 'a/0.png.heatmap.png'], named(photos, 'a/0.png.heatmap.png'))):
         lines = predictions(capsys, *images, '--checkpoint', model)
         assert [line.split(': ')[0] for line in lines] == expected
 
@@ -161,7 +161,7 @@ def test_what_cannot_be_predicted(model, photos, tmp_path, monkeypatch, capsys):
             ([photo, '--checkpoint', 'nowhere.pth'], 'nowhere.pth is not there'),
             ([photo, '--checkpoint', tmp_path / 'weights.pth'], 'holds no run'),
             ([photo, *last, '--csv', tmp_path / 'nowhere/x.csv'], 'No such file or directory'),
-            ([photo, *last, '--heatmap', photo], '0.png is no folder: name the images before'),
+            ([photo, *last, '--heatmap', photo], 'File exists'),
             ([photo, *last, '--batch-size', '0'], '--batch-size'),
             ([photo, *last, '--device', 'abacus'], 'abacus'),
             ([photo, '--arch', 'densenet121'], 'could not download')):
@@ -255,18 +255,16 @@ def test_no_heat_is_no_error(photos):
 
 
 def test_heatmaps_lie_beside_the_images_or_in_a_folder_as_they_do(model, photos, tmp_path, capsys):
-    (photos / 'a/0.heatmap.png').unlink()
-    names = {'a/0.heatmap.png', 'a/1.heatmap.png', 'b/3.heatmap.png', 'b/c/2.heatmap.png'}
+    (photos / 'a/0.png.heatmap.png').unlink()
+    Image.new('RGB', (90, 80)).save(photos / 'a/1.png')
+    every = ('a/0.png', 'a/1.jpg', 'a/1.png', 'b/3.PNG', 'b/c/2.png')
+    names = {f'{name}.heatmap.png' for name in every}
     found = lambda root: {str(path.relative_to(root)) for path in root.rglob('*.heatmap.png')}
     argv = ['--checkpoint', model, '--heatmap']
-    for images in ([photos], [photos / 'b', photos / 'a/0.png', photos / 'a/1.jpg']):
+    for images in ([photos], [photos / 'b', *(photos / name for name in every[:3])]):
         output = tmp_path / f'maps{len(images)}'
         predictions(capsys, *images, *argv, output)
         assert found(output) == names and found(photos) == set()
-    Image.new('RGB', (90, 80)).save(photos / 'a/1.png')
-    error = fails(capsys, photos, *argv, script=predict)
-    assert 'a/1.heatmap.png would be the heatmap of 2 images' in error and found(photos) == set()
-    (photos / 'a/1.png').unlink()
     predictions(capsys, photos, *argv)
     assert found(photos) == names
 
@@ -284,7 +282,7 @@ def test_images_of_any_kind(model, tmp_path, capsys, mode):
     line, = predictions(capsys, tmp_path / 'image.tiff', '--checkpoint', tmp_path / 'model.pth',
                         '--heatmap')
     assert math.isclose(sum(map(float, re.findall(r'([\d.]+)%', line))), 100, abs_tol=0.011)
-    with Image.open(tmp_path / 'image.heatmap.png') as heatmap:
+    with Image.open(tmp_path / 'image.tiff.heatmap.png') as heatmap:
         assert heatmap.size == (90, 70) and heatmap.mode == 'RGB'
         edge = np.asarray(heatmap)[:, :, 0].astype(int)
     assert edge[0, 0] < 20 and edge[-1, -1] > 235  # outside of the crop: the ramp as it was
