@@ -53,7 +53,7 @@ def main(argv=None):
     try:
         dataset = data.describe(args.dataset, args.data)
         count, rows = channel_statistics(dataset, args.workers)
-    except data.DataError as error:
+    except (data.DataError, OSError) as error:
         runlog.warn(error, 'error', 'channel_stats.py')
         sys.exit(2)
     print(f'{args.dataset}: {count:,} training images of {dataset.image_size} pixels')
