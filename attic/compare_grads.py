@@ -32,8 +32,8 @@ def run(model, images, labels):
     """
     outputs = {}
 
-    def keep(name, module, output):
-        output = output.detach().clone()
+    def keep(module, inputs, output):
+        name, output = names[module], output.detach().clone()
         if 'denseblock' not in name:
             outputs[name] = output
             return
@@ -41,26 +41,22 @@ def run(model, images, labels):
         layers = [f'{name}.{layer}' for layer, _ in module.named_children()]
         outputs.update(zip(layers, output[:, -sum(widths):].split(widths, 1)))
 
-    children = {f'features.{name}': module for name, module in model.features.named_children()}
-    for name, module in {**children, 'classifier': model.classifier}.items():
-        module.register_forward_hook(lambda module, inputs, output, name=name:
-                                     keep(name, module, output))
+    names = {module: f'features.{name}' for name, module in model.features.named_children()}
+    names[model.classifier] = 'classifier'
+    for module in names:
+        module.register_forward_hook(keep)
     F.cross_entropy(model.train()(images), labels).backward()
     return outputs
 
 
 def difference(ours, theirs):
     """The largest, as a share of the largest number; 0.0 for nothing to compare."""
-    pairs = [(a.flatten(), b.flatten()) for a, b in zip(ours, theirs)]
-    if not pairs:
-        return 0.0
-    a, b = map(torch.cat, zip(*pairs))
-    return ((a - b).abs().max() / b.abs().max()).item()
+    largest = max((tensor.abs().max().item() for tensor in theirs), default=1.0)
+    return max(((a - b).abs().max().item() / largest for a, b in zip(ours, theirs)), default=0.0)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('--arch', choices=flags.TORCHVISION_WEIGHTS, default='densenet121')
     parser.add_argument('--memory-efficient', action='store_true')
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
@@ -82,7 +78,7 @@ def main(argv=None):
             difference([output], [their_outputs[name]]),
             difference([p.grad for p in module.parameters()],
                        [p.grad for p in their_module.parameters()]),
-            difference(module.buffers(), their_module.buffers()))
+            difference(module.buffers(), list(their_module.buffers())))
         print(f'{name:<36}{" x ".join(map(str, output.shape)):>18}'
               + ''.join(f'{value:>12.1e}' for value in differences))
         worst = max(worst, *differences)
