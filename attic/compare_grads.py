@@ -30,23 +30,19 @@ def run(model, images, labels):
     A hook inside one of our blocks would make it take the plain path. Hence a layer's output is
     cut out of that of its block, where all are concatenated.
     """
-    outputs = {}
-
-    def keep(module, inputs, output):
-        name, output = names[module], output.detach().clone()
-        if 'denseblock' not in name:
-            outputs[name] = output
-            return
-        widths = [layer.conv2.out_channels for layer in module.children()]
-        layers = [f'{name}.{layer}' for layer, _ in module.named_children()]
-        outputs.update(zip(layers, output[:, -sum(widths):].split(widths, 1)))
-
-    names = {module: f'features.{name}' for name, module in model.features.named_children()}
-    names[model.classifier] = 'classifier'
-    for module in names:
-        module.register_forward_hook(keep)
-    F.cross_entropy(model.train()(images), labels).backward()
-    return outputs
+    outputs, x = {}, images
+    for name, module in model.train().features.named_children():
+        x = module(x)
+        output = x.detach().clone()  # torchvision's ReLUs change their input
+        if 'denseblock' in name:
+            names = [f'features.{name}.{layer}' for layer, _ in module.named_children()]
+            widths = [layer.conv2.out_channels for layer in module.children()]
+            outputs.update(zip(names, output[:, -sum(widths):].split(widths, 1)))
+        else:
+            outputs[f'features.{name}'] = output
+    logits = model.classifier(F.relu(x).mean((2, 3)))
+    F.cross_entropy(logits, labels).backward()
+    return {**outputs, 'classifier': logits.detach()}
 
 
 def difference(ours, theirs):
