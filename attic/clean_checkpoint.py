@@ -15,15 +15,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import checkpoint
 
-KEPT = ('config', 'dataset', 'args', 'last_error', 'best_error', 'best_epoch', 'seconds',
-        'peak_memory')
-
 
 def clean(saved):
     """What to keep of `saved`, the dictionary that `checkpoint.load` returns of a run's file."""
-    model = {key: tensor if 'running' in key or not tensor.is_floating_point() else tensor.half()
-             for key, tensor in saved['model'].items()}
-    return {'model': model, **{key: saved[key] for key in KEPT if key in saved}}
+    kept = {key: saved[key] for key in saved.keys() - {'optimizer', 'scaler', 'processes'}}
+    kept['model'] = {key: tensor.half() if key.endswith(('weight', 'bias')) else tensor
+                     for key, tensor in saved['model'].items()}
+    return kept
 
 
 def main(argv=None):
