@@ -84,9 +84,10 @@ def network_flags(inference=False, **given):
     """
     argv = [f'--{name.replace("_", "-")}={given[name]}' for name in NETWORK_FLAGS
             if given.get(name) is not None]
-    # A low rate: weights that run away would meet other numbers, and other speeds. Momentum would
-    # take memory.
-    args, _ = flags.parse_args([*argv, '--lr=1e-3', *['--momentum=0'] * inference])
+    if inference:
+        argv.append('--momentum=0')  # which would take memory
+    # A low rate: weights that run away would meet other numbers, and other speeds.
+    args, _ = flags.parse_args([*argv, '--lr=1e-3'])
     args.inference = inference
     return flags.with_network(args, args.image_size or (224 if args.arch else 32))
 
@@ -125,9 +126,8 @@ def make_model(row, args):
 def make_rows(options, precision, on_cuda):
     """All rows of a precision that the flags and the device admit."""
     has_kernels = not on_cuda and densenet_cpu.unavailable_reason() is None
-    modes = MODES if has_kernels else EAGER_MODES
     theirs = Row('torchvision', 'plain', precision)
-    ours = [Row('ours', mode, precision) for mode in modes
+    ours = [Row('ours', mode, precision) for mode in (MODES if has_kernels else EAGER_MODES)
             if not options.inference or mode in ('plain', 'block, CPU kernels')]
     rows = []
     if precision in ('fp32', 'tf32'):  # as torchvision's comes, before anybody tunes it
@@ -256,7 +256,8 @@ def make_onnxruntime_step(model, images):
     options.intra_op_num_threads = torch.get_num_threads()
     program = torch.onnx.export(model, (images,), input_names=['images'], dynamo=True,
                                 verbose=False)
-    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), options)
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), options,
+                                           providers=['CPUExecutionProvider'])
     return lambda images, labels: session.run(None, {'images': images.numpy()})
 
 
