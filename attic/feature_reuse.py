@@ -59,21 +59,19 @@ def draw(reuses, path):
     figure.savefig(path, dpi=120)
 
 
-def observations(reuses):
-    """The paper's four, each with what was measured here: a line each, a number a block."""
-    values = []
-    for reuse in reuses:
-        third = len(reuse) // 3
-        layers, last = reuse[1:-1, :-1], reuse[:, -1]  # no layer reads the last one
-        values.append((layers[:third, -third:].nanmean() / layers[-third:, -third:].nanmean(),
-                       last.min() / last.mean(), (reuse[0, :-1] / reuse[:, :-1].nanmean(0)).mean(),
-                       last[-third:].mean() / last.mean()))
-    lines = ('first third of the layers over last third, as the last third reads them',
-             'source that the transition or classifier reads least, over the mean',
-             'input of the block, over the mean source, as its layers read it',
-             'last third of the layers, over the mean, as transition or classifier read it')
-    return [f'{line}: {", ".join(f"{value:.2f}" for value in blocks)}'
-            for line, blocks in zip(lines, zip(*values))]
+def observations(reuse):
+    """The paper's four, each with what was measured in a block."""
+    third = len(reuse) // 3
+    layers, last = reuse[1:-1, :-1], reuse[:, -1]  # no layer reads the last one
+    return {
+        'first third of the layers over last third, as the last third reads them':
+            layers[:third, -third:].nanmean() / layers[-third:, -third:].nanmean(),
+        'source that the transition or classifier reads least, over the mean':
+            last.min() / last.mean(),
+        'input of the block, over the mean source, as its layers read it':
+            (reuse[0, :-1] / reuse[:, :-1].nanmean(0)).mean(),
+        'last third of the layers, over the mean, as transition or classifier read it':
+            last[-third:].mean() / last.mean()}
 
 
 def main(argv=None):
@@ -87,7 +85,9 @@ def main(argv=None):
         draw(reuses, args.output)
     except (UserError, OSError) as error:
         parser.exit(2, f'feature_reuse.py: error: {error}\n')
-    print('\n'.join(observations(reuses)))
+    blocks = [observations(reuse) for reuse in reuses]
+    for line in blocks[0]:
+        print(f'{line}: {", ".join(f"{block[line]:.2f}" for block in blocks)}')
     print(args.output)
 
 
