@@ -17,7 +17,6 @@ x limit: on a CPU, the time over that of all convolutions of the step at the rat
 """
 
 import argparse
-import contextlib
 import csv
 import fnmatch
 import functools
@@ -25,10 +24,9 @@ import gc
 import importlib.util
 import math
 import os
-import statistics
 import sys
-import tempfile
 import time
+import timeit
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,23 +75,20 @@ class Row(NamedTuple):
                 + ', compiled' * self.compiled + ', CUDA graph' * self.graph)
 
 
-class Result(NamedTuple):
-    times: list               # seconds a step, of each round; empty if the row failed
-    memory: float = math.nan  # bytes
-    failure: str = ''
-
-
 # ---- the networks -------------------------------------------------------------------------
 
-def network_flags(**given):
-    """The flags of train.py that make the network, the images and the step.
+def network_flags(inference=False, **given):
+    """The flags of train.py that make the network, the images and the step, and `inference`.
 
     Of `given`, those in NETWORK_FLAGS count; None stands for the default.
     """
     argv = [f'--{name.replace("_", "-")}={given[name]}' for name in NETWORK_FLAGS
             if given.get(name) is not None]
+    if inference:
+        argv.append('--momentum=0')  # which would take memory
     # A low rate: weights that run away would meet other numbers, and other speeds.
     args, _ = flags.parse_args([*argv, '--lr=1e-3'])
+    args.inference = inference
     return flags.with_network(args, args.image_size or (224 if args.arch else 32))
 
 
@@ -113,35 +108,32 @@ def make_model(row, args):
                 module.linear_memory = path in ('linear', 'kernels')
                 module.cpu_kernels = None if path == 'kernels' else False
         return model
-    config = model.config
-    settings = {name: config[name] for name in (
-        'growth_rate', 'block_config', 'num_init_features', 'num_classes', 'memory_efficient')}
+    width = model.config['num_init_features']
+    settings = {name: model.config[name] for name in (
+        'growth_rate', 'block_config', 'num_classes', 'memory_efficient')}
     if row.source == 'torchvision':
-        model = torchvision.models.DenseNet(**settings)
+        model = torchvision.models.DenseNet(num_init_features=width, **settings)
     else:
-        from timm.models.densenet import DenseNet
-        del settings['num_init_features']  # its stem always has twice the growth rate
+        from timm.models.densenet import DenseNet  # whose stem always has twice the growth rate
         model = DenseNet(**settings)
-    if config['small_inputs']:  # their ImageNet stem makes way for that of the paper for CIFAR
+    if args.image_size <= data.SMALL:  # the ImageNet stem makes way for the paper's for CIFAR
+        model.features.conv0 = nn.Conv2d(3, width, 3, padding=1, bias=False)
         for name in ('norm0', 'relu0', 'pool0'):
-            if hasattr(model.features, name):
-                delattr(model.features, name)
-        model.features.conv0 = nn.Conv2d(3, config['num_init_features'], 3, padding=1, bias=False)
+            setattr(model.features, name, nn.Identity())
     return model
 
 
 def make_rows(options, precision, on_cuda):
     """All rows of a precision that the flags and the device admit."""
     has_kernels = not on_cuda and densenet_cpu.unavailable_reason() is None
-    modes = MODES if has_kernels else EAGER_MODES
-    if options.inference:
-        modes = [mode for mode in modes if mode in ('plain', 'block, CPU kernels')]
     theirs = Row('torchvision', 'plain', precision)
-    ours = [Row('ours', mode, precision) for mode in modes]
-    rows = [theirs]
+    ours = [Row('ours', mode, precision) for mode in (MODES if has_kernels else EAGER_MODES)
+            if not options.inference or mode in ('plain', 'block, CPU kernels')]
+    rows = []
     if precision in ('fp32', 'tf32'):  # as torchvision's comes, before anybody tunes it
-        rows.insert(0, theirs._replace(channels_last=False))
-    if is_installed('timm'):
+        rows.append(theirs._replace(channels_last=False))
+    rows.append(theirs)
+    if importlib.util.find_spec('timm'):
         rows.append(theirs._replace(source='timm'))
     if not options.inference:
         rows.append(theirs._replace(mode='checkpointed'))
@@ -150,13 +142,9 @@ def make_rows(options, precision, on_cuda):
     if on_cuda:
         rows += [row._replace(graph=True) for row in ours + compiled if row.mode != 'checkpointed']
     elif (options.inference and precision == 'fp32'
-            and is_installed('onnxruntime') and is_installed('onnxscript')):
+            and all(map(importlib.util.find_spec, ('onnxruntime', 'onnxscript')))):
         rows.append(Row('onnxruntime', 'plain', precision))
     return rows
-
-
-def is_installed(package):
-    return importlib.util.find_spec(package) is not None
 
 
 def select_rows(options, on_cuda):
@@ -173,46 +161,67 @@ def select_rows(options, on_cuda):
 # ---- measuring ----------------------------------------------------------------------------
 
 class Runner:
-    """A row's model and its step, ready to be timed. Making one runs the first steps.
+    """A row's model and its step, and what has been measured of it so far.
 
-    Raises:
-        RuntimeError: a block fell back, and would be measured under another's name.
+    `times` has the seconds a step of each round, `memory` the bytes of a step; `failure` says in a
+    line why there are no more of them.
     """
 
-    def __init__(self, row, args, device, inference=False):
-        self.row, self.device = row, device
+    def __init__(self, row, args, device):
+        self.row, self.args, self.device = row, args, device
         self.on_cuda = device.type == 'cuda'
+        self.times, self.memory, self.failure = [], math.nan, ''
+
+    def take_turn(self, steps):
+        """Measure once more, if it goes well; the first turn starts with `start`."""
+        if self.failure:
+            return
+        try:
+            if not self.times:
+                self.start()
+            self.times.append(self.time(steps))
+        except Exception as error:
+            failure = f'failed: {type(error).__name__}: {error}'.partition('\n')[0]
+            self.failure = 'out of memory' if machine.ran_out_of_memory(error) else failure
+            self.model = self.state = self.step = self.batch = None  # their memory is for others
+
+    def start(self):
+        """Make the model, run the first steps and measure the memory.
+
+        Raises:
+            RuntimeError: a block fell back, and would be measured under another's name.
+        """
+        row, args, device = self.row, self.args, self.device
+        print(f'starting {row.name}, {row.precision}', file=sys.stderr)
         allocated = self._free_memory()
         self.batch = (torch.randn(args.batch_size, 3, *2 * [args.image_size]).to(device),
                       torch.randint(10, [args.batch_size]).to(device))
         layout = torch.channels_last if row.channels_last else torch.contiguous_format
-        self.model = make_model(row, args).train(not inference).to(device, memory_format=layout)
+        self.model = make_model(row, args).train(not args.inference)
+        self.model.to(device, memory_format=layout)
         if row.compiled:
             self.model.compile()
         autocast = machine.make_autocast(row.precision, device)
-        if inference:  # which has no use for momentum, and so for its memory
-            args = argparse.Namespace(**{**vars(args), 'momentum': 0.0})
         self.state = train.make_state(args, self.model, device, row.precision)
         if row.source == 'onnxruntime':
             self.step = make_onnxruntime_step(self.model, self.batch[0])
-        elif inference:
+        elif args.inference:
             self.step = torch.inference_mode()(
                 lambda images, labels: train.classify(self.model, images, autocast))
         else:
             self.step = functools.partial(train.train_step, self.state, autocast=autocast)
-        self._launch(self._ready_step())
+        self.time(1)  # in which libraries try out many convolutions
         if row.source == 'ours' and not row.compiled:
             for block in self.model.modules():
                 if isinstance(block, densenet.DenseBlock) and block.path != MODES[row.mode][0]:
                     raise RuntimeError(f'a block went the {block.path} way: '
                                        f'{block.fallback_reason}')
-        self.memory = math.nan
         if self.on_cuda:
             self._free_memory()
-            torch.cuda.reset_peak_memory_stats()  # the first step tried out many convolutions
-            self._launch(self._ready_step())
+            torch.cuda.reset_peak_memory_stats()
+            self.time(1)
             self.memory = torch.cuda.max_memory_allocated() - allocated
-        elif not inference:
+        elif not args.inference:
             with autocast:
                 self.memory = bytes_held(self.model, self.batch[0])
 
@@ -225,25 +234,18 @@ class Runner:
         torch.cuda.empty_cache()
         return torch.cuda.memory_allocated()
 
-    def _ready_step(self):
-        """The step, or a graph of it: recorded anew each time, since it would hold its memory."""
-        machine.choose_precision(self.row.precision, self.device)
-        if not self.row.graph:
-            return self.step
-        return train.CudaGraphStep(self.step, self.state, [self.batch[0].shape])
-
-    def _launch(self, step, times=1):
-        for _ in range(times):
-            step(*self.batch)
-        if self.on_cuda:
-            torch.cuda.synchronize()
-
     def time(self, steps):
         """Seconds a step, the mean of some in a row, after one to warm up."""
-        step = self._ready_step()
-        self._launch(step)
-        started = time.perf_counter()
-        self._launch(step, steps)
+        machine.choose_precision(self.row.precision, self.device)
+        step = self.step
+        if self.row.graph:  # recorded anew each time, since it would hold its memory
+            step = train.CudaGraphStep(step, self.state, [self.batch[0].shape])
+        for launches in (1, steps):
+            started = time.perf_counter()
+            for _ in range(launches):
+                step(*self.batch)
+            if self.on_cuda:
+                torch.cuda.synchronize()
         return (time.perf_counter() - started) / steps
 
 
@@ -252,12 +254,11 @@ def make_onnxruntime_step(model, images):
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, 'densenet.onnx')
-        torch.onnx.export(model, (images,), path, verbose=False)
-        session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
-    name = session.get_inputs()[0].name
-    return lambda images, labels: session.run(None, {name: images.numpy()})
+    program = torch.onnx.export(model, (images,), input_names=['images'], dynamo=True,
+                                verbose=False)
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), options,
+                                           providers=['CPUExecutionProvider'])
+    return lambda images, labels: session.run(None, {'images': images.numpy()})
 
 
 def bytes_held(model, images):
@@ -273,120 +274,72 @@ def bytes_held(model, images):
     return allocated - logits.untyped_storage().nbytes()
 
 
-def convolution_flops(args, inference):
+def convolution_flops(args):
     """FLOPs of all convolutions in a step, two for a multiply-add; transitions pool first."""
     with torch.device('meta'), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model = make_model(Row('ours', 'plain', 'fp32'), args).eval()
         model(torch.empty(args.batch_size, 3, args.image_size, args.image_size))
     forward = counter.get_flop_counts()['Global'][torch.ops.aten.convolution]
-    return forward if inference else 3 * forward  # backward: gradients of input and of weight
+    return forward if args.inference else 3 * forward  # backward: gradients of input and of weight
 
 
 def matrix_product_rate(precision):
     """FLOP/s of a large matrix product on the CPU, the median of three after one to warm up."""
-    dtype, times = machine.AUTOCAST_TYPES.get(precision, torch.float32), []
+    dtype = machine.AUTOCAST_TYPES.get(precision, torch.float32)
     a, b = (torch.randn(shape).to(dtype) for shape in MATRICES)
     product = a @ b
-    for _ in range(3):
-        started = time.perf_counter()
-        torch.mm(a, b, out=product)
-        times.append(time.perf_counter() - started)
-    return 2 * a.numel() * b.shape[1] / statistics.median(times)
-
-
-def measure(rows, args, device, options, results, rates):
-    """Fills in `results`, {row: Result}, and on a CPU `rates`, {precision: FLOP/s in each round}.
-
-    A row that fails says why, and the others go on.
-    """
-    runners = {}
-
-    @contextlib.contextmanager
-    def failing_alone(row):
-        try:
-            yield
-        except Exception as error:
-            failure = f'failed: {type(error).__name__}: {error}'.partition('\n')[0]
-            results[row] = Result([], failure='out of memory' if machine.ran_out_of_memory(error)
-                                  else failure)
-            runners.pop(row, None)
-
-    for row in rows:
-        print(f'starting {row.name}, {row.precision}', file=sys.stderr)
-        with failing_alone(row):
-            runners[row] = Runner(row, args, device, options.inference)
-            results[row] = Result([], runners[row].memory)
-    for i in range(options.rounds):
-        print(f'round {i + 1} of {options.rounds}', file=sys.stderr)
-        if device.type == 'cpu':
-            for precision in dict.fromkeys(row.precision for row in runners):
-                rates.setdefault(precision, []).append(matrix_product_rate(precision))
-        for row, runner in list(runners.items()):
-            with failing_alone(row):
-                results[row].times.append(runner.time(options.steps))
+    times = timeit.repeat(lambda: torch.mm(a, b, out=product), number=1, repeat=3)
+    return 2 * a.numel() * b.shape[1] / np.median(times)
 
 
 # ---- showing ------------------------------------------------------------------------------
 
-CELLS = {'row': '{row}', 'precision': '{precision}',
-         'ms (quartiles)': '{ms:,.2f} ({ms_quartile1:,.2f}-{ms_quartile3:,.2f})',
-         'images/s': '{images_per_second:,.0f}', 'speed': '{speed_ratio:.2f}x',
-         'x limit': '{limit_ratio:.2f}', 'memory': '{memory_mib:,.0f} MiB',
-         'ratio': '{memory_ratio:.3f}'}
-
-
-def tabulate(results, batch_size, limits, title):
+def tabulate(runners, limits, workload):
     """The rows of the CSV file, in dicts; NaN where something was not measured.
 
-    Args:
-        results: {row: Result}; `speed_ratio` and `memory_ratio` refer to the first.
-        limits: {precision: the least milliseconds that a step could take}.
-        title: the workload and the machine.
+    `speed_ratio` and `memory_ratio` refer to the first; `limits` is {precision: the least
+    milliseconds that a step could take}.
     """
     table = []
-    for row, result in results.items():
-        low, median, high = 1e3 * np.quantile(result.times or [math.nan], [0.25, 0.5, 0.75])
+    for runner in runners:
+        low, median, high = 1e3 * np.quantile(runner.times or [math.nan], [0.25, 0.5, 0.75])
+        memory = runner.memory / 2**20
+        first = table[0] if table else dict(ms=median, memory_mib=memory)
         table.append(dict(
-            row=row.name, precision=row.precision, ms=median, ms_quartile1=low, ms_quartile3=high,
-            images_per_second=1e3 * batch_size / median,
-            limit_ratio=median / limits.get(row.precision, math.nan),
-            memory_mib=result.memory / 2**20, rounds=len(result.times),
-            failure=result.failure, workload=title))
-    for numbers in table:
-        numbers['speed_ratio'] = table[0]['ms'] / numbers['ms']
-        numbers['memory_ratio'] = numbers['memory_mib'] / table[0]['memory_mib']
+            row=runner.row.name, precision=runner.row.precision, ms=median, ms_quartile1=low,
+            ms_quartile3=high, images_per_second=1e3 * runner.args.batch_size / median,
+            limit_ratio=median / limits.get(runner.row.precision, math.nan), memory_mib=memory,
+            rounds=len(runner.times), failure=runner.failure, workload=workload,
+            speed_ratio=first['ms'] / median, memory_ratio=memory / first['memory_mib']))
     return table
 
 
 def print_table(table):
-    lines = [list(CELLS)]
+    width = max(len(numbers['row']) for numbers in table)
+    print(f'{"row":<{width}} precision         ms        25%        75%   images/s   speed  x limit'
+          f'      MiB  ratio')
     for numbers in table:
-        cells = [text.format(**numbers) for text in CELLS.values()]
-        lines.append(['-' if 'nan' in cell else cell for cell in cells])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for line in lines:
-        print('  '.join(cell.ljust(width) if i < 2 else cell.rjust(width)
-                        for i, (cell, width) in enumerate(zip(line, widths))))
-    for numbers in table:
-        if numbers['failure']:
-            print('{row}, {precision}: {failure}'.format(**numbers))
+        line = ('{row:<{width}} {precision:<9} {ms:10,.2f} {ms_quartile1:10,.2f} '
+                '{ms_quartile3:10,.2f} {images_per_second:10,.0f} {speed_ratio:7.2f} '
+                '{limit_ratio:8.2f} {memory_mib:8,.0f} {memory_ratio:6.3f}')
+        print(line.format(**numbers, width=width).replace('nan', '  -'), numbers['failure'])
 
 
-def draw_table(path, table, title, memory_label):
+def draw_table(path, table, memory_label):
     """Horizontal bars of time and memory, a row each."""
-    table = [numbers for numbers in table if not numbers['failure']][::-1]
     names = ['{row}, {precision}'.format(**numbers) for numbers in table]
-    colors = [plot.COLORS[numbers['row'].startswith('ours')] for numbers in table]
+    colors = [plot.COLORS[name.startswith('ours')] for name in names]
     ms, low, high, memory = (np.array([numbers[key] for numbers in table]) for key in (
         'ms', 'ms_quartile1', 'ms_quartile3', 'memory_mib'))
     with rc_context({**plot.STYLE, 'axes.grid.axis': 'x'}):
         figure = Figure(figsize=(10, 1.2 + 0.3 * len(table)), layout='constrained')
-        figure.suptitle(title, fontsize=8, color=plot.GREY)
+        figure.suptitle(table[0]['workload'], fontsize=8, color=plot.GREY)
         left, right = figure.subplots(1, 2, sharey=True)
         left.barh(names, ms, color=colors, xerr=[ms - low, high - ms], ecolor=plot.GREY)
         left.set_xlabel('ms per step (median and quartiles)')
         right.barh(names, memory, color=colors)
         right.set(xlabel=memory_label, xlim=(0, None))
+        right.invert_yaxis()  # of both: the first row is above
     plot.save_figure(figure, path)
 
 
@@ -402,7 +355,7 @@ def make_parser():
     add('--image-size', metavar='PIXELS', help='(default: 32, with --arch 224)')
     add('--batch-size', '-b', help='(default: 64)')
     add = parser.add_argument_group('rows').add_argument
-    add('--precision', nargs='+', choices=('fp32', 'tf32', 'bf16', 'fp16'),
+    add('--precision', nargs='+', choices=machine.PRECISIONS,
         help='(default: tf32 bf16 on cuda, else fp32)')
     add('--compile', action='store_true', help='also torch.compile: minutes for each network')
     add('--inference', action='store_true', help='not training: evaluation')
@@ -413,9 +366,8 @@ def make_parser():
     add('--rounds', type=flags.POSITIVE, default=10, help='(default: %(default)s)')
     add('--steps', type=flags.POSITIVE,
         help='of each row in a round, where their mean counts (default: 20 on cuda, 1 on a CPU)')
-    add('--csv', type=output_file('.csv'), metavar='FILE', help='the table, a .csv file')
-    add('--plot', type=output_file('.png', '.pdf', '.svg'), metavar='FILE',
-        help='its figure, a .png, .pdf or .svg file')
+    add('--csv', type=output_file('.csv'), metavar='FILE', help='the table')
+    add('--plot', type=output_file('.png', '.pdf', '.svg'), metavar='FILE', help='its figure')
     return parser
 
 
@@ -430,15 +382,14 @@ def output_file(*suffixes):
     return parse
 
 
-def describe(rows, args, device, inference):
+def describe(rows, args, device):
     """The workload, the machine and the versions, in one line."""
-    machine = (torch.cuda.get_device_name() if device.type == 'cuda'
-               else f'CPU, {torch.get_num_threads()} threads')
-    packages = dict.fromkeys(['torch', *(row.source for row in rows)])
-    versions = [f'{name} {importlib.import_module(name).__version__}' for name in packages
-                if name != 'ours']
-    return (f'{train.model_name(args)}, {"inference" if inference else "training"}, batches of '
-            f'{args.batch_size} at {args.image_size} pixels; {machine}, {", ".join(versions)}')
+    hardware = (torch.cuda.get_device_name() if device.type == 'cuda'
+                else f'CPU, {torch.get_num_threads()} threads')
+    packages = dict.fromkeys(['torch', *(row.source for row in rows if row.source != 'ours')])
+    versions = [f'{name} {importlib.import_module(name).__version__}' for name in packages]
+    return (f'{train.model_name(args)}, {"inference" if args.inference else "training"}, batches '
+            f'of {args.batch_size} at {args.image_size} pixels; {hardware}, {", ".join(versions)}')
 
 
 def run(options):
@@ -451,30 +402,35 @@ def run(options):
         machine.choose_precision(precision, device)  # refuses what the device has not
     args = network_flags(**vars(options))
     rows = select_rows(options, on_cuda)
-    flops = convolution_flops(args, options.inference)  # a UserError if there is no such network
-    title = describe(rows, args, device, options.inference)
-    print(title)
-    results, rates = {}, {}
+    flops = convolution_flops(args)  # a UserError if there is no such network
+    workload = describe(rows, args, device)
+    print(workload)
+    runners = [Runner(row, args, device) for row in rows]
+    rates = {} if on_cuda else {row.precision: [] for row in rows}  # FLOP/s in each round
     try:
-        measure(rows, args, device, options, results, rates)
+        for i in range(options.rounds):
+            print(f'round {i + 1} of {options.rounds}', file=sys.stderr)
+            for precision, found in rates.items():
+                found.append(matrix_product_rate(precision))
+            for runner in runners:
+                runner.take_turn(options.steps)
     finally:  # what was measured is shown, also after Ctrl-C
-        rates = {precision: statistics.median(values) for precision, values in rates.items()}
-        limits = {precision: 1e3 * flops / rate for precision, rate in rates.items()}
-        table = tabulate(results, args.batch_size, limits, title)
+        limits = {precision: 1e3 * flops / np.median(found)
+                  for precision, found in rates.items() if found}
+        table = tabulate(runners, limits, workload)
         print_table(table)
-        print(f'speed and memory are relative to {rows[0].name}, {rows[0].precision}')
         for precision, limit in limits.items():
             print(f'limit, {precision}: {limit:,.2f} ms, {flops / 1e9:,.1f} GFLOP of convolutions '
-                  f'at the {rates[precision] / 1e9:,.0f} GFLOP/s of a large matrix product')
-        if options.csv and table:
+                  f'at the {flops / limit / 1e6:,.0f} GFLOP/s of a large matrix product')
+        if options.csv:
             with open(options.csv, 'w', newline='') as file:
                 writer = csv.DictWriter(file, table[0])
                 writer.writeheader()
                 writer.writerows(table)
-        if options.plot and table:
-            memory_label = 'peak memory, MiB' if on_cuda else 'held for backward, MiB'
-            draw_table(options.plot, table, title, memory_label)
-    if any(result.failure.startswith('failed') for result in results.values()):
+        if options.plot:
+            draw_table(options.plot, table,
+                       'peak memory, MiB' if on_cuda else 'held for backward, MiB')
+    if any(runner.failure.startswith('failed') for runner in runners):
         sys.exit(1)
 
 
@@ -484,10 +440,9 @@ def main(argv=None):
     except (UserError, OSError) as error:
         runlog.warn(error, 'error', 'bench.py')
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    main()

@@ -20,46 +20,41 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import data
-import runlog
 
 
-def channel_statistics(dataset, workers=0):
-    """The number of training images, and three rows of a number a channel, float64.
+def channel_statistics(loader):
+    """Three float64 numbers a channel, [3, C], of a loader of images with their own values.
 
     They are the mean, the standard deviation of all pixels, and the mean of the images' own.
     """
-    raw = dataclasses.replace(dataset, mean=(0.0,) * 3, std=(1.0,) * 3)
-    loader = data.make_loader(raw, 'train', batch_size=100, device=torch.device('cpu'),
-                              workers=workers)
-    sums = torch.zeros(3, 3, dtype=torch.float64)
+    sums = 0
     for images, _ in loader:
-        pixels = images.flatten(2).double()  # [B, 3, H * W]
-        sums += torch.stack([pixels.mean(2).sum(0), pixels.square().mean(2).sum(0),
-                             pixels.std(2, correction=0).sum(0)])
+        pixels = images.flatten(2).double()  # [B, C, H * W]
+        sums = sums + torch.stack([pixels.mean(2).sum(0), pixels.square().mean(2).sum(0),
+                                   pixels.std(2, correction=0).sum(0)])
     mean, square, own_std = sums / loader.num_images
-    return loader.num_images, torch.stack([mean, (square - mean**2).sqrt(), own_std])
+    return torch.stack([mean, (square - mean**2).sqrt(), own_std])
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--dataset', choices=data.NAMES, default='cifar10',
-                        help='(default: %(default)s)')
-    parser.add_argument('--data', metavar='DIR', default='work/data',
-                        help='where the data are or go (default: %(default)s)')
-    parser.add_argument('--workers', type=int, default=0,
-                        help='processes that read images over 64 pixels (default: 0)')
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    add = parser.add_argument
+    add('--dataset', choices=data.NAMES, default='cifar10', help='(default: %(default)s)')
+    add('--data', metavar='DIR', default='work/data', help='(default: %(default)s)')
+    add('--workers', type=int, default=0, help='that read images over 64 pixels (default: 0)')
     args = parser.parse_args(argv)
     try:
         dataset = data.describe(args.dataset, args.data)
-        count, rows = channel_statistics(dataset, args.workers)
+        raw = dataclasses.replace(dataset, mean=(0.0,) * 3, std=(1.0,) * 3)
+        loader = data.make_loader(raw, 'train', batch_size=100, device=torch.device('cpu'),
+                                  workers=args.workers)
+        rows = channel_statistics(loader).tolist()
     except (data.DataError, OSError) as error:
-        runlog.warn(error, 'error', 'channel_stats.py')
-        sys.exit(2)
-    print(f'{args.dataset}: {count:,} training images of {dataset.image_size} pixels')
+        parser.exit(2, f'channel_stats.py: error: {error}\n')
+    print(f'{args.dataset}: {loader.num_images:,} training images of {dataset.image_size} pixels')
     names = ('mean', 'std of all pixels', 'mean std of an image', 'mean in data.py',
              'std in data.py')
-    for name, values in zip(names, [*rows.tolist(), dataset.mean, dataset.std]):
+    for name, values in zip(names, [*rows, dataset.mean, dataset.std]):
         print(f'{name:<22}' + ''.join(f'{value:>10.3f}' for value in values))
 
 

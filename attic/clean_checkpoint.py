@@ -11,48 +11,34 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import checkpoint
-import runlog
-from checkpoint import CheckpointError
-
-KEPT = ('config', 'dataset', 'args', 'last_error', 'best_error', 'best_epoch', 'seconds',
-        'peak_memory')
 
 
-def clean(saved, source):
-    """What to keep of `saved`, the dictionary that `checkpoint.load(source)` returns.
-
-    Raises:
-        CheckpointError: it is another kind of file, or a weight is too large for fp16.
-    """
-    if not all(isinstance(saved.get(key), dict) for key in ('model', 'config', 'dataset', 'args')):
-        raise CheckpointError(f'{source} is not a checkpoint of a run of train.py')
-    model = {key: tensor if 'running' in key or not tensor.is_floating_point() else tensor.half()
-             for key, tensor in saved['model'].items()}
-    if not all(torch.isfinite(tensor).all() for tensor in model.values()):
-        raise CheckpointError(f'{source} has a weight that is not finite, or too large for fp16')
-    return {'model': model, **{key: saved[key] for key in KEPT if key in saved}}
+def clean(saved):
+    """What to keep of `saved`, the dictionary that `checkpoint.load` returns of a run's file."""
+    kept = {key: saved[key] for key in saved.keys() - {'optimizer', 'scaler', 'processes'}}
+    kept['model'] = {key: tensor.half() if key.endswith(('weight', 'bias')) else tensor
+                     for key, tensor in saved['model'].items()}
+    return kept
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('checkpoint', type=Path, help='best.pth or latest.pth of a run')
     parser.add_argument('--output', type=Path, required=True, metavar='FILE',
                         help='where to write; must not be there yet')
     args = parser.parse_args(argv)
     try:
         saved = checkpoint.load(args.checkpoint)
+        if not saved.keys() >= {'model', 'config', 'dataset', 'args'}:
+            raise checkpoint.CheckpointError(f'{args.checkpoint} is not a checkpoint of a run')
         if args.output.exists():
-            raise CheckpointError(f'{args.output} is there already: name another file')
-        checkpoint.save(args.output, clean(saved, args.checkpoint))
-    except (CheckpointError, OSError) as error:
-        runlog.warn(error, 'error', 'clean_checkpoint.py')
-        sys.exit(2)
+            raise checkpoint.CheckpointError(f'{args.output} is there already: name another file')
+        checkpoint.save(args.output, clean(saved))
+    except (checkpoint.CheckpointError, OSError) as error:
+        parser.exit(2, f'clean_checkpoint.py: error: {error}\n')
     before, after = (path.stat().st_size / 1e6 for path in (args.checkpoint, args.output))
     print(f'{args.output}: {after:.2f} MB, of {before:.2f}')
 

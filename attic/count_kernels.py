@@ -32,6 +32,7 @@ ROWS = [('torchvision', 'plain'), ('torchvision', 'checkpointed'), ('timm', 'pla
 def count(row, args):
     """Operations of a step by kind, and bytes of memory at the most."""
     runner = bench.Runner(row, args, torch.device('cuda'))
+    runner.start()
     operations = pretended_cuda.record(lambda: runner.step(*runner.batch))
     return [o for o in operations if o.kind in ('kernel', 'copy', 'memset')], runner.memory
 

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import predict
-import runlog
+from densenet import DenseBlock, Transition
 from errors import UserError
 
 
@@ -30,18 +30,15 @@ def block_reuse(model):
     The first source is the block's input, the last reader the transition or classifier after it.
     NaN where a reader comes before the source.
     """
-    features = dict(model.features.named_children())
-    blocks = [name for name in features if name.startswith('denseblock')]
-    for i, name in enumerate(blocks, start=1):
-        layers = list(features[name].values())
-        follows = features[f'transition{i}'].conv if i < len(blocks) else model.classifier
-        readers = [*(layer.conv1 for layer in layers), follows]
-        sizes = [layers[0].conv1.in_channels] + [model.config['growth_rate']] * len(layers)
-        reuse = torch.full((len(sizes), len(readers)), torch.nan)
-        for column, reader in enumerate(readers):
-            sources = reader.weight.detach().float().split(sizes[:column + 1], dim=1)
-            for row, weight in enumerate(sources):
-                reuse[row, column] = weight.abs().mean()
+    blocks = [module for module in model.features if isinstance(module, DenseBlock)]
+    follows = [module.conv for module in model.features if isinstance(module, Transition)]
+    for block, last in zip(blocks, [*follows, model.classifier]):
+        layers = list(block.values())
+        sizes = [layers[0].conv1.in_channels] + [layer.out_channels for layer in layers]
+        reuse = torch.full((len(sizes), len(sizes)), torch.nan)
+        for column, reader in enumerate([*(layer.conv1 for layer in layers), last]):
+            sources = reader.weight.detach().float().abs().split(sizes[:column + 1], dim=1)
+            reuse[:column + 1, column] = torch.stack([weight.mean() for weight in sources])
         yield reuse
 
 
@@ -62,21 +59,19 @@ def draw(reuses, path):
     figure.savefig(path, dpi=120)
 
 
-def observations(reuses):
-    """The paper's four, each with what was measured here: a line each, a number a block."""
-    lines = {'first third of the layers over last third, as the last third reads them': [],
-             'source that the transition or classifier reads least, over the mean': [],
-             'input of the block, over the mean source, as its layers read it': [],
-             'last third of the layers, over the mean, as transition or classifier read it': []}
-    for reuse in reuses:
-        third = len(reuse) // 3
-        layers, last = reuse[1:-1, :-1], reuse[:, -1]  # no layer reads the last one
-        values = (layers[:third, -third:].nanmean() / layers[-third:, -third:].nanmean(),
-                  last.min() / last.mean(), (reuse[0, :-1] / reuse[:, :-1].nanmean(0)).mean(),
-                  last[-third:].mean() / last.mean())
-        for line, value in zip(lines.values(), values):
-            line.append(f'{value:.2f}')
-    return [f'{line}: {", ".join(values)}' for line, values in lines.items()]
+def observations(reuse):
+    """The paper's four, each with what was measured in a block."""
+    third = len(reuse) // 3
+    layers, last = reuse[1:-1, :-1], reuse[:, -1]  # no layer reads the last one
+    return {
+        'first third of the layers over last third, as the last third reads them':
+            layers[:third, -third:].nanmean() / layers[-third:, -third:].nanmean(),
+        'source that the transition or classifier reads least, over the mean':
+            last.min() / last.mean(),
+        'input of the block, over the mean source, as its layers read it':
+            (reuse[0, :-1] / reuse[:, :-1].nanmean(0)).mean(),
+        'last third of the layers, over the mean, as transition or classifier read it':
+            last[-third:].mean() / last.mean()}
 
 
 def main(argv=None):
@@ -89,9 +84,10 @@ def main(argv=None):
         reuses = list(block_reuse(model))
         draw(reuses, args.output)
     except (UserError, OSError) as error:
-        runlog.warn(error, 'error', 'feature_reuse.py')
-        sys.exit(2)
-    print('\n'.join(observations(reuses)))
+        parser.exit(2, f'feature_reuse.py: error: {error}\n')
+    blocks = [observations(reuse) for reuse in reuses]
+    for line in blocks[0]:
+        print(f'{line}: {", ".join(f"{block[line]:.2f}" for block in blocks)}')
     print(args.output)
 
 

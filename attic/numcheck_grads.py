@@ -11,11 +11,11 @@ networks by the plain path and by the hand-written backward of densenet.py.
 """
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.autograd.gradcheck import GradcheckError, gradcheck
 
@@ -24,33 +24,28 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from densenet import DenseBlock, DenseNet, Transition
 
 
-class CatIntoConv(nn.Module):
-    """Both readers of a concatenation: a convolution, and a BN before one."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(2, 2, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(4)
-        self.conv2 = nn.Conv2d(4, 2, 1, bias=False)
+class CatIntoConv(nn.ModuleList):
+    """A convolution that reads a concatenation; in a dense block, a BN does."""
 
     def forward(self, x):
-        x = torch.cat([x, self.conv(x)], 1)
-        return torch.cat([x, self.conv2(F.relu(self.norm(x)))], 1)
+        first, second = self
+        return second(torch.cat([x, first(x)], 1))
 
 
 def cases():
     """(name, module) of all that is checked; each reads two feature maps."""
-    yield 'concatenation into convolution', CatIntoConv()
+    yield 'concatenation into convolution', CatIntoConv([nn.Conv2d(2, 2, 3, padding=1),
+                                                         nn.Conv2d(4, 2, 3, padding=1)])
     yield 'transition', Transition(2, 3, drop_rate=0.0)
     for path in ('plain', 'linear', 'linear, recomputed'):
-        block = dict(num_layers=3, in_channels=2, growth_rate=2, bn_size=1, drop_rate=0.0,
-                     bottleneck=True, memory_efficient=path == 'linear, recomputed')
+        recomputed = path == 'linear, recomputed'
+        block = functools.partial(DenseBlock, 3, 2, 2, bn_size=1, memory_efficient=recomputed)
         modules = {
-            'dense block': DenseBlock(**block),
-            'dense block without bottleneck': DenseBlock(**{**block, 'bottleneck': False}),
-            'dense block with dropout': DenseBlock(**{**block, 'drop_rate': 0.3}),
+            'dense block': block(drop_rate=0.0, bottleneck=True),
+            'dense block without bottleneck': block(drop_rate=0.0, bottleneck=False),
+            'dense block with dropout': block(drop_rate=0.3, bottleneck=True),
             'network': DenseNet(2, (2, 1), 3, 1, num_classes=3, small_inputs=True, in_channels=2,
-                                memory_efficient=block['memory_efficient'])}
+                                memory_efficient=recomputed)}
         for name, module in modules.items():
             for part in module.modules():
                 if isinstance(part, DenseBlock):
@@ -64,12 +59,12 @@ def check(module, device):
     Raises GradcheckError if one is wrong.
     """
     torch.manual_seed(1)
-    module.to(torch.float64)
+    module.to(device, torch.float64)
     for parameter in module.parameters():  # BN's, too: not all ones and zeros
         parameter.data.uniform_(0.2, 1).mul_(torch.randn_like(parameter).sign())
-    images = torch.randn(3, 2, 3, 3, dtype=torch.float64)
-    weights = torch.randn_like(module(images)).to(device)
-    tensors = [images.to(device).requires_grad_(), *module.to(device).parameters()]
+    images = torch.randn(3, 2, 3, 3, dtype=torch.float64, device=device, requires_grad=True)
+    weights = torch.randn_like(module(images))
+    tensors = [images, *module.parameters()]
 
     def objective(images, *parameters):  # gradcheck changes the module's own, in place
         torch.manual_seed(2)  # the same dropout every time
@@ -81,8 +76,7 @@ def check(module, device):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
     args = parser.parse_args(argv)
     for name, module in cases():

@@ -8,7 +8,6 @@ Its background is transparent and its colours are of medium lightness, for pages
 import sys
 from pathlib import Path
 
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Polygon
 
@@ -26,24 +25,6 @@ BOX = 0.62      # width of a layer
 MIDDLE = 0.95   # height of the straight arrows
 
 
-def draw_maps(axes, x, count, color, name):
-    for i in reversed(range(count)):  # one behind the other
-        left = x + SHIFT * (i - (count - 1) / 2)
-        corners = [(left, 0), (left + TILT, TILT), (left + TILT, HEIGHT + TILT), (left, HEIGHT)]
-        axes.add_patch(Polygon(corners, facecolor=color, edgecolor='white', linewidth=0.7))
-    axes.text(x + TILT / 2, -0.25, f'{name}\n{count} maps', color=plot.GREY, ha='center', va='top',
-              fontsize=11.5)
-
-
-def draw_layer(axes, x, operations, maps_read):
-    axes.add_patch(FancyBboxPatch((x - BOX / 2, 0.2), BOX, HEIGHT, facecolor=plot.GREY, linewidth=0,
-                                  boxstyle='round,pad=0.06,rounding_size=0.15'))
-    axes.text(x, 0.2 + HEIGHT / 2, operations, color='white', ha='center', va='center',
-              fontsize=10.5, linespacing=1.5)
-    axes.text(x, -0.25, f'reads\n{maps_read}', color=plot.GREY, ha='center', va='top',
-              fontsize=11.5)
-
-
 def connect(axes, start, end, color, bend=0.0):
     """An arrow from (x, y) to (x, y), straight or, with `bend`, over what lies between."""
     axes.add_patch(FancyArrowPatch(start, end, connectionstyle=f'arc3,rad={-bend}', color=color,
@@ -52,12 +33,23 @@ def connect(axes, start, end, color, bend=0.0):
 
 
 def draw_block(axes):
+    below = dict(y=-0.25, color=plot.GREY, ha='center', va='top', fontsize=11.5)
     for i, width in enumerate(WIDTHS):
-        draw_maps(axes, i * STEP, width, plot.COLORS[i], f'layer {i}\'s' if i else 'input:')
+        for j in reversed(range(width)):  # maps one behind the other
+            left = i * STEP + SHIFT * (j - (width - 1) / 2)
+            corners = [(left, 0), (left + TILT, TILT), (left + TILT, HEIGHT + TILT), (left, HEIGHT)]
+            axes.add_patch(Polygon(corners, facecolor=plot.COLORS[i], edgecolor='white',
+                                   linewidth=0.7))
+        name = f"layer {i}'s" if i else 'input:'
+        axes.text(i * STEP + TILT / 2, s=f'{name}\n{width} maps', **below)
     for i, width in enumerate(WIDTHS):  # the layer, or transition, behind each group of maps
         x = (i + 0.5) * STEP + 0.25
         is_layer = i + 1 < len(WIDTHS)
-        draw_layer(axes, x, 'BN\nReLU\nconv' if is_layer else 'trans-\nition', sum(WIDTHS[:i + 1]))
+        axes.add_patch(FancyBboxPatch((x - BOX / 2, 0.2), BOX, HEIGHT, facecolor=plot.GREY,
+                                      linewidth=0, boxstyle='round,pad=0.06,rounding_size=0.15'))
+        axes.text(x, 0.2 + HEIGHT / 2, 'BN\nReLU\nconv' if is_layer else 'trans-\nition',
+                  color='white', ha='center', va='center', fontsize=10.5, linespacing=1.5)
+        axes.text(x, s=f'reads\n{sum(WIDTHS[:i + 1])}', **below)
         for j in range(i):
             end = x + 0.11 * ((i - 1) / 2 - j)  # so the arrows don't cross
             connect(axes, (j * STEP + TILT / 2, HEIGHT + TILT), (end, 0.2 + HEIGHT + 0.07),
@@ -69,13 +61,11 @@ def draw_block(axes):
 
 
 def main():
-    with rc_context(plot.STYLE):
-        figure = Figure(figsize=(11, 3.6))
-        axes = figure.add_axes((0, 0, 1, 1))
-        draw_block(axes)
-        axes.set(xlim=(-0.9, 15.3), ylim=(-1.05, 4.25), aspect='equal')
-        axes.axis('off')
-        figure.patch.set_alpha(0)
+    figure = Figure(figsize=(11, 3.6))
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(-0.9, 15.3), ylim=(-1.05, 4.25), aspect='equal')
+    axes.axis('off')
+    draw_block(axes)
+    figure.patch.set_alpha(0)
     plot.save_figure(figure, ROOT / 'images' / 'dense-block.png')
 
 

@@ -55,8 +55,8 @@ def draw_paper(axes, column, classes):
 def draw_run(axes, directory, color):
     """A CIFAR-10 run of ours: of the final epoch in its test.csv."""
     args = json.loads((directory / 'args.json').read_text())['args']
-    settings = dict(bottleneck=args['bottleneck'], compression=args['compression'])
-    size = millions_of_parameters(args['depth'], args['growth_rate'], 10, **settings)
+    size = millions_of_parameters(args['depth'], args['growth_rate'], 10,
+                                  bottleneck=args['bottleneck'], compression=args['compression'])
     error = plot.read_table(directory / 'test.csv')['error'][-1]
     data = 'JPEG copy, ' * (args['dataset'] == 'folder')
     axes.plot(size, error, color=color, marker='D', linestyle='', markersize=6,
@@ -64,21 +64,18 @@ def draw_run(axes, directory, color):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('runs', metavar='RUN', nargs='*', type=Path,
-                        help='directories of runs on CIFAR-10')
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('runs', metavar='RUN', nargs='*', type=Path, help='runs on CIFAR-10')
     args = parser.parse_args(argv)
     with rc_context(plot.STYLE):
         figure = Figure(figsize=(10, 4.2), layout='constrained')
-        panels = figure.subplots(1, 2, width_ratios=(1.5, 1))
-        for i, (axes, classes) in enumerate(zip(panels, (10, 100))):
-            draw_paper(axes, i, classes)
+        panels = zip(figure.subplots(1, 2, width_ratios=(1.5, 1)), (10, 100))
+        for column, (axes, classes) in enumerate(panels):
+            draw_paper(axes, column, classes)
+            for directory, color in zip(args.runs if classes == 10 else (), plot.COLORS[3:]):
+                draw_run(axes, directory, color)
             axes.set(xscale='log', xlabel='parameters (millions)', yscale='log',
                      ylabel=f'test error on CIFAR-{classes}+ (%)')
-        for directory, color in zip(args.runs, plot.COLORS[3:]):
-            draw_run(panels[0], directory, color)
-        for axes in panels:
             axes.margins(0.09)
             axes.yaxis.set_major_locator(LogLocator(subs=range(1, 10)))
             for axis in (axes.xaxis, axes.yaxis):

@@ -9,6 +9,7 @@ torch.utils.checkpoint; "block" and "memory-efficient" are its linear-memory blo
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -23,19 +24,17 @@ DEPTHS = (22, 40, 70, 100, 130, 160, 190, 220, 250)
 BATCH_SIZE = 8
 
 
-def mib_held(mode, depth):
-    model = bench.make_model(bench.Row('ours', mode, 'fp32'), bench.network_flags(depth=depth))
-    model.train().to(memory_format=torch.channels_last)
-    return bench.bytes_held(model, torch.randn(BATCH_SIZE, 3, 32, 32)) / 2**20
-
-
 def main():
+    images = torch.randn(BATCH_SIZE, 3, 32, 32)
     with rc_context(plot.STYLE):
         figure = Figure(figsize=(6, 4), layout='constrained')
         axes = figure.subplots()
         for mode, color in zip(bench.EAGER_MODES, plot.COLORS):
-            axes.plot(DEPTHS, [mib_held(mode, depth) for depth in DEPTHS], color=color, marker='o',
-                      label=mode)
+            row = bench.Row('ours', mode, 'fp32')
+            models = (bench.make_model(row, bench.network_flags(depth=depth)) for depth in DEPTHS)
+            held = [bench.bytes_held(model.train().to(memory_format=torch.channels_last), images)
+                    for model in models]
+            axes.plot(DEPTHS, np.array(held) / 2**20, color=color, marker='o', label=mode)
         axes.set(xlabel='depth', ylabel='held for backward, MiB', xlim=(0, None), ylim=(0, None))
         axes.legend(loc='upper left')
         figure.suptitle(f'DenseNet-BC k=12, fp32, batches of {BATCH_SIZE} at 32 pixels; CPU, torch '

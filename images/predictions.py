@@ -19,36 +19,27 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 import data  # noqa: E402
+import machine  # noqa: E402
 import predict  # noqa: E402
-import runlog  # noqa: E402
+import train  # noqa: E402
 from errors import UserError  # noqa: E402
 
 SHOWN = 3  # right and wrong images of each class
 
 
-@torch.no_grad()
-def classify_all(model, loader, dataset):
-    """All test images as uint8 [N, H, W, 3], their labels and the probabilities [N, classes]."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (dataset.mean, dataset.std))
-    model = model.to(memory_format=torch.channels_last)
-    parts = [((images * std + mean).round().byte().permute(0, 2, 3, 1), labels,
-              model(images).softmax(1)) for images, labels in loader]
-    return [torch.cat(part) for part in zip(*parts)]
-
-
 def draw_images(axes, images, labels, probabilities, classes):
     """A column for each class: right answers above, wrong ones with their names below."""
     confidence, answers = probabilities.max(1)
-    for label, name in enumerate(classes):
-        for first, chosen in ((0, answers == labels), (SHOWN, answers != labels)):
+    is_right = answers == labels
+    for label, column in enumerate(axes.T):
+        column[0].set_title(classes[label], fontsize=9)
+        for rows, chosen in ((column[:SHOWN], is_right), (column[SHOWN:], ~is_right)):
             here = torch.where(chosen & (labels == label))[0]
-            surest = here[confidence[here].argsort(descending=True)]
-            for axis, i in zip(axes[first:first + SHOWN, label], surest):
-                axis.imshow(images[i].numpy(), interpolation='nearest')
+            for axis, i in zip(rows, here[confidence[here].argsort(descending=True)]):
+                axis.imshow(images[i].permute(1, 2, 0).numpy(), interpolation='nearest')
                 if answers[i] != label:
                     axis.set_xlabel(f'{classes[answers[i]]}\n{confidence[i]:.0%}',
                                     color='tab:red', fontsize=8, labelpad=2)
-        axes[0, label].set_title(name, fontsize=9)
     axes[SHOWN // 2, 0].set_ylabel('right', fontsize=10)
     axes[SHOWN + SHOWN // 2, 0].set_ylabel('wrong: taken for', fontsize=10)
 
@@ -59,20 +50,24 @@ def main(argv=None):
     parser.add_argument('--data', required=True, type=Path, help='with test/ or val/')
     parser.add_argument('--output', type=Path, default=ROOT / 'images/predictions.png')
     args = parser.parse_args(argv)
+    device = torch.device('cpu')
     try:
         model, dataset = predict.load_model(args)
+        if not dataset.in_memory:
+            raise UserError(f'this is for networks for images of up to {data.SMALL} pixels')
         dataset = dataclasses.replace(dataset, root=args.data)
-        loader = data.make_loader(dataset, 'test', 250, device=torch.device('cpu'))
-        images, labels, probabilities = classify_all(model, loader, dataset)
+        loader = data.make_loader(dataset, 'test', 250, device=device)
     except UserError as error:
-        runlog.warn(error, 'error', 'predictions.py')
-        sys.exit(2)
+        parser.exit(2, f'predictions.py: error: {error}\n')
+    outputs = []
+    test = train.evaluate(model.to(memory_format=torch.channels_last), loader,
+                          machine.make_autocast('fp32', device), outputs=outputs)
+    labels, probabilities = map(torch.cat, zip(*outputs))
     figure = Figure(figsize=(10, 7), layout='constrained')
     axes = figure.subplots(2 * SHOWN, len(dataset.classes), subplot_kw=dict(xticks=[], yticks=[]))
-    draw_images(axes, images, labels, probabilities, dataset.classes)
-    error = 100 * (probabilities.argmax(1) != labels).double().mean().item()
+    draw_images(axes, loader.images, labels, probabilities, dataset.classes)
     figure.suptitle(f'{Path(args.checkpoint).parent.name}: {len(labels):,} test images of '
-                    f'{args.data.name}, error {error:.2f}%')
+                    f'{args.data.name}, error {test.error:.2f}%')
     figure.savefig(args.output, dpi=110)
     print(args.output)
 

@@ -152,9 +152,7 @@ def test_training_does_not_go_on_from_a_cleaned_checkpoint(cleaned, tmp_path, ca
 
 
 @pytest.mark.parametrize('content, reason', [
-    (None, 'is not there'), ({}, 'is not a checkpoint of a run of train.py'),
-    ({'model': {'weight': torch.tensor([1e5])}, 'config': {}, 'dataset': {}, 'args': {}},
-     'has a weight that is not finite, or too large for fp16')])
+    (None, 'is not there'), ({}, 'is not a checkpoint of a run')])
 def test_what_cannot_be_cleaned_is_said_in_one_line(content, reason, tmp_path, capsys):
     path = tmp_path / 'x.pth'
     if content is not None:

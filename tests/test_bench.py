@@ -1,7 +1,9 @@
 """What bench.py compares, and how it counts bytes and FLOPs; not how fast anything is."""
 
 import csv
+import functools
 import math
+import timeit
 from types import SimpleNamespace
 
 import numpy as np
@@ -46,8 +48,11 @@ def blocks_of(model):
 
 
 def runner(*row, inference=False, depth=10, image_size=8, **settings):
-    args = bench.network_flags(depth=depth, growth_rate=4, image_size=image_size, batch_size=4)
-    return bench.Runner(Row(*row, **settings), args, torch.device('cpu'), inference)
+    args = bench.network_flags(inference, depth=depth, growth_rate=4, image_size=image_size,
+                               batch_size=4)
+    started = bench.Runner(Row(*row, **settings), args, torch.device('cpu'))
+    started.start()
+    return started
 
 
 @pytest.mark.parametrize('given, parameters', [
@@ -74,17 +79,18 @@ def test_flops_of_a_step_are_those_of_the_plain_network_in_training():
     counts = counter.get_flop_counts()['Global']
     truth = counts[torch.ops.aten.convolution] + counts[torch.ops.aten.convolution_backward]
     truth += 2 * 2 * 32**2 * model.features.conv0.weight.numel()  # images have no gradient here
-    assert bench.convolution_flops(args, inference=False) == truth
-    assert bench.convolution_flops(args, inference=True) == truth / 3
+    assert bench.convolution_flops(args) == truth
+    args = bench.network_flags(inference=True, depth=22, growth_rate=8, batch_size=2)
+    assert bench.convolution_flops(args) == truth / 3
 
 
 def test_flops_of_a_small_network_by_hand():
-    args = bench.network_flags(depth=10, growth_rate=4, image_size=8, batch_size=3)
+    args = bench.network_flags(inference=True, depth=10, growth_rate=4, image_size=8, batch_size=3)
     by_pixels = {64: 3 * 8 * 9 + 8 * 16 + 16 * 4 * 9,  # stem, and a layer of 8 channels
                  16: 12 * 6 + 6 * 16 + 16 * 4 * 9,     # transition, pooled first, and a layer
                  4: 10 * 5 + 5 * 16 + 16 * 4 * 9}
     by_hand = 2 * 3 * sum(pixels * products for pixels, products in by_pixels.items())
-    assert bench.convolution_flops(args, inference=True) == by_hand
+    assert bench.convolution_flops(args) == by_hand
 
 
 def test_the_limit_is_the_flops_at_the_rate_of_the_matrix_product(tmp_path, monkeypatch, capsys):
@@ -94,9 +100,10 @@ def test_the_limit_is_the_flops_at_the_rate_of_the_matrix_product(tmp_path, monk
     monkeypatch.setattr(bench.Runner, 'time', lambda self, steps: (
         turns.append(self.row.name), time(self, steps))[1])
     bench.main([*TINY, *OURS, '--precision', 'fp32', 'bf16', '--csv', str(tmp_path / 'x.csv')])
-    assert turns == 2 * ['fp32', 'bf16', 'ours plain', 'ours plain']
+    starts = 2 * ['ours plain', 'ours plain']  # two rows, of which each has a start and a turn
+    assert turns == ['fp32', 'bf16', *starts, 'fp32', 'bf16', 'ours plain', 'ours plain']
     flops = bench.convolution_flops(bench.network_flags(
-        depth=10, growth_rate=4, image_size=8, batch_size=4), inference=False)
+        depth=10, growth_rate=4, image_size=8, batch_size=4))
     table = capsys.readouterr().out
     for row, rate in zip(read_csv(tmp_path / 'x.csv'), (2e9, 4e9)):
         limit = float(row['ms']) / float(row['limit_ratio'])
@@ -105,11 +112,11 @@ def test_the_limit_is_the_flops_at_the_rate_of_the_matrix_product(tmp_path, monk
 
 
 def test_the_rate_of_the_matrix_product(monkeypatch):
-    products, mm = [], torch.mm
+    products, mm, repeat = [], torch.mm, timeit.repeat
     monkeypatch.setattr(torch, 'mm', lambda a, b, out: (
         products.append(a.dtype), mm(a, b, out=out)))
     now = iter([0.0, 1.0, 10.0, 14.0, 20.0, 22.0])  # three products, of 1, 4 and 2 seconds
-    monkeypatch.setattr(bench.time, 'perf_counter', lambda: next(now))
+    monkeypatch.setattr(bench.timeit, 'repeat', functools.partial(repeat, timer=lambda: next(now)))
     assert bench.matrix_product_rate('bf16') == 2 * 64 * 32 * 16 / 2
     assert products == 3 * [torch.bfloat16]
 
@@ -186,7 +193,7 @@ def test_a_table_has_all_rows_in_csv_and_figure(tmp_path, capsys):
     image = np.asarray(Image.open(tmp_path / 'bench.png').convert('L'))
     assert min(image.shape) > 300 and image.std() > 10  # there is ink
     table = capsys.readouterr().out.splitlines()
-    assert [line for name in NAMES for line in table if line.startswith(f'{name}  ')] == table[2:-2]
+    assert [line for name in NAMES for line in table if line.startswith(f'{name} ')] == table[2:-1]
 
 
 def test_rows_come_in_the_order_that_the_flags_give():
@@ -205,8 +212,9 @@ def test_every_row_takes_the_training_step_of_train(monkeypatch):
         models.append(state.model), step(state, *args, **kwargs)))
     bench.main([*TINY, '--steps', '3', '--rows', 'ours block', 'torchvision plain'])
     ours, theirs = dict.fromkeys(map(id, models))
-    # The first step, then in each of two rounds a warm-up and three steps.
-    assert [id(model) for model in models] == [ours, theirs] + 2 * (4 * [ours] + 4 * [theirs])
+    # At the start a warm-up and a step, then in each of two rounds a warm-up and three steps.
+    assert [id(model) for model in models] == (
+        (2 + 4) * [ours] + (2 + 4) * [theirs] + 4 * [ours] + 4 * [theirs])
 
 
 def test_a_time_is_the_mean_of_the_steps_in_a_round(monkeypatch):
@@ -261,7 +269,7 @@ def test_each_turn_has_its_own_precision(monkeypatch):
     monkeypatch.setattr(train, 'train_step', lambda state, *args, **kwargs: (
         seen.append(torch.backends.cudnn.allow_tf32), step(state, *args, **kwargs)))
     bench.main([*TINY, *OURS, '--precision', 'fp32', 'bf16'])
-    assert seen == [False, True] + 2 * [False, False, True, True]
+    assert seen == 4 * [False] + 4 * [True] + [False, False, True, True]
 
 
 def test_inference_has_rows_without_memory(tmp_path):
@@ -317,7 +325,7 @@ def test_a_failing_row_is_said_and_the_others_are_shown(capsys, monkeypatch):
     with pytest.raises(SystemExit) as exit_:
         bench.main([*TINY, '--rows', 'ours plain', 'ours block'])
     table = capsys.readouterr().out
-    assert exit_.value.code == 1 and 'failed: ValueError' in table and '1.00x' in table
+    assert exit_.value.code == 1 and 'failed: ValueError' in table and ' 1.00 ' in table
 
 
 def test_what_was_measured_before_an_interruption_is_shown(capsys, monkeypatch):
@@ -325,14 +333,17 @@ def test_what_was_measured_before_an_interruption_is_shown(capsys, monkeypatch):
 
     def interrupted(self, steps):
         calls.append(self.row)
-        if len(calls) == 4:
+        if len(calls) == 6:  # each row has two at its start and one in each round
             raise KeyboardInterrupt
         return time(self, steps)
 
     monkeypatch.setattr(bench.Runner, 'time', interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as exit_:
         bench.main([*TINY, '--rows', 'ours plain', 'ours block', '--rounds', '5'])
-    assert len([line for line in capsys.readouterr().out.splitlines() if ' MiB ' in line]) == 2
+    assert exit_.value.code == 130
+    _, _, plain, block, _ = capsys.readouterr().out.splitlines()
+    for line in plain, block:
+        assert line.startswith('ours ') and float(line.split()[3]) > 0
 
 
 @pytest.mark.parametrize('package', ['timm', 'onnxruntime', 'onnxscript'])

@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Polygon
 from PIL import Image
 
+import checkpoint
+import densenet
 import train
 from images import dense_block, error_vs_parameters, memory_vs_depth, predictions
 
@@ -74,13 +76,13 @@ def test_predictions_are_those_of_the_evaluation(tmp_path, capsys, monkeypatch):
     train.main(['--dataset', 'folder', '--data', str(root), '--depth', '10', '--growth-rate', '4',
                 '--epochs', '1', '--batch-size', '6', '--no-plot', '--save', str(tmp_path / 'run')])
     seen, titles = {}, []
-    classify_all = predictions.classify_all
+    draw_images = predictions.draw_images
 
-    def classify(model, loader, dataset):
-        seen['images'], seen['labels'], seen['probabilities'] = classify_all(model, loader, dataset)
-        return list(seen.values())
+    def draw(axes, images, labels, probabilities, classes):
+        seen.update(axes=axes, images=images, labels=labels, probabilities=probabilities)
+        draw_images(axes, images, labels, probabilities, classes)
 
-    monkeypatch.setattr(predictions, 'classify_all', classify)
+    monkeypatch.setattr(predictions, 'draw_images', draw)
     monkeypatch.setattr(Figure, 'suptitle', lambda figure, title: titles.append(title))
     capsys.readouterr()
     train.main(['--evaluate', '--resume', str(tmp_path / 'run/best.pth'), '--data', str(root)])
@@ -89,9 +91,27 @@ def test_predictions_are_those_of_the_evaluation(tmp_path, capsys, monkeypatch):
                       '--output', str(tmp_path / 'predictions.png')])
     files = sorted((root / 'test/a').iterdir()) + sorted((root / 'test/b').iterdir())
     pixels = torch.stack([torch.tensor(np.asarray(Image.open(path))) for path in files])
-    assert torch.equal(seen['images'], pixels)
-    answers = seen['probabilities'].argmax(1)
-    wrong = (answers != torch.tensor([0] * 9 + [1] * 9)).double().mean().item()
+    assert torch.equal(seen['images'].permute(0, 2, 3, 1), pixels)
+    answers, labels = seen['probabilities'].argmax(1), torch.tensor([0] * 9 + [1] * 9)
+    assert torch.equal(seen['labels'], labels)
+    wrong = (answers != labels).double().mean().item()
     assert abs(100 * wrong - error) < 0.01
     assert titles == [f'run: 18 test images of {root.name}, error {error:.2f}%']
     assert Image.open(tmp_path / 'predictions.png').size > (1000, 500)
+    for label, column in enumerate(seen['axes'].T):
+        for row, axis in enumerate(column):
+            for image in axis.images:  # of the class in its column; above those that are right
+                shown = image.get_array().data
+                drawn, = (pixels.numpy() == shown).all((1, 2, 3)).nonzero()[0]
+                assert labels[drawn] == label and (answers[drawn] == label) == (row < 3)
+
+
+def test_predictions_are_drawn_of_small_images_alone(tmp_path, capsys):
+    model = densenet.DenseNet(4, (1,), 8, num_classes=2)
+    dataset = dict(name='folder', classes=('a', 'b'), image_size=224, mean=(0,) * 3, std=(1,) * 3)
+    checkpoint.save(tmp_path / 'x.pth', {'config': model.config, 'model': model.state_dict(),
+                                         'dataset': dataset})
+    with pytest.raises(SystemExit, match='2'):
+        predictions.main([str(tmp_path / 'x.pth'), '--data', str(tmp_path)])
+    assert capsys.readouterr().err == (
+        'predictions.py: error: this is for networks for images of up to 64 pixels\n')
