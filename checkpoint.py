@@ -86,24 +86,20 @@ class TrainState:
     @contextlib.contextmanager
     def rehearsal(self):
         """Undo, in place, what the steps within this context change."""
-        def tensors():
-            optimizer = [value for values in self.optimizer.state.values()
-                         for value in values.values() if torch.is_tensor(value)]
-            return [*self.model.state_dict().values(), self.sums, *optimizer]
+        def of_optimizer():
+            return [value for values in self.optimizer.state.values()
+                    for value in values.values() if torch.is_tensor(value)]
 
-        before = {tensor.data_ptr(): tensor.clone() for tensor in tensors()}
+        before = [(tensor, tensor.clone())
+                  for tensor in (*self.model.state_dict().values(), self.sums, *of_optimizer())]
         scaler, random_state = self.scaler.state_dict(), self.random_state()
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for tensor in tensors():
-                    if tensor.data_ptr() in before:
-                        tensor.copy_(before[tensor.data_ptr()])
-                    else:  # made by the optimizer's first step: all of ours start from zeros
-                        tensor.zero_()
-            self.scaler.load_state_dict(scaler)
-            self.set_random_state(random_state)
+        yield
+        for tensor in of_optimizer():  # what its first step makes: all of ours start from zeros
+            tensor.zero_()
+        for tensor, value in before:
+            tensor.copy_(value)
+        self.scaler.load_state_dict(scaler)
+        self.set_random_state(random_state)
 
     def own_state(self):
         """What is this process's alone."""
@@ -131,15 +127,9 @@ class TrainState:
         if 'optimizer' not in saved:
             raise CheckpointError(f'{args.resume} holds weights alone: --pretrained {args.resume} '
                                   f'starts training from them')
-        # Momenta are the checkpoint's; weight decay and the like are this run's. The learning rate
-        # is the last step's, until the next step sets it: a tensor here if this run has one.
-        group, = self.optimizer.param_groups
-        saved_group, = saved['optimizer']['param_groups']
-        lr = float(saved_group['lr'])
-        if torch.is_tensor(group['lr']):
-            lr = torch.full_like(group['lr'], lr)
-        group = {**group, 'params': saved_group['params'], 'lr': lr}
-        self.optimizer.load_state_dict({**saved['optimizer'], 'param_groups': [group]})
+        # Momenta are the checkpoint's; learning rate, weight decay and the like are this run's.
+        groups = self.optimizer.state_dict()['param_groups']
+        self.optimizer.load_state_dict({**saved['optimizer'], 'param_groups': groups})
         self.scaler.load_state_dict(saved['scaler'])
         for name, default in self.counters().items():  # older checkpoints lack some
             setattr(self, name, saved.get(name, default))

@@ -31,6 +31,12 @@ from torch.utils.checkpoint import checkpoint
 __all__ = ['DenseNet', 'densenet121', 'densenet161', 'densenet169', 'densenet201', 'densenet264',
            'densenet232_k48', 'densenet264_k48', 'densenet_cifar']
 
+try:
+    _kernels = importlib.import_module('.densenet_cpu' if __package__ else 'densenet_cpu',
+                                       __package__ or None)
+except ImportError:
+    _kernels = None
+
 
 # ---- the network ---------------------------------------------------------------------------------
 
@@ -185,8 +191,8 @@ class _LinearMemory:
         self.fallback_reason = None
         if _is_traced(x):
             return None
-        kernels = None if self.cpu_kernels is False else _cpu_kernels()
-        ops = kernels if kernels and kernels.supports(x) else _EagerOperations
+        has_kernels = self.cpu_kernels is not False and _kernels and _kernels.supports(x)
+        ops = _kernels if has_kernels else _EagerOperations
         wanted = self.linear_memory
         if not self.training:  # without gradients there is no memory to save, only time
             wanted = not torch.is_grad_enabled() and ops is not _EagerOperations
@@ -245,19 +251,18 @@ class DenseBlock(_LinearMemory, nn.ModuleDict):
         return torch.cat(features, 1)
 
     def _evaluate(self, ops, x):
-        c = x.shape[1]
-        features = ops.new_maps(x, c + sum(layer.out_channels for layer in self.values()))
+        c, layers = x.shape[1], list(self.values())
+        features = ops.new_maps(x, c + sum(layer.out_channels for layer in layers))
         features[:, :c].copy_(x)
-        bottleneck = None  # the same memory for all layers: fresh memory costs more than arithmetic
-        for layer in self.values():
-            *first, last = layer.halves()
-            maps, new = features[:, :c], features[:, c:c + layer.out_channels]
-            for norm, conv in first:
-                if bottleneck is None or bottleneck.shape[1] != len(conv.weight):
-                    bottleneck = ops.new_maps(x, len(conv.weight))
-                maps = _evaluate_half(ops, maps, norm, conv, out=bottleneck)
-            _evaluate_half(ops, maps, *last, out=new)
-            c += layer.out_channels
+        # The same memory for all layers: fresh memory costs more than the arithmetic.
+        widest = ops.new_maps(x, max(len(layer.conv1.weight) for layer in layers))
+        for layer in layers:
+            maps, stop = features[:, :c], c + layer.out_channels
+            if layer.bottleneck:
+                maps = _evaluate_half(ops, maps, layer.norm1, layer.conv1,
+                                      out=widest[:, :len(layer.conv1.weight)])
+            _evaluate_half(ops, maps, *layer.halves()[-1], out=features[:, c:stop])
+            c = stop
         return features
 
 
@@ -286,7 +291,10 @@ class DenseLayer(nn.Module):
     def forward(self, features):
         features = features if isinstance(features, (list, tuple)) else [features]
         if _recomputes(self, features[0]):
-            x = self._checkpointed_first_half(features)
+            # Dropout stays outside: there is no random state to restore for the recomputation.
+            x = checkpoint(self._first_half, *features, use_reentrant=False,
+                           preserve_rng_state=False, context_fn=lambda: (
+                               contextlib.nullcontext(), _kept_statistics(self.norm1)))
         else:
             x = self._first_half(*features)
         x = self._dropout(x)
@@ -296,25 +304,6 @@ class DenseLayer(nn.Module):
 
     def _first_half(self, *features):
         return self.conv1(self.relu1(self.norm1(torch.cat(features, 1))))
-
-    def _checkpointed_first_half(self, features):
-        """Recomputed in backward, where the running statistics of norm1 stay as they are."""
-        norm, in_backward = self.norm1, False
-
-        def first_half(*features):
-            if not in_backward or not hasattr(norm, 'num_batches_tracked'):
-                return self._first_half(*features)
-            kept = norm.momentum, norm.num_batches_tracked
-            norm.momentum, norm.num_batches_tracked = 0.0, None
-            try:
-                return self._first_half(*features)
-            finally:
-                norm.momentum, norm.num_batches_tracked = kept
-
-        # Dropout stays outside: there is no random state to restore for the recomputation.
-        x = checkpoint(first_half, *features, use_reentrant=False, preserve_rng_state=False)
-        in_backward = True  # when it is called again
-        return x
 
     def _dropout(self, x):
         return F.dropout(x, self.drop_rate, self.training) if self.drop_rate else x
@@ -380,16 +369,32 @@ def _recomputes(module, x):
             and not _is_traced(x))
 
 
-_SAME_CONV = dict(stride=(1, 1), dilation=(1, 1), groups=1, padding_mode='zeros', bias=None)
-# What is taken for granted of the modules, by their names, but for the stem's without the number.
+@contextlib.contextmanager
+def _kept_statistics(norm):
+    """A context in which a norm in training leaves its running statistics as they are."""
+    if not hasattr(norm, 'num_batches_tracked'):  # another kind of norm
+        yield
+        return
+    kept = norm.momentum, norm.num_batches_tracked
+    norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        norm.momentum, norm.num_batches_tracked = kept
+
+
+# What is taken for granted of the modules, by their names, but for the stem's without the number:
+# their class, and the values that attributes may have.
 _AS_BUILT = {
-    'conv0': (nn.Conv2d, dict(bias=None)),
-    'pool0': (nn.MaxPool2d, dict(return_indices=False)),
+    'conv0': (nn.Conv2d, dict(bias=[None])),
+    'pool0': (nn.MaxPool2d, dict(return_indices=[False])),
     'denselayer': (DenseLayer, {}),
-    'norm': (nn.BatchNorm2d, {}),
+    'norm': (nn.BatchNorm2d, dict(affine=[True], track_running_stats=[True])),
     'relu': (nn.ReLU, {}),
-    'conv': (nn.Conv2d, _SAME_CONV),
-    'pool': (nn.AvgPool2d, dict(kernel_size=2, stride=2, padding=0)),
+    'conv': (nn.Conv2d, dict(
+        kernel_size=[(1, 1), (3, 3)], dilation=[(1, 1)], padding=[(0, 0), (1, 1)],
+        padding_mode=['zeros'], stride=[(1, 1)], groups=[1], bias=[None])),
+    'pool': (nn.AvgPool2d, dict(kernel_size=[2], stride=[2], padding=[0])),
 }
 _HOOKS = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
 
@@ -420,9 +425,9 @@ def _fallback_reason(block, x):
         if difference:
             return f'{name}{difference}'
         if kind == 'denselayer':
-            if len(module.norm1.weight) != channels:
-                return f'{name} reads {len(module.norm1.weight)} channels, not {channels}'
-            channels += module.out_channels
+            read, channels = channels, channels + module.out_channels
+        if name.endswith('norm1') and len(module.weight) != read:
+            return f'{name} is of {len(module.weight)} channels, not {read}'
     weights, device = {parameter.dtype for parameter in block.parameters()}, x.device.type
     autocast = None
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -435,22 +440,15 @@ def _fallback_reason(block, x):
 
 def _difference(module, kind, training=False):
     """How a module differs from what is built here under that name, or None."""
-    kind, attributes = _AS_BUILT.get(kind, (None, {}))
-    if type(module) is not kind:
+    expected, attributes = _AS_BUILT.get(kind, (None, {}))
+    if type(module) is not expected:
         return f' is a {type(module).__name__}'
-    if 'forward' in module.__dict__:  # vars(module) stops torch.compile in torch 2.6
-        return ' has a forward of its own'
-    if any(getattr(module, name) for name in _HOOKS):
-        return ' has hooks'
-    for name, value in {'training': training, **attributes}.items():
-        if getattr(module, name) != value:
-            return f'.{name} is not {value}'
-    if kind is nn.BatchNorm2d and any(value is None for value in (
-            module.weight, module.bias, module.running_mean)):
-        return ' has no weights or no running statistics'
-    if attributes is _SAME_CONV and (module.kernel_size, module.padding) not in (
-            ((1, 1), (0, 0)), ((3, 3), (1, 1))):
-        return f' has kernel_size {module.kernel_size} and padding {module.padding}'
+    # vars(module) would stop torch.compile in torch 2.6.
+    if 'forward' in module.__dict__ or any(getattr(module, name) for name in _HOOKS):
+        return ' has hooks or a forward of its own'
+    for name, allowed in {'training': [training], **attributes}.items():
+        if getattr(module, name) not in allowed:
+            return f'.{name} is not {" or ".join(map(str, allowed))}'
     return None
 
 
@@ -751,16 +749,6 @@ class _EagerOperations:
         """total - (a + (data - mean) * b): the gradient of maps, from that of all their readers."""
         share = _affine(maps, b, a)
         return torch.sub(total, share, out=share)
-
-
-@functools.cache
-def _cpu_kernels():
-    """The operations of densenet_cpu.py, if it is beside this file."""
-    try:
-        return importlib.import_module('.densenet_cpu' if __package__ else 'densenet_cpu',
-                                       __package__ or None)
-    except ImportError:
-        return None
 
 
 def _dense(x):

@@ -105,11 +105,6 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def local_rank():
-    """The rank among the processes on this machine, which is the number of this one's GPU."""
-    return int(os.environ['LOCAL_RANK']) if dist.is_initialized() else 0
-
-
 def lost_a_peer(error):
     """Is this error what a process gets whose peer has died?"""
     return world_size() > 1 and (isinstance(error, dist.DistError) or 'gloo' in str(error))

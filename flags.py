@@ -9,7 +9,6 @@ the data set. The defaults are the paper's, section 4.2; the aliases are the cla
 import argparse
 import contextlib
 import difflib
-import importlib.util
 import os
 from pathlib import Path
 
@@ -65,14 +64,13 @@ class Parser(argparse.ArgumentParser):
 def number(kind, interval):
     """An argparse type: int or float, in an interval such as '[0, 1)'."""
     low, high = map(float, interval[1:-1].split(','))
+    ends = [low] * (interval[0] == '[') + [high] * (interval[-1] == ']')  # that are allowed
     name = {int: 'whole number', float: 'number'}[kind]
 
     def parse(text):
         with contextlib.suppress(ValueError):
             value = kind(text)
-            at_an_end = (value == low and interval[0] == '[') or \
-                (value == high and interval[-1] == ']')
-            if low < value < high or at_an_end:
+            if low < value < high or value in ends:
                 return value
         raise argparse.ArgumentTypeError(f'{text!r} is not a {name} in {interval}')
     return parse
@@ -112,10 +110,13 @@ def add_data_and_model_flags(parser):
                             '(default: a core each, at most 8; here %(default)s)')
 
     group = parser.add_argument_group('model')
-    group.add_argument('--arch', choices=ARCHITECTURES, metavar='NAME',
-                       help=f'one of {", ".join(ARCHITECTURES)}')
-    group.add_argument('--depth', '--layers', type=POSITIVE,
-                       help='L: 6n+4, or 3n+4 without bottleneck (default: 100; imagenet: 121)')
+    layers = group.add_mutually_exclusive_group()
+    layers.add_argument('--arch', choices=ARCHITECTURES, metavar='NAME',
+                        help=f'one of {", ".join(ARCHITECTURES)}')
+    layers.add_argument('--depth', '--layers', type=POSITIVE,
+                        help='L: 6n+4, or 3n+4 without bottleneck (default: 100; imagenet: 121)')
+    layers.add_argument('--block-config', type=POSITIVE, nargs='+', metavar='LAYERS',
+                        help='layers of each block, instead of --depth')
     group.add_argument('--growth-rate', '--growth', '--growthRate', type=POSITIVE,
                        help='k (default: 12, or that of the --arch)')
     group.add_argument('--compression', '--reduce', '--reduction', default=0.5,
@@ -123,8 +124,6 @@ def add_data_and_model_flags(parser):
                        help='share of channels that a transition keeps (default: %(default)s)')
     group.add_argument('--no-bottleneck', dest='bottleneck', action='store_false',
                        help='no 1x1 convolution before each 3x3 one')
-    group.add_argument('--block-config', type=POSITIVE, nargs='+', metavar='LAYERS',
-                       help='layers of each block, instead of --depth')
     group.add_argument('--init-features', type=POSITIVE,
                        help='width of the first convolution (default: 2k with bottleneck and '
                             'compression, else 16; ImageNet\'s: 2k)')
@@ -296,8 +295,6 @@ def check_flags(args):
         raise UserError('--resume and --pretrained exclude each other: both bring weights')
     if args.reset_classifier and args.pretrained is None:
         raise UserError('--reset-classifier is for the weights of --pretrained')
-    if sum(getattr(args, flag) is not None for flag in LAYER_FLAGS) > 1:
-        raise UserError('--arch, --depth and --block-config exclude each other: give one')
     if args.value_range and args.value_range[0] >= args.value_range[1]:
         raise UserError('--value-range LOW HIGH: LOW must be less than HIGH')
     if args.evaluate:
@@ -309,8 +306,6 @@ def check_flags(args):
                         f'{args.grad_accum} parts')
     if args.start_epoch and args.start_epoch > args.epochs:
         raise UserError(f'--start-epoch {args.start_epoch} is after the last of {args.epochs}')
-    if args.tensorboard and importlib.util.find_spec('tensorboard') is None:
-        raise UserError('--tensorboard needs a package: pip install tensorboard')
 
 
 def run_directory(args):

@@ -7,7 +7,6 @@ import warnings
 
 import torch
 
-import distributed
 from errors import UserError
 
 DEVICES = 'auto', 'cpu', 'cuda', 'mps'
@@ -28,17 +27,16 @@ def choose_device(name):
     if not available[name]:
         raise UserError(f'--device {name}: torch {torch.__version__} finds none here; --device '
                         f'auto takes what there is')
-    if name == 'mps' and distributed.world_size() > 1:
-        raise UserError('--device mps is for one process: python train.py, without torchrun')
     if name != 'cuda':
         return torch.device(name)
-    gpu, count = distributed.local_rank(), torch.cuda.device_count()
+    gpu = int(os.environ.get('LOCAL_RANK', 0))  # set by torchrun: each process has a GPU of its own
+    count = torch.cuda.device_count()
     if gpu >= count:
         raise UserError(f'torchrun started more processes on {platform.node()} than it has GPUs: '
                         f'--nproc-per-node {count}')
     check_compute_capability(gpu)
     torch.cuda.set_device(gpu)
-    return torch.device('cuda', gpu) if distributed.world_size() > 1 else torch.device('cuda')
+    return torch.device('cuda', gpu)
 
 
 def cuda_is_available(name):

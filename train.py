@@ -277,8 +277,7 @@ class CudaGraphStep:
                 raise error
             raise UserError(f'the step can\'t be recorded as a CUDA graph '
                             f'({str(error).splitlines()[0]}): give --no-cuda-graph') from error
-        finally:
-            caller.wait_stream(stream)
+        caller.wait_stream(stream)
 
     def __call__(self, images, labels, batch_size=None):
         """`batch_size` is len(images): with several processes there is no graph."""

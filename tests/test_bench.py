@@ -378,7 +378,7 @@ def test_a_row_whose_blocks_fall_back_is_no_row(monkeypatch):
     (['--rounds', '0'], "'0' is not a whole number"),
     (['--csv', 'no/such/folder/x.csv'], "'no/such/folder/x.csv' is not a .csv file in a directory"),
     (['--plot', '.'], 'is not a .png, .pdf, .svg file'),
-    (['--arch', 'densenet121', '--depth', '40'], 'exclude each other'),
+    (['--arch', 'densenet121', '--depth', '40'], 'not allowed with argument'),
     (['--batch-size', '99999999999999999999999'], 'bench.py: error: '),
     (['--growth-rate', '999999999'], 'bench.py: error: '),
     (['--plot', 'x.xyz'], 'is not a .png, .pdf, .svg file'),

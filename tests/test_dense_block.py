@@ -295,24 +295,24 @@ CHANGES = {  # what the linear way would overlook, by the reason that the block 
     'denselayer3.conv2.groups is not 1': group_conv,
     "denselayer1.conv2.padding_mode is not zeros":
         lambda block: setattr(block.denselayer1.conv2, 'padding_mode', 'circular'),
-    'denselayer3.conv1 has a forward of its own': patch_forward,
+    'denselayer3.conv1 has hooks or a forward of its own': patch_forward,
     'denselayer2.conv2 is a ParametrizedConv2d':
         lambda block: parametrizations.weight_norm(block.denselayer2.conv2),
-    'denselayer2.conv1 has hooks':
+    'denselayer2.conv1 has hooks or a forward of its own':
         lambda block: block.denselayer2.conv1.register_forward_hook(
             lambda module, inputs, output: 2 * output),
-    'denselayer2.norm2 has hooks':
+    'denselayer2.norm2 has hooks or a forward of its own':
         lambda block: block.denselayer2.norm2.register_full_backward_hook(
             lambda module, into, out: (2 * into[0],)),
-    'denselayer1.conv2 has hooks': backward_pre_hook,
-    'denselayer2 has hooks':
+    'denselayer1.conv2 has hooks or a forward of its own': backward_pre_hook,
+    'denselayer2 has hooks or a forward of its own':
         lambda block: block.denselayer2.register_forward_pre_hook(
             lambda module, inputs: ([inputs[0][0] * 2, *inputs[0][1:]],)),
     'denselayer2.norm2.training is not True': lambda block: block.denselayer2.norm2.eval(),
     'denselayer2.training is not True': stop_dropout_of_one_layer,
-    'denselayer4.norm1 has no weights or no running statistics':
-        lambda block: setattr(block.denselayer4.norm1, 'bias', None),
-    'denselayer4.norm2 has no weights or no running statistics': lambda block: setattr(
+    'denselayer4.norm1.affine is not True': lambda block: setattr(
+        block.denselayer4, 'norm1', nn.BatchNorm2d(18, affine=False).double()),
+    'denselayer4.norm2.track_running_stats is not True': lambda block: setattr(
         block.denselayer4, 'norm2', nn.BatchNorm2d(8, track_running_stats=False).double()),
 }
 
@@ -381,7 +381,7 @@ def test_another_number_of_channels_is_the_norms_own_error():
     block = make_block()
     with pytest.raises(RuntimeError, match='running_mean should contain 5 elements'):
         block(block_input()[:, :5])
-    assert block.fallback_reason == 'denselayer1 reads 6 channels, not 5'
+    assert block.fallback_reason == 'denselayer1.norm1 is of 6 channels, not 5'
 
 
 def test_a_convolution_that_changes_the_size_is_the_plain_ways_error():
@@ -390,7 +390,7 @@ def test_a_convolution_that_changes_the_size_is_the_plain_ways_error():
     with pytest.raises(RuntimeError, match='Sizes of tensors must match'):
         block(block_input())
     assert block.path == 'plain'
-    assert block.fallback_reason == 'denselayer4.conv2 has kernel_size (2, 2) and padding (1, 1)'
+    assert block.fallback_reason == 'denselayer4.conv2.kernel_size is not (1, 1) or (3, 3)'
 
 
 def test_frozen_parameters_get_no_gradient_and_the_others_the_same():
