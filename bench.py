@@ -25,6 +25,7 @@ import importlib.util
 import math
 import os
 import sys
+import tempfile
 import time
 import timeit
 from pathlib import Path
@@ -254,10 +255,10 @@ def make_onnxruntime_step(model, images):
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    program = torch.onnx.export(model, (images,), input_names=['images'], dynamo=True,
-                                verbose=False)
-    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), options,
-                                           providers=['CPUExecutionProvider'])
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, 'densenet.onnx')
+        torch.onnx.export(model, (images,), path, input_names=['images'], verbose=False)
+        session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
     return lambda images, labels: session.run(None, {'images': images.numpy()})
 
 
