@@ -35,6 +35,7 @@ SMALL = 64  # pixels: images up to this size are held in memory, larger ones are
 MAX_SIZE = 4096  # pixels: the largest --image-size
 PAD = 4     # pixels: zero padding of small images before the random crop (paper, section 4.1)
 NO_LABEL = -100  # the ignore_index of F.cross_entropy
+HEATMAP = '.heatmap.png'  # what predict.py adds to an image's name, perhaps in its folder
 
 # Channel means and standard deviations on the scale 0..255, as in the official code
 # (attic/channel_stats.py measures them); SVHN is only divided by 255 (paper, section 4.1). Folders
@@ -431,6 +432,11 @@ def _class_folders(root, split, val_split):
     return folder, datasets.folder.find_classes(folder)[0]
 
 
+def is_image(path):
+    """Whether a file is to be read, by its name: an image, and not a heatmap of one."""
+    return path.lower().endswith(datasets.folder.IMG_EXTENSIONS) and not path.endswith(HEATMAP)
+
+
 def _list_images(dataset, split):
     """(path, label) of each image, sorted; in the test images, classes may be missing."""
     folder, found = _class_folders(dataset.root, split, dataset.val_split)
@@ -439,8 +445,8 @@ def _list_images(dataset, split):
     if unknown:
         raise DataError(f'{folder}: {min(unknown)} is not among the classes trained on')
     try:
-        samples = datasets.folder.make_dataset(
-            folder, labels, datasets.folder.IMG_EXTENSIONS, allow_empty=split == 'test')
+        samples = datasets.folder.make_dataset(folder, labels, is_valid_file=is_image,
+                                               allow_empty=split == 'test')
     except FileNotFoundError as error:  # a class folder without images
         raise DataError(f'{folder}: {error}') from error
     if dataset.val_split:
@@ -464,7 +470,10 @@ def _split(samples, split, share, seed):
 def _measure_range(samples, workers):
     """The lowest and the highest value in the images of more than 8 bits."""
     values = _read_all(samples, _extremes, workers, 'measuring')
-    return values.min().item(), values.max().item()
+    low, high = values.min().item(), values.max().item()
+    if low == high:
+        raise DataError(f'all values in {Path(samples[0][0]).parents[1]} are {low:g}')
+    return low, high
 
 
 def _extremes(path):

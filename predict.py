@@ -31,7 +31,6 @@ import machine
 import runlog
 from errors import UserError
 
-HEATMAP = '.heatmap.png'  # what the name of an image's heatmap has after the image's own
 IMAGENET_CLASSES = tuple(torchvision.models.DenseNet121_Weights.DEFAULT.meta['categories'])
 
 
@@ -58,8 +57,7 @@ def find_images(name):
     if path.is_file():
         return [path]
     found = path.rglob('*') if path.is_dir() else map(Path, glob.glob(name, recursive=True))
-    found = sorted(file for file in found if not file.name.endswith(HEATMAP)
-                   and file.name.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS))
+    found = sorted(file for file in found if data.is_image(file.name))
     if not found:
         raise UserError(f'{name}: there is no such file, or no image in it')
     return found
@@ -168,7 +166,7 @@ def main(argv=None):
                           flush=True)
                 writer.writerows((file, name, f'{share:.6f}') for name, share in found)
                 if args.heatmap is not None:
-                    path = Path(args.heatmap or root, os.path.relpath(file, root) + HEATMAP)
+                    path = Path(args.heatmap or root, os.path.relpath(file, root) + data.HEATMAP)
                     path.parent.mkdir(parents=True, exist_ok=True)
                     draw_heatmap(heat, file, dataset).save(path)
         if broken:

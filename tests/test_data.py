@@ -5,6 +5,7 @@ import hashlib
 import math
 import pickle
 import runpy
+import shutil
 import tarfile
 import warnings
 from pathlib import Path
@@ -158,6 +159,16 @@ def test_small_folders_are_held_in_memory_as_they_are(tmp_path):
     pixels = images * test.std + test.mean
     truth = np.asarray(Image.open(tmp_path / 'val/dog/1.png')).transpose(2, 0, 1)
     np.testing.assert_allclose(pixels[2], truth, atol=1e-3)
+
+
+@pytest.mark.parametrize('image_size', [None, 66])
+def test_heatmaps_that_predict_has_put_beside_the_images_are_not_read(tmp_path, image_size):
+    root = write_images(tmp_path, {'train/a': 3, 'train/b': 2, 'val/a': 1, 'val/b': 2})
+    images = list(root.glob('*/*/*.png'))
+    for path in images:
+        shutil.copy(path, f'{path}.heatmap.png')
+    _, train, test = load(root, image_size=image_size)
+    assert {*train.files, *test.files} == set(map(str, images)) and train.num_images == 5
 
 
 def test_a_test_folder_stands_in_for_val_and_grey_becomes_rgb(tmp_path):
@@ -377,7 +388,7 @@ def test_8_bits_among_more_have_no_measured_range(tmp_path):
 
 @pytest.mark.parametrize('mode, values, message', [
     ('F', [-0.5, 1], 'floats as low as -0.5 have no natural range: give --value-range LOW HIGH'),
-    ('F', [math.nan, 1], 'values that are not finite')])
+    ('F', [math.nan, 1], 'values that are not finite'), ('I;16', [9, 9], 'all values in .* are 9')])
 def test_values_without_a_range_are_refused_by_name(tmp_path, mode, values, message):
     save_scans(tmp_path, mode, values, 'tif')
     with pytest.raises(DataError, match=message):
