@@ -14,6 +14,8 @@ has.
 
 import dataclasses
 import functools
+import hashlib
+import itertools
 import os
 import signal
 import threading
@@ -429,12 +431,15 @@ def _class_folders(root, split, val_split):
         raise DataError(f'no {" or ".join(names)} in {root}: --data must name a folder with train/ '
                         f'and val/ (or test/), and in each a folder of images a class; --val-split '
                         f'0.1 does without val/; --dataset shapes needs no data')
-    return folder, datasets.folder.find_classes(folder)[0]
+    names = datasets.folder.find_classes(folder)[0]
+    return folder, [name for name in names if not name.startswith('.')]  # .ipynb_checkpoints
 
 
 def is_image(path):
-    """Whether a file is to be read, by its name: an image, and not a heatmap of one."""
-    return path.lower().endswith(datasets.folder.IMG_EXTENSIONS) and not path.endswith(HEATMAP)
+    """Whether a file is to be read, by its name: an image, neither hidden nor a heatmap of one."""
+    name = os.path.basename(path)
+    return (name.lower().endswith(datasets.folder.IMG_EXTENSIONS)
+            and not name.startswith('.') and not name.endswith(HEATMAP))
 
 
 def _list_images(dataset, split):
@@ -450,21 +455,27 @@ def _list_images(dataset, split):
     except FileNotFoundError as error:  # a class folder without images
         raise DataError(f'{folder}: {error}') from error
     if dataset.val_split:
-        samples = _split(samples, split, dataset.val_split, dataset.split_seed)
+        samples = _split(samples, folder, split, dataset)
     if not samples:
         raise DataError(f'{folder} has no images to {split} on')
     return samples
 
 
-def _split(samples, split, share, seed):
-    """Of each class a share for 'test', at least one image and never all, or the rest."""
-    labels = torch.tensor([label for _, label in samples])
-    generator, chosen = torch.Generator().manual_seed(seed), set()
-    for label in labels.unique():
-        images = (labels == label).nonzero()[:, 0]
-        count = min(max(1, round(share * len(images))), len(images) - 1)
-        chosen.update(images[torch.randperm(len(images), generator=generator)[:count]].tolist())
-    return [sample for i, sample in enumerate(samples) if (i in chosen) == (split == 'test')]
+def _split(samples, folder, split, dataset):
+    """Of each class a share for 'test', at least one image and never all, or the rest.
+
+    By hashes of their names in the folder: images that come or go move few of the others.
+    """
+    def random_number(path):
+        name = f'{dataset.split_seed} {os.path.relpath(path, folder)}'
+        return hashlib.sha256(name.encode(errors='surrogateescape')).digest()
+
+    chosen = set()
+    for _, images in itertools.groupby(samples, lambda sample: sample[1]):
+        paths = sorted((path for path, _ in images), key=random_number)
+        count = min(max(1, round(dataset.val_split * len(paths))), len(paths) - 1)
+        chosen.update(paths[:count])
+    return [sample for sample in samples if (sample[0] in chosen) == (split == 'test')]
 
 
 def _measure_range(samples, workers):
@@ -513,8 +524,8 @@ def read_pixels(dataset, transform, path):
     if not isinstance(image, np.ndarray):
         return transform(image) if value_range is None else transform(image).float()
     if value_range is None:
-        raise DataError(f'{path} has more than 8 bits, and the first training image had not: train '
-                        f'with --value-range LOW HIGH')
+        raise DataError(f'{path} has more than 8 bits, of a range that is not known: train.py is '
+                        f'told it by --value-range LOW HIGH')
     low, high = value_range
     values = ((image.astype(np.float64) - low) / (high - low)).clip(0, 1).astype(np.float32)
     # 0..1, as the transforms expect floats.

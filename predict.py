@@ -4,7 +4,8 @@
     python predict.py --checkpoint work/flowers/best.pth photos/ --csv x.csv --heatmap heatmaps/
     python predict.py --arch densenet121 photo.jpg        # torchvision's weights for ImageNet
 
-A file that can't be read is a warning; the others are predicted, and the exit code is 2.
+A file that can't be read is a warning; the others are predicted, and the exit code is 2. A name of
+which there is no file ends it before it begins.
 """
 
 import argparse

@@ -162,11 +162,13 @@ def test_small_folders_are_held_in_memory_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize('image_size', [None, 66])
-def test_heatmaps_that_predict_has_put_beside_the_images_are_not_read(tmp_path, image_size):
+def test_hidden_files_and_heatmaps_beside_the_images_are_not_read(tmp_path, image_size):
     root = write_images(tmp_path, {'train/a': 3, 'train/b': 2, 'val/a': 1, 'val/b': 2})
     images = list(root.glob('*/*/*.png'))
     for path in images:
-        shutil.copy(path, f'{path}.heatmap.png')
+        shutil.copy(path, f'{path}.heatmap.png')  # as predict.py has put it there
+        path.with_name(f'._{path.name}').write_bytes(b'written by macOS')
+    (root / 'train/.ipynb_checkpoints').mkdir()
     _, train, test = load(root, image_size=image_size)
     assert {*train.files, *test.files} == set(map(str, images)) and train.num_images == 5
 
@@ -419,6 +421,10 @@ def test_a_share_of_each_class_is_for_testing(tmp_path, has_train):
     assert [Path(file).parent.name for file in test] == 4 * ['a'] + ['b', 'c']
     assert files('test') == test
     assert any(files('test', seed=seed) != test for seed in (2, 3))
+    for i in range(3):  # an image more changes places with one other at the most
+        shutil.copy(root / 'a/0.png', root / f'a/new{i}.png')
+        before, test = test, files('test')
+        assert len(set(test) ^ set(before)) <= 2
 
 
 def test_test_images_may_lack_classes(tmp_path):
