@@ -555,6 +555,15 @@ def make_save(args, state, dataset, num_images, directory):
     return save
 
 
+def describe_data(dataset, loaders):
+    train_images, test_images = (loader.num_images for loader in loaders)
+    values = ''
+    if dataset.value_range:
+        values = ' with values from {:g} to {:g}'.format(*dataset.value_range)
+    return (f'{dataset.name}: {train_images:,} training and {test_images:,} test images of '
+            f'{dataset.image_size} pixels{values}, {len(dataset.classes)} classes')
+
+
 def train(args, dataset, model, loaders, directory, stop, *, device, precision, saved, goes_on):
     """One training run, in a directory that this process has claimed."""
     train_loader, test_loader = loaders
@@ -594,12 +603,8 @@ def train(args, dataset, model, loaders, directory, stop, *, device, precision, 
                      start=(state.epoch, state.step), tensorboard=args.tensorboard,
                      figures=args.plot)
     processes = f'{distributed.world_size()} x ' if distributed.world_size() > 1 else ''
-    values = ''
-    if dataset.value_range:
-        values = ' with values from {:g} to {:g}'.format(*dataset.value_range)
     say(f'{model_name(args)}: {sum(p.numel() for p in model.parameters()):,} parameters; '
-        f'{dataset.name}: {train_loader.num_images:,} training and {test_loader.num_images:,} '
-        f'test images of {dataset.image_size} pixels{values}, {len(dataset.classes)} classes; '
+        f'{describe_data(dataset, loaders)}; '
         f'{processes}{hardware}, {precision}{", CUDA graph" * graphed}')
     with contextlib.closing(log):
         try:

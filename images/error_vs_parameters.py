@@ -69,11 +69,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     with rc_context(plot.STYLE):
         figure = Figure(figsize=(10, 4.2), layout='constrained')
-        panels = zip(figure.subplots(1, 2, width_ratios=(1.5, 1)), (10, 100))
-        for column, (axes, classes) in enumerate(panels):
+        panels = figure.subplots(1, 2, width_ratios=(1.5, 1))
+        for column, (axes, classes) in enumerate(zip(panels, (10, 100))):
             draw_paper(axes, column, classes)
-            for directory, color in zip(args.runs if classes == 10 else (), plot.COLORS[3:]):
-                draw_run(axes, directory, color)
+            if classes == 10:
+                for directory, color in zip(args.runs, plot.COLORS[3:]):
+                    draw_run(axes, directory, color)
             axes.set(xscale='log', xlabel='parameters (millions)', yscale='log',
                      ylabel=f'test error on CIFAR-{classes}+ (%)')
             axes.margins(0.09)
