@@ -54,6 +54,20 @@ STATISTICS = {
 NAMES = tuple(STATISTICS)
 ARCHIVES = {'cifar10': 'cifar-10-python.tar.gz', 'cifar100': 'cifar-100-python.tar.gz',
             'svhn': 'train_32x32.mat, extra_32x32.mat, test_32x32.mat'}
+# The official binary versions: archive, folder in it, and the MD5 sums of its files. A record is
+# the label (in CIFAR-100 the coarse and the fine one), then 1024 red, green and blue values each.
+BINARY_VERSIONS = {
+    'cifar10': ('cifar-10-binary.tar.gz', 'cifar-10-batches-bin', {
+        'train': {'data_batch_1.bin': '5dd7e06a14cb22eb9f671a540d1b7c25',
+                  'data_batch_2.bin': '5ea93a67294ea407fff1d09f752e9692',
+                  'data_batch_3.bin': '942cd6a4bcdd0dd3c604fbe906cb4421',
+                  'data_batch_4.bin': 'ae636b3ba5c66a11e91e8cb52e771fcb',
+                  'data_batch_5.bin': '53f37980c15c3d472c316c40844f3f0d'},
+        'test': {'test_batch.bin': '803d5f7f4d78ea53de84dbe85f74fb6d'}}),
+    'cifar100': ('cifar-100-binary.tar.gz', 'cifar-100-binary', {
+        'train': {'train.bin': '6172c7755cfe09b2fe270c85cebc1b15'},
+        'test': {'test.bin': '4499cfba6c016c1be1438163640a0898'}}),
+}
 
 # In the order of the labels. For imagenet and folder: the sorted names of the class folders.
 CLASSES = {
@@ -177,8 +191,8 @@ def make_loader(dataset, split, batch_size, *, device, augment=False, seed=1, wo
     common = dict(mean=dataset.mean, std=dataset.std, device=device, shuffle=split == 'train',
                   seed=seed, shard=shard)
     if dataset.name in CLASSES:
-        images, labels = (draw_shapes(split) if dataset.name == 'shapes'
-                          else _read_torchvision(dataset, split))
+        read = draw_shapes if dataset.name == 'shapes' else functools.partial(_read_small, dataset)
+        images, labels = read(split)
         return MemoryLoader(images, labels, batch_size, augment=augment, **common)
     samples = _list_images(dataset, split)
     if dataset.in_memory:
@@ -399,8 +413,17 @@ def _channels(values, device):
     return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
 
 
-def _read_torchvision(dataset, split):
-    """Images [N, 3, 32, 32] and int64 labels [N], which torchvision also downloads."""
+def _read_small(dataset, split):
+    """CIFAR and SVHN: uint8 images [N, 3, 32, 32] and int64 labels [N].
+
+    torchvision reads and downloads them. CIFAR's binary version is read if it is the one there.
+    """
+    binary = None
+    if dataset.name in BINARY_VERSIONS:
+        _, binary, _ = BINARY_VERSIONS[dataset.name]
+        kind = getattr(datasets, dataset.name.upper())
+        if (dataset.root / binary).is_dir() and not (dataset.root / kind.base_folder).is_dir():
+            return _read_binary_cifar(dataset, split)
     try:
         if dataset.name == 'svhn':  # the paper trains on both sets, 604,388 images
             parts = [datasets.SVHN(dataset.root, part, download=True)
@@ -408,15 +431,35 @@ def _read_torchvision(dataset, split):
             images = np.concatenate([part.data for part in parts])
             labels = np.concatenate([part.labels for part in parts])
         else:
-            kind = getattr(datasets, dataset.name.upper())
             part = kind(dataset.root, split == 'train', download=True)
             images, labels = part.data.transpose(0, 3, 1, 2).copy(), np.array(part.targets)
     except Exception as error:  # no network, no disk, a broken archive: it raises anything
         raise DataError(
             f'{ARCHIVES[dataset.name]}: missing from {dataset.root} or broken, and not to be '
-            f'downloaded ({error}): put it there, or name the folder that has it by --data; '
+            f'downloaded ({error}): put it{f" or the folder {binary}" if binary else ""} there, or '
+            f'name the folder that has it by --data; '
             f'--dataset folder reads a folder of images, --dataset shapes needs no data') from error
     return torch.from_numpy(images), torch.from_numpy(labels).long()
+
+
+def _read_binary_cifar(dataset, split):
+    archive, folder, files = BINARY_VERSIONS[dataset.name]
+    content = b''
+    for name, md5 in files[split].items():
+        path = dataset.root / folder / name
+        try:
+            batch = path.read_bytes()
+        except OSError as error:
+            raise DataError(f'{path}: {error.strerror}: unpack {archive} in {dataset.root}, or '
+                            f'remove {folder} there') from error
+        if hashlib.md5(batch, usedforsecurity=False).hexdigest() != md5:
+            raise DataError(f'{path} is not the official file, whose MD5 sum is {md5}: unpack '
+                            f'{archive} in {dataset.root} again')
+        content += batch
+    label_bytes = 1 if dataset.name == 'cifar10' else 2
+    records = np.frombuffer(content, np.uint8).reshape(-1, label_bytes + 3 * 32 * 32)
+    images = records[:, label_bytes:].reshape(-1, 3, 32, 32)
+    return torch.tensor(images), torch.tensor(records[:, label_bytes - 1]).long()
 
 
 def _class_folders(root, split, val_split):

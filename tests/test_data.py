@@ -502,6 +502,45 @@ def test_reads_the_format_of_cifar(tmp_path, monkeypatch, name):
         np.testing.assert_array_equal(loader.labels, labels)
 
 
+@pytest.fixture(params=['cifar10', 'cifar100'])
+def binary_cifar(request, tmp_path, monkeypatch):
+    """The name, folder and records of a small data set in the official binary format."""
+    name, label_bytes = request.param, 1 if request.param == 'cifar10' else 2
+    archive, folder, files = data.BINARY_VERSIONS[name]
+    rng = np.random.RandomState(0)
+    (tmp_path / folder).mkdir()
+    records, sums = {}, {}
+    for split, names in files.items():
+        batches = [rng.randint(0, 256, (12, label_bytes + 3072)).astype(np.uint8) for _ in names]
+        for file, batch in zip(names, batches):
+            batch[:, label_bytes - 1] %= 10
+            batch.tofile(tmp_path / folder / file)
+            sums.setdefault(split, {})[file] = md5(tmp_path / folder / file)
+        records[split] = np.concatenate(batches)
+    monkeypatch.setitem(data.BINARY_VERSIONS, name, (archive, folder, sums))
+    return name, tmp_path / folder, records
+
+
+def test_reads_the_binary_format_of_cifar(binary_cifar):
+    name, folder, records = binary_cifar
+    _, train, test = load(folder.parent, name=name, augment=False)
+    for loader, expected in ((train, records['train']), (test, records['test'])):
+        np.testing.assert_array_equal(loader.images, expected[:, -3072:].reshape(-1, 3, 32, 32))
+        np.testing.assert_array_equal(loader.labels, expected[:, -3073])
+
+
+@pytest.mark.parametrize('damage, complaint', [
+    (lambda path: path.unlink(), 'No such file.*unpack cifar-'),
+    (lambda path: path.write_bytes(path.read_bytes()[:-1]), 'not the official file'),
+    (lambda path: path.write_bytes(b'?' + path.read_bytes()[1:]), 'not the official file')])
+def test_a_binary_file_that_is_missing_or_altered_is_named(binary_cifar, damage, complaint):
+    name, folder, _ = binary_cifar
+    path = sorted(folder.iterdir())[-1]
+    damage(path)
+    with pytest.raises(DataError, match=f'^{path}.*{complaint}'):
+        load(folder.parent, name=name)
+
+
 def test_reads_the_format_of_svhn_and_only_divides_by_255(tmp_path, monkeypatch):
     rng = np.random.RandomState(0)
     table, truth = {}, {}
@@ -537,7 +576,7 @@ def test_missing_or_broken_archives_are_named(tmp_path, monkeypatch, name, files
     message = str(caught.value)
     assert message.startswith(f'{", ".join(files)}: missing from {tmp_path} or broken')
     assert '--dataset folder reads a folder of images' in message and '--dataset shapes' in message
-    assert '\n' not in message
+    assert ('folder cifar-1' in message) == (name != 'svhn') and '\n' not in message
 
 
 def test_foreign_files_in_the_folder_of_cifar_are_not_unpickled(tmp_path, monkeypatch):
