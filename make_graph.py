@@ -22,9 +22,9 @@ from torch import nn
 
 import data
 import flags
+import networks
 import plot
 import runlog
-import train
 from densenet import DenseBlock
 from errors import UserError
 
@@ -131,8 +131,9 @@ def autograd_graph(model, image_size, title):
     """The functions that backward goes through, from the logits on.
 
     Each points to what reads its result in the forward pass. The model is on torch's meta device,
-    where, as on a GPU, its blocks are single functions with memory_efficient=True alone.
+    where a dense block is one function with memory_efficient=True, as on a GPU.
     """
+    networks.fuse(model, torch.device('meta'), script='make_graph.py')
     images = torch.empty(2, model.config['in_channels'], image_size, image_size, device='meta')
     logits = model.train()(images)
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -190,14 +191,14 @@ def build_model(argv):
         num_classes, image_size = len(dataset.classes), dataset.image_size
     args = flags.with_network(args, image_size)
     with torch.device('meta'):
-        return args, train.build_model(args, num_classes, image_size), image_size
+        return args, networks.build(args, num_classes, image_size), image_size
 
 
 def main(argv=None):
     try:
         args, model, image_size = build_model(argv)
         count = sum(parameter.numel() for parameter in model.parameters())
-        title = f'{train.model_name(args)}, {count:,} parameters'
+        title = f'{networks.name(args)}, {count:,} parameters'
         draw = autograd_graph if args.view == 'autograd' else block_graph
         graph = draw(model, image_size, title)
         args.output.parent.mkdir(parents=True, exist_ok=True)

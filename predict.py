@@ -29,6 +29,7 @@ import data
 import densenet
 import flags
 import machine
+import networks
 import runlog
 from errors import UserError
 
@@ -147,7 +148,9 @@ def main(argv=None):
         names, broken = dataset.classes, 0
         if len(names) == 1000 and names[0] == 'n01440764':  # ImageNet's numbers in WordNet
             names = IMAGENET_CLASSES
-        model.to(machine.choose_device(args.device), memory_format=torch.channels_last)
+        device = machine.choose_device(args.device)
+        networks.fuse(model, device, script='predict.py')
+        model.to(device, memory_format=torch.channels_last)
         bar = tqdm(predict(model, dataset, files, args.batch_size), total=len(files), leave=False,
                    disable=None)  # None: only on a terminal
         # A file's name, and so a row, may be no text.

@@ -28,10 +28,10 @@ import torch.nn.functional as F
 
 import checkpoint
 import data
-import densenet
 import distributed
 import flags
 import machine
+import networks
 import report
 import runlog
 from checkpoint import CheckpointError, TrainState
@@ -39,85 +39,16 @@ from distributed import Stopped, StopSignals
 from errors import UserError
 from runlog import RunLog, say
 
-# ---- build: model, optimizer, learning rate --------------------------------------------------
-
-def build_model(args, num_classes, image_size):
-    """The network described by the flags, on the CPU; `args` come from `flags.with_network`.
-
-    Raises:
-        UserError: there is no such network, or the images are too small for it.
-    """
-    small = image_size <= data.SMALL
-    settings = dict(
-        growth_rate=args.growth_rate, num_init_features=args.init_features,
-        num_classes=num_classes, small_inputs=small, in_channels=args.in_channels,
-        drop_rate=args.drop_rate, bn_size=args.bn_size, compression=args.compression,
-        bottleneck=args.bottleneck, memory_efficient=args.memory_efficient)
-    settings = {name: value for name, value in settings.items() if value is not None}
-    try:
-        if args.arch is not None:
-            model = getattr(densenet, args.arch)(**settings)
-        elif args.block_config is not None:
-            k = args.growth_rate
-            width = densenet.stem_width(k, args.bottleneck, args.compression) if small else 2 * k
-            settings.setdefault('num_init_features', width)
-            model = densenet.DenseNet(block_config=args.block_config, **settings)
-        else:
-            model = densenet.densenet_cifar(args.depth, **settings)
-    except (ValueError, RuntimeError) as error:  # RuntimeError: no memory for so many weights
-        raise UserError(f'no such model: {error}') from error
-    if image_size < model.min_size:
-        raise UserError(f'this model needs images of at least {model.min_size} pixels, and these '
-                        f'have {image_size}')
-    return model
-
-
-def model_name(args):
-    if args.arch is not None:
-        return args.arch
-    letters = 'B' * args.bottleneck + 'C' * (args.compression < 1)
-    layers = f'L={args.depth}' if args.depth else f'blocks {"-".join(map(str, args.block_config))}'
-    return f'DenseNet{"-" * bool(letters)}{letters} {layers} k={args.growth_rate}'
-
-
-def load_pretrained(model, args):
-    """Weights from a file, ours or another's, or torchvision's download (--pretrained)."""
-    source = args.pretrained
-    if source:
-        weights = checkpoint.load_weights_file(source)
-    elif args.arch in flags.TORCHVISION_WEIGHTS:
-        source = 'torchvision\'s file'
-        with distributed.rank_0_first():
-            weights = checkpoint.torchvision_weights(args.arch)
-    else:
-        raise UserError(f'--pretrained without a file takes torchvision\'s weights, which are for '
-                        f'--arch {", ".join(flags.TORCHVISION_WEIGHTS)} and images of more than '
-                        f'{data.SMALL} pixels')
-    if model.config['in_channels'] == 1:
-        # A grey image in three channels: conv(w, [x, x, x]) = conv(w_red + w_green + w_blue, x).
-        weights = {key: weight.sum(1, keepdim=True) if key.endswith('conv0.weight') else weight
-                   for key, weight in weights.items()}
-    # ImageNet's stem has a norm, that of small images has none.
-    if model.config['small_inputs'] and any(key.endswith('norm0.weight') for key in weights):
-        raise CheckpointError(f'{source} has ImageNet\'s 7x7 stem, and images of up to '
-                              f'{data.SMALL} pixels get a 3x3 stem: give --image-size '
-                              f'{data.SMALL + 1} or more')
-    if args.reset_classifier:
-        weights = {key: weight for key, weight in weights.items() if 'classifier.' not in key}
-        weights.update({f'classifier.{key}': weight
-                        for key, weight in model.classifier.state_dict().items()})
-    try:
-        checkpoint.load_weights(model, weights, source)
-    except CheckpointError as error:
-        if 'classifier.' not in str(error):
-            raise
-        raise CheckpointError(f'{error}: --reset-classifier starts with a new one') from error
-
+# ---- build: optimizer, learning rate ---------------------------------------------------------
 
 def prepare_model(model, args, device):
-    """Freeze the features if the flags say so, and move the model to the device."""
+    """Freeze the features if the flags say so, fuse the dense blocks, and move all to the device.
+
+    `model.not_fused` says why they could not be fused, or is None.
+    """
     if args.freeze_features:
         model.features.requires_grad_(False)
+    model.not_fused = networks.fuse(model, device)
     # Convolutions are faster in channels_last, on CPUs too; activations follow the weights' layout.
     # On MPS, which nobody has tried, the default layout is safer.
     layout = torch.contiguous_format if device.type == 'mps' else torch.channels_last
@@ -598,12 +529,13 @@ def train(args, dataset, model, loaders, directory, stop, *, device, precision, 
     log = runlog.NoLog()
     if distributed.rank() == 0:
         runlog.write_record(directory, args, precision=precision, cuda_graph=graphed,
-                            device=hardware, processes=distributed.world_size())
+                            not_fused=model.not_fused, device=hardware,
+                            processes=distributed.world_size())
         log = RunLog(directory, steps_per_epoch=len(train_loader), epochs=args.epochs,
                      start=(state.epoch, state.step), tensorboard=args.tensorboard,
                      figures=args.plot)
     processes = f'{distributed.world_size()} x ' if distributed.world_size() > 1 else ''
-    say(f'{model_name(args)}: {sum(p.numel() for p in model.parameters()):,} parameters; '
+    say(f'{networks.name(args)}: {sum(p.numel() for p in model.parameters()):,} parameters; '
         f'{describe_data(dataset, loaders)}; '
         f'{processes}{hardware}, {precision}{", CUDA graph" * graphed}')
     with contextlib.closing(log):
@@ -636,9 +568,9 @@ def main(argv=None):
             checkpoint.check_fixed_flags(args, saved['args'], flags.MODEL_FLAGS if args.evaluate
                                          else flags.RUN_FLAGS)
         torch.manual_seed(args.seed)
-        model = build_model(args, len(dataset.classes), dataset.image_size)
+        model = networks.build(args, len(dataset.classes), dataset.image_size)
         if args.pretrained is not None:
-            load_pretrained(model, args)
+            networks.load_pretrained(model, args)
         elif args.evaluate:  # training loads them with all the rest, in `TrainState.resume`
             checkpoint.load_weights(model, saved.get('model'), args.resume)
         model = prepare_model(model, args, device)

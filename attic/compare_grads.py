@@ -22,13 +22,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import densenet
 import flags
+from fused_dense_block import fuse
 
 
 def run(model, images, labels):
     """Forward and backward in training mode. Returns {name of a layer: its output}.
 
-    A hook inside one of our blocks would make it take the plain path. Hence a layer's output is
-    cut out of that of its block, where all are concatenated.
+    A hook inside a fused block would make it run layer by layer. Hence a layer's output is cut out
+    of the output of its block, where all are concatenated.
     """
     outputs, x = {}, images
     for name, module in model.train().features.named_children():
@@ -61,6 +62,7 @@ def main(argv=None):
     theirs = getattr(torchvision.models, args.arch)(weights=None)
     ours = getattr(densenet, args.arch)(memory_efficient=args.memory_efficient)
     ours.load_state_dict(theirs.state_dict())
+    fuse(ours)
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64, device=args.device)
     labels = torch.randint(1000, (2,), device=args.device)
     outputs, their_outputs = (run(model.to(args.device, torch.float64), images, labels)

@@ -22,11 +22,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 import pretended_cuda
 
 import bench
-import train
+import networks
 
 PRECISIONS = 'fp32', 'bf16', 'fp16'
 ROWS = [('torchvision', 'plain'), ('torchvision', 'checkpointed'), ('timm', 'plain'),
-        *(('ours', mode) for mode in bench.EAGER_MODES)]
+        *(('ours', mode) for mode in bench.MODES if bench.MODES[mode].cuda)]
 
 
 def count(row, args):
@@ -43,7 +43,7 @@ def main(argv=None):
     parser.add_argument('--batch-size', type=int, default=64)
     options = parser.parse_args(argv)
     args = bench.network_flags(**vars(options))
-    print(f'{train.model_name(args)}, {args.batch_size} images of {args.image_size} pixels, torch '
+    print(f'{networks.name(args)}, {args.batch_size} images of {args.image_size} pixels, torch '
           f'{torch.__version__}: operations of an eager step, and GiB\n')
     print('|', ' | '.join(['', *PRECISIONS]), '|')
     print('|---' * (1 + len(PRECISIONS)) + '|')

@@ -34,7 +34,8 @@ def block_reuse(model):
     follows = [module.conv for module in model.features if isinstance(module, Transition)]
     for block, last in zip(blocks, [*follows, model.classifier]):
         layers = list(block.values())
-        sizes = [layers[0].conv1.in_channels] + [layer.out_channels for layer in layers]
+        last_convs = [getattr(layer, 'conv2', layer.conv1) for layer in layers]
+        sizes = [layers[0].conv1.in_channels, *(conv.out_channels for conv in last_convs)]
         reuse = torch.full((len(sizes), len(sizes)), torch.nan)
         for column, reader in enumerate([*(layer.conv1 for layer in layers), last]):
             sources = reader.weight.detach().float().abs().split(sizes[:column + 1], dim=1)

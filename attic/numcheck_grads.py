@@ -22,6 +22,7 @@ from torch.autograd.gradcheck import GradcheckError, gradcheck
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from densenet import DenseBlock, DenseNet, Transition
+from fused_dense_block import fuse
 
 
 class CatIntoConv(nn.ModuleList):
@@ -36,9 +37,9 @@ def cases():
     """(name, module) of all that is checked; each reads two feature maps."""
     yield 'concatenation into convolution', CatIntoConv([nn.Conv2d(2, 2, 3, padding=1),
                                                          nn.Conv2d(4, 2, 3, padding=1)])
-    yield 'transition', Transition(2, 3, drop_rate=0.0)
-    for path in ('plain', 'linear', 'linear, recomputed'):
-        recomputed = path == 'linear, recomputed'
+    yield 'transition', Transition(2, 3)
+    for way in ('plain', 'fused', 'fused, recomputed'):
+        recomputed = way == 'fused, recomputed'
         block = functools.partial(DenseBlock, 3, 2, 2, bn_size=1, memory_efficient=recomputed)
         modules = {
             'dense block': block(drop_rate=0.0, bottleneck=True),
@@ -47,10 +48,7 @@ def cases():
             'network': DenseNet(2, (2, 1), 3, 1, num_classes=3, small_inputs=True, in_channels=2,
                                 memory_efficient=recomputed)}
         for name, module in modules.items():
-            for part in module.modules():
-                if isinstance(part, DenseBlock):
-                    part.linear_memory = path != 'plain'
-            yield f'{name}, {path}', module
+            yield f'{name}, {way}', module if way == 'plain' else fuse(module)
 
 
 def check(module, device):

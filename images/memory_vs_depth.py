@@ -2,8 +2,8 @@
 
     python images/memory_vs_depth.py        # draws images/memory-vs-depth.png
 
-Of batches of 8 images, in fp32 on a CPU, without the weights. "Checkpointed" is our model with
-torch.utils.checkpoint; "block" and "memory-efficient" are its linear-memory block.
+Batches of 8 images, fp32 on a CPU, without the weights. "Checkpointed" is our model with
+torch.utils.checkpoint, "fused" is `fuse(model)`; the CPU kernels hold the same as "eager".
 """
 
 import sys
@@ -34,7 +34,8 @@ def main():
             models = (bench.make_model(row, bench.network_flags(depth=depth)) for depth in DEPTHS)
             held = [bench.bytes_held(model.train().to(memory_format=torch.channels_last), images)
                     for model in models]
-            axes.plot(DEPTHS, np.array(held) / 2**20, color=color, marker='o', label=mode)
+            axes.plot(DEPTHS, np.array(held) / 2**20, color=color, marker='o',
+                      label=mode.replace(', eager', ''))
         axes.set(xlabel='depth', ylabel='held for backward, MiB', xlim=(0, None), ylim=(0, None))
         axes.legend(loc='upper left')
         figure.suptitle(f'DenseNet-BC k=12, fp32, batches of {BATCH_SIZE} at 32 pixels; CPU, torch '

@@ -14,6 +14,7 @@ import densenet
 import predict
 import train
 from attic import channel_stats, clean_checkpoint, compare_grads, feature_reuse, numcheck_grads
+from fused_dense_block import eager, fuse
 
 
 def test_gradients_are_those_of_finite_differences(capsys):
@@ -26,25 +27,24 @@ def test_gradients_are_those_of_finite_differences(capsys):
 
 def spoil_backward(monkeypatch, which, factor):
     """Have the hand-written backward of all blocks return a gradient that is off by a factor."""
-    operations = densenet._EagerOperations
-    backward = operations.norm_relu_conv_backward
+    backward = eager.norm_relu_conv_backward
 
     def wrong(*args, **kwargs):
         gradients = list(backward(*args, **kwargs))
         gradients[which] = gradients[which] * factor
         return gradients
 
-    monkeypatch.setattr(operations, 'norm_relu_conv_backward', staticmethod(wrong))
+    monkeypatch.setattr(eager, 'norm_relu_conv_backward', wrong)
 
 
 @pytest.mark.parametrize('which', [0, 3])  # of the maps, of the convolution
 def test_finite_differences_notice_a_wrong_backward(which, monkeypatch):
-    cases = [case for case in numcheck_grads.cases() if case[0] == 'dense block, linear']
+    cases = [case for case in numcheck_grads.cases() if case[0] == 'dense block, fused']
     monkeypatch.setattr(numcheck_grads, 'cases', lambda: cases)
     spoil_backward(monkeypatch, which, 1 + 1e-4)
     with pytest.raises(SystemExit) as exit_:
         numcheck_grads.main([])
-    assert exit_.value.code.startswith('wrong: dense block, linear: ')
+    assert exit_.value.code.startswith('wrong: dense block, fused: ')
 
 
 @pytest.mark.parametrize('argv', [[], ['--memory-efficient']])
@@ -57,11 +57,15 @@ def test_hidden_states_and_gradients_are_torchvisions(argv, capsys):
     assert [row.split()[0] for row in rows if 'denselayer' in row] == \
         layers
     assert len(rows) == 4 + len(layers) + 3 + 2
-    assert last.startswith('dense blocks: linear; ') and float(last.split()[-1]) < 1e-10
+    assert last.startswith('dense blocks: eager; ') and float(last.split()[-1]) < 1e-10
 
 
 def test_another_gradient_than_torchvisions_is_noticed(monkeypatch):
-    spoil_backward(monkeypatch, 1, 1 + 1e-6)
+    def fuse_and_spoil(model):  # which fuse would notice itself
+        fuse(model)
+        spoil_backward(monkeypatch, 1, 1 + 1e-6)
+
+    monkeypatch.setattr(compare_grads, 'fuse', fuse_and_spoil)
     with pytest.raises(SystemExit) as exit_:
         compare_grads.main([])
     assert exit_.value.code == 1

@@ -1,5 +1,6 @@
 """What bench.py compares, and how it counts bytes and FLOPs; not how fast anything is."""
 
+import contextlib
 import csv
 import functools
 import math
@@ -9,21 +10,24 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import densenet
-import densenet_cpu
 import train
 from bench import Row
+from fused_dense_block import cpu, fuse
 
 TINY = ['--depth', '10', '--growth-rate', '4', '--batch-size', '4', '--image-size', '8',
         '--device', 'cpu', '--rounds', '2']
 NAMES = ['torchvision plain, NCHW', 'torchvision plain', 'timm plain', 'torchvision checkpointed',
-         'ours plain', 'ours checkpointed', 'ours block', 'ours memory-efficient']
-KERNELS = ['ours block, CPU kernels', 'ours block, CPU kernels, memory-efficient']
+         'ours plain', 'ours checkpointed', 'ours fused, eager',
+         'ours fused, eager, memory-efficient']
+FUSED = ['torchvision fused', 'timm fused', 'ours fused']  # in training and inference
 OURS = ['--rows', 'ours plain']
 
 
@@ -34,8 +38,13 @@ def small_and_without_kernels(monkeypatch):
 
 
 def set_cpu_kernels(monkeypatch, unavailable_reason):
-    monkeypatch.setattr(bench, 'densenet_cpu', SimpleNamespace(
-        unavailable_reason=lambda: unavailable_reason))
+    monkeypatch.setattr(bench, 'cpu', SimpleNamespace(
+        TYPES=cpu.TYPES, unavailable_reason=lambda dtype: unavailable_reason))
+
+
+def skip_without_kernels(mode):
+    if bench.MODES[mode].cpu == 'kernels' and cpu.unavailable_reason():
+        pytest.skip('no CPU kernels here')
 
 
 def read_csv(path):
@@ -44,7 +53,7 @@ def read_csv(path):
 
 
 def blocks_of(model):
-    return [module for module in model.modules() if isinstance(module, densenet.DenseBlock)]
+    return [module for module in model.modules() if hasattr(module, 'denselayer1')]
 
 
 def runner(*row, inference=False, depth=10, image_size=8, **settings):
@@ -67,6 +76,8 @@ def test_all_networks_of_a_table_have_the_same_size(given, parameters):
             logits = model(torch.empty(2, 3, args.image_size, args.image_size))
         assert sum(p.numel() for p in model.parameters()) == parameters
         assert logits.shape == (2, 1000 if 'arch' in given else 10)
+        assert [len(block._modules) for block in blocks_of(model)] == (
+            [6, 12, 36, 24] if 'arch' in given else [16, 16, 16])
 
 
 # ---- FLOPs -----------------------------------------------------------------------------------
@@ -79,6 +90,9 @@ def test_flops_of_a_step_are_those_of_the_plain_network_in_training():
     counts = counter.get_flop_counts()['Global']
     truth = counts[torch.ops.aten.convolution] + counts[torch.ops.aten.convolution_backward]
     truth += 2 * 2 * 32**2 * model.features.conv0.weight.numel()  # images have no gradient here
+    for size, transition in ((32, model.features.transition1), (16, model.features.transition2)):
+        # Pooled first, it does a quarter of the work, in forward and twice in backward.
+        truth -= 3 * 2 * 2 * (size**2 - (size // 2)**2) * transition.conv.weight.numel()
     assert bench.convolution_flops(args) == truth
     args = bench.network_flags(inference=True, depth=22, growth_rate=8, batch_size=2)
     assert bench.convolution_flops(args) == truth / 3
@@ -100,7 +114,7 @@ def test_the_limit_is_the_flops_at_the_rate_of_the_matrix_product(tmp_path, monk
     monkeypatch.setattr(bench.Runner, 'time', lambda self, steps: (
         turns.append(self.row.name), time(self, steps))[1])
     bench.main([*TINY, *OURS, '--precision', 'fp32', 'bf16', '--csv', str(tmp_path / 'x.csv')])
-    starts = 2 * ['ours plain', 'ours plain']  # two rows, of which each has a start and a turn
+    starts = 2 * ['ours plain', 'ours plain']  # two rows, each with a start and a turn
     assert turns == ['fp32', 'bf16', *starts, 'fp32', 'bf16', 'ours plain', 'ours plain']
     flops = bench.convolution_flops(bench.network_flags(
         depth=10, growth_rate=4, image_size=8, batch_size=4))
@@ -145,32 +159,93 @@ def model_and_images(source, mode, depth):
 
 
 @pytest.mark.parametrize('source, mode', [
-    ('ours', 'plain'), ('ours', 'block'), ('ours', 'memory-efficient'), ('torchvision', 'plain')])
+    ('ours', 'plain'), ('ours', 'fused, eager'), ('ours', 'fused, eager, memory-efficient'),
+    ('torchvision', 'plain')])
 def test_bytes_held_are_those_that_autograd_saves(source, mode):
     model, images = model_and_images(source, mode, depth=40)
     _, truth = saved_bytes(model, images)
-    # Autograd's count has the images in it, too.
+    # Autograd's count includes the images.
     assert bench.bytes_held(model, images) == pytest.approx(truth - images.nbytes, rel=0.01)
 
 
 def test_a_block_holds_a_quarter_of_the_plain_bytes_and_memory_efficient_a_seventh():
     held = {mode: bench.bytes_held(*model_and_images('ours', mode, depth=100))
             for mode in bench.EAGER_MODES}
-    assert held['block'] <= 0.25 * held['plain']
-    assert held['memory-efficient'] <= 0.15 * held['plain']
-    assert held['block'] < held['checkpointed'] < 0.6 * held['plain']
+    assert held['fused, eager'] <= 0.25 * held['plain']
+    assert held['fused, eager, memory-efficient'] <= 0.15 * held['plain']
+    assert held['fused, eager'] < held['checkpointed'] < 0.6 * held['plain']
 
 
-def block_bytes(num_layers, linear, efficient=False):
+def block_bytes(num_layers, fused, efficient=False):
     block = densenet.DenseBlock(num_layers, 24, 12, 4, 0.0, True, efficient).train()
-    block.linear_memory = linear
+    if fused:
+        fuse(block, kernels=False)
     return bench.bytes_held(block, torch.randn(2, 24, 16, 16))
 
 
 def test_bytes_grow_linearly_with_the_layers_of_a_block():
-    assert block_bytes(32, linear=False) > 3 * block_bytes(16, linear=False)
+    assert block_bytes(32, fused=False) > 3 * block_bytes(16, fused=False)
     for efficient in (False, True):
         assert block_bytes(32, True, efficient) <= 2.2 * block_bytes(16, True, efficient)
+
+
+def test_live_bytes_by_hand():
+    ignored = torch.zeros(1000)
+    with bench.LiveBytes(ignored) as live:
+        a = ignored + 1             # 4,000 bytes
+        b = torch.cat([a, a])       # 8,000 bytes
+        view = b[:10]
+        a.add_(1)
+        ignored.mul_(2)
+        assert live.now == live.peak == 12_000
+        del a, b
+        assert live.now == 8_000  # the view holds them
+        del view
+        assert live.now == 0 and live.peak == 12_000
+
+
+def allocator_peak(model, images, labels):
+    """The peak of a step by the events of torch's allocator."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
+        F.cross_entropy(model(images), labels).backward()
+    events = [(event.start_ns(), event.nbytes()) for event in
+              profile.profiler.kineto_results.events() if event.name() == '[memory]']
+    return np.cumsum([size for _, size in sorted(events, key=lambda event: event[0])]).max()
+
+
+@pytest.mark.parametrize('source, mode', [('torchvision', 'plain'), *(
+    ('ours', mode) for mode in bench.MODES)])
+def test_the_peak_is_what_the_allocator_says(source, mode):
+    skip_without_kernels(mode)
+    model, images = model_and_images(source, mode, depth=22)
+    model.to(memory_format=torch.channels_last)
+    labels = torch.tensor([3, 5])
+    peak = bench.peak_bytes(model, images, labels, contextlib.nullcontext())
+    # The allocator also counts scratch buffers within PyTorch's operations.
+    scratch = 1.15 if mode in bench.EAGER_MODES and 'fused' in mode else 1.01
+    assert peak / 1.01 <= allocator_peak(model, images, labels) <= peak * scratch
+
+
+@functools.cache
+def step_peak(source, mode):
+    """Bytes for DenseNet-BC-100-12, and the paths of the dense blocks."""
+    model = bench.make_model(Row(source, mode, 'fp32'), bench.network_flags()).train()
+    model.to(memory_format=torch.channels_last)
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
+    peak = bench.peak_bytes(model, images, labels, contextlib.nullcontext())
+    return peak, {getattr(block, 'path', 'layers') for block in blocks_of(model)}
+
+
+@pytest.mark.parametrize('mode, share', [
+    ('fused, eager', 0.25), ('fused, eager, memory-efficient', 0.15),
+    ('fused', 0.18), ('fused, memory-efficient', 0.10)])
+def test_the_peak_of_a_step_is_a_small_share_of_torchvisions(mode, share):
+    skip_without_kernels(mode)
+    theirs, _ = step_peak('torchvision', 'plain')
+    ours, paths = step_peak('ours', mode)
+    assert ours <= share * theirs and paths == {bench.MODES[mode].cpu}
 
 
 # ---- rows ------------------------------------------------------------------------------------
@@ -182,12 +257,15 @@ def test_a_table_has_all_rows_in_csv_and_figure(tmp_path, capsys):
     rows = read_csv(tmp_path / 'bench.csv')
     assert [row['row'] for row in rows] == NAMES
     for row in rows:
-        ms, memory = float(row['ms']), float(row['memory_mib'])
+        ms, memory, peak = (float(row[key]) for key in ('ms', 'memory_mib', 'peak_mib'))
         assert float(row['ms_quartile1']) <= ms <= float(row['ms_quartile3'])
         assert float(row['images_per_second']) == pytest.approx(4 / ms * 1e3, rel=1e-4)
         assert float(row['speed_ratio']) == pytest.approx(float(rows[0]['ms']) / ms, rel=1e-4)
         assert float(row['memory_ratio']) == pytest.approx(
             memory / float(rows[0]['memory_mib']), rel=1e-4)
+        assert peak > memory
+        assert float(row['peak_ratio']) == pytest.approx(
+            peak / float(rows[0]['peak_mib']), rel=1e-4)
         assert row['rounds'] == '2'
         assert f'torch {torch.__version__.partition("+")[0]}' in row['workload']
     image = np.asarray(Image.open(tmp_path / 'bench.png').convert('L'))
@@ -210,7 +288,7 @@ def test_every_row_takes_the_training_step_of_train(monkeypatch):
     models, step = [], train.train_step
     monkeypatch.setattr(train, 'train_step', lambda state, *args, **kwargs: (
         models.append(state.model), step(state, *args, **kwargs)))
-    bench.main([*TINY, '--steps', '3', '--rows', 'ours block', 'torchvision plain'])
+    bench.main([*TINY, '--steps', '3', '--rows', 'ours fused, eager', 'torchvision plain'])
     ours, theirs = dict.fromkeys(map(id, models))
     # At the start a warm-up and a step, then in each of two rounds a warm-up and three steps.
     assert [id(model) for model in models] == (
@@ -227,27 +305,62 @@ def test_a_time_is_the_mean_of_the_steps_in_a_round(monkeypatch):
 
 @pytest.mark.parametrize('mode', bench.MODES)
 def test_a_row_goes_the_way_that_it_is_named_after(mode):
-    if 'kernels' in mode and densenet_cpu.unavailable_reason():
-        pytest.skip('no CPU kernels here')
+    skip_without_kernels(mode)
     model = runner('ours', mode, 'fp32').model
-    path = mode if mode in ('plain', 'checkpointed') else (
-        'kernels' if 'kernels' in mode else 'linear')
-    assert {block.path for block in blocks_of(model)} == {path}
-    assert {block.memory_efficient for block in blocks_of(model)} == {
-        mode == 'checkpointed' or 'memory-efficient' in mode}
-    assert {module.cpu_kernels for module in model.modules()
-            if hasattr(module, 'linear_memory')} == {None if 'kernels' in mode else False}
+    recomputes = mode == 'checkpointed' or 'memory-efficient' in mode
+    if 'fused' in mode:
+        path = 'eager' if 'eager' in mode else 'kernels'
+        fused = [module for module in model.modules() if hasattr(module, 'path')]
+        assert len(fused) == 3 + 2  # blocks and transitions
+        assert {module.path for module in fused} == {path}
+        assert {block.recomputes() for block in blocks_of(model)} == {recomputes}
+    else:
+        assert not any(hasattr(module, 'path') for module in model.modules())
+        assert {layer.memory_efficient for block in blocks_of(model)
+                for layer in block.children()} == {recomputes}
 
 
-@pytest.mark.parametrize('argv, expected', [
-    (['--precision', 'fp32'], KERNELS), (['--precision', 'bf16'], KERNELS),
-    (['--precision', 'fp32', '--inference'], KERNELS[:1])])
-def test_kernels_have_rows_where_they_are(argv, expected, monkeypatch):
+@pytest.mark.parametrize('inference', [False, True])
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+@pytest.mark.parametrize('source', ['torchvision', 'timm', 'ours'])
+def test_fused_rows_take_the_kernels(source, precision, inference):
+    skip_without_kernels('fused')
+    if source == 'timm':
+        pytest.importorskip('timm')
+    model = runner(source, 'fused', precision, inference=inference).model
+    assert type(model).__module__.partition('.')[0] == {'ours': 'densenet'}.get(source, source)
+    blocks = blocks_of(model)
+    assert [(block.path, block.reason) for block in blocks] == 3 * [('kernels', None)]
+
+
+@pytest.mark.parametrize('source', ['torchvision', 'timm', 'ours'])
+def test_on_a_gpu_the_fused_mode_is_eager_and_memory_efficient(source, monkeypatch):
+    if source == 'timm':
+        pytest.importorskip('timm')
+    monkeypatch.setattr(cpu, 'unavailable_reason', lambda dtype=None: pytest.fail('not needed'))
+    args = bench.network_flags(depth=10, growth_rate=4, image_size=8)
+    row = Row(source, 'fused, memory-efficient', 'fp32')
+    model = bench.make_model(row, args, 'cuda').train()
+    model(torch.randn(2, 3, 8, 8))
+    for block in blocks_of(model):
+        assert block.path == 'eager' and block.recomputes()
+
+
+@pytest.mark.parametrize('argv, on_cpu, on_cuda', [
+    *((['--precision', precision], [*FUSED, 'ours fused, memory-efficient'],
+       [f'{name}, memory-efficient' for name in FUSED]
+       + ['ours fused, memory-efficient, CUDA graph']) for precision in ('fp32', 'bf16')),
+    (['--precision', 'fp32', '--inference'], FUSED, []),
+    (['--precision', 'fp16'], [], [f'{name}, memory-efficient' for name in FUSED]
+     + ['ours fused, memory-efficient, CUDA graph'])])
+def test_kernels_have_rows_where_they_are(argv, on_cpu, on_cuda, monkeypatch):
+    monkeypatch.setattr(bench.importlib.util, 'find_spec', lambda name: name)
     set_cpu_kernels(monkeypatch, None)
     options = bench.make_parser().parse_args(argv)
-    for on_cuda in (False, True):
-        rows = [row.name for row in bench.select_rows(options, on_cuda)]
-        assert [name for name in rows if 'kernels' in name] == expected * (not on_cuda)
+    for expected, device_is_cuda in ((on_cpu, False), (on_cuda, True)):
+        rows = [row.name for row in bench.select_rows(options, device_is_cuda)]
+        assert [name for name in rows if 'fused' in name and 'eager' not in name] == expected
+        assert not (device_is_cuda and any('eager' in name for name in rows))
 
 
 def test_a_row_is_what_its_name_says():
@@ -279,7 +392,8 @@ def test_inference_has_rows_without_memory(tmp_path):
     assert [(row['row'], row['precision']) for row in rows] == [
         ('torchvision plain, NCHW', 'fp32'), ('torchvision plain', 'fp32'), ('ours plain', 'fp32'),
         ('torchvision plain', 'bf16'), ('ours plain', 'bf16')]
-    assert all(float(row['ms']) > 0 and row['memory_mib'] == 'nan' for row in rows)
+    for row in rows:
+        assert float(row['ms']) > 0 and row['memory_mib'] == row['peak_mib'] == 'nan'
 
 
 def test_onnxruntime_computes_what_the_network_does():
@@ -321,11 +435,15 @@ def test_out_of_memory_is_a_row(capsys, tmp_path, monkeypatch):
 
 
 def test_a_failing_row_is_said_and_the_others_are_shown(capsys, monkeypatch):
-    monkeypatch.setitem(bench.MODES, 'block', ())
+    def refuse(*_, **__):
+        raise ValueError('not fused: features.denseblock1 computes something else')
+
+    monkeypatch.setattr(bench, 'fuse', refuse)
     with pytest.raises(SystemExit) as exit_:
-        bench.main([*TINY, '--rows', 'ours plain', 'ours block'])
+        bench.main([*TINY, '--rows', 'ours plain', 'ours fused, eager'])
     table = capsys.readouterr().out
-    assert exit_.value.code == 1 and 'failed: ValueError' in table and ' 1.00 ' in table
+    assert exit_.value.code == 1 and ' 1.00 ' in table
+    assert 'failed: ValueError: not fused: features.denseblock1 computes something' in table
 
 
 def test_what_was_measured_before_an_interruption_is_shown(capsys, monkeypatch):
@@ -339,11 +457,12 @@ def test_what_was_measured_before_an_interruption_is_shown(capsys, monkeypatch):
 
     monkeypatch.setattr(bench.Runner, 'time', interrupted)
     with pytest.raises(SystemExit) as exit_:
-        bench.main([*TINY, '--rows', 'ours plain', 'ours block', '--rounds', '5'])
+        bench.main([*TINY, '--rows', 'ours plain', 'ours fused, eager', '--rounds', '5'])
     assert exit_.value.code == 130
     _, _, plain, block, _ = capsys.readouterr().out.splitlines()
     for line in plain, block:
-        assert line.startswith('ours ') and float(line.split()[3]) > 0
+        name, _, numbers = line.partition(' fp32 ')
+        assert name.startswith('ours ') and float(numbers.split()[0]) > 0
 
 
 @pytest.mark.parametrize('package', ['timm', 'onnxruntime', 'onnxscript'])
@@ -360,14 +479,15 @@ def test_without_a_package_there_is_no_such_row(package, monkeypatch):
 def test_a_row_whose_blocks_fall_back_is_no_row(monkeypatch):
     make_model = bench.make_model
 
-    def hooked(row, args):
-        model = make_model(row, args)
+    def hooked(*args):
+        model = make_model(*args)
         model.features.denseblock2.denselayer1.norm1.register_forward_hook(lambda *_: None)
         return model
 
     monkeypatch.setattr(bench, 'make_model', hooked)
-    with pytest.raises(RuntimeError, match='a block went the plain way: .*norm1 has hooks'):
-        runner('ours', 'block', 'fp32')
+    with pytest.raises(RuntimeError, match="denseblock2 took the path 'layers' instead of 'eager': "
+                                           '.*norm1 has hooks'):
+        runner('ours', 'fused, eager', 'fp32')
 
 
 @pytest.mark.parametrize('argv, complaint', [
@@ -396,7 +516,7 @@ def test_bad_input_is_one_line(argv, complaint, capsys):
 # ---- on a GPU --------------------------------------------------------------------------------
 
 @pytest.mark.cuda
-@pytest.mark.parametrize('argv, graphs', [(['--precision', 'fp16'], 3),
+@pytest.mark.parametrize('argv, graphs', [(['--precision', 'fp16'], 2),
                                           (['--inference', '--precision', 'tf32'], 1)])
 def test_all_rows_run_on_cuda(argv, graphs, tmp_path, monkeypatch):
     """fp16 has autocast and the gradient scaler; tf32 has the NCHW row.

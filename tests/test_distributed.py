@@ -16,8 +16,8 @@ from conftest import ROOT, SMALL, assert_same_run, read_csv, write_images
 from forked import interrupted
 
 import checkpoint
-import densenet_cpu
 import train
+from fused_dense_block import cpu
 
 # What torchrun does with its flags, for a script given as text: processes, the script and its
 # arguments.
@@ -52,6 +52,7 @@ TRAINING = '''
 import os, sys
 import torch
 import data, densenet, distributed, train
+from fused_dense_block import fuse
 from checkpoint import TrainState
 from flags import parse_args
 
@@ -82,6 +83,7 @@ def train_some(argv, batch_statistics, epochs=2):
     """Two epochs of five batches, the last of which has two images: all that came of them."""
     torch.manual_seed(0)
     model = densenet.densenet_cifar(10, 4).to(memory_format=torch.channels_last).train()
+    fuse(model)
     if not batch_statistics:
         for norm in [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]:
             norm.eval()
@@ -154,13 +156,13 @@ with distributed.process_group():
             assert found['test'][1:4] == expected['test'][1:4] and found['test'][1] > 0
             assert torch.equal(found['test'][4], expected['test'][4])
             assert abs(found['test'][0] - expected['test'][0]) < 1e-9
-        assert found['path'] == expected['path'] == ('plain' if i < 2 else 'linear')
+        assert found['path'] == expected['path'] == ('layers' if i < 2 else 'eager')
         assert found['sent'] == 10  # each gradient once in a step, however many parts that has
         assert found['statistics'] == [found['statistics'][0]] * processes
 
 
 def test_the_cpu_kernels_train_in_processes_as_in_one(tmp_path):
-    if reason := densenet_cpu.unavailable_reason():
+    if reason := cpu.unavailable_reason():
         pytest.skip(f'no kernels: {reason}')
     body = '''
 torch.set_default_dtype(torch.float32)

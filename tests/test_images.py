@@ -66,8 +66,8 @@ def test_memory_against_depth(elsewhere, monkeypatch):
     curves = {line.get_label(): line.get_ydata().tolist() for line in figure.axes[0].lines}
     for curve in curves.values():
         assert len(curve) == 3 and curve == sorted(curve)
-    assert (curves['memory-efficient'][-1] < curves['block'][-1] < curves['checkpointed'][-1]
-            < curves['plain'][-1])
+    assert (curves['fused, memory-efficient'][-1] < curves['fused'][-1]
+            < curves['checkpointed'][-1] < curves['plain'][-1])
 
 
 def test_predictions_are_those_of_the_evaluation(tmp_path, capsys, monkeypatch):

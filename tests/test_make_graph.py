@@ -77,9 +77,6 @@ def test_each_layer_gets_what_its_norm_reads(argv, tmp_path):
 def test_the_autograd_view_has_every_parameter_and_function_of_a_real_step(argv, tmp_path):
     _, model, image_size = make_graph.build_model(argv.split())
     model = model.to_empty(device='cpu').train()
-    for module in model.modules():
-        if hasattr(module, 'linear_memory'):
-            module.linear_memory = False
     functions, waiting = set(), [model(torch.zeros(2, 3, image_size, image_size)).grad_fn]
     while waiting:
         function = waiting.pop()
@@ -108,7 +105,7 @@ def test_a_folded_box_says_what_its_layers_read(tmp_path):
 
 def test_a_memory_efficient_block_is_one_function_of_autograd(tmp_path):
     text = draw('--depth 22 --view autograd --memory-efficient'.split(), tmp_path)
-    assert text.count('label="_LinearMemoryBlock\n') == 3 and 'Cat' not in text
+    assert text.count('label="DenseBlockFunction\n') == 3 and 'Cat' not in text
 
 
 @pytest.mark.parametrize('argv, size, classes', [([], 224, 1000),

@@ -15,6 +15,7 @@ from PIL import Image
 import checkpoint
 import data
 import densenet
+import networks
 import predict
 import train
 
@@ -98,7 +99,7 @@ def test_one_channel_gives_what_three_equal_ones_gave(tmp_path, build, size):
     torch.manual_seed(0)
     three, one = build(num_classes=3).eval(), build(num_classes=3, in_channels=1).eval()
     torch.save(three.state_dict(), tmp_path / 'three.pth')
-    train.load_pretrained(one, Namespace(pretrained=str(tmp_path / 'three.pth'), arch=None,
+    networks.load_pretrained(one, Namespace(pretrained=str(tmp_path / 'three.pth'), arch=None,
                                          reset_classifier=False))
     grey = torch.randn(2, 1, size, size)
     with torch.no_grad():

@@ -49,7 +49,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 
 
 @pytest.mark.parametrize('function, signum', [
-    ('build_model', signal.SIGTERM), ('build_model', signal.SIGINT),
+    ('networks.build', signal.SIGTERM), ('networks.build', signal.SIGINT),
     ('data.make_loader', signal.SIGUSR1)])
 def test_a_signal_before_there_is_anything_to_save(recipe, tmp_path, function, signum):
     ended = run_interrupted([*recipe, '--save', str(tmp_path / 'run')], function, 1, signum)

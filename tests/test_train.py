@@ -34,6 +34,7 @@ import checkpoint
 import densenet
 import flags
 import machine
+import networks
 import runlog
 import train
 from checkpoint import TrainState
@@ -54,7 +55,7 @@ def flags_of(line=''):
 def test_the_classic_repositories_commands():
     args = flags_of('--layers 40 --growth 12 --no-bottleneck --reduce 1.0 --name DenseNet-40-12')
     args = flags.with_network(args, 32)
-    model = train.build_model(args, 10, 32)
+    model = networks.build(args, 10, 32)
     assert sum(p.numel() for p in model.parameters()) == 1_019_722
     assert flags.run_directory(args).as_posix() == 'work/DenseNet-40-12'
 
@@ -68,7 +69,7 @@ def test_the_classic_repositories_commands():
     args = flags_of('--dataset imagenet --data x --batchSize 256 --nEpochs 90 --depth 121 '
                     '--growthRate 32 --nThreads 16')
     args = flags.with_network(args, 224)
-    assert sum(p.numel() for p in train.build_model(args, 1000, 224).parameters()) == 7_978_856
+    assert sum(p.numel() for p in networks.build(args, 1000, 224).parameters()) == 7_978_856
 
 
 @pytest.mark.parametrize('argv, size, classes, parameters', [
@@ -79,7 +80,7 @@ def test_the_classic_repositories_commands():
 ])
 def test_block_configurations_are_the_named_models(argv, size, classes, parameters):
     args = flags.with_network(flags_of(argv), size)
-    model = train.build_model(args, classes, size)
+    model = networks.build(args, classes, size)
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
@@ -794,7 +795,7 @@ def test_running_out_of_memory_names_the_flags_that_need_less(
     assert fails(capsys, *small, '--save', tmp_path / 'run') == expected
     monkeypatch.setattr(train, 'evaluate', Mock(side_effect=error))
     assert fails(capsys, '--evaluate', '--resume', tmp_path / 'run/latest.pth') == expected
-    monkeypatch.setattr(train, 'build_model', Mock(side_effect=error))
+    monkeypatch.setattr(networks, 'build', Mock(side_effect=error))
     assert fails(capsys, *small, '--save', tmp_path / 'other') == expected
 
 

@@ -10,24 +10,26 @@ import checkpoint
 import densenet
 import flags
 import machine
+import networks
 import pretended_cuda
 import train
+from fused_dense_block import unfuse
 
 CUDA = torch.device('cuda')
 SHAPES = [(4, 3, 8, 8), (2, 3, 8, 8)]  # the second is the last batch of an epoch
 WORK = 'kernel', 'memset', 'copy', 'graph', 'collective'
 
 
-def make_training(argv=(), precision='bf16', linear_memory=None):
+def make_training(argv=(), precision='bf16', fused=True):
     """The flags, the state and the autocast of training a small network on the pretended GPU."""
     args, _ = flags.parse_args(['--dataset', 'shapes', '--depth', '10', '--growth-rate', '4',
                                 '--batch-size', '4', *argv])
     precision = machine.choose_precision(precision, CUDA)
     machine.set_determinism(args.deterministic)
-    model = train.build_model(flags.with_network(args, 8), 10, 8)
-    for block in dense_blocks(model):
-        block.linear_memory = block.linear_memory if linear_memory is None else linear_memory
+    model = networks.build(flags.with_network(args, 8), 10, 8)
     model = train.prepare_model(model, args, CUDA)
+    if not fused:
+        unfuse(model)
     train.set_training_mode(model, args)
     state = train.make_state(args, model, CUDA, precision)
     return args, state, machine.make_autocast(precision, CUDA)
@@ -116,14 +118,14 @@ def test_optimizers(optimizer, precision):
 
 
 @pytest.mark.parametrize('precision', ['fp32', 'bf16', 'fp16'])
-@pytest.mark.parametrize('argv, linear_memory, path', [
-    ('', None, 'plain'), ('', True, 'linear'), ('--memory-efficient', None, 'linear'),
-    ('--memory-efficient', False, 'checkpointed'), ('--drop-rate 0.2', None, 'plain'),
-    ('--drop-rate 0.2', True, 'linear'), ('--drop-rate 0.2 --memory-efficient', None, 'linear'),
-    ('--grad-accum 2 --label-smoothing 0.1', None, 'plain'), ('--deterministic', None, 'plain')])
-def test_ways_to_train(argv, linear_memory, path, precision):
-    state = check_graph(argv.split(), precision, linear_memory=linear_memory)
-    assert {block.path for block in dense_blocks(state.model)} == {path}
+@pytest.mark.parametrize('argv, fused, path', [
+    ('', True, 'layers'), ('', False, None), ('--memory-efficient', True, 'eager'),
+    ('--memory-efficient', False, None), ('--drop-rate 0.2', True, 'layers'),
+    ('--drop-rate 0.2 --memory-efficient', True, 'eager'),
+    ('--grad-accum 2 --label-smoothing 0.1', True, 'layers'), ('--deterministic', True, 'layers')])
+def test_ways_to_train(argv, fused, path, precision):
+    state = check_graph(argv.split(), precision, fused=fused)
+    assert {getattr(block, 'path', None) for block in dense_blocks(state.model)} == {path}
 
 
 def test_frozen_features(tmp_path):

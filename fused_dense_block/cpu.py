@@ -1,13 +1,13 @@
-"""The operations of a dense block as CPU kernels, compiled at first use: optional, for densenet.py.
+"""The five operations of a fused dense block as CPU kernels, compiled at first use.
 
-Needs torch, a CPU with AVX2, and a C++ compiler, g++ at best. What it compiles of
-`densenet_cpu.cpp`, in 3 seconds for each type of map, is kept in the user's cache directory:
-`$XDG_CACHE_HOME/densenet` or `~/.cache/densenet`. Where one of them is missing, a warning says so,
-and densenet.py takes its eager operations. DENSENET_CPU_KERNELS=0 turns the kernels off.
+Needs a CPU with AVX2, and a C++ compiler, preferably g++. Compiling `cpu.cpp` takes 3 seconds for
+each type of map; the libraries are kept in the user's cache directory, `$XDG_CACHE_HOME/densenet`
+or `~/.cache/densenet`. Without a compiler or AVX2 a warning says so once, and eager.py takes over.
+DENSENET_CPU_KERNELS=0 turns the kernels off.
 
-The functions of the first part stand in for those of `_EagerOperations` in densenet.py, which says
-what they compute. `maps` and `half` are its `_Maps` and `_Half`: maps [N, C, H, W] are float32 or
-bfloat16 in channels_last, and may be some channels of a wider such tensor; all else is float32.
+The functions of the first part stand in for those of eager.py, which says what they compute. Maps
+[N, C, H, W] are float32 or bfloat16 in channels_last and may be some channels of a wider such map;
+everything else is float32.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_suffix('.cpp')
+SOURCE = Path(__file__).with_name('cpu.cpp')
 FLAGS = '-std=c++17 -O3 -march=native -ffp-contract=fast -fopenmp -fPIC'.split()
 TYPES = {torch.float32: 'float', torch.bfloat16: 'bf16'}
 _madvise = ctypes.CDLL(None).madvise if hasattr(mmap, 'MADV_HUGEPAGE') else None
@@ -36,10 +36,13 @@ _madvise = ctypes.CDLL(None).madvise if hasattr(mmap, 'MADV_HUGEPAGE') else None
 path = 'kernels'
 
 
-def supports(x):
-    """Whether the other functions take x as maps."""
-    return (x.device.type == 'cpu' and x.dtype in TYPES and x.dim() == 4 and x.numel() > 0
-            and _row_stride(x) is not None and unavailable_reason(x.dtype) is None)
+def why_not(x):
+    """Why the other functions do not take x as maps, or None."""
+    if x.dtype not in TYPES:
+        return f'no kernels for {x.dtype}'
+    if _row_stride(x) is None:
+        return 'the input is not in channels_last'
+    return unavailable_reason(x.dtype)
 
 
 def new_maps(x, channels, height=None, width=None):
@@ -65,19 +68,19 @@ def statistics(data):
     return mean, var
 
 
-def norm_relu_conv(maps, half, pool=False, out=None, statistics=False):
-    """The output, in `out` if given, and its `statistics` if wanted, else None and None."""
+def norm_relu_conv(maps, half, pool=False, out=None, with_statistics=False):
+    """The output, in `out` if given, and its `statistics` if wanted, otherwise two Nones."""
     if out is None:
         h, w = (size // 2 if pool else size for size in maps.data.shape[2:])
         out = new_maps(maps.data, len(half.kernel), h, w)
-    mean, var = _vectors(out, 2, len(half.kernel)) if statistics else (None, None)
+    mean, var = _vectors(out, 2, len(half.kernel)) if with_statistics else (None, None)
     invstd = (maps.var + half.eps).rsqrt()
     _call('norm_relu_conv', out.dtype, *_input(maps, half, invstd), *_shape(maps, half, pool),
           *_map(out), mean, var)
     return out, mean, var
 
 
-def norm_relu_conv_backward(grad, maps, half, invstd, pool=False, total=None, completion=None):
+def norm_relu_conv_backward(grad, maps, half, invstd, pool=False, total=None, pending=None):
     """`total` (new, or added to in place), and the gradients of weight, bias and kernel."""
     n, c, h, w = maps.data.shape
     grad = grad.to(maps.data.dtype)
@@ -88,11 +91,11 @@ def norm_relu_conv_backward(grad, maps, half, invstd, pool=False, total=None, co
         total = new_maps(maps.data, c)
         if pool and (h % 2 or w % 2):
             total.zero_()  # the last line and column have no gradient
-    z, *coefficients = completion or [None] * 3
-    completing = [None, 0, None] if z is None else [*_map(z.data), z.mean]
+    z, *coefficients = pending or [None] * 3
+    outputs = [None, 0, None] if z is None else [*_map(z.data), z.mean]
     sum_g, sum_gx = _vectors(maps.data, 2, c)
     d_kernel = torch.empty_like(half.kernel, memory_format=torch.channels_last)
-    _call('norm_relu_conv_backward', grad.dtype, *_map(grad), *completing, *coefficients,
+    _call('norm_relu_conv_backward', grad.dtype, *_map(grad), *outputs, *coefficients,
           *_input(maps, half, invstd), *_shape(maps, half, pool), *_map(total), add, sum_g, sum_gx,
           d_kernel)
     return total, sum_gx * invstd, sum_g, d_kernel

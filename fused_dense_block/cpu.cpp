@@ -1,5 +1,5 @@
 // The operations of a dense block in training, as CPU kernels: norm-ReLU-convolution, its backward,
-// batch statistics, and the last step of a norm's backward. `densenet_cpu.py` compiles and calls
+// batch statistics, and the last step of a norm's backward. `cpu.py` compiles and calls
 // them.
 //
 // A feature map [N, C, H, W] lies in NHWC: a matrix with a row for each pixel and a column for each

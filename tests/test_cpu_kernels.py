@@ -1,7 +1,7 @@
 """The CPU kernels against float64 torch, and how they are built.
 
 Some of the comparisons run once more under the address and undefined-behaviour sanitizers, and in a
-build for AVX2: `python tests/test_densenet_cpu.py DIRECTORY 5` makes each fifth of them with the
+build for AVX2: `python tests/test_cpu_kernels.py DIRECTORY 5` makes each fifth of them with the
 libraries of that directory.
 """
 
@@ -18,8 +18,8 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import densenet_cpu  # noqa: E402
-from densenet import _Half, _Maps  # noqa: E402
+from fused_dense_block import cpu  # noqa: E402
+from fused_dense_block.autograd import Maps, NormConv  # noqa: E402
 
 DTYPES = torch.float32, torch.bfloat16
 # images, height, width, outputs, side of the kernel, pool: odd ones, one pixel, one image
@@ -31,8 +31,8 @@ CHANNELS = (1, 2, 3, 5, 8, 15, 16, 17, 24, 31, 48, 60, 97, 130, 200, 300)
 
 @pytest.fixture
 def kernels():
-    if densenet_cpu.unavailable_reason():
-        pytest.skip(densenet_cpu.unavailable_reason())
+    if cpu.unavailable_reason():
+        pytest.skip(cpu.unavailable_reason())
 
 
 needs_kernels = pytest.mark.usefixtures('kernels')
@@ -49,7 +49,7 @@ def per_channel(vector):
 def maps_of(data):
     """With a mean and a variance of their own."""
     c = data.shape[1]
-    return _Maps(data, torch.randn(c), torch.rand(c) + 0.1)
+    return Maps(data, torch.randn(c), torch.rand(c) + 0.1)
 
 
 def error(value, reference):
@@ -66,7 +66,7 @@ class Case:
         self.x = self.wide[:, 3:3 + channels]
         self.maps = maps_of(self.x)
         kernel = torch.randn(outputs, channels, side, side) / (channels * side**2) ** 0.5
-        self.half = _Half(*torch.randn(2, channels), kernel, 1e-3)
+        self.half = NormConv(*torch.randn(2, channels), kernel, 1e-3)
         self.out = channels_last(n, outputs + 7, *((h // 2, w // 2) if pool else (h, w)), dtype)
         self.grad = channels_last(*self.out[:, 7:].shape, dtype)
         self.total = channels_last(n, channels + 8, h, w, dtype)
@@ -87,11 +87,11 @@ class Case:
         return z.detach(), (normed.grad / std, weight.grad, bias.grad, kernel.grad)
 
     def forward(self, **options):
-        return densenet_cpu.norm_relu_conv(self.maps, self.half, self.pool, **options)
+        return cpu.norm_relu_conv(self.maps, self.half, self.pool, **options)
 
     def backward(self, **options):
         invstd = (self.maps.var + self.half.eps).rsqrt()
-        return densenet_cpu.norm_relu_conv_backward(self.grad, self.maps, self.half, invstd,
+        return cpu.norm_relu_conv_backward(self.grad, self.maps, self.half, invstd,
                                                     self.pool, **options)
 
 
@@ -100,7 +100,7 @@ def compare(case, dtype):
     near = 1e-5 if dtype == torch.float32 else 0.01
     # Written into a slice; its surroundings stay as they are.
     before = case.out.clone()
-    z, mean, variance = case.forward(out=case.out[:, 2:2 + case.outputs], statistics=True)
+    z, mean, variance = case.forward(out=case.out[:, 2:2 + case.outputs], with_statistics=True)
     assert error(z, case.z) < near
     variance_of_z, mean_of_z = torch.var_mean(z.double(), (0, 2, 3), correction=0)
     assert error(mean, mean_of_z) < 1e-5 and (variance - variance_of_z).abs().max() < 1e-5
@@ -127,10 +127,10 @@ def compare(case, dtype):
     z = maps_of(channels_last(*case.grad.shape, dtype))
     case.grad = channels_last(*case.grad.shape, dtype)
     a, b = torch.randn(2, case.outputs) / 4
-    completed = densenet_cpu.complete(case.grad, z, a, b)
+    completed = cpu.complete(case.grad, z, a, b)
     share = per_channel(a) + (z.data.double() - per_channel(z.mean)) * per_channel(b)
     assert error(completed, case.grad.double() - share) < near
-    on_the_way = case.backward(completion=(z, a, b))
+    on_the_way = case.backward(pending=(z, a, b))
     case.grad = completed
     for first, second in zip(on_the_way, case.backward()):
         assert error(first, second.double()) < 3 * near
@@ -170,7 +170,7 @@ def test_bf16_is_as_close_as_torch(shape):
 def test_statistics(dtype):
     for n, c, h, w in [(1, 1, 1, 1), (3, 17, 5, 7), (64, 130, 8, 8)]:
         x = channels_last(n, c + 5, h, w, dtype)[:, 2:2 + c]
-        mean, variance = densenet_cpu.statistics(x)
+        mean, variance = cpu.statistics(x)
         expected, expected_mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
         torch.testing.assert_close(mean, expected_mean.float(), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(variance, expected.float(), rtol=1e-5, atol=1e-6)
@@ -180,7 +180,7 @@ def test_statistics(dtype):
 def test_statistics_far_from_zero():
     x = channels_last(64, 20, 16, 16) + 1000  # a float32 there has steps of 6e-5
     expected, expected_mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
-    mean, variance = densenet_cpu.statistics(x)
+    mean, variance = cpu.statistics(x)
     torch.testing.assert_close(mean, expected_mean.float(), rtol=1e-7, atol=0)
     torch.testing.assert_close(variance, expected.float(), rtol=1e-5, atol=0)
 
@@ -194,7 +194,7 @@ def test_nan_stays_visible(shape, dtype):
     case = Case(*shape, dtype)
     case.x[1, 5, 4, 2] = float('nan')
     z, (_, d_weight, _, d_kernel) = case.reference(torch.float64, case.grad)
-    mine, mean, _ = case.forward(statistics=True)
+    mine, mean, _ = case.forward(with_statistics=True)
     torch.testing.assert_close(mine.isnan(), z.isnan())
     assert mean.isnan().all()
     _, my_d_weight, _, my_d_kernel = case.backward()
@@ -205,10 +205,10 @@ def test_nan_stays_visible(shape, dtype):
 @needs_kernels
 def test_the_default_dtype_does_not_matter():
     case = Case(2, 8, 8, 12, 3, False, 20, torch.float32)
-    expected = *case.forward(statistics=True), *case.backward()
+    expected = *case.forward(with_statistics=True), *case.backward()
     torch.set_default_dtype(torch.float64)
     try:
-        found = *case.forward(statistics=True), *case.backward()
+        found = *case.forward(with_statistics=True), *case.backward()
     finally:
         torch.set_default_dtype(torch.float32)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
@@ -216,20 +216,20 @@ def test_the_default_dtype_does_not_matter():
 
 @needs_kernels
 def test_what_is_not_a_map():
-    assert densenet_cpu.supports(channels_last(2, 3, 4, 5))
-    assert densenet_cpu.supports(channels_last(2, 9, 4, 5)[:, 2:5])
-    assert not densenet_cpu.supports(torch.randn(2, 3, 4, 5))
-    assert not densenet_cpu.supports(channels_last(2, 3, 4, 5).double())
-    assert not densenet_cpu.supports(channels_last(2, 3, 4, 5)[:, :, ::2])
-    assert not densenet_cpu.supports(channels_last(2, 3, 4, 5)[..., 1:])
+    assert cpu.why_not(channels_last(2, 3, 4, 5)) is None
+    assert cpu.why_not(channels_last(2, 9, 4, 5)[:, 2:5]) is None
+    assert cpu.why_not(channels_last(2, 3, 4, 5).double()) == 'no kernels for torch.float64'
+    for x in (torch.randn(2, 3, 4, 5), channels_last(2, 3, 4, 5)[:, :, ::2],
+              channels_last(2, 3, 4, 5)[..., 1:]):
+        assert cpu.why_not(x) == 'the input is not in channels_last'
     with pytest.raises(ValueError, match='channels_last'):
-        densenet_cpu.statistics(torch.randn(2, 3, 4, 5))
+        cpu.statistics(torch.randn(2, 3, 4, 5))
 
 
 # ---- Building ----
 
-REPORT = ('import densenet_cpu; '
-          'print(densenet_cpu.unavailable_reason()); print(densenet_cpu.unavailable_reason())')
+REPORT = ('from fused_dense_block import cpu; '
+          'print(cpu.unavailable_reason()); print(cpu.unavailable_reason())')
 
 
 def start(cache, code=REPORT, **env):
@@ -293,9 +293,9 @@ def test_two_processes_build_at_once(tmp_path):
 def run_with(flags, tmp_path, every, **env):
     """Runs every few comparisons in another process, with kernels that are compiled with flags."""
     command = [compiler(), '-std=c++17', *flags, '-fopenmp', '-fPIC', '-shared',
-               '-ffp-contract=fast', str(ROOT / 'densenet_cpu.cpp')]
+               '-ffp-contract=fast', str(ROOT / 'fused_dense_block/cpu.cpp')]
     builds = [subprocess.Popen([*command, f'-DMAP={map_type}', '-o', str(tmp_path / map_type)])
-              for map_type in densenet_cpu.TYPES.values()]
+              for map_type in cpu.TYPES.values()]
     assert [build.wait() for build in builds] == [0, 0]
     done = subprocess.run([sys.executable, __file__, str(tmp_path), str(every)], text=True,
                           capture_output=True, cwd=ROOT, env={**os.environ, **env})
@@ -328,8 +328,8 @@ def test_sanitizers(tmp_path):
 if __name__ == '__main__':
     directory, every = sys.argv[1:]
     libraries = {dtype: ctypes.CDLL(f'{directory}/{map_type}')
-                 for dtype, map_type in densenet_cpu.TYPES.items()}
-    densenet_cpu._load = lambda dtype: (libraries[dtype], None)
+                 for dtype, map_type in cpu.TYPES.items()}
+    cpu._load = lambda dtype: (libraries[dtype], None)
     for dtype in DTYPES:
         compare_all(dtype, int(every))
     print('all agree')

@@ -6,12 +6,12 @@ import statistics
 import pytest
 import torch
 import torch.nn.functional as F
-from test_dense_block import block_input, make_block
+from test_fuse import block_input
 
-import densenet_cpu
 from densenet import DenseBlock, DenseNet, Transition
+from fused_dense_block import cpu, fuse
 
-reason = densenet_cpu.unavailable_reason()
+reason = cpu.unavailable_reason()
 pytestmark = pytest.mark.skipif(reason is not None, reason=f'no kernels here: {reason}')
 
 
@@ -26,13 +26,6 @@ def network(growth_rate=12, in_float64=False, seed=0, **kwargs):
             torch.nn.init.normal_(module.bias)
     return model.to(torch.float64 if in_float64 else torch.float32,
                     memory_format=torch.channels_last).train()
-
-
-def switch_kernels(model, on):
-    for module in model.modules():
-        if hasattr(module, 'cpu_kernels'):
-            module.cpu_kernels = None if on else False
-    return model
 
 
 def batch(n=8, size=(9, 10)):
@@ -72,10 +65,9 @@ def test_a_step_is_as_close_to_float64_as_that_of_eager_operations(settings, dty
         truth = training_step(network(in_float64=True, seed=seed, **settings), images.double(),
                               labels)
         for way in found:
-            model = switch_kernels(network(seed=seed, **settings), way == 'kernels')
-            for module in model.modules():
-                if hasattr(module, 'linear_memory'):
-                    module.linear_memory = way != 'plain'
+            model = network(seed=seed, **settings)
+            if way != 'plain':
+                fuse(model, kernels=way == 'kernels')
             found[way].append(errors(training_step(model, images, labels, dtype), truth))
     for kind in truth:
         median = {way: statistics.median(each[kind] for each in found[way]) for way in found}
@@ -92,39 +84,33 @@ def test_evaluation_equals_the_plain_one(settings, size):
         training_step(model, images, labels)
     model.eval()
     with torch.no_grad():
-        results = [switch_kernels(model, on)(images) for on in (True, False)]
-        paths = [switch_kernels(model, on)(images) is not None
-                 and (model.features.denseblock1.path, model.features.transition1.path)
-                 for on in (True, False)]
-        single = [switch_kernels(model, on)(images[:1]) for on in (True, False)]
-    assert paths == [('kernels', 'kernels'), ('plain', 'plain')]
-    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(*single, rtol=1e-5, atol=1e-5)
-    switch_kernels(model, True)(images)  # with gradients
-    assert model.features.denseblock1.path == 'plain'
+        plain = model(images), model(images[:1])
+        fuse(model)
+        torch.testing.assert_close((model(images), model(images[:1])), plain, rtol=1e-5, atol=1e-5)
+    assert {module.path for module in model.modules() if hasattr(module, 'path')} == {'kernels'}
 
 
-def test_training_takes_the_kernels_by_itself():
-    model = network()
+def test_training_takes_the_kernels():
+    model = fuse(network())
     training_step(model, *batch())
     assert {module.path for module in model.modules() if hasattr(module, 'path')} == {'kernels'}
 
 
 def test_two_steps_give_the_same_bits():
     images, labels = batch()
-    first, second = (training_step(network(), images, labels) for _ in range(2))
+    first, second = (training_step(fuse(network()), images, labels) for _ in range(2))
     assert all(torch.equal(first[kind], second[kind]) for kind in first)
 
 
 def test_nan_in_is_nan_out():
     images, labels = batch()
     images[3, 1, 4, 4] = torch.nan
-    model = network()
+    model = fuse(network())
     found = training_step(model, images, labels)
     assert found['logits'].isnan().any() and found['gradients'].isnan().any()
     images[3, 1, 4, 4] = 0
     with torch.no_grad():
-        fresh = network().eval()
+        fresh = fuse(network()).eval()
         images[0, 0, 0, 0] = torch.nan
         assert fresh(images)[0].isnan().all() and fresh(images)[1:].isfinite().all()
 
@@ -133,7 +119,7 @@ def test_frozen_parameters_get_no_gradient_and_the_others_the_same():
     images, labels = batch()
     gradients = []
     for on in (True, False):
-        model = switch_kernels(network(), on)
+        model = fuse(network(), kernels=on)
         for parameter in list(model.parameters())[::3]:
             parameter.requires_grad = False
         F.cross_entropy(model(images), labels).backward()
@@ -144,7 +130,7 @@ def test_frozen_parameters_get_no_gradient_and_the_others_the_same():
 
 def test_gradients_add_up_over_backwards():
     images, labels = batch()
-    model = network()
+    model = fuse(network())
     once = copy.deepcopy(model)
     for _ in range(2):
         F.cross_entropy(model(images), labels).backward()
@@ -153,22 +139,10 @@ def test_gradients_add_up_over_backwards():
                                [2 * p.grad for p in once.parameters()])
 
 
-def test_gradient_penalties_go_through_autograd():
-    x, gradients = block_input('channels_last').float(), []
-    for on in (True, False):
-        block = switch_kernels(make_block().float(), on)
-        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
-        gradient, = torch.autograd.grad(block(leaf).square().sum(), leaf, create_graph=True)
-        gradients.append(torch.autograd.grad(gradient.square().sum(), list(block.parameters()),
-                                             allow_unused=True))
-        assert block.path == ('kernels' if on else 'linear')
-    for here, there in zip(*gradients):
-        torch.testing.assert_close(here, there, rtol=1e-3, atol=1e-3 * there.abs().max().item())
-
-
 def test_batched_gradients_are_an_error():
     x = block_input('channels_last').float().requires_grad_()
-    for module in (DenseBlock(2, 6, 4, 2, 0.0, True, False), Transition(6, 3)):
+    parts = fuse(torch.nn.Sequential(DenseBlock(2, 6, 4, 2, 0.0, True, False), Transition(6, 3)))
+    for module in parts:
         output = module(x)
         assert module.path == 'kernels'
         n, c, h, w = output.shape

@@ -1,0 +1,106 @@
+"""Dense blocks in linear memory and, on CPUs, by compiled kernels: for every DenseNet.
+
+    from fused_dense_block import fuse
+    model = fuse(torchvision.models.densenet121())       # or ours, timm's, torchxrayvision's, ...
+    model.to(memory_format=torch.channels_last)          # the layout that the CPU kernels take
+    print(model.features.denseblock1.path, model.features.denseblock1.reason)
+
+Parameters, buffers, state-dict keys, hooks and `isinstance` stay as they are, and an optimizer made
+before goes on. The ways to compute a dense block or a transition, by device, layout and precision
+of its input and by mode; the first row that applies counts:
+
+    device  layout         precision           training  evaluation  evaluation with gradients
+    cpu     channels_last  float32, bfloat16   kernels   kernels     layers
+    cpu     any            any                 eager     layers      layers
+    other   any            any                 eager*    layers      layers
+
+    kernels  one function in linear memory, by the kernels of cpu.cpp
+    eager    the same by PyTorch's own operations. * with memory_efficient; without, 'layers' is
+             faster there, in which a transition pools before its convolution
+    layers   the model's own forward. Also where the fused one would not be right: hooks, replaced
+             modules, norms in another mode, torch.compile, export, fx, torch.func
+
+ImageNet's stem is fused in evaluation without gradients on CPUs ('eager').
+"""
+
+from torch import nn
+
+from . import blocks, cpu
+from .blocks import FusedBlock, FusedFeatures, FusedTransition, State, fused_class
+from .modules import Difference, recomputes
+
+__all__ = ['fuse', 'unfuse']
+
+
+def fuse(model, *, memory_efficient=None, kernels=True):
+    """Fuse the dense blocks, the transitions and ImageNet's stem of a DenseNet, in place.
+
+    Each gets a subclass of its own class, whose forward takes one of the ways above. `path` is the
+    way of the last forward, and `reason` why it was not a faster one, or None.
+
+    Each is first compared with its fused version on small random maps: outputs, gradients and
+    running statistics, in training and evaluation. A transition or stem with other modules than
+    DenseNet's stays as it is.
+
+    Args:
+        model: contains dense blocks as described in modules.py; any mode, precision and device.
+        memory_efficient: recompute the outputs of the 1x1 convolutions in backward. None: in those
+            layers that say so (torchvision's `memory_efficient`, timm's `grad_checkpointing`).
+        kernels: allow the CPU kernels, which are compiled when first used.
+
+    Returns:
+        model.
+
+    Raises:
+        ValueError: there is no dense block, or one that computes something else. The message names
+            the layer and the difference, and the model is as before.
+    """
+    found = list(_find(unfuse(model)))
+    if not any(kind is FusedBlock for _, _, kind in found):
+        raise ValueError(f'not fused: this {type(model).__name__} has no dense block (a module '
+                         f'with the children denselayer1, denselayer2, ...)')
+    # A transition does not say it; it has no 1x1 outputs, but GPUs fuse it only if memory counts.
+    any_recomputes = memory_efficient if memory_efficient is not None else any(
+        recomputes(module) for module in model.modules())
+    states = []
+    for name, module, kind in found:
+        state = State(any_recomputes if kind is FusedTransition else memory_efficient, kernels)
+        on_cpu = next(module.parameters()).device.type in ('cpu', 'meta')
+        try:
+            state.verify(module, kind, kernels and on_cpu and cpu.unavailable_reason() is None)
+        except Difference as difference:
+            raise ValueError(f'not fused: {difference.inside(name)}') from difference
+        states.append(state)
+    for state, (_, module, kind) in zip(states, found):
+        module.__class__ = fused_class(kind, type(module))
+        module._fused = state
+    return model
+
+
+def unfuse(model):
+    """The inverse of `fuse`, in place. Returns model."""
+    for module in model.modules():
+        if hasattr(module, '_fused'):
+            blocks.unfuse(module)
+    return model
+
+
+def _find(model):
+    """Yields (name, module, kind) for all that can be fused; raises ValueError as `fuse` does."""
+    for name, module in model.named_modules():
+        if 'denselayer1' in module._modules:
+            kind = FusedBlock
+        elif {'norm', 'conv', 'pool'} <= module._modules.keys():
+            kind = FusedTransition
+        elif 'pool0' in module._modules and type(module).forward is nn.Sequential.forward:
+            kind = FusedFeatures
+        else:
+            continue
+        try:
+            kind.read(module)
+        except Difference as difference:
+            if kind is FusedBlock:
+                raise ValueError(f'not fused: {difference.inside(name)}') from difference
+            continue
+        yield name, module, kind
+

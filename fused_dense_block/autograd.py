@@ -1,0 +1,218 @@
+"""A dense block, or a transition, in training as one autograd function.
+
+The block's memory is linear in the number of layers. Each layer writes its own channels into one
+buffer, so nothing is ever concatenated. The mean m and the variance of a channel over the batch are
+the same for every layer that reads it, so they are computed once, and norm1 of layer l is
+(x - m) * s + bias with s = weight * r and r = 1 / sqrt(variance + eps). Saved for backward are the
+buffer, per-channel vectors, dropout masks and, unless the layer is memory-efficient, the outputs of
+the 1x1 convolutions. The rest is cheap to recompute.
+
+In backward, let g be the gradient at the output of norm1 of layer l, and M = N * H * W. Batch
+normalization gives
+
+    d_bias = sum(g),  d_weight = sum(g * (x - m)) * r,
+    dx = s * g - s * (d_bias + (x - m) * r * d_weight) / M
+
+and the gradient of a channel is the sum over the layers that read it. Everything except s * g is
+linear in x - m, so the coefficients are summed, and applied in one pass when all layers are done:
+
+    dx = G - (A + (x - m) * B)  with
+    G = sum of s * g,  A = sum of s * d_bias / M,  B = sum of s * r * d_weight / M  over l.
+
+Until then a gradient is `pending`: it lacks its batch-statistics terms.
+
+The algebra is written in terms of five operations, `ops`: the module eager.py or cpu.py.
+"""
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+
+
+class Maps(NamedTuple):
+    """Feature maps [N, C, H, W], and mean and biased variance of each channel over the batch."""
+    data: torch.Tensor
+    mean: torch.Tensor
+    var: torch.Tensor
+
+    def part(self, start, stop):
+        return Maps(self.data[:, start:stop], self.mean[start:stop], self.var[start:stop])
+
+    def copy_(self, other):
+        for target, source in zip(self, other):
+            if target is not source:
+                target.copy_(source)
+
+
+class NormConv(NamedTuple):
+    """The parameters of norm-ReLU-convolution: half a dense layer, or a transition."""
+    weight: torch.Tensor  # of the norm, [C]
+    bias: torch.Tensor
+    kernel: torch.Tensor  # of the convolution, [O, C, 1, 1] or [O, C, 3, 3]
+    eps: float
+
+    def part(self, start, stop):
+        """The parameters of these input channels."""
+        return NormConv(self.weight[start:stop], self.bias[start:stop], self.kernel[:, start:stop],
+                        self.eps)
+
+
+class Layer(NamedTuple):
+    """The settings of a dense layer; each tuple has an entry for each of its one or two halves."""
+    norms: tuple          # modules, whose running statistics are updated
+    eps: tuple
+    drop_rates: tuple     # of the dropout after each convolution
+    recompute: bool       # the output of the 1x1 convolution in backward, instead of saving it
+
+
+class DenseBlockFunction(torch.autograd.Function):
+    """apply(ops, layers, x, *parameters)
+
+    x is [N, C, H, W], the result [N, C + num_layers * growth_rate, H, W], which must not be changed
+    in place. `parameters` are the norm weight, norm bias and kernel of each half of each layer.
+    """
+
+    @staticmethod
+    def forward(ctx, ops, layers, x, *parameters):
+        ctx.ops, ctx.layers = ops, layers
+        triples = zip(*[iter(parameters)] * 3)
+        halves = [[NormConv(*next(triples), eps) for eps in layer.eps] for layer in layers]
+        c = x.shape[1]  # channels that the layer reads
+        channels = c + sum(len(half[-1].kernel) for half in halves)
+        features = Maps(ops.new_maps(x, channels), *parameters[0].new_empty(2, channels))
+        saved, norms, statistics = [], [], []
+        with no_autocast(x):
+            features.part(0, c).copy_(Maps(x, *ops.statistics(x)))
+            for layer, layer_halves in zip(layers, halves):
+                new = features.part(c, c + len(layer_halves[-1].kernel))
+                maps = features.part(0, c)
+                for half, rate in zip(layer_halves, layer.drop_rates):
+                    is_last, mask = half is layer_halves[-1], None
+                    statistics.append(maps._replace(data=None))
+                    maps = Maps(*ops.norm_relu_conv(maps, half, with_statistics=not rate,
+                                                    out=new.data if is_last else None))
+                    if rate:
+                        data, mask = torch.native_dropout(maps.data, rate, True)
+                        maps = Maps(data, *ops.statistics(data))
+                    is_saved = not (is_last or layer.recompute)
+                    saved += [*half[:3], mask, maps.data if is_saved else None, *maps[1:]]
+                new.copy_(maps)
+                norms += layer.norms
+                c += len(layer_halves[-1].kernel)
+        update_running_statistics(norms, statistics, x.numel() // x.shape[1])
+        ctx.save_for_backward(*features, *saved)
+        return features.data
+
+    @staticmethod
+    def backward(ctx, grad):
+        check_first_order()
+        data, mean, var, *saved = ctx.saved_tensors
+        features, rows = Maps(data, mean, var), zip(*[iter(saved)] * 7)
+        # For each half of each layer: its parameters, drop rate, dropout mask or None, and output.
+        # The output has no data if that is in the buffer or to be recomputed.
+        layers = [[(NormConv(*row[:3], eps), rate, row[3], Maps(*row[4:]))
+                   for eps, rate, row in zip(layer.eps, layer.drop_rates, rows)]
+                  for layer in ctx.layers]
+        ops, gradients, end = ctx.ops, [], len(mean)
+        G = ops.new_maps(data, end).copy_(grad)  # names as above
+        A, B = torch.zeros_like(mean), torch.zeros_like(mean)
+        with no_autocast(grad):
+            for layer in reversed(layers):
+                c = end - len(layer[-1][0].kernel)  # channels that the layer has read
+                inputs = [features.part(0, c)]
+                for half, rate, mask, output in layer[:-1]:
+                    if output.data is None:
+                        z, *_ = ops.norm_relu_conv(inputs[-1], half)
+                        output = output._replace(data=dropout_backward(z, mask, rate))
+                    inputs.append(output)
+                # All layers that read the new channels are done: their gradient can be completed.
+                grad, pending = G[:, c:end], (features.part(c, end), A[c:end], B[c:end])
+                for maps, (half, rate, mask, _) in zip(reversed(inputs), reversed(layer)):
+                    if mask is not None:
+                        grad = dropout_backward(ops.complete(grad, *pending), mask, rate)
+                        pending = None
+                    grad, pending, found = norm_conv_backward(
+                        ops, grad, maps, half, pending=pending,
+                        total=G[:, :c] if maps is inputs[0] else None)
+                    gradients = found + gradients
+                A[:c].add_(pending[1])
+                B[:c].add_(pending[2])
+                end = c
+            dx = ops.complete(G[:, :c], inputs[0], A[:c], B[:c])
+            return None, None, dx, *gradients
+
+
+class TransitionFunction(torch.autograd.Function):
+    """apply(ops, norm, x, weight, bias, kernel): a transition; saves only its input.
+
+    x is [N, C, H, W], the result [N, out_channels, H // 2, W // 2]. Convolution and pooling
+    commute, and after the pooling the convolution has a quarter of the work. The running statistics
+    of the module `norm` are updated.
+    """
+
+    @staticmethod
+    def forward(ctx, ops, norm, x, *parameters):
+        ctx.ops, ctx.eps = ops, norm.eps
+        with no_autocast(x):
+            maps = Maps(x, *ops.statistics(x))
+            y, *_ = ops.norm_relu_conv(maps, NormConv(*parameters, norm.eps), pool=True)
+        update_running_statistics([norm], [maps], x.numel() // x.shape[1])
+        ctx.save_for_backward(*maps, *parameters)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        check_first_order()
+        x, mean, var, *parameters = ctx.saved_tensors
+        with no_autocast(grad):
+            total, pending, found = norm_conv_backward(
+                ctx.ops, grad, Maps(x, mean, var), NormConv(*parameters, ctx.eps), pool=True)
+            return None, None, ctx.ops.complete(total, *pending), *found
+
+
+def norm_conv_backward(ops, grad, maps, half, **options):
+    """`ops.norm_relu_conv_backward`, and this half's part of A and B.
+
+    Returns:
+        total; (maps, a, b), its pending terms; [gradients of norm weight, norm bias and kernel].
+    """
+    invstd = (maps.var + half.eps).rsqrt()
+    total, *found = ops.norm_relu_conv_backward(grad, maps, half, invstd, **options)
+    d_weight, d_bias, _ = found
+    share = half.weight * invstd / (maps.data.numel() // len(invstd))
+    return total, (maps, share * d_bias, share * invstd * d_weight), found
+
+
+def update_running_statistics(norms, maps, count):
+    """As nn.BatchNorm2d does, from the `Maps` that each norm read, `count` values a channel."""
+    unbiased = torch._foreach_mul([m.var for m in maps], count / (count - 1))
+    by_momentum = {}
+    for norm, m, var in zip(norms, maps, unbiased):
+        # A momentum of None averages over all batches; reading their number synchronizes with the
+        # GPU.
+        momentum = (1 / (float(norm.num_batches_tracked) + 1) if norm.momentum is None
+                    else norm.momentum)
+        by_momentum.setdefault(momentum, []).extend([(norm.running_mean, m.mean),
+                                                     (norm.running_var, var)])
+    for momentum, pairs in by_momentum.items():
+        torch._foreach_lerp_(*map(list, zip(*pairs)), momentum)
+    torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+
+
+def dropout_backward(x, mask, rate):
+    """Backward of dropout in training, which is also its forward with that mask."""
+    return x if mask is None else torch.ops.aten.native_dropout_backward(x, mask, 1 / (1 - rate))
+
+
+def check_first_order():
+    if torch.is_grad_enabled():  # create_graph=True
+        raise RuntimeError('a fused dense block has no second derivatives: '
+                           'fused_dense_block.unfuse(model) gives the plain model, which has')
+
+
+def no_autocast(x):
+    device = x.device.type
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()

@@ -1,0 +1,320 @@
+"""The classes that `fuse` gives to dense blocks, transitions and `features`: which way, and why."""
+
+from collections import OrderedDict
+from operator import attrgetter
+
+import torch
+from torch import nn
+
+from . import cpu, eager, inference, modules, selfcheck
+from .autograd import DenseBlockFunction, Layer, TransitionFunction
+from .modules import Difference
+
+SHAPE, DTYPE = attrgetter('shape'), attrgetter('dtype')
+
+
+class Fused:
+    """The first base class of a fused module; the second is the class that it had.
+
+    Attributes:
+        path: the way that the last forward took, None before the first.
+        reason: why that was not a faster one, or None.
+    """
+
+    path = reason = None
+    unfused_path = 'layers'
+    trains = kernels = True  # fused in training, and by the kernels
+
+    def forward(self, x):
+        self.path, self.reason, plan = self._choose(x)
+        if self.path == 'layers':
+            return super().forward(x)
+        return self.run({'kernels': cpu, 'eager': eager}.get(self.path), plan, x)
+
+    def _choose(self, x):
+        """path, reason, and the plan unless path is 'layers'."""
+        if modules.is_traced(x):
+            return 'layers', 'torch.compile, export, jit.trace or fx records a graph', None
+        reason = modules.transformed_or_hooked()
+        # nn.BatchNorm2d has its own error for a single value per channel.
+        if reason is None and (x.dim() != 4 or x.numel() <= x.shape[1] * self.training):
+            reason = f'an input of shape {list(x.shape)}'
+        if reason is not None:
+            return 'layers', reason, None
+        path, reason = self.choose_by_table(x)
+        path = self.unfused_path if path == 'layers' else path
+        if path == 'layers':
+            return path, reason, None
+        plan = self._fused.plan(self, path == 'kernels')
+        obstacle = plan.obstacle(x)
+        return ('layers', obstacle, None) if obstacle else (path, reason, plan)
+
+    def choose_by_table(self, x):
+        """path and reason by the table of ways in __init__.py."""
+        device = x.device.type
+        if not self.training and torch.is_grad_enabled():
+            return 'layers', 'evaluation with gradients: torch.no_grad() allows faster ways'
+        if device == 'cpu':
+            reason = cpu.why_not(x) if self._fused.kernels else 'fused with kernels=False'
+            return 'kernels' if reason is None else 'eager' if self.training else 'layers', reason
+        if self.training and self.recomputes():
+            return 'eager', None
+        without = 'without memory_efficient ' if self.training else ''
+        return 'layers', f'on {device} the layers are fastest {without}'.rstrip()
+
+    def recomputes(self):
+        return self._fused.memory_efficient
+
+    def __reduce_ex__(self, protocol):  # for copies and pickles: the class has no name to find
+        return _rebuild, (kind_of(self), base_class(self)), vars(self)
+
+    def __prepare_scriptable__(self):  # torch.jit.script compiles the plain module
+        plain = base_class(self).__new__(base_class(self))
+        vars(plain).update(vars(self))
+        return plain
+
+    @staticmethod
+    def split(module, y):
+        """(name, part) of the output."""
+        return [('', y)]
+
+    @staticmethod
+    def watched(module):
+        """(name, module) of the modules that the fused forward stands for."""
+        return [*module.named_modules()][1:]
+
+    @staticmethod
+    def sample(module):
+        """The part of the module that the fused forward replaces."""
+        return module
+
+
+class FusedBlock(Fused):
+    """A dense block."""
+
+    read = staticmethod(modules.dense_layers)
+    norm_convs = staticmethod(lambda layers: [half for halves in layers for half in halves])
+    in_channels = staticmethod(lambda layers: layers[0][0].norm.num_features)
+
+    def recomputes(self):
+        if self._fused.memory_efficient is None:
+            return any(map(modules.recomputes, self._modules.values()))
+        return self._fused.memory_efficient
+
+    def run(self, ops, plan, x):
+        if not self.training:
+            return inference.run_block(ops, plan.parts, x)
+        # Grad mode is read here: within a Function it is always off.
+        layers = plan.layers if torch.is_grad_enabled() else plan.layers_without_grad
+        return DenseBlockFunction.apply(ops, layers, x, *plan.parameters())
+
+    @staticmethod
+    def split(block, y):
+        sizes = [halves[-1].conv.out_channels for halves in modules.dense_layers(block)]
+        return zip(('', *block._modules), y.split([y.shape[1] - sum(sizes), *sizes], 1))
+
+
+class FusedTransition(Fused):
+    """A transition, whose unfused way is also a shorter one: pooled before the convolution.
+
+    Convolution and average pooling commute, and after the pooling there is a quarter of the work.
+    """
+
+    unfused_path = 'pooled first'
+    read = staticmethod(modules.transition)
+    norm_convs = staticmethod(lambda norm_conv: [norm_conv])
+    in_channels = staticmethod(lambda norm_conv: norm_conv.norm.num_features)
+
+    def _choose(self, x):
+        if self.training and getattr(self, 'drop_rate', 0):
+            return 'layers', 'dropout between convolution and pooling', None
+        return super()._choose(x)
+
+    def run(self, ops, plan, x):
+        if ops is None:
+            *norm_and_relu, conv, pool = self._modules.values()
+            for module in (*norm_and_relu, pool, conv):
+                x = module(x)
+            return x
+        if not self.training:
+            return inference.run_norm_conv(ops, plan.parts, x, pool=True)
+        return TransitionFunction.apply(ops, plan.parts.norm, x, *plan.parameters())
+
+
+class FusedFeatures(Fused):
+    """An nn.Sequential that begins with ImageNet's stem."""
+
+    trains = kernels = False
+    read = staticmethod(modules.stem)
+    norm_convs = staticmethod(lambda stem: [modules.NormConvModules(stem.norm, stem.conv)])
+    in_channels = staticmethod(lambda stem: stem.conv.in_channels)
+
+    def choose_by_table(self, x):
+        if self.training or torch.is_grad_enabled() or x.device.type != 'cpu':
+            return 'layers', 'the stem is fused in evaluation without gradients on a CPU'
+        return 'eager', None
+
+    def run(self, ops, plan, x):
+        x = inference.run_stem(plan.parts, x)
+        for name, module in self._modules.items():
+            if name not in modules.STEM:
+                x = module(x)
+        return x
+
+    @staticmethod
+    def sample(module):
+        return nn.Sequential(OrderedDict((name, child) for name, child in module._modules.items()
+                                         if name in modules.STEM))
+
+    @staticmethod
+    def watched(module):
+        return Fused.watched(FusedFeatures.sample(module))
+
+
+def kind_of(module):
+    return type(module).__bases__[0]
+
+
+def base_class(module):
+    """The class that a fused module had."""
+    return type(module).__bases__[1]
+
+
+def unfuse(module):
+    module.__class__ = base_class(module)
+    for name in {'_fused', 'path', 'reason'} & vars(module).keys():
+        delattr(module, name)
+    return module
+
+
+_classes = {}
+
+
+def fused_class(kind, base):
+    if (kind, base) not in _classes:
+        _classes[kind, base] = type(f'Fused{base.__name__}', (kind, base), {})
+    return _classes[kind, base]
+
+
+def _rebuild(kind, base):
+    cls = fused_class(kind, base)
+    return cls.__new__(cls)
+
+
+class State:
+    """The options of a fused module, what was verified of it, and a plan for each mode.
+
+    A copy keeps what was verified. A pickle does not, since it may be loaded with other code.
+    """
+
+    def __init__(self, memory_efficient, kernels, verified=None):
+        self.memory_efficient, self.kernels = memory_efficient, kernels
+        self.signature, self.with_kernels, self.drop_first_half = verified or (None, False, False)
+        self.plans = {}
+
+    def __deepcopy__(self, memo):
+        return State(self.memory_efficient, self.kernels,
+                     (self.signature, self.with_kernels, self.drop_first_half))
+
+    def __reduce__(self):
+        return State, (self.memory_efficient, self.kernels)
+
+    def verify(self, module, kind, with_kernels):
+        """Compare the module with its fused version, unless it is as it was when last compared.
+
+        Raises:
+            Difference: it is not built as expected, or they do not compute the same.
+        """
+        kind.read(module)
+        signature = modules.signature(kind.watched(module))
+        if self.signature != signature or with_kernels > self.with_kernels:
+            self.drop_first_half = selfcheck.verify(kind.sample(module), kind, Plan, with_kernels)
+            self.signature, self.with_kernels = signature, with_kernels
+
+    def plan(self, module, with_kernels):
+        """The plan for the present mode of the module, verified."""
+        plan = self.plans.get(module.training)
+        if plan is None or not plan.snapshot.holds(module) or (
+                with_kernels and not self.with_kernels and plan.reason is None):
+            kind = kind_of(module)
+            try:
+                kind.read(module)
+                reason = modules.obstacle(module, kind.watched(module))
+                if reason is None:
+                    self.verify(module, kind, with_kernels)
+            except Difference as difference:
+                reason = str(difference)
+            plan = Plan(module, kind, self.memory_efficient, self.drop_first_half, reason)
+            self.plans[module.training] = plan
+        return plan
+
+
+class Plan:
+    """What a module consists of, in one of its modes; made again when something has changed.
+
+    Attributes:
+        reason: why its modules have to run one by one, or None.
+        parts: what `kind.read` finds in the module.
+        layers: autograd.Layer for each layer of a dense block.
+    """
+
+    def __init__(self, module, kind, memory_efficient=None, drop_first_half=False, reason=None):
+        self.snapshot = modules.Snapshot(module, kind.watched(module))
+        self.reason = reason
+        if reason:
+            return
+        self.parts = kind.read(module)
+        norm_convs = kind.norm_convs(self.parts)
+        self.channels = kind.in_channels(self.parts)
+        self.casts = kind is FusedFeatures  # its convolution, under autocast
+        # Where the tensors are, not the tensors: torch.func.functional_call swaps them.
+        self.parameter_places = [place for norm, conv in norm_convs for place in (
+            (norm._parameters, 'weight'), (norm._parameters, 'bias'), (conv._parameters, 'weight'))]
+        self.places = self.parameter_places + [
+            (norm._buffers, name) for norm, _ in norm_convs
+            for name in ('running_mean', 'running_var')]
+        self.shapes = [size for norm, conv in norm_convs for size in (
+            (norm.num_features,), (norm.num_features,),
+            (conv.out_channels, conv.in_channels, *conv.kernel_size))]
+        self.shapes += [(norm.num_features,) for norm, _ in norm_convs for _ in range(2)]
+        if kind is FusedBlock:
+            self.layers = [
+                self._layer(layer, [norm for norm, _ in halves], memory_efficient, drop_first_half)
+                for layer, halves in zip(module._modules.values(), self.parts)]
+            self.layers_without_grad = [layer._replace(recompute=True) for layer in self.layers]
+
+    @staticmethod
+    def _layer(layer, norms, memory_efficient, drop_first_half):
+        rate = vars(layer).get('drop_rate', 0.0)
+        if memory_efficient is None:
+            memory_efficient = modules.recomputes(layer)
+        return Layer(norms, [norm.eps for norm in norms],
+                     [rate * drop_first_half, rate][-len(norms):], memory_efficient)
+
+    def parameters(self):
+        """Norm weight, norm bias and kernel of each half."""
+        return [tensors[name] for tensors, name in self.parameter_places]
+
+    def obstacle(self, x):
+        """Why the fused way is not right for x, or None."""
+        if self.reason:
+            return self.reason
+        try:
+            tensors = [tensors[name] for tensors, name in self.places]
+            shapes = [*map(SHAPE, tensors)]
+        except (KeyError, AttributeError):  # removed, or None
+            return 'a weight or a running statistic is missing'
+        if shapes != self.shapes:
+            return 'a weight or a running statistic has another shape'
+        if x.shape[1] != self.channels:
+            return f'an input of {x.shape[1]} channels instead of {self.channels}'
+        if self.casts:
+            return None
+        dtypes, device = set(map(DTYPE, tensors)), x.device.type
+        autocast = None
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            autocast = torch.get_autocast_dtype(device)
+        precision = {torch.float32: autocast or torch.float32, torch.float64: torch.float64}
+        if len(dtypes) != 1 or x.dtype != precision.get(*dtypes):
+            return f'input of {x.dtype}, weights of {", ".join(map(str, dtypes))}'
+        return None

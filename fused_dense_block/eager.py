@@ -1,0 +1,118 @@
+"""The five operations of a fused dense block in PyTorch's own operations; cpu.py has the same five.
+
+Maps may be in any layout and may be some channels of a wider map. They are in the precision of the
+convolutions; statistics, parameters and their gradients are in float32 or float64. With y 2x2
+average-pooled before the convolution if `pool`, they compute
+
+    normed = (maps.data - maps.mean) / sqrt(maps.var + half.eps),
+    y = relu(normed * half.weight + half.bias),
+    output = conv(y, half.kernel).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+path = 'eager'
+
+
+def new_maps(x, channels):
+    """Memory for [N, channels, H, W] in the layout of x, which may be a slice of channels."""
+    channels_last = x.stride(1) == 1 and x.shape[2:].numel() > 1
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty((x.shape[0], channels, *x.shape[2:]), dtype=x.dtype, device=x.device,
+                       memory_format=layout)
+
+
+def statistics(data):
+    """Mean and biased variance of each channel."""
+    dtype = torch.promote_types(data.dtype, torch.float32)
+    if data.device.type not in ('cpu', 'cuda'):  # the others lack the faster operation below
+        var, mean = torch.var_mean(data.to(dtype), (0, 2, 3), correction=0)
+        return mean, var
+    # The results have the precision of the running statistics, which are not needed here.
+    unused = data.new_zeros(data.shape[1], dtype=dtype)
+    return torch.ops.aten.batch_norm_update_stats.default(data, unused, unused.clone(), 0)
+
+
+def norm_relu_conv(maps, half, pool=False, out=None, with_statistics=False):
+    """The output, in `out` if given, and its `statistics` if wanted, otherwise two Nones."""
+    y = _conv(_norm_relu(maps, half, pool), half.kernel)
+    found = statistics(y) if with_statistics else (None, None)
+    return y if out is None else out.copy_(y), *found
+
+
+def norm_relu_conv_backward(grad, maps, half, invstd, pool=False, total=None, pending=None):
+    """From the gradient of the output to those of the input and the parameters.
+
+    Args:
+        grad: the gradient of the output or, with `pending`, what `complete(grad, *pending)` makes
+            that of.
+        invstd: 1 / sqrt(maps.var + half.eps).
+
+    Returns:
+        total: g * weight * invstd, added to `total` in place if given; g is the gradient of
+            normed * weight + bias.
+        Gradients of weight (sum of g * normed), of bias (sum of g) and of the kernel.
+    """
+    if pending is not None:
+        grad = complete(grad, *pending)
+    c = maps.data.shape[1]
+    if total is not None:
+        # The peak of memory is in the last layers of a block, which read almost all of its
+        # channels: take these in two parts, of at most half of the block's channels.
+        width = total.untyped_storage().nbytes() // total.element_size() // total[:, 0].numel()
+        if c > width / 2:
+            ranges = (0, math.ceil(c / 2)), (math.ceil(c / 2), c)
+            _, *found = zip(*(_backward(
+                grad, maps.part(*part), half.part(*part), invstd[slice(*part)], pool,
+                total[:, slice(*part)]) for part in ranges))
+            return total, *map(torch.cat, found[:2]), torch.cat(found[2], 1)
+    return _backward(grad, maps, half, invstd, pool, total)
+
+
+def _backward(grad, maps, half, invstd, pool, total):
+    y = _norm_relu(maps, half)
+    g, d_kernel, _ = torch.ops.aten.convolution_backward.default(
+        grad, F.avg_pool2d(y, 2) if pool else y, half.kernel.to(y.dtype), None, [1, 1],
+        [half.kernel.shape[-1] // 2] * 2, [1, 1], False, [0, 0], 1, [True, True, False])
+    if pool:
+        g = torch.ops.aten.avg_pool2d_backward.default(g, y, [2, 2], [2, 2], [0, 0], False, True,
+                                                       None)
+    torch.ops.aten.threshold_backward.grad_input(g, y, 0, grad_input=g)  # the ReLU's mask
+    del y
+    # In eval mode, where mean and variance are constants. CPUs read the variance, GPUs 1 / std.
+    g, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward.default(
+        g, _dense(maps.data), half.weight, maps.mean, maps.var, maps.mean, invstd, False, half.eps,
+        [True] * 3)
+    return (g if total is None else total.add_(g), d_weight, d_bias,
+            d_kernel.to(half.kernel.dtype))
+
+
+def complete(total, maps, a, b):
+    """total - (a + (data - mean) * b): the gradient of maps, from that of all their readers."""
+    share = _affine(maps, b, a)
+    return torch.sub(total, share, out=share)
+
+
+def _norm_relu(maps, half, pool=False):
+    y = _affine(maps, half.weight, half.bias, maps.var, half.eps).relu_()
+    return F.avg_pool2d(y, 2) if pool else y
+
+
+def _affine(maps, weight, bias, var=None, eps=0):
+    """(data - mean) / sqrt(var + eps) * weight + bias, dense, in the precision of the data."""
+    var = torch.ones_like(weight) if var is None else var
+    y, *_ = torch.native_batch_norm(_dense(maps.data), weight, bias, maps.mean, var, False, 0, eps)
+    return y
+
+
+def _dense(x):
+    """A slice of channels as a tensor of its own, in the same layout."""
+    dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    return x if dense else x.clone()
+
+
+def _conv(x, kernel):
+    return F.conv2d(x, kernel.to(x.dtype), padding=kernel.shape[-1] // 2)

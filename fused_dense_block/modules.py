@@ -1,0 +1,218 @@
+"""What `fuse` expects of a network's modules, and whether they are still what it has checked.
+
+A dense block, in any container, has the children denselayer1, denselayer2, ... with the children
+norm1, relu1, conv1 and, with bottleneck, norm2, relu2, conv2, in this order:
+
+    this repository, torchvision, segmentation_models_pytorch    exactly so
+    torchxrayvision    the block is an nn.Sequential, and a layer returns cat([x, new], 1)
+    timm               norm and relu are one module, a BatchNormAct2d
+    MONAI              as torchxrayvision; the children of a layer are in its `layers`
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.fx
+from torch import nn
+from torch.autograd import forward_ad
+
+STEM = 'conv0', 'norm0', 'relu0', 'pool0'
+HOOKS = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
+
+# Expected class and attributes of each submodule, by name (digits stripped).
+EXPECTED = {
+    'norm': (nn.BatchNorm2d, dict(affine=[True], track_running_stats=[True])),
+    'relu': (nn.ReLU, {}),
+    'conv': (nn.Conv2d, dict(stride=[(1, 1)], dilation=[(1, 1)], padding_mode=['zeros'],
+                             groups=[1], bias=[None])),
+    'pool': (nn.AvgPool2d, dict(kernel_size=[2, (2, 2)], stride=[2, (2, 2)], padding=[0, (0, 0)],
+                                ceil_mode=[False], divisor_override=[None])),
+}
+EXPECTED_STEM = {**EXPECTED, 'conv': (nn.Conv2d, dict(bias=[None])),
+                 'pool': (nn.MaxPool2d, dict(return_indices=[False]))}
+
+
+class Difference(Exception):
+    """Difference(name, what): a module is not what is expected."""
+
+    def inside(self, name):
+        """The message, for the child `name` of a larger module."""
+        child, what = self.args
+        return f'{".".join(filter(None, (name, child)))} {what}'
+
+    def __str__(self):
+        return self.inside('')
+
+
+class NormConvModules(NamedTuple):
+    """A norm and the convolution that reads it, after a ReLU."""
+    norm: nn.Module
+    conv: nn.Module
+
+
+class StemModules(NamedTuple):
+    conv: nn.Module
+    norm: nn.Module
+    pool: nn.Module
+
+
+def dense_layers(block):
+    """The layers of a dense block, each a list of NormConvModules: two, or one without bottleneck.
+
+    Raises:
+        Difference: it is not a dense block as described above.
+    """
+    layers, channels = [], None  # channels that the layer reads
+    for i, (name, layer) in enumerate(block._modules.items(), start=1):
+        if name != f'denselayer{i}':
+            raise Difference(name, f'stands in place of denselayer{i}')
+        if [*layer._modules] == ['layers']:  # MONAI
+            name, layer = f'{name}.layers', layer.layers
+        digits = '12' if 'norm2' in layer._modules else '1'
+        modules = _children(layer, name, [kind + digit for digit in digits
+                                          for kind in ('norm', 'relu', 'conv')])
+        halves = [NormConvModules(modules[f'norm{digit}'], modules[f'conv{digit}'])
+                  for digit in digits]
+        for digit, (norm, conv) in zip(digits, halves):
+            _check_channels(f'{name}.norm{digit}', norm, channels)
+            _check_conv(f'{name}.conv{digit}', conv, norm, 3 if digit == digits[-1] else 1)
+            channels = conv.out_channels
+        channels = halves[0].norm.num_features + halves[-1].conv.out_channels
+        layers.append(halves)
+    return layers
+
+
+def transition(module):
+    """The NormConvModules of a transition.
+
+    Raises:
+        Difference: its children are not norm, relu, conv and pool of a DenseNet.
+    """
+    modules = _children(module, '', ['norm', 'relu', 'conv', 'pool'])
+    _check_conv('conv', modules['conv'], modules['norm'], 1)
+    return NormConvModules(modules['norm'], modules['conv'])
+
+
+def stem(features):
+    """The StemModules of ImageNet's stem, the first children of `features`.
+
+    Raises:
+        Difference: they are something else.
+    """
+    first = nn.ModuleDict({name: child for name, child in [*features._modules.items()][:len(STEM)]
+                           if name in STEM})
+    modules = _children(first, '', STEM, EXPECTED_STEM)
+    _check_channels('norm0', modules['norm0'], modules['conv0'].out_channels)
+    return StemModules(modules['conv0'], modules['norm0'], modules['pool0'])
+
+
+def _children(module, name, expected, table=EXPECTED):
+    """The children by name, as `expected`; a norm that includes its ReLU has none after it."""
+    found = module._modules
+    expected = [child for child in expected if not (
+        child.startswith('relu') and _includes_relu(found.get(child.replace('relu', 'norm'))))]
+    if [*found] != expected:
+        raise Difference(name, f'has the children {", ".join(found)} instead of '
+                               f'{", ".join(expected)}')
+    for child, part in found.items():
+        _check(part, f'{name}.{child}'.lstrip('.'), *table[child.rstrip('012')])
+    return found
+
+
+def _check(module, name, expected, attributes):
+    if _includes_relu(module):
+        for child, allowed in (('act', nn.ReLU), ('drop', nn.Identity)):
+            if type(getattr(module, child)) is not allowed:
+                raise Difference(f'{name}.{child}', f'is a {type(getattr(module, child)).__name__}')
+    elif type(module) is not expected:
+        raise Difference(name, f'is a {type(module).__name__}')
+    for attribute, allowed in attributes.items():
+        if getattr(module, attribute) not in allowed:
+            raise Difference(f'{name}.{attribute}', f'is not {allowed[0]}')
+
+
+def _check_channels(name, norm, channels):
+    if channels not in (None, norm.num_features):
+        raise Difference(name, f'is for {norm.num_features} channels, and there are {channels}')
+
+
+def _check_conv(name, conv, norm, side):
+    if conv.kernel_size != (side, side) or conv.padding != (side // 2, side // 2):
+        raise Difference(name, f'is not a {side}x{side} convolution with padding {side // 2}')
+    if conv.in_channels != norm.num_features:
+        raise Difference(name, f'is for {conv.in_channels} channels, and there are '
+                               f'{norm.num_features}')
+
+
+def _includes_relu(norm):
+    return type(norm).__name__ == 'BatchNormAct2d'  # timm's
+
+
+def recomputes(layer):
+    return bool(vars(layer).get('memory_efficient') or vars(layer).get('grad_checkpointing'))
+
+
+# ---- changes since then --------------------------------------------------------------------------
+
+def obstacle(root, watched):
+    """Why modules that are as expected must run one by one, or None; `watched`: (name, module)."""
+    for name, module in watched:
+        if 'forward' in vars(module) or any(getattr(module, kind) for kind in HOOKS):
+            return f'{name} has hooks or a forward of its own'
+        if module.training != root.training:
+            return f'{name}.training is not {root.training}'
+    return None
+
+
+def signature(watched):
+    """Classes, forward methods and plain attributes: what the modules compute depends on them.
+
+    Without the values that the fused forward reads each time.
+    """
+    read = 'training', 'eps', 'momentum', 'drop_rate', 'memory_efficient', 'grad_checkpointing'
+    return [(name, type(module), type(module).forward, bool(vars(module).get('drop_rate')),
+             {key: value for key, value in vars(module).items() if key[0] != '_'
+              and key not in read}) for name, module in watched]
+
+
+class Snapshot:
+    """Tells cheaply, in each forward pass, whether anything has changed in the watched modules.
+
+    That is: classes, forward methods, attributes, hooks, children, and the mode of `root`.
+    """
+
+    def __init__(self, root, watched):
+        self.root, self.modules = root, [module for _, module in watched]
+        self.attributes = [vars(module) for module in self.modules]
+        self.children = [module._modules for module in (root, *self.modules)]
+        self.hooks = [getattr(module, kind) for module in self.modules for kind in HOOKS]
+        self.classes = [*set(map(type, self.modules))]
+        self.state = self._state()
+
+    def _state(self):
+        values = dict.values  # lists are compared by identity first, and all of it runs in C
+        return ([*map(type, self.modules)], [cls.forward for cls in self.classes],
+                [*map(list, map(values, self.attributes))],
+                [*map(list, map(values, self.children))], self.root.training)
+
+    def holds(self, root):
+        return root is self.root and not any(self.hooks) and self._state() == self.state
+
+
+def is_traced(x):
+    """True while torch.compile, export, jit.trace or fx records a graph."""
+    return (torch.compiler.is_compiling() or torch.jit.is_tracing()
+            or isinstance(x, torch.fx.Proxy))
+
+
+def transformed_or_hooked():
+    """Transforms or global hooks, which need the modules one by one, or None."""
+    # By private names. In a torch that renames one, autograd still refuses transforms of a
+    # Function, but global hooks would be overlooked.
+    if (getattr(torch._C, '_are_functorch_transforms_active', lambda: False)()
+            or getattr(forward_ad, '_current_level', -1) >= 0):
+        return 'torch.func or forward-mode differentiation'
+    if any(getattr(nn.modules.module, f'_global_{kind}_hooks', None)
+           for kind in ('forward', 'forward_pre', 'backward', 'backward_pre')):
+        return 'global module hooks'
+    return None

@@ -1,0 +1,105 @@
+"""The network that the flags of train.py describe: build it, name it, load weights, fuse it.
+
+    model = networks.build(args, num_classes=10, image_size=32)
+    networks.fuse(model, device)
+"""
+
+import checkpoint
+import data
+import densenet
+import distributed
+import flags
+import fused_dense_block
+import runlog
+from checkpoint import CheckpointError
+from errors import UserError
+
+
+def build(args, num_classes, image_size):
+    """The network described by the flags, on the CPU; `args` come from `flags.with_network`.
+
+    Raises:
+        UserError: there is no such network, or the images are too small for it.
+    """
+    small = image_size <= data.SMALL
+    settings = dict(
+        growth_rate=args.growth_rate, num_init_features=args.init_features,
+        num_classes=num_classes, small_inputs=small, in_channels=args.in_channels,
+        drop_rate=args.drop_rate, bn_size=args.bn_size, compression=args.compression,
+        bottleneck=args.bottleneck, memory_efficient=args.memory_efficient)
+    settings = {name: value for name, value in settings.items() if value is not None}
+    try:
+        if args.arch is not None:
+            model = getattr(densenet, args.arch)(**settings)
+        elif args.block_config is not None:
+            k = args.growth_rate
+            width = densenet.stem_width(k, args.bottleneck, args.compression) if small else 2 * k
+            settings.setdefault('num_init_features', width)
+            model = densenet.DenseNet(block_config=args.block_config, **settings)
+        else:
+            model = densenet.densenet_cifar(args.depth, **settings)
+    except (ValueError, RuntimeError) as error:  # RuntimeError: no memory for so many weights
+        raise UserError(f'no such model: {error}') from error
+    if image_size < model.min_size:
+        raise UserError(f'this model needs images of at least {model.min_size} pixels, and these '
+                        f'have {image_size}')
+    return model
+
+
+def name(args):
+    if args.arch is not None:
+        return args.arch
+    letters = 'B' * args.bottleneck + 'C' * (args.compression < 1)
+    layers = f'L={args.depth}' if args.depth else f'blocks {"-".join(map(str, args.block_config))}'
+    return f'DenseNet{"-" * bool(letters)}{letters} {layers} k={args.growth_rate}'
+
+
+def fuse(model, device, script='train.py'):
+    """Fuse the dense blocks, for a device to which the model moves later.
+
+    If a change of densenet.py makes this impossible, it runs layer by layer, with a warning.
+
+    Returns:
+        Why it was not fused, or None.
+    """
+    try:
+        fused_dense_block.fuse(model, kernels=device.type == 'cpu')
+    except ValueError as error:
+        if distributed.rank() == 0:
+            runlog.warn(f'{error}: it runs layer by layer, which is slower', script=script)
+        return str(error)
+    return None
+
+
+def load_pretrained(model, args):
+    """Weights from a file, ours or another's, or torchvision's download (--pretrained)."""
+    source = args.pretrained
+    if source:
+        weights = checkpoint.load_weights_file(source)
+    elif args.arch in flags.TORCHVISION_WEIGHTS:
+        source = 'torchvision\'s file'
+        with distributed.rank_0_first():
+            weights = checkpoint.torchvision_weights(args.arch)
+    else:
+        raise UserError(f'--pretrained without a file takes torchvision\'s weights, which are for '
+                        f'--arch {", ".join(flags.TORCHVISION_WEIGHTS)} and images of more than '
+                        f'{data.SMALL} pixels')
+    if model.config['in_channels'] == 1:
+        # A grey image in three channels: conv(w, [x, x, x]) = conv(w_red + w_green + w_blue, x).
+        weights = {key: weight.sum(1, keepdim=True) if key.endswith('conv0.weight') else weight
+                   for key, weight in weights.items()}
+    # ImageNet's stem has a norm, that of small images has none.
+    if model.config['small_inputs'] and any(key.endswith('norm0.weight') for key in weights):
+        raise CheckpointError(f'{source} has ImageNet\'s 7x7 stem, and images of up to '
+                              f'{data.SMALL} pixels get a 3x3 stem: give --image-size '
+                              f'{data.SMALL + 1} or more')
+    if args.reset_classifier:
+        weights = {key: weight for key, weight in weights.items() if 'classifier.' not in key}
+        weights.update({f'classifier.{key}': weight
+                        for key, weight in model.classifier.state_dict().items()})
+    try:
+        checkpoint.load_weights(model, weights, source)
+    except CheckpointError as error:
+        if 'classifier.' not in str(error):
+            raise
+        raise CheckpointError(f'{error}: --reset-classifier starts with a new one') from error

@@ -1,0 +1,390 @@
+"""fuse refuses or steps aside wherever the fused way would be another function, and says why."""
+
+import copy
+import io
+import itertools
+import json
+import pickle
+import re
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torchvision
+from conftest import read_csv
+from torch import nn
+
+import checkpoint
+import densenet
+import fused_dense_block
+import networks
+import train
+from densenet import DenseNet, densenet_cifar
+from fused_dense_block import cpu, fuse, unfuse
+
+
+def small_net(**settings):
+    torch.manual_seed(0)
+    return DenseNet(**{**dict(growth_rate=4, block_config=(2, 2), num_init_features=8,
+                              num_classes=5, small_inputs=True), **settings})
+
+
+def images(dtype=torch.float32, size=8):
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1), dtype=dtype)
+
+
+def fused_parts(model):
+    return {name: module for name, module in model.named_modules() if hasattr(module, '_fused')}
+
+
+# ---- a changed densenet.py ---------------------------------------------------------------------
+
+@pytest.fixture
+def doubled(monkeypatch):
+    """What somebody may make of `DenseLayer.forward`."""
+    forward = densenet.DenseLayer.forward
+    monkeypatch.setattr(densenet.DenseLayer, 'forward',
+                        lambda self, features: 2 * forward(self, features))
+
+
+def test_an_edited_layer_is_refused_by_name(doubled):
+    model = small_net()
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match=r'^not fused: features.denseblock1.denselayer1 computes '
+                                         r'something else .* outputs differ by 0.5 of their size'):
+        fuse(model)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+def test_train_py_trains_what_an_edited_file_says(doubled, small, tmp_path, monkeypatch, capsys):
+    argv = [*small, '--epochs', '1', '--save']
+    train.main([*argv, str(tmp_path / 'run')])
+    warning, = capsys.readouterr().err.splitlines()
+    assert re.match(r'train.py: warning: not fused: features.denseblock1.denselayer1 computes .*: '
+                    r'it runs layer by layer, which is slower$', warning)
+    record = json.loads((tmp_path / 'run/args.json').read_text())
+    assert record['not_fused'] in warning
+    monkeypatch.setattr(networks, 'fuse', lambda *_, **__: None)  # as the file says, certainly
+    train.main([*argv, str(tmp_path / 'plain')])
+    ours, theirs = (checkpoint.load(tmp_path / name / 'latest.pth') for name in ('run', 'plain'))
+    torch.testing.assert_close(ours['model'], theirs['model'], rtol=0, atol=0)
+    assert read_csv(tmp_path / 'run/test.csv') == read_csv(tmp_path / 'plain/test.csv')
+
+
+def test_a_run_of_the_file_as_it_is_is_fused(small, tmp_path, capsys):
+    train.main([*small, '--epochs', '1', '--save', str(tmp_path / 'run')])
+    assert json.loads((tmp_path / 'run/args.json').read_text())['not_fused'] is None
+    assert 'fused' not in capsys.readouterr().err
+
+
+def test_a_class_that_is_edited_later_runs_layer_by_layer(monkeypatch):
+    model, x = fuse(small_net().double()), images(torch.float64)
+    pickled = pickle.dumps(model)
+    model(x)
+    assert model.features.denseblock1.path == 'eager'
+    forward = densenet.DenseLayer.forward
+    monkeypatch.setattr(densenet.DenseLayer, 'forward',
+                        lambda self, features: 2 * forward(self, features))
+    plain = small_net().double()
+    truth = plain(x)
+    for twin in (unfuse(copy.deepcopy(model)), model, pickle.loads(pickled)):
+        for norm in (m for m in twin.modules() if isinstance(m, nn.BatchNorm2d)):
+            norm.reset_running_stats()
+        torch.testing.assert_close(twin(x), truth)
+    for block in (model.features.denseblock2, twin.features.denseblock2):
+        assert block.path == 'layers'
+        assert block.reason.startswith('denselayer1 computes something else than the fused layers')
+
+
+class ScaledLayer(densenet.DenseLayer):
+    scale = 1.0
+
+    def forward(self, features):
+        return self.scale * super().forward(features)
+
+
+def test_an_attribute_that_changes_the_function_later_is_noticed():
+    model, x = small_net().double(), images(torch.float64)
+    layer = model.features.denseblock1.denselayer2
+    layer.__class__ = ScaledLayer
+    fuse(model)
+    model(x)
+    assert model.features.denseblock1.path == 'eager'
+    layer.scale = 3.0
+    logits = model(x)
+    assert model.features.denseblock1.path == 'layers'
+    assert model.features.denseblock1.reason.startswith('denselayer2 computes something else')
+    torch.testing.assert_close(unfuse(model)(x), logits)
+
+
+def test_a_forward_that_keeps_its_maps_is_refused(monkeypatch):
+    forward = densenet.DenseLayer.forward
+
+    def keep(self, features):
+        self.maps = forward(self, features)
+        return self.maps
+
+    monkeypatch.setattr(densenet.DenseLayer, 'forward', keep)
+    with pytest.raises(ValueError, match='denselayer1 sets the attribute maps in its forward'):
+        fuse(small_net())
+
+
+# ---- changed modules ---------------------------------------------------------------------------
+
+class Attention(nn.Conv2d):
+    def __init__(self):
+        super().__init__(8, 8, 1)
+
+    def forward(self, x):
+        return x * super().forward(x).sigmoid()
+
+
+def conv_first(transition):
+    norm, relu, conv, pool = transition
+    for name in ('norm', 'relu', 'conv', 'pool'):
+        del transition._modules[name]
+    transition._modules.update(norm=norm, conv=conv, relu=relu, pool=pool)
+
+
+CHANGES = {
+    'a module more': lambda transition: transition.add_module('att', Attention()),
+    'dropout at the end': lambda transition: transition.append(nn.Dropout(0.5)),
+    'another order': conv_first,
+    'no pool': lambda transition: transition._modules.pop('pool'),
+    'max-pool': lambda transition: setattr(transition, 'pool', nn.MaxPool2d(2)),
+}
+
+
+@pytest.mark.parametrize('change', CHANGES)
+@pytest.mark.parametrize('when', ['before fuse', 'after fuse', 'never fused'])
+@pytest.mark.parametrize('training', [False, True])
+def test_a_changed_transition_does_what_torchvisions_does(change, when, training):
+    torch.manual_seed(0)
+    settings = dict(growth_rate=4, block_config=(2, 2), num_init_features=8, num_classes=5)
+    theirs, ours = torchvision.models.DenseNet(**settings), DenseNet(**settings)
+    ours.load_state_dict(theirs.state_dict())
+    if when == 'after fuse':
+        fuse(ours)
+    for model in (theirs, ours):
+        CHANGES[change](model.features.transition1)
+    ours.load_state_dict(theirs.state_dict())
+    if when == 'before fuse':
+        fuse(ours)
+    seen = []
+    for model in (theirs, ours):
+        torch.manual_seed(2)
+        logits = model.double().train(training)(images(torch.float64, 40))
+        logits.square().sum().backward()
+        seen.append([logits, *(parameter.grad for parameter in model.parameters())])
+    torch.testing.assert_close(seen[1], seen[0], rtol=1e-9, atol=1e-11)
+    assert all(gradient is not None for gradient in seen[1])
+
+
+def test_modules_without_dense_blocks_are_refused():
+    for model, complaint in ((nn.Sequential(nn.Conv2d(3, 3, 1)), 'this Sequential has no dense'),
+                             (nn.ModuleDict({'denselayer1': nn.Conv2d(3, 3, 1)}),
+                              'denselayer1 has the children  instead of norm1, relu1, conv1')):
+        with pytest.raises(ValueError, match=f'^not fused: {complaint}'):
+            fuse(model)
+
+
+# ---- the check leaves nothing behind -----------------------------------------------------------
+
+@pytest.mark.parametrize('context', [
+    nullcontext, torch.no_grad, torch.inference_mode,
+    lambda: torch.autocast('cpu', torch.bfloat16)])
+def test_fuse_changes_nothing_but_classes(context):
+    model = small_net(drop_rate=0.2)
+    model(images()).sum().backward()
+    model.features.denseblock1.denselayer1.norm1.eval()
+    model.features.denseblock2.requires_grad_(False)
+    calls = []
+    model.features.denseblock1.denselayer2.register_forward_hook(lambda *_: calls.append(1))
+    parameters = list(model.parameters())
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    before = copy.deepcopy((model.state_dict(), [p.grad for p in parameters],
+                            [m.training for m in model.modules()]))
+    torch.manual_seed(5)
+    with context():
+        fuse(model)
+    random = torch.rand(3)
+    torch.manual_seed(5)
+    torch.testing.assert_close(random, torch.rand(3), rtol=0, atol=0)
+    torch.testing.assert_close((model.state_dict(), [p.grad for p in parameters],
+                                [m.training for m in model.modules()]), before, rtol=0, atol=0)
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True)) and not calls
+    assert isinstance(model.features.denseblock1, densenet.DenseBlock)
+    model.features.denseblock2.requires_grad_(True)
+    model(images()).sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.features.denseblock2.denselayer1.conv1.weight,
+                           before[0]['features.denseblock2.denselayer1.conv1.weight'])
+    assert len(calls) == 1
+
+
+def test_unfuse_gives_the_plain_model_back():
+    model = small_net()
+    before = {name: (type(module), set(vars(module))) for name, module in model.named_modules()}
+    fuse(model)(images())
+    assert len(fused_parts(model)) == 3
+    assert unfuse(model) is model and not fused_parts(model)
+    assert {name: (type(module), set(vars(module)))
+            for name, module in model.named_modules()} == before
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_fuse_takes_any_precision_default_type_and_the_meta_device(dtype):
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert fused_parts(fuse(small_net().to(dtype)))
+        with torch.device('meta'):
+            model = small_net()
+        assert fused_parts(fuse(model)) and model.classifier.weight.is_meta
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_weights_that_are_not_finite_do_not_matter():
+    model = small_net()
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, torch.nan)
+    assert fused_parts(fuse(model))
+
+
+# ---- the table of ways -------------------------------------------------------------------------
+
+def table():
+    """The rows of the table in the docstring of the package."""
+    lines = fused_dense_block.__doc__.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.split()[:2] == ['device', 'layout'])
+    rows = itertools.takewhile(str.strip, lines[start + 1:])
+    return [re.split(r'  +', row.strip()) for row in rows]
+
+
+def test_the_table_is_the_readmes():
+    readme = (train.Path(train.__file__).parent / 'README.md').read_text()
+    for row in table():
+        assert '| ' + ' | '.join(row) + ' |' in readme
+
+
+LAYOUTS = {'channels_last': torch.channels_last, 'contiguous': torch.contiguous_format}
+MODES = 'training', 'evaluation', 'evaluation with gradients'
+
+
+# The meta device stands for all others: it computes nothing but shapes. It has no autocast.
+DTYPES = {'cpu': [torch.float32, torch.bfloat16, torch.float64, torch.float16],
+          'meta': [torch.float32, torch.float64]}
+
+
+@pytest.mark.parametrize('device', DTYPES)
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('efficient', [False, True])
+def test_each_way_of_the_table(device, layout, efficient):
+    if device == 'cpu' and cpu.unavailable_reason():
+        pytest.skip(f'no kernels here: {cpu.unavailable_reason()}')
+    model = fuse(small_net(memory_efficient=efficient)).to(device, memory_format=LAYOUTS[layout])
+    for dtype, mode in itertools.product(DTYPES[device], MODES):
+        row = next(row for row in table() if row[0] in (device, 'other')
+                   and row[1] in (layout, 'any')
+                   and {str(dtype).removeprefix('torch.'), 'any'} & set(row[2].split(', ')))
+        expected = row[3 + MODES.index(mode)]
+        if expected.endswith('*'):
+            expected = 'eager' if efficient else 'layers'
+        low = dtype in (torch.bfloat16, torch.float16)
+        weights = torch.float32 if low else dtype
+        model.to(weights).train(mode == 'training')
+        x = images(weights).to(device, memory_format=LAYOUTS[layout])
+        with torch.set_grad_enabled(mode != 'evaluation'), \
+                torch.autocast('cpu', dtype, enabled=low):
+            model(x)
+        for part in fused_parts(model).values():
+            is_transition = isinstance(part, densenet.Transition)
+            unfused = 'pooled first' if is_transition else 'layers'
+            found = mode, dtype, is_transition, part.path, part.reason
+            assert part.path == (unfused if expected == 'layers' else expected), found
+            fastest = part.path == 'kernels' or (device == 'meta' and part.path == 'eager')
+            assert (part.reason is None) == fastest, found
+
+
+def test_the_stem_is_fused_in_evaluation_on_a_cpu():
+    model, x = small_net(small_inputs=False), images(size=40)
+    fuse(model.eval())
+    with torch.no_grad():
+        model(x)
+    assert (model.features.path, model.features.reason) == ('eager', None)
+    model(x)
+    assert model.features.path == 'layers' and 'without gradients' in model.features.reason
+
+
+def test_reasons_name_what_turns_the_kernels_off(monkeypatch):
+    model = fuse(small_net(), kernels=False).to(memory_format=torch.channels_last)
+    x = images().to(memory_format=torch.channels_last)
+    model(x)
+    assert model.features.denseblock1.reason == 'fused with kernels=False'
+    monkeypatch.setenv('DENSENET_CPU_KERNELS', '0')
+    fuse(model)(x)
+    assert (model.features.denseblock1.path, model.features.denseblock1.reason) == (
+        'eager', 'DENSENET_CPU_KERNELS=0')
+
+
+def test_a_model_fused_elsewhere_is_verified_with_the_kernels_when_it_meets_them(monkeypatch):
+    if cpu.unavailable_reason():
+        pytest.skip(f'no kernels here: {cpu.unavailable_reason()}')
+    model = small_net().to(memory_format=torch.channels_last)
+    x = images().to(memory_format=torch.channels_last)
+    monkeypatch.setenv('DENSENET_CPU_KERNELS', '0')
+    fuse(model)(x)
+    monkeypatch.delenv('DENSENET_CPU_KERNELS')
+    statistics = cpu.statistics
+    monkeypatch.setattr(cpu, 'statistics', lambda x: [2 * value for value in statistics(x)])
+    model(x)
+    block = model.features.denseblock1
+    assert block.path == 'layers' and 'by the CPU kernels in torch.float32' in block.reason
+    with pytest.raises(ValueError, match=r'denseblock1 has other outputs by the CPU kernels .* '
+                                         r'fuse\(model, kernels=False\) does without'):
+        fuse(unfuse(model))
+    monkeypatch.undo()
+    fuse(model)(x)
+    assert block.path == 'kernels'
+
+
+# ---- as torchvision's constructors -------------------------------------------------------------
+
+class Weights:
+    """Stands for a member of torchvision's enum, without its download."""
+
+    def __init__(self, state_dict):
+        self.state_dict, self.options = state_dict, None
+
+    def get_state_dict(self, **options):
+        self.options = options
+        return self.state_dict
+
+
+def test_constructors_take_torchvisions_weights():
+    theirs = torchvision.models.densenet121().eval()
+    member = Weights(theirs.state_dict())
+    ours = [densenet.densenet121(weights=member, progress=False),
+            densenet.densenet121(weights=theirs.state_dict()), densenet.densenet121(weights=None)]
+    assert member.options == dict(progress=False, check_hash=True, weights_only=True)
+    x = images(size=64)
+    with torch.no_grad():
+        for model, equal in zip(ours, (True, True, False)):
+            assert torch.allclose(model.eval()(x), theirs(x), rtol=1e-4, atol=1e-4) == equal
+    with pytest.raises(ValueError, match=r'torchvision.models.get_weight'):
+        densenet.densenet121(weights='DenseNet121_Weights.IMAGENET1K_V1')
+
+
+def test_copies_keep_what_was_verified(monkeypatch):
+    model = fuse(densenet_cifar(10, 4))
+    twin = copy.deepcopy(model)
+    monkeypatch.setattr('fused_dense_block.selfcheck.verify', None)  # not called again
+    twin.train()(images())
+    assert twin.features.denseblock1.path != 'layers'
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    monkeypatch.undo()
+    loaded = torch.load(file, weights_only=False)
+    loaded.train()(images())
+    assert loaded.features.denseblock1.path != 'layers'
