@@ -26,7 +26,7 @@ ImageNet's stem is fused in evaluation without gradients on CPUs ('eager').
 from torch import nn
 
 from . import blocks, cpu
-from .blocks import FusedBlock, FusedFeatures, FusedTransition, State, fused_class
+from .blocks import Fused, FusedBlock, FusedFeatures, FusedTransition, State, fused_class
 from .modules import Difference, recomputes
 
 __all__ = ['fuse', 'unfuse']
@@ -53,7 +53,7 @@ def fuse(model, *, memory_efficient=None, kernels=True):
 
     Raises:
         ValueError: there is no dense block, or one that computes something else. The message names
-            the layer and the difference, and the model is as before.
+            the layer and the difference, and nothing is fused.
     """
     found = list(_find(unfuse(model)))
     if not any(kind is FusedBlock for _, _, kind in found):
@@ -80,7 +80,7 @@ def fuse(model, *, memory_efficient=None, kernels=True):
 def unfuse(model):
     """The inverse of `fuse`, in place. Returns model."""
     for module in model.modules():
-        if hasattr(module, '_fused'):
+        if isinstance(module, Fused):
             blocks.unfuse(module)
     return model
 

@@ -22,6 +22,7 @@ class Fused:
     """
 
     path = reason = None
+    _fused = None  # a `State`, set by fuse; a slice of a fused nn.Sequential has none
     unfused_path = 'layers'
     trains = kernels = True  # fused in training, and by the kernels
 
@@ -35,6 +36,8 @@ class Fused:
         """path, reason, and the plan unless path is 'layers'."""
         if modules.is_traced(x):
             return 'layers', 'torch.compile, export, jit.trace or fx records a graph', None
+        if self._fused is None or '_is_replica' in vars(self):
+            return 'layers', 'a slice of a fused module, or a replica of nn.DataParallel', None
         reason = modules.transformed_or_hooked()
         # nn.BatchNorm2d has its own error for a single value per channel.
         if reason is None and (x.dim() != 4 or x.numel() <= x.shape[1] * self.training):
@@ -277,6 +280,7 @@ class Plan:
             (norm.num_features,), (norm.num_features,),
             (conv.out_channels, conv.in_channels, *conv.kernel_size))]
         self.shapes += [(norm.num_features,) for norm, _ in norm_convs for _ in range(2)]
+        self.buffers = [norm._buffers for norm, _ in norm_convs]
         if kind is FusedBlock:
             self.layers = [
                 self._layer(layer, [norm for norm, _ in halves], memory_efficient, drop_first_half)
@@ -304,6 +308,8 @@ class Plan:
             shapes = [*map(SHAPE, tensors)]
         except (KeyError, AttributeError):  # removed, or None
             return 'a weight or a running statistic is missing'
+        if any(buffers.get('num_batches_tracked') is None for buffers in self.buffers):
+            return 'a norm without num_batches_tracked'
         if shapes != self.shapes:
             return 'a weight or a running statistic has another shape'
         if x.shape[1] != self.channels:

@@ -111,11 +111,12 @@ def _children(module, name, expected, table=EXPECTED):
     found = module._modules
     expected = [child for child in expected if not (
         child.startswith('relu') and _includes_relu(found.get(child.replace('relu', 'norm'))))]
+    for child, part in found.items():
+        if child in expected:
+            _check(part, f'{name}.{child}'.lstrip('.'), *table[child.rstrip('012')])
     if [*found] != expected:
         raise Difference(name, f'has the children {", ".join(found)} instead of '
                                f'{", ".join(expected)}')
-    for child, part in found.items():
-        _check(part, f'{name}.{child}'.lstrip('.'), *table[child.rstrip('012')])
     return found
 
 
@@ -193,10 +194,11 @@ class Snapshot:
         values = dict.values  # lists are compared by identity first, and all of it runs in C
         return ([*map(type, self.modules)], [cls.forward for cls in self.classes],
                 [*map(list, map(values, self.attributes))],
-                [*map(list, map(values, self.children))], self.root.training)
+                [*map(list, map(values, self.children))], [*map(bool, self.hooks)],
+                self.root.training)
 
     def holds(self, root):
-        return root is self.root and not any(self.hooks) and self._state() == self.state
+        return root is self.root and self._state() == self.state
 
 
 def is_traced(x):

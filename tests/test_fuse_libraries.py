@@ -75,7 +75,7 @@ def norms(model):
     return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
-def make_images(seed=1, shape=(4, 3, 68, 76)):  # transition1 reads maps of 17 x 19 pixels
+def make_images(seed=1, shape=(4, 3, 76, 76)):  # transition1 reads maps of 19 x 19 pixels
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, dtype=torch.float64, generator=generator)
 
@@ -240,9 +240,8 @@ def test_memory_efficient(library, when):
     assert paths(model)['denseblock'] == {'eager'}
 
 
-@every_library
-def test_some_parameters_are_frozen(library):
-    plain, model = build(library), fuse(build(library))
+def test_some_parameters_are_frozen():
+    plain, model = build('torchvision'), fuse(build('torchvision'))
     for m in (plain, model):
         for name, parameter in m.named_parameters():
             parameter.requires_grad_('denseblock2.denselayer1' in name)

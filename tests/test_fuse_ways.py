@@ -180,6 +180,26 @@ def test_a_changed_transition_does_what_torchvisions_does(change, when, training
     assert all(gradient is not None for gradient in seen[1])
 
 
+def test_a_norm_without_a_counter_trains_as_without_fuse():
+    plain, model = small_net().double(), fuse(small_net().double())
+    for net in (plain, model):
+        net.features.denseblock1.denselayer1.norm2.num_batches_tracked = None
+    torch.testing.assert_close(model(images(torch.float64)), plain(images(torch.float64)))
+    assert model.features.denseblock1.reason == 'a norm without num_batches_tracked'
+
+
+def test_a_replica_of_data_parallel_runs_layer_by_layer():
+    model, x = fuse(small_net().eval()), images()
+    replicas = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, replica in replicas.items():
+        for name, child in module._modules.items():
+            replica._modules[name] = replicas[child]
+        for name, parameter in module._parameters.items():
+            setattr(replica, name, None if parameter is None else parameter.detach().clone())
+    torch.testing.assert_close(replicas[model](x), model(x))
+    assert 'nn.DataParallel' in replicas[model.features.denseblock1].reason
+
+
 def test_modules_without_dense_blocks_are_refused():
     for model, complaint in ((nn.Sequential(nn.Conv2d(3, 3, 1)), 'this Sequential has no dense'),
                              (nn.ModuleDict({'denselayer1': nn.Conv2d(3, 3, 1)}),
