@@ -3,21 +3,28 @@
     python bench.py                                       # DenseNet-BC-100-12, batches of 64
     python bench.py --arch densenet121 --batch-size 256   # images of 224 pixels
     python bench.py --rows 'torchvision plain' '*fused*' --csv bench.csv --plot bench.png
-    python bench.py --inference --precision fp32 bf16     # on a CPU also with ONNX Runtime
+    python bench.py --arch densenet121 --inference --batch-size 1 16 --precision fp32 bf16
 
-The step is that of train.py, on random images. The rows take turns: in each round, each row has a
-warm-up and a few steps, so a slow phase of the machine hits all of them. A time is the median over
-the rounds, with the quartiles beside it. Rows of timm and ONNX Runtime need these packages. Speed,
-memory and peak are also given as ratios to the first row. The other columns:
+The step is the one in train.py, on random images. The rows take turns: in each round, each row has
+a warm-up and a few steps, so a slow phase of the machine hits all of them. A time is the median
+over the rounds, with the quartiles beside it. Rows of timm, ONNX Runtime and OpenVINO (inference on
+a CPU) need these packages. Speed, memory and peak are also given as ratios to the first row with
+the same batch size. The other columns:
 
-memory: on a CPU, what the forward pass holds for backward. On a GPU, the peak of a step, with
-    weights and momentum (for a CUDA graph: while recording it).
-peak: on a CPU, the peak of a whole step (forward, loss and backward), without the images, the
-    weights and their gradients. Scratch buffers inside an operation are not counted, neither
-    PyTorch's nor those of the CPU kernels.
 x limit: on a CPU, the time divided by the time that all convolutions of the step would take at the
     rate of a large matrix product, which is measured in each round.
+first s: seconds of the first call, with ONNX export and compilation. Compilers may have a cache.
+memory: on a CPU, what the forward pass holds for backward. On a GPU, the peak of a step, with
+    weights and momentum (for a CUDA graph: while recording it).
+peak: on a CPU, the peak of a whole step (forward, loss and backward) in torch's allocator, without
+    the images, the weights and their gradients. The CPU kernels' scratch buffers are not counted.
 """
+
+import os
+
+# Let idle OpenMP threads sleep: beside other processes, spinning makes a step several times slower.
+# The OpenMP library reads this when torch loads it.
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 
 import argparse
 import csv
@@ -26,12 +33,12 @@ import functools
 import gc
 import importlib.util
 import math
-import os
+import platform
+import re
 import sys
 import tempfile
 import time
 import timeit
-import weakref
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,8 +49,7 @@ import torchvision
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.autograd import profiler
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -73,20 +79,23 @@ MODES = {'plain': Mode('layers', 'layers', False),
          'fused, memory-efficient': Mode('kernels', 'eager', True)}
 EAGER_MODES = [name for name, mode in MODES.items() if mode.cpu != 'kernels']
 MATRICES = (4096, 1024), (1024, 1024)  # shapes of the large matrix product
+EXPORTED = {'onnxruntime': ['fp32'], 'openvino': ['fp32', 'bf16']}  # precisions
+INSTRUCTION_SETS = 'avx2', 'avx512f', 'avx512_bf16', 'amx_bf16'  # as in /proc/cpuinfo
 
 
 class Row(NamedTuple):
-    source: str           # ours, torchvision, timm or onnxruntime
+    source: str           # ours, torchvision, timm, onnxruntime or openvino
     mode: str             # a key of MODES
     precision: str
     channels_last: bool = True
-    compiled: bool = False
+    compiled: str = ''    # mode of torch.compile
     graph: bool = False
 
     @property
     def name(self):
-        return (f'{self.source} {self.mode}' + ', NCHW' * (not self.channels_last)
-                + ', compiled' * self.compiled + ', CUDA graph' * self.graph)
+        parts = {f'{self.source} {self.mode}': True, 'NCHW': not self.channels_last,
+                 f'compiled ({self.compiled})': self.compiled, 'CUDA graph': self.graph}
+        return ', '.join(part for part, present in parts.items() if present)
 
 
 # ---- the networks -------------------------------------------------------------------------
@@ -107,12 +116,7 @@ def network_flags(inference=False, **given):
 
 
 def make_model(row, args, device_type='cpu'):
-    """The network of a row, on the CPU; the same size for all rows.
-
-    Raises:
-        UserError: there is no such network.
-        ValueError: it cannot be fused.
-    """
+    """The network of a row, on the CPU; the same size for all rows."""
     mode = MODES[row.mode]
     path = getattr(mode, device_type)
     num_classes = 10 if args.image_size <= data.SMALL else 1000
@@ -149,9 +153,8 @@ def make_rows(options, precision, on_cuda):
         modes = [name for name in modes if name in ('plain', 'fused')]
     ours = [Row('ours', mode, precision) for mode in modes]
     theirs = Row('torchvision', 'plain', precision)
-    plain = [theirs]
-    if importlib.util.find_spec('timm'):
-        plain.append(theirs._replace(source='timm'))
+    plain = [theirs._replace(source=source) for source in ('torchvision', 'timm')
+             if importlib.util.find_spec(source)]
     rows = []
     if precision in ('fp32', 'tf32'):  # torchvision's defaults
         rows.append(theirs._replace(channels_last=False))
@@ -161,13 +164,16 @@ def make_rows(options, precision, on_cuda):
     fused = 'fused, memory-efficient' if on_cuda else 'fused'
     if fused in modes:
         rows += [row._replace(mode=fused) for row in plain]
-    compiled = [row._replace(compiled=True) for row in (theirs, ours[0]) if options.compile]
+    compiled = [row._replace(compiled='default') for row in (theirs, ours[0]) if options.compile]
     rows += ours + compiled
     if on_cuda:
+        rows += [row._replace(compiled='reduce-overhead') for row in compiled]
         rows += [row._replace(graph=True) for row in ours + compiled if row.mode != 'checkpointed']
-    elif (options.inference and precision == 'fp32'
-            and all(map(importlib.util.find_spec, ('onnxruntime', 'onnxscript')))):
-        rows.append(Row('onnxruntime', 'plain', precision))
+    elif options.inference and importlib.util.find_spec('onnxscript'):
+        has_bf16 = any('bf16' in name for name in instruction_sets())
+        rows += [Row(source, 'plain', precision) for source, precisions in EXPORTED.items()
+                 if precision in precisions and importlib.util.find_spec(source)
+                 and (precision == 'fp32' or has_bf16)]
     return rows
 
 
@@ -187,14 +193,15 @@ def select_rows(options, on_cuda):
 class Runner:
     """A row's model, its step, and what has been measured so far.
 
-    `times` are seconds per step, one for each round; `memory` and `peak` are bytes, as in the
-    columns; `failure` is a line that says why the row ended early.
+    `times` are seconds per step, one for each round; `first_call` (seconds), `memory` and `peak`
+    (bytes) are as in the columns; `failure` is a line that says why the row ended early.
     """
 
     def __init__(self, row, args, device):
         self.row, self.args, self.device = row, args, device
         self.on_cuda = device.type == 'cuda'
-        self.times, self.memory, self.peak, self.failure = [], math.nan, math.nan, ''
+        self.times, self.failure = [], ''
+        self.first_call = self.memory = self.peak = math.nan
 
     def take_turn(self, steps):
         """Measure once more, unless the row has failed; the first turn begins with `start`."""
@@ -212,30 +219,30 @@ class Runner:
     def start(self):
         """Make the model, run the first steps and measure the memory.
 
-        Raises:
-            ValueError: `fuse` refused the model.
-            RuntimeError: a dense block took another path than the row's name says.
+        Raises RuntimeError if a dense block took another path than the row's name says.
         """
         row, args, device = self.row, self.args, self.device
-        print(f'starting {row.name}, {row.precision}', file=sys.stderr)
+        print(f'starting {row.name}, {row.precision}, {args.batch_size}', file=sys.stderr)
         allocated = self._free_memory()
         self.batch = (torch.randn(args.batch_size, 3, *2 * [args.image_size]).to(device),
                       torch.randint(10, [args.batch_size]).to(device))
         layout = torch.channels_last if row.channels_last else torch.contiguous_format
         self.model = make_model(row, args, device.type).train(not args.inference)
         self.model.to(device, memory_format=layout)
+        started = time.perf_counter()
         if row.compiled:
-            self.model.compile()
+            self.model.compile(mode=row.compiled)
         autocast = machine.make_autocast(row.precision, device)
         self.state = train.make_state(args, self.model, device, row.precision)
-        if row.source == 'onnxruntime':
-            self.step = make_onnxruntime_step(self.model, self.batch[0])
+        if row.source in EXPORTED:
+            self.step = make_exported_step(row, self.model, self.batch[0])
         elif args.inference:
             self.step = torch.inference_mode()(
                 lambda images, labels: train.classify(self.model, images, autocast))
         else:
             self.step = functools.partial(train.train_step, self.state, autocast=autocast)
-        self.time(1)  # cuDNN tries out many convolutions
+        second_call = self.time(1)
+        self.first_call = time.perf_counter() - started - second_call
         expected = getattr(MODES[row.mode], device.type)
         for name, block in self.model.named_modules():
             if hasattr(block, 'denselayer1') and getattr(block, 'path', 'layers') != expected:
@@ -275,61 +282,53 @@ class Runner:
         return (time.perf_counter() - started) / steps
 
 
-def make_onnxruntime_step(model, images):
-    """Inference by ONNX Runtime on the exported network, with as many threads as torch has."""
-    import onnxruntime
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+def make_exported_step(row, model, images):
+    """Inference by ONNX Runtime or OpenVINO, with as many threads as torch has."""
+    threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, 'densenet.onnx')
         torch.onnx.export(model, (images,), path, input_names=['images'], verbose=False)
+        if row.source == 'openvino':  # its own conversion from torch sends telemetry
+            import openvino
+            compiled = openvino.compile_model(path, 'CPU', {
+                'INFERENCE_PRECISION_HINT': 'f32' if row.precision == 'fp32' else 'bf16',
+                'INFERENCE_NUM_THREADS': threads})
+            return lambda images, labels: compiled(images.numpy(), share_inputs=True)[0]
+        import onnxruntime
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
         session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
-    return lambda images, labels: session.run(None, {'images': images.numpy()})
+    return lambda images, labels: session.run(None, {'images': images.numpy()})[0]
 
 
-class LiveBytes(TorchDispatchMode):
-    """Follows the storages that operations allocate: bytes `now` alive, and the `peak`.
-
-    Without those of the given tensors, and without scratch buffers inside an operation.
-    """
-
-    def __init__(self, *tensors):
-        super().__init__()
-        self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in tensors}  # by address
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        outputs = operation(*args, **(kwargs or {}))
-        for tensor in filter(torch.is_tensor, tree_leaves(outputs)):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self.sizes:
-                self.sizes[storage._cdata] = storage.nbytes()
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._remove, storage._cdata)
-        return outputs
-
-    def _remove(self, address):
-        self.now -= self.sizes.pop(address)
+def allocations(function, *args):
+    """The result of a call on a CPU, the bytes that it leaves allocated, and their peak."""
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # keep the profiler's own messages off stderr
+    gc.collect()  # freeing older garbage would count
+    with profiler.profile(profile_memory=True) as profile:
+        result = function(*args)
+    events = [event for event in profile.kineto_results.events() if event.name() == '[memory]']
+    events.sort(key=lambda event: event.start_ns())
+    totals = np.cumsum([event.nbytes() for event in events])
+    return result, totals[-1], totals.max()
 
 
 def bytes_held(model, images):
     """Bytes that a training forward on a CPU holds for backward, without weights and logits."""
-    with LiveBytes(*model.parameters(), *model.buffers(), images) as live:
-        logits = model(images)
-    return live.now - logits.untyped_storage().nbytes()
+    logits, held, _ = allocations(model, images)
+    return held - logits.untyped_storage().nbytes()
 
 
 def peak_bytes(model, images, labels, autocast):
-    """The peak of `LiveBytes` in forward, loss and backward of a training step on a CPU."""
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    with LiveBytes(*model.parameters(), *model.buffers(), images, labels,
-                   *(parameter.grad for parameter in model.parameters())) as live:
+    """The peak of a training step on a CPU, without images, weights and their gradients."""
+    def step():
         with autocast:
             logits = model(images)
         F.cross_entropy(logits.float(), labels).backward()
-    return live.peak
+
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    return allocations(step)[2]
 
 
 def convolution_flops(args):
@@ -361,41 +360,43 @@ def matrix_product_rate(precision):
 def tabulate(runners, limits, workload):
     """The rows of the CSV file, in dicts; NaN if something was not measured.
 
-    Ratios are to the first row; `limits` is {precision: the milliseconds of all convolutions at
-    the rate of a matrix product}.
+    Ratios are to the first row with the same batch size. `limits` is {precision: milliseconds of an
+    image's convolutions at the rate of a matrix product}.
     """
-    table = []
+    table, first = [], {}
     for runner in runners:
+        row, batch_size = runner.row, runner.args.batch_size
         low, median, high = 1e3 * np.quantile(runner.times or [math.nan], [0.25, 0.5, 0.75])
         numbers = dict(
-            row=runner.row.name, precision=runner.row.precision, ms=median, ms_quartile1=low,
-            ms_quartile3=high, images_per_second=1e3 * runner.args.batch_size / median,
-            limit_ratio=median / limits.get(runner.row.precision, math.nan),
-            memory_mib=runner.memory / 2**20, peak_mib=runner.peak / 2**20,
-            rounds=len(runner.times), failure=runner.failure, workload=workload)
+            row=row.name, precision=row.precision, batch_size=batch_size, ms=median,
+            ms_quartile1=low, ms_quartile3=high, images_per_second=1e3 * batch_size / median,
+            limit_ratio=median / (batch_size * limits.get(row.precision, math.nan)),
+            first_call_s=runner.first_call, memory_mib=runner.memory / 2**20,
+            peak_mib=runner.peak / 2**20, rounds=len(runner.times), failure=runner.failure,
+            workload=workload)
+        base = first.setdefault(batch_size, numbers)
+        numbers.update(speed_ratio=base['ms'] / median,
+                       memory_ratio=numbers['memory_mib'] / base['memory_mib'],
+                       peak_ratio=numbers['peak_mib'] / base['peak_mib'])
         table.append(numbers)
-        first = table[0]
-        numbers.update(speed_ratio=first['ms'] / median,
-                       memory_ratio=numbers['memory_mib'] / first['memory_mib'],
-                       peak_ratio=numbers['peak_mib'] / first['peak_mib'])
     return table
 
 
 def print_table(table):
     width = max(len(numbers['row']) for numbers in table)
-    print(f'{"row":<{width}} precision         ms        25%        75%   images/s   speed  x limit'
-          f'   memory  ratio     peak  ratio')
+    print(f'{"row":<{width}} precision batch         ms        25%        75%   images/s   speed  '
+          f'x limit  first s   memory  ratio     peak  ratio')
     for numbers in table:
-        line = ('{row:<{width}} {precision:<9} {ms:10,.2f} {ms_quartile1:10,.2f} '
+        line = ('{row:<{width}} {precision:<9} {batch_size:5} {ms:10,.2f} {ms_quartile1:10,.2f} '
                 '{ms_quartile3:10,.2f} {images_per_second:10,.0f} {speed_ratio:7.2f} '
-                '{limit_ratio:8.2f} {memory_mib:8,.0f} {memory_ratio:6.3f} '
+                '{limit_ratio:8.2f} {first_call_s:8.1f} {memory_mib:8,.0f} {memory_ratio:6.3f} '
                 '{peak_mib:8,.0f} {peak_ratio:6.3f}')
         print(line.format(**numbers, width=width).replace('nan', '  -'), numbers['failure'])
 
 
 def draw_table(path, table, memory_label):
     """Horizontal bars of time and memory, one for each row."""
-    names = ['{row}, {precision}'.format(**numbers) for numbers in table]
+    names = ['{row}, {precision}, {batch_size}'.format(**numbers) for numbers in table]
     colors = [plot.COLORS[name.startswith('ours')] for name in names]
     ms, low, high, memory = (np.array([numbers[key] for numbers in table]) for key in (
         'ms', 'ms_quartile1', 'ms_quartile3', 'memory_mib'))
@@ -421,11 +422,12 @@ def make_parser():
     add('--depth', help='(default: 100)')
     add('--growth-rate', help='(default: 12, or as --arch has it)')
     add('--image-size', metavar='PIXELS', help='(default: 32, with --arch 224)')
-    add('--batch-size', '-b', help='(default: 64)')
+    add('--batch-size', '-b', nargs='+', help='(default: 64)')
     add = parser.add_argument_group('rows').add_argument
     add('--precision', nargs='+', choices=machine.PRECISIONS,
         help='(default: tf32 bf16 on cuda, else fp32)')
-    add('--compile', action='store_true', help='also torch.compile: minutes for each network')
+    add('--compile', action='store_true',
+        help='also torch.compile, on cuda also with mode reduce-overhead: minutes for each')
     add('--inference', action='store_true', help='evaluation instead of training')
     add('--rows', nargs='+', metavar='PATTERN', default=['*'],
         help='only rows with these names, such as \'ours*\'; ratios are to the first')
@@ -450,14 +452,32 @@ def output_file(*suffixes):
     return parse
 
 
-def describe(rows, args, device):
+def cpu_field(name):
+    """A field of /proc/cpuinfo, '' without it."""
+    info = Path('/proc/cpuinfo')
+    found = info.exists() and re.search(rf'^{name}\s*: (.*)', info.read_text(), re.MULTILINE)
+    return found[1] if found else ''
+
+
+def instruction_sets():
+    present = cpu_field('flags').split()
+    return [name for name in INSTRUCTION_SETS if name in present]
+
+
+def describe(rows, batches, device):
     """The workload, the machine and the versions, in one line."""
-    hardware = (torch.cuda.get_device_name() if device.type == 'cuda'
-                else f'CPU, {torch.get_num_threads()} threads')
+    args, sizes = batches[0], ', '.join(str(args.batch_size) for args in batches)
+    if device.type == 'cuda':
+        hardware = torch.cuda.get_device_name()
+    else:
+        name = cpu_field('model name') or platform.processor()
+        hardware = (f'{name} ({" ".join(instruction_sets())}; '
+                    f'torch: {torch.backends.cpu.get_cpu_capability()}), '
+                    f'{torch.get_num_threads()} threads')
     packages = dict.fromkeys(['torch', *(row.source for row in rows if row.source != 'ours')])
     versions = [f'{name} {importlib.import_module(name).__version__}' for name in packages]
     return (f'{networks.name(args)}, {"inference" if args.inference else "training"}, batches '
-            f'of {args.batch_size} at {args.image_size} pixels; {hardware}, {", ".join(versions)}')
+            f'of {sizes} at {args.image_size} pixels; {hardware}, {", ".join(versions)}')
 
 
 def run(options):
@@ -468,12 +488,13 @@ def run(options):
     options.precision = options.precision or (['tf32', 'bf16'] if on_cuda else ['fp32'])
     for precision in options.precision:
         machine.choose_precision(precision, device)  # an error if the device lacks it
-    args = network_flags(**vars(options))
+    batches = [network_flags(**{**vars(options), 'batch_size': size})
+               for size in dict.fromkeys(options.batch_size or [None])]
     rows = select_rows(options, on_cuda)
-    flops = convolution_flops(args)  # a UserError if there is no such network
-    workload = describe(rows, args, device)
+    flops = convolution_flops(batches[0]) / batches[0].batch_size  # also checks the network
+    workload = describe(rows, batches, device)
     print(workload)
-    runners = [Runner(row, args, device) for row in rows]
+    runners = [Runner(row, args, device) for args in batches for row in rows]
     rates = {} if on_cuda else {row.precision: [] for row in rows}  # FLOP/s in each round
     try:
         for i in range(options.rounds):
@@ -488,8 +509,8 @@ def run(options):
         table = tabulate(runners, limits, workload)
         print_table(table)
         for precision, limit in limits.items():
-            print(f'limit, {precision}: {limit:,.2f} ms, {flops / 1e9:,.1f} GFLOP of convolutions '
-                  f'at the {flops / limit / 1e6:,.0f} GFLOP/s of a large matrix product')
+            print(f'limit, {precision}: {limit:,.4f} ms per image, {flops / 1e9:,.3f} GFLOP of '
+                  f'convolutions at the {flops / limit / 1e6:,.0f} GFLOP/s of a matrix product')
         if options.csv:
             with open(options.csv, 'w', newline='') as file:
                 writer = csv.DictWriter(file, table[0])

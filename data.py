@@ -52,6 +52,11 @@ STATISTICS = {
     'shapes': ((127.0938, 127.135414, 127.086905), (80.26133, 79.86884, 79.862017)),
 }
 NAMES = tuple(STATISTICS)
+# AlexNet's lighting noise with the constants of fb.resnet.torch, on the scale 0..1: eigenvectors
+# (columns) and eigenvalues of ImageNet's RGB values, standard deviation of the random factors.
+PCA_VECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+PCA_VALUES = (0.2175, 0.0188, 0.0045)
+LIGHTING_STD = 0.1
 ARCHIVES = {'cifar10': 'cifar-10-python.tar.gz', 'cifar100': 'cifar-100-python.tar.gz',
             'svhn': 'train_32x32.mat, extra_32x32.mat, test_32x32.mat'}
 # The official binary versions: archive, folder in it, and the MD5 sums of its files. A record is
@@ -375,11 +380,33 @@ class _ImageFiles(torch.utils.data.Dataset):
 
 
 def _train_transform(size):
-    """As in fb.resnet.torch, which the official ImageNet models were trained with."""
+    """The augmentation of fb.resnet.torch, which the official ImageNet models were trained with.
+
+    Crop, resize and colour jitter are torchvision's and differ in details that
+    attic/imagenet-recipe.md lists.
+    """
     return transforms.Compose([transforms.RandomResizedCrop(size),
                                transforms.RandomHorizontalFlip(),
                                transforms.ColorJitter(0.4, 0.4, 0.4),
-                               to_tensor])
+                               to_tensor,
+                               add_lighting])
+
+
+def add_lighting(image):
+    """AlexNet's lighting noise (section 4.1): add the same random colour to all pixels.
+
+    Shapes: uint8 or float32 (0..1) [C, H, W]; the result is clamped to the same range. Images with
+    one channel are returned unchanged.
+    """
+    if len(image) == 1:
+        return image
+    factors = LIGHTING_STD * torch.randn(3) * torch.tensor(PCA_VALUES)
+    colour = (torch.tensor(PCA_VECTORS) * factors).sum(1).view(3, 1, 1)
+    if image.is_floating_point():
+        return (image + colour).clamp(0, 1)
+    steps = (255 * colour).round().to(torch.int16)
+    # contiguous: PIL's images are channels last, which is slower
+    return (image.contiguous() + steps).clamp(0, 255).to(torch.uint8)
 
 
 def test_transform(size, ten_crop=False):

@@ -5,8 +5,8 @@
     logits = model(images)                                 # [N, 3, H, W] -> [N, num_classes]
     feature_map = model.features(images)                   # before the last ReLU and the pooling
 
-Arguments, module names and state-dict keys are torchvision's, so one takes the place of the other.
-`fused_dense_block.fuse(model)` makes it faster and its memory linear in depth.
+Arguments of `DenseNet`, module names and state-dict keys are torchvision's, so either can replace
+the other. `fused_dense_block.fuse(model)` trains faster, with memory linear in depth.
 
 "The paper" is Huang, Liu, van der Maaten, Weinberger: Densely Connected Convolutional Networks,
 CVPR 2017, https://arxiv.org/abs/1608.06993; "the technical report" Pleiss et al.: Memory-Efficient
@@ -30,7 +30,7 @@ __all__ = ['DenseNet', 'densenet121', 'densenet161', 'densenet169', 'densenet201
 class DenseNet(nn.Module):
     """A densely connected network; the first seven arguments are those of torchvision's class.
 
-    The paper's DenseNet-BC has bottleneck and compression 0.5, its plain DenseNet has neither.
+    The defaults give the paper's DenseNet-BC; bottleneck=False and compression=1 its plain DenseNet.
 
     Args:
         growth_rate: channels that each layer adds, k in the paper.
@@ -87,21 +87,21 @@ class DenseNet(nn.Module):
                 channels = compressed
         self.features.add_module('norm5', nn.BatchNorm2d(channels))
         self.classifier = nn.Linear(channels, num_classes)
-        # As the official code: He et al. by the number of outputs. nn.BatchNorm2d starts right.
+        # As in the official code: He initialization with fan_out. Batch norms keep 1 and 0.
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, x):
-        traced = _is_traced(x)  # a comparison of sizes would be frozen into the graph
+        traced = _is_traced(x)  # a tracer would record the comparison's result as a constant
         if not traced and (x.dim() != 4 or min(x.shape[2:]) < self.min_size):
             raise ValueError(f'expected images [N, C, H, W] with H and W at least {self.min_size}, '
                              f'not {list(x.shape)}')
         x = self.features(x)
-        # Evaluation rectifies in place like torchvision: heat-map tools that keep the map by a
-        # forward hook on `features` count on it. A backward hook makes it a view, where in-place
-        # operations raise.
+        # In evaluation this ReLU is in place, as in torchvision: some heat-map tools save the output
+        # of `features` in a forward hook and expect it rectified. With a backward hook the output
+        # is a view, and in-place operations on it raise.
         x = F.relu(x, inplace=not (self.training or traced or x._is_view()))
         x = F.adaptive_avg_pool2d(x, 1)
         return self.classifier(torch.flatten(x, 1))
@@ -172,7 +172,7 @@ class DenseLayer(nn.Module):
         self.bottleneck = bottleneck
         self.memory_efficient = memory_efficient
         self.norm1 = nn.BatchNorm2d(in_channels)
-        self.relu1 = nn.ReLU()  # in place it would save no memory, and hooks on it would fail
+        self.relu1 = nn.ReLU()  # not in place: that saves no memory, and backward hooks would fail
         if bottleneck:
             width = bn_size * growth_rate
             self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
@@ -184,22 +184,21 @@ class DenseLayer(nn.Module):
 
     def forward(self, features):
         features = features if isinstance(features, (list, tuple)) else [features]
-        x = self._dropout(self._first_half(features))
+        if (self.memory_efficient and self.training and torch.is_grad_enabled()
+                and not _is_traced(features[0])):
+            # There is no dropout in here, so no random state to restore for the recomputation.
+            x = checkpoint(self._first_half, *features, use_reentrant=False,
+                           preserve_rng_state=False, context_fn=lambda: (
+                               contextlib.nullcontext(), _FrozenRunningStatistics(self.norm1)))
+        else:
+            x = self._first_half(*features)
+        x = self._dropout(x)
         if self.bottleneck:
             x = self._dropout(self.conv2(self.relu2(self.norm2(x))))
         return x
 
-    def _first_half(self, features):
-        def compute(*features):
-            return self.conv1(self.relu1(self.norm1(torch.cat(features, 1))))
-
-        if not (self.memory_efficient and self.training and torch.is_grad_enabled()
-                and not _is_traced(features[0])):
-            return compute(*features)
-        # There is no dropout in here, so no random state to restore for the recomputation.
-        return checkpoint(compute, *features, use_reentrant=False, preserve_rng_state=False,
-                          context_fn=lambda: (contextlib.nullcontext(),
-                                              _FrozenRunningStatistics(self.norm1)))
+    def _first_half(self, *features):
+        return self.conv1(self.relu1(self.norm1(torch.cat(features, 1))))
 
     def _dropout(self, x):
         return F.dropout(x, self.drop_rate, self.training) if self.drop_rate else x
@@ -230,7 +229,7 @@ class Transition(nn.Sequential):
 class _FrozenRunningStatistics:
     """A context in which a norm in training keeps its running statistics.
 
-    A class, since second derivatives recompute more than once, and enter it each time.
+    A class, because double backward recomputes several times and re-enters the same object.
     """
 
     def __init__(self, norm):
@@ -319,8 +318,8 @@ def _imagenet_model(growth_rate, block_config, weights, progress, kwargs):
 def stem_width(growth_rate, bottleneck, compression):
     """Channels of the first convolution for CIFAR and SVHN (paper, section 3).
 
-    2 * growth_rate with bottleneck and compression (BC), otherwise 16: the paper's parameter counts
-    hold only so.
+    2 * growth_rate with bottleneck and compression (BC), otherwise 16: only these widths give the
+    paper's parameter counts.
     """
     return 2 * growth_rate if bottleneck and compression < 1 else 16
 
@@ -345,6 +344,7 @@ def densenet_cifar(depth=100, growth_rate=12, *, bottleneck=True, compression=0.
                          f'bottleneck, not {depth}: nearest {nearest}')
     if num_init_features is None:
         num_init_features = stem_width(growth_rate, bottleneck, compression)
-    return DenseNet(growth_rate, 3 * ((depth - 4) // step,), num_init_features,
+    n = (depth - 4) // step
+    return DenseNet(growth_rate, (n, n, n), num_init_features,
                     drop_rate=drop_rate, num_classes=num_classes, compression=compression,
                     bottleneck=bottleneck, small_inputs=small_inputs, **kwargs)

@@ -157,7 +157,7 @@ def add_recipe_flags(parser):
     group.add_argument('--lr-schedule', '--lrShape', choices=('multistep', 'cosine'),
                        default='multistep',
                        help='multistep: a tenth from 50%% and again from 75%% of the epochs on '
-                            '(imagenet: after each third); cosine: to 0, step by step '
+                            '(imagenet: every 30 epochs); cosine: to 0, step by step '
                             '(default: %(default)s)')
     group.add_argument('--warmup-epochs', type=number(float, '[0, inf)'), default=0.0,
                        metavar='EPOCHS', help='let the rate rise to that of the schedule, from a '

@@ -1,12 +1,12 @@
-"""Dense blocks in linear memory and, on CPUs, by compiled kernels: for every DenseNet.
+"""Dense blocks with memory linear in depth and, on CPUs, compiled kernels: for every DenseNet.
 
     from fused_dense_block import fuse
     model = fuse(torchvision.models.densenet121())       # or ours, timm's, torchxrayvision's, ...
     model.to(memory_format=torch.channels_last)          # the layout that the CPU kernels take
     print(model.features.denseblock1.path, model.features.denseblock1.reason)
 
-Parameters, buffers, state-dict keys, hooks and `isinstance` stay as they are, and an optimizer made
-before goes on. The ways to compute a dense block or a transition, by device, layout and precision
+Parameters, buffers, state-dict keys, hooks and `isinstance` stay as they are, and an existing
+optimizer keeps working. The ways to compute a dense block or a transition, by device, layout and precision
 of its input and by mode; the first row that applies counts:
 
     device  layout         precision           training  evaluation  evaluation with gradients
@@ -15,10 +15,11 @@ of its input and by mode; the first row that applies counts:
     other   any            any                 eager*    layers      layers
 
     kernels  one function in linear memory, by the kernels of cpu.cpp
-    eager    the same by PyTorch's own operations. * with memory_efficient; without, 'layers' is
-             faster there, in which a transition pools before its convolution
+    eager    the same with PyTorch's own operations. * Only with memory_efficient; otherwise 'layers'
+             is faster there
     layers   the model's own forward. Also where the fused one would not be right: hooks, replaced
-             modules, norms in another mode, torch.compile, export, fx, torch.func
+             modules, norms in another mode, torch.compile, export, fx, torch.func. Instead of this,
+             transitions run 'pooled first': their modules, with the pooling before the convolution
 
 ImageNet's stem is fused in evaluation without gradients on CPUs ('eager').
 """
@@ -38,14 +39,16 @@ def fuse(model, *, memory_efficient=None, kernels=True):
     Each gets a subclass of its own class, whose forward takes one of the ways above. `path` is the
     way of the last forward, and `reason` why it was not a faster one, or None.
 
-    Each is first compared with its fused version on small random maps: outputs, gradients and
-    running statistics, in training and evaluation. A transition or stem with other modules than
-    DenseNet's stays as it is.
+    Before that, each module is compared with its fused version on small random maps: outputs,
+    gradients and running statistics, in training and evaluation. What a forward does only for some
+    sizes, batches or steps is not seen. A transition or stem with other modules than DenseNet's
+    stays as it is.
 
     Args:
         model: contains dense blocks as described in modules.py; any mode, precision and device.
-        memory_efficient: recompute the outputs of the 1x1 convolutions in backward. None: in those
-            layers that say so (torchvision's `memory_efficient`, timm's `grad_checkpointing`).
+        memory_efficient: recompute the outputs of the 1x1 convolutions in backward. None: as each
+            layer's own flag says (torchvision's `memory_efficient`, with which theirs updates the
+            statistics of norm1 twice and this once; timm's `grad_checkpointing`).
         kernels: allow the CPU kernels, which are compiled when first used.
 
     Returns:
@@ -59,7 +62,7 @@ def fuse(model, *, memory_efficient=None, kernels=True):
     if not any(kind is FusedBlock for _, _, kind in found):
         raise ValueError(f'not fused: this {type(model).__name__} has no dense block (a module '
                          f'with the children denselayer1, denselayer2, ...)')
-    # A transition does not say it; it has no 1x1 outputs, but GPUs fuse it only if memory counts.
+    # A transition has no such flag. On GPUs it is fused only if some layer is memory-efficient.
     any_recomputes = memory_efficient if memory_efficient is not None else any(
         recomputes(module) for module in model.modules())
     states = []

@@ -110,7 +110,7 @@ class DenseBlockFunction(torch.autograd.Function):
         data, mean, var, *saved = ctx.saved_tensors
         features, rows = Maps(data, mean, var), zip(*[iter(saved)] * 7)
         # For each half of each layer: its parameters, drop rate, dropout mask or None, and output.
-        # The output has no data if that is in the buffer or to be recomputed.
+        # `output.data` is None if it lies in the buffer or will be recomputed.
         layers = [[(NormConv(*row[:3], eps), rate, row[3], Maps(*row[4:]))
                    for eps, rate, row in zip(layer.eps, layer.drop_rates, rows)]
                   for layer in ctx.layers]
@@ -185,7 +185,9 @@ def norm_conv_backward(ops, grad, maps, half, **options):
 
 
 def update_running_statistics(norms, maps, count):
-    """As nn.BatchNorm2d does, from the `Maps` that each norm read, `count` values a channel."""
+    """Update them as nn.BatchNorm2d does. `maps`: the input of each norm; `count`: values per
+    channel.
+    """
     unbiased = torch._foreach_mul([m.var for m in maps], count / (count - 1))
     by_momentum = {}
     for norm, m, var in zip(norms, maps, unbiased):
@@ -201,14 +203,14 @@ def update_running_statistics(norms, maps, count):
 
 
 def dropout_backward(x, mask, rate):
-    """Backward of dropout in training, which is also its forward with that mask."""
+    """Multiply by the mask and 1 / (1 - rate); forward and backward of dropout are the same."""
     return x if mask is None else torch.ops.aten.native_dropout_backward(x, mask, 1 / (1 - rate))
 
 
 def check_first_order():
     if torch.is_grad_enabled():  # create_graph=True
-        raise RuntimeError('a fused dense block has no second derivatives: '
-                           'fused_dense_block.unfuse(model) gives the plain model, which has')
+        raise RuntimeError('fused dense blocks do not support double backward (create_graph=True): '
+                           'use fused_dense_block.unfuse(model)')
 
 
 def no_autocast(x):

@@ -1,5 +1,7 @@
-"""The classes that `fuse` gives to dense blocks, transitions and `features`: which way, and why."""
+"""The classes that `fuse` gives to dense blocks, transitions and `features`."""
 
+import operator
+import threading
 from collections import OrderedDict
 from operator import attrgetter
 
@@ -10,7 +12,8 @@ from . import cpu, eager, inference, modules, selfcheck
 from .autograd import DenseBlockFunction, Layer, TransitionFunction
 from .modules import Difference
 
-SHAPE, DTYPE = attrgetter('shape'), attrgetter('dtype')
+SHAPE, DTYPE, DEVICE = attrgetter('shape'), attrgetter('dtype'), attrgetter('device')
+VERIFYING = threading.Lock()  # a check restores the global random state
 
 
 class Fused:
@@ -24,7 +27,7 @@ class Fused:
     path = reason = None
     _fused = None  # a `State`, set by fuse; a slice of a fused nn.Sequential has none
     unfused_path = 'layers'
-    trains = kernels = True  # fused in training, and by the kernels
+    trains = kernels = True  # whether training is fused, and whether there are kernels
 
     def forward(self, x):
         self.path, self.reason, plan = self._choose(x)
@@ -78,7 +81,7 @@ class Fused:
 
     @staticmethod
     def split(module, y):
-        """(name, part) of the output."""
+        """(name, part) of the output, which has the shape `output_shape`."""
         return [('', y)]
 
     @staticmethod
@@ -98,6 +101,8 @@ class FusedBlock(Fused):
     read = staticmethod(modules.dense_layers)
     norm_convs = staticmethod(lambda layers: [half for halves in layers for half in halves])
     in_channels = staticmethod(lambda layers: layers[0][0].norm.num_features)
+    output_shape = staticmethod(lambda layers, x: (
+        len(x), x.shape[1] + sum(halves[-1].conv.out_channels for halves in layers), *x.shape[2:]))
 
     def recomputes(self):
         if self._fused.memory_efficient is None:
@@ -127,10 +132,14 @@ class FusedTransition(Fused):
     read = staticmethod(modules.transition)
     norm_convs = staticmethod(lambda norm_conv: [norm_conv])
     in_channels = staticmethod(lambda norm_conv: norm_conv.norm.num_features)
+    output_shape = staticmethod(lambda norm_conv, x: (
+        len(x), norm_conv.conv.out_channels, x.shape[2] // 2, x.shape[3] // 2))
 
     def _choose(self, x):
         if self.training and getattr(self, 'drop_rate', 0):
             return 'layers', 'dropout between convolution and pooling', None
+        if not modules.is_traced(x) and min(x.shape[2:], default=0) < 2:
+            return 'layers', f'an input of shape {list(x.shape)}', None  # an error of the pooling
         return super()._choose(x)
 
     def run(self, ops, plan, x):
@@ -151,6 +160,7 @@ class FusedFeatures(Fused):
     read = staticmethod(modules.stem)
     norm_convs = staticmethod(lambda stem: [modules.NormConvModules(stem.norm, stem.conv)])
     in_channels = staticmethod(lambda stem: stem.conv.in_channels)
+    output_shape = staticmethod(lambda stem, x: stem.pool(stem.conv(x)).shape)
 
     def choose_by_table(self, x):
         if self.training or torch.is_grad_enabled() or x.device.type != 'cpu':
@@ -175,12 +185,12 @@ class FusedFeatures(Fused):
 
 
 def kind_of(module):
-    return type(module).__bases__[0]
+    return type(module)._kind
 
 
 def base_class(module):
     """The class that a fused module had."""
-    return type(module).__bases__[1]
+    return type(module)._base
 
 
 def unfuse(module):
@@ -195,7 +205,8 @@ _classes = {}
 
 def fused_class(kind, base):
     if (kind, base) not in _classes:
-        _classes[kind, base] = type(f'Fused{base.__name__}', (kind, base), {})
+        _classes[kind, base] = type(f'Fused{base.__name__}', (kind, base),
+                                     {'_kind': kind, '_base': base})
     return _classes[kind, base]
 
 
@@ -207,7 +218,7 @@ def _rebuild(kind, base):
 class State:
     """The options of a fused module, what was verified of it, and a plan for each mode.
 
-    A copy keeps what was verified. A pickle does not, since it may be loaded with other code.
+    A copy keeps what was verified. A pickle drops it: the code may differ where it is loaded.
     """
 
     def __init__(self, memory_efficient, kernels, verified=None):
@@ -229,7 +240,7 @@ class State:
             Difference: it is not built as expected, or they do not compute the same.
         """
         kind.read(module)
-        signature = modules.signature(kind.watched(module))
+        signature = modules.signature(module, kind.watched(module))
         if self.signature != signature or with_kernels > self.with_kernels:
             self.drop_first_half = selfcheck.verify(kind.sample(module), kind, Plan, with_kernels)
             self.signature, self.with_kernels = signature, with_kernels
@@ -244,7 +255,8 @@ class State:
                 kind.read(module)
                 reason = modules.obstacle(module, kind.watched(module))
                 if reason is None:
-                    self.verify(module, kind, with_kernels)
+                    with VERIFYING:
+                        self.verify(module, kind, with_kernels)
             except Difference as difference:
                 reason = str(difference)
             plan = Plan(module, kind, self.memory_efficient, self.drop_first_half, reason)
@@ -269,23 +281,25 @@ class Plan:
         self.parts = kind.read(module)
         norm_convs = kind.norm_convs(self.parts)
         self.channels = kind.in_channels(self.parts)
-        self.casts = kind is FusedFeatures  # its convolution, under autocast
+        self.casts = kind is FusedFeatures  # under autocast, its convolution takes any precision
         # Where the tensors are, not the tensors: torch.func.functional_call swaps them.
         self.parameter_places = [place for norm, conv in norm_convs for place in (
             (norm._parameters, 'weight'), (norm._parameters, 'bias'), (conv._parameters, 'weight'))]
         self.places = self.parameter_places + [
             (norm._buffers, name) for norm, _ in norm_convs
             for name in ('running_mean', 'running_var')]
-        self.shapes = [size for norm, conv in norm_convs for size in (
+        self.shapes = [torch.Size(size) for norm, conv in norm_convs for size in (
             (norm.num_features,), (norm.num_features,),
             (conv.out_channels, conv.in_channels, *conv.kernel_size))]
-        self.shapes += [(norm.num_features,) for norm, _ in norm_convs for _ in range(2)]
+        self.shapes += [torch.Size((norm.num_features,)) for norm, _ in norm_convs for _ in '12']
         self.buffers = [norm._buffers for norm, _ in norm_convs]
         if kind is FusedBlock:
             self.layers = [
                 self._layer(layer, [norm for norm, _ in halves], memory_efficient, drop_first_half)
                 for layer, halves in zip(module._modules.values(), self.parts)]
             self.layers_without_grad = [layer._replace(recompute=True) for layer in self.layers]
+            if any(rate >= 1 for layer in self.layers for rate in layer.drop_rates):
+                self.reason = 'a drop_rate of 1'
 
     @staticmethod
     def _layer(layer, norms, memory_efficient, drop_first_half):
@@ -305,15 +319,17 @@ class Plan:
             return self.reason
         try:
             tensors = [tensors[name] for tensors, name in self.places]
-            shapes = [*map(SHAPE, tensors)]
+            same_shapes = all(map(operator.eq, map(SHAPE, tensors), self.shapes))
         except (KeyError, AttributeError):  # removed, or None
             return 'a weight or a running statistic is missing'
         if any(buffers.get('num_batches_tracked') is None for buffers in self.buffers):
             return 'a norm without num_batches_tracked'
-        if shapes != self.shapes:
+        if not same_shapes:
             return 'a weight or a running statistic has another shape'
         if x.shape[1] != self.channels:
             return f'an input of {x.shape[1]} channels instead of {self.channels}'
+        if {*map(DEVICE, tensors)} != {x.device}:
+            return 'weights on another device'
         if self.casts:
             return None
         dtypes, device = set(map(DTYPE, tensors)), x.device.type

@@ -5,7 +5,7 @@ each type of map; the libraries are kept in the user's cache directory, `$XDG_CA
 or `~/.cache/densenet`. Without a compiler or AVX2 a warning says so once, and eager.py takes over.
 DENSENET_CPU_KERNELS=0 turns the kernels off.
 
-The functions of the first part stand in for those of eager.py, which says what they compute. Maps
+The first part has the operations that eager.py documents. Maps
 [N, C, H, W] are float32 or bfloat16 in channels_last and may be some channels of a wider such map;
 everything else is float32.
 """
@@ -40,19 +40,20 @@ def why_not(x):
     """Why the other functions do not take x as maps, or None."""
     if x.dtype not in TYPES:
         return f'no kernels for {x.dtype}'
+    if torch._C._len_torch_dispatch_stack():  # such as FakeTensorMode, whose tensors have no memory
+        return 'a TorchDispatchMode is active'
     if _row_stride(x) is None:
         return 'the input is not in channels_last'
     return unavailable_reason(x.dtype)
 
 
-def new_maps(x, channels, height=None, width=None):
-    """Memory for maps like x, on huge pages where they are large.
+def new_maps(x, channels, size=None):
+    """Memory for maps like x, of another height and width if `size`; on huge pages if large.
 
-    Touching fresh memory costs the kernel more than reading or writing it costs the processor: with
-    pages of 4 KiB, five times as much.
+    Page faults in new memory cost more than the reads and writes: five times more with 4 KiB pages.
     """
-    n, _, h, w = x.shape
-    maps = x.new_empty(n, height or h, width or w, channels)
+    height, width = size or x.shape[2:]
+    maps = x.new_empty(len(x), height, width, channels)
     start = -(-maps.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     size = (maps.data_ptr() + maps.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
     if size >= 4 << 20 and _madvise:
@@ -71,8 +72,8 @@ def statistics(data):
 def norm_relu_conv(maps, half, pool=False, out=None, with_statistics=False):
     """The output, in `out` if given, and its `statistics` if wanted, otherwise two Nones."""
     if out is None:
-        h, w = (size // 2 if pool else size for size in maps.data.shape[2:])
-        out = new_maps(maps.data, len(half.kernel), h, w)
+        size = [size // 2 if pool else size for size in maps.data.shape[2:]]
+        out = new_maps(maps.data, len(half.kernel), size)
     mean, var = _vectors(out, 2, len(half.kernel)) if with_statistics else (None, None)
     invstd = (maps.var + half.eps).rsqrt()
     _call('norm_relu_conv', out.dtype, *_input(maps, half, invstd), *_shape(maps, half, pool),
@@ -135,7 +136,8 @@ def _map(x):
 
 def _input(maps, half, invstd):
     kernel = half.kernel.contiguous(memory_format=torch.channels_last)
-    return *_map(maps.data), maps.mean, half.weight * invstd, half.bias, kernel
+    return (*_map(maps.data), maps.mean.contiguous(), (half.weight * invstd).contiguous(),
+            half.bias.contiguous(), kernel)
 
 
 def _shape(maps, half, pool):
@@ -144,7 +146,7 @@ def _shape(maps, half, pool):
 
 
 def _vectors(x, count, channels):
-    # Of x, not of torch, whose default type and device may be others.
+    # x.new_empty, because torch's default dtype and device may differ.
     return x.new_empty(count, channels, dtype=torch.float32)
 
 
@@ -222,7 +224,7 @@ def _cache_directory():
 
 
 def _open(library):
-    # The OpenMP that torch has loaded, made visible. Only Linux needs it and has this file.
+    # Make the OpenMP library that torch has loaded visible: needed, and possible, on Linux only.
     if os.path.exists('/proc/self/maps'):
         maps = Path('/proc/self/maps').read_text()
         for name in set(re.findall(r'\S*/lib[gi]?omp[^/\s]*\.so\S*', maps)):

@@ -47,8 +47,7 @@ def norm_relu_conv_backward(grad, maps, half, invstd, pool=False, total=None, pe
     """From the gradient of the output to those of the input and the parameters.
 
     Args:
-        grad: the gradient of the output or, with `pending`, what `complete(grad, *pending)` makes
-            that of.
+        grad: the gradient of the output; if `pending` is given, before `complete`.
         invstd: 1 / sqrt(maps.var + half.eps).
 
     Returns:
@@ -82,7 +81,7 @@ def _backward(grad, maps, half, invstd, pool, total):
                                                        None)
     torch.ops.aten.threshold_backward.grad_input(g, y, 0, grad_input=g)  # the ReLU's mask
     del y
-    # In eval mode, where mean and variance are constants. CPUs read the variance, GPUs 1 / std.
+    # train=False treats mean and variance as constants. The CPU uses the variance, CUDA 1 / std.
     g, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward.default(
         g, _dense(maps.data), half.weight, maps.mean, maps.var, maps.mean, invstd, False, half.eps,
         [True] * 3)

@@ -1,4 +1,4 @@
-"""What `fuse` expects of a network's modules, and whether they are still what it has checked.
+"""What `fuse` requires of a model's modules, and how later changes are noticed.
 
 A dense block, in any container, has the children denselayer1, denselayer2, ... with the children
 norm1, relu1, conv1 and, with bottleneck, norm2, relu2, conv2, in this order:
@@ -9,6 +9,8 @@ norm1, relu1, conv1 and, with bottleneck, norm2, relu2, conv2, in this order:
     MONAI              as torchxrayvision; the children of a layer are in its `layers`
 """
 
+import itertools
+from operator import methodcaller
 from typing import NamedTuple
 
 import torch
@@ -17,6 +19,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 STEM = 'conv0', 'norm0', 'relu0', 'pool0'
+VALUES = methodcaller('values')
 HOOKS = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
 
 # Expected class and attributes of each submodule, by name (digits stripped).
@@ -107,7 +110,7 @@ def stem(features):
 
 
 def _children(module, name, expected, table=EXPECTED):
-    """The children by name, as `expected`; a norm that includes its ReLU has none after it."""
+    """The children by name. If the norm includes the ReLU (timm), no relu child is expected."""
     found = module._modules
     expected = [child for child in expected if not (
         child.startswith('relu') and _includes_relu(found.get(child.replace('relu', 'norm'))))]
@@ -156,7 +159,7 @@ def recomputes(layer):
 # ---- changes since then --------------------------------------------------------------------------
 
 def obstacle(root, watched):
-    """Why modules that are as expected must run one by one, or None; `watched`: (name, module)."""
+    """The reason to run the modules one by one, or None. `watched` has (name, module) pairs."""
     for name, module in watched:
         if 'forward' in vars(module) or any(getattr(module, kind) for kind in HOOKS):
             return f'{name} has hooks or a forward of its own'
@@ -165,40 +168,69 @@ def obstacle(root, watched):
     return None
 
 
-def signature(watched):
-    """Classes, forward methods and plain attributes: what the modules compute depends on them.
+def signature(root, watched):
+    """What the modules compute depends on: classes, their methods and the attributes of modules.
 
-    Without the values that the fused forward reads each time.
+    Leaves out attributes that the fused forward reads on every call.
+
+    Raises:
+        Difference: an attribute of a class outside torch can change in place, unnoticed.
     """
-    read = 'training', 'eps', 'momentum', 'drop_rate', 'memory_efficient', 'grad_checkpointing'
-    return [(name, type(module), type(module).forward, bool(vars(module).get('drop_rate')),
-             {key: value for key, value in vars(module).items() if key[0] != '_'
-              and key not in read}) for name, module in watched]
+    read = {'training', 'eps', 'momentum', 'drop_rate', 'memory_efficient', 'grad_checkpointing',
+            'path', 'reason', '_fused', *vars(nn.Module())}
+    found = []
+    for name, module in [('', root), *watched]:
+        attributes = {key: value for key, value in vars(module).items() if key not in read}
+        if own_classes(module):
+            for key, value in attributes.items():
+                if isinstance(value, (list, dict, set, torch.Tensor)):
+                    raise Difference(name, f'has the attribute {key}, a {type(value).__name__}')
+        else:  # the attributes that matter are checked one by one, unless they replace a method
+            attributes = {key: value for key, value in attributes.items()
+                          if hasattr(type(module), key)}
+        found.append((name, [list(vars(cls).values()) for cls in own_classes(module)],
+                      getattr(type(module), '_base', type(module)), attributes,
+                      bool(vars(module).get('drop_rate'))))
+    return found
+
+
+def own_classes(module):
+    """The classes of a module that are defined outside torch and this package."""
+    return [cls for cls in type(module).__mro__ if not hasattr(cls, '_kind')
+            and cls.__module__.partition('.')[0] not in ('torch', 'builtins')
+            and not cls.__module__.startswith(__package__)]
 
 
 class Snapshot:
     """Tells cheaply, in each forward pass, whether anything has changed in the watched modules.
 
-    That is: classes, forward methods, attributes, hooks, children, and the mode of `root`.
+    Compared are classes and their methods, attributes, hooks, children, and the mode of `root`.
     """
 
     def __init__(self, root, watched):
         self.root, self.modules = root, [module for _, module in watched]
         self.attributes = [vars(module) for module in self.modules]
-        self.children = [module._modules for module in (root, *self.modules)]
+        self.children = [module._modules for module in self.modules if module._modules]
         self.hooks = [getattr(module, kind) for module in self.modules for kind in HOOKS]
-        self.classes = [*set(map(type, self.modules))]
+        self.classes = [vars(cls) for cls in {cls for module in (root, *self.modules)
+                                              for cls in own_classes(module)}]
+        self.torch_classes = [*set(map(type, self.modules))]
         self.state = self._state()
 
     def _state(self):
-        values = dict.values  # lists are compared by identity first, and all of it runs in C
-        return ([*map(type, self.modules)], [cls.forward for cls in self.classes],
-                [*map(list, map(values, self.attributes))],
-                [*map(list, map(values, self.children))], [*map(bool, self.hooks)],
-                self.root.training)
+        # Flat lists, made and compared in C, by identity first.
+        root = [value for name, value in vars(self.root).items() if name not in ('path', 'reason')]
+        return ([*map(type, self.modules)], [cls.forward for cls in self.torch_classes],
+                [*itertools.chain.from_iterable(map(VALUES, self.classes))],
+                [*itertools.chain.from_iterable(map(VALUES, self.attributes))],
+                [*itertools.chain.from_iterable(map(VALUES, self.children))],
+                [*self.root._modules.values()], [*map(bool, self.hooks)], root)
 
     def holds(self, root):
-        return root is self.root and self._state() == self.state
+        try:
+            return root is self.root and self._state() == self.state
+        except (RuntimeError, ValueError):  # a tensor or array was replaced, which == compares
+            return False
 
 
 def is_traced(x):
@@ -209,8 +241,8 @@ def is_traced(x):
 
 def transformed_or_hooked():
     """Transforms or global hooks, which need the modules one by one, or None."""
-    # By private names. In a torch that renames one, autograd still refuses transforms of a
-    # Function, but global hooks would be overlooked.
+    # These names are private. If a torch version renames one, transforms still raise, but global
+    # hooks are ignored.
     if (getattr(torch._C, '_are_functorch_transforms_active', lambda: False)()
             or getattr(forward_ad, '_current_level', -1) >= 0):
         return 'torch.func or forward-mode differentiation'

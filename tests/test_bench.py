@@ -3,17 +3,22 @@
 import contextlib
 import csv
 import functools
+import json
 import math
+import os
+import shutil
+import subprocess
 import timeit
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import torchvision
 from PIL import Image
-from torch.profiler import ProfilerActivity
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
@@ -117,12 +122,12 @@ def test_the_limit_is_the_flops_at_the_rate_of_the_matrix_product(tmp_path, monk
     starts = 2 * ['ours plain', 'ours plain']  # two rows, each with a start and a turn
     assert turns == ['fp32', 'bf16', *starts, 'fp32', 'bf16', 'ours plain', 'ours plain']
     flops = bench.convolution_flops(bench.network_flags(
-        depth=10, growth_rate=4, image_size=8, batch_size=4))
+        depth=10, growth_rate=4, image_size=8, batch_size=4))  # of a step
     table = capsys.readouterr().out
     for row, rate in zip(read_csv(tmp_path / 'x.csv'), (2e9, 4e9)):
         limit = float(row['ms']) / float(row['limit_ratio'])
         assert limit == pytest.approx(1e3 * flops / rate, rel=1e-4)
-        assert f'limit, {row["precision"]}: {limit:.2f} ms' in table
+        assert f'limit, {row["precision"]}: {limit / 4:.4f} ms per image' in table
 
 
 def test_the_rate_of_the_matrix_product(monkeypatch):
@@ -189,43 +194,65 @@ def test_bytes_grow_linearly_with_the_layers_of_a_block():
         assert block_bytes(32, True, efficient) <= 2.2 * block_bytes(16, True, efficient)
 
 
-def test_live_bytes_by_hand():
-    ignored = torch.zeros(1000)
-    with bench.LiveBytes(ignored) as live:
-        a = ignored + 1             # 4,000 bytes
+def test_allocations_by_hand():
+    old = torch.zeros(1000)
+
+    def compute():
+        a = old + 1                 # 4,000 bytes
         b = torch.cat([a, a])       # 8,000 bytes
         view = b[:10]
         a.add_(1)
-        ignored.mul_(2)
-        assert live.now == live.peak == 12_000
-        del a, b
-        assert live.now == 8_000  # the view holds them
-        del view
-        assert live.now == 0 and live.peak == 12_000
+        old.mul_(2)
+        del a
+        c = torch.zeros(500)        # 2,000 bytes
+        del b, c
+        return view  # holds the memory of b
+
+    view, held, peak = bench.allocations(compute)
+    # PyTorch makes tensors of the scalars 1 and 2, of 8 bytes or less.
+    assert len(view) == 10 and held == 8_000 and 12_000 <= peak <= 12_032
+    assert bench.allocations(lambda: torch.zeros(2500) is None) == (False, 0, 10_000)
 
 
-def allocator_peak(model, images, labels):
-    """The peak of a step by the events of torch's allocator."""
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
-        F.cross_entropy(model(images), labels).backward()
-    events = [(event.start_ns(), event.nbytes()) for event in
-              profile.profiler.kineto_results.events() if event.name() == '[memory]']
-    return np.cumsum([size for _, size in sorted(events, key=lambda event: event[0])]).max()
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that operations return: `now` alive, and the `peak`.
+
+    Without the given tensors, and without scratch buffers inside an operation.
+    """
+
+    def __init__(self, *tensors):
+        super().__init__()
+        self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in tensors}  # by address
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        outputs = operation(*args, **(kwargs or {}))
+        for tensor in filter(torch.is_tensor, tree_leaves(outputs)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._remove, storage._cdata)
+        return outputs
+
+    def _remove(self, address):
+        self.now -= self.sizes.pop(address)
 
 
 @pytest.mark.parametrize('source, mode', [('torchvision', 'plain'), *(
     ('ours', mode) for mode in bench.MODES)])
-def test_the_peak_is_what_the_allocator_says(source, mode):
+def test_the_peak_is_that_of_the_tensors_alive(source, mode):
     skip_without_kernels(mode)
     model, images = model_and_images(source, mode, depth=22)
     model.to(memory_format=torch.channels_last)
     labels = torch.tensor([3, 5])
-    peak = bench.peak_bytes(model, images, labels, contextlib.nullcontext())
+    with LiveBytes(images, labels, *model.parameters(), *model.buffers()) as live:
+        peak = bench.peak_bytes(model, images, labels, contextlib.nullcontext())
+    live.peak -= sum(p.grad.nbytes for p in model.parameters())  # not counted by peak_bytes
     # The allocator also counts scratch buffers within PyTorch's operations.
     scratch = 1.15 if mode in bench.EAGER_MODES and 'fused' in mode else 1.01
-    assert peak / 1.01 <= allocator_peak(model, images, labels) <= peak * scratch
+    assert live.peak / 1.01 <= peak <= live.peak * scratch
 
 
 @functools.cache
@@ -266,7 +293,8 @@ def test_a_table_has_all_rows_in_csv_and_figure(tmp_path, capsys):
         assert peak > memory
         assert float(row['peak_ratio']) == pytest.approx(
             peak / float(rows[0]['peak_mib']), rel=1e-4)
-        assert row['rounds'] == '2'
+        assert row['rounds'] == '2' and row['batch_size'] == '4'
+        assert 0 < float(row['first_call_s']) < 100
         assert f'torch {torch.__version__.partition("+")[0]}' in row['workload']
     image = np.asarray(Image.open(tmp_path / 'bench.png').convert('L'))
     assert min(image.shape) > 300 and image.std() > 10  # there is ink
@@ -293,6 +321,38 @@ def test_every_row_takes_the_training_step_of_train(monkeypatch):
     # At the start a warm-up and a step, then in each of two rounds a warm-up and three steps.
     assert [id(model) for model in models] == (
         (2 + 4) * [ours] + (2 + 4) * [theirs] + 4 * [ours] + 4 * [theirs])
+
+
+def test_several_batch_sizes_take_turns_in_one_run(tmp_path, monkeypatch):
+    turns, time = [], bench.Runner.time
+    monkeypatch.setattr(bench.Runner, 'time', lambda self, steps: (
+        turns.append((self.batch[0].shape, self.row.mode)), time(self, steps))[1])
+    bench.main([*TINY, '--batch-size', '1', '3', '1', '--rows', 'ours plain', 'ours fused, eager',
+                '--csv', str(tmp_path / 'bench.csv')])
+    round_ = [((n, 3, 8, 8), mode) for n in (1, 3) for mode in ('plain', 'fused, eager')]
+    assert turns == [turn for turn in round_ for _ in range(2)] + round_
+    rows = read_csv(tmp_path / 'bench.csv')
+    assert [row['batch_size'] for row in rows] == ['1', '1', '3', '3']
+    flops = bench.convolution_flops(bench.network_flags(
+        depth=10, growth_rate=4, image_size=8, batch_size=1))
+    rates = set()
+    for row, first in zip(rows, [rows[0], rows[0], rows[2], rows[2]]):
+        ms, n, ratio = (float(row[key]) for key in ('ms', 'batch_size', 'limit_ratio'))
+        assert float(row['speed_ratio']) == pytest.approx(float(first['ms']) / ms, rel=1e-4)
+        assert float(row['memory_ratio']) == pytest.approx(
+            float(row['memory_mib']) / float(first['memory_mib']), rel=1e-4)
+        assert float(row['images_per_second']) == pytest.approx(n / ms * 1e3, rel=1e-4)
+        assert 'batches of 1, 3 at 8 pixels' in row['workload']
+        rates.add(round(n * flops * ratio / ms))
+    assert max(rates) <= 1.001 * min(rates)  # of the matrix product
+
+
+def test_the_first_call_is_timed_apart(monkeypatch):
+    now, seconds = [0.0], iter([100.0, 6.0])
+    monkeypatch.setattr(bench.time, 'perf_counter', lambda: now[0])
+    monkeypatch.setattr(train, 'train_step', lambda *_, **__: now.__setitem__(
+        0, now[0] + next(seconds)))
+    assert runner('ours', 'plain', 'fp32').first_call == 100.0
 
 
 def test_a_time_is_the_mean_of_the_steps_in_a_round(monkeypatch):
@@ -396,22 +456,74 @@ def test_inference_has_rows_without_memory(tmp_path):
         assert float(row['ms']) > 0 and row['memory_mib'] == row['peak_mib'] == 'nan'
 
 
-def test_onnxruntime_computes_what_the_network_does():
-    for package in ('onnxruntime', 'onnxscript'):
+@pytest.mark.parametrize('source, precision', [
+    ('onnxruntime', 'fp32'), ('openvino', 'fp32'), ('openvino', 'bf16')])
+def test_exported_rows_compute_what_the_network_does(source, precision, monkeypatch):
+    for package in (source, 'onnxscript'):
         pytest.importorskip(package)
-    row = runner('onnxruntime', 'plain', 'fp32', inference=True)
-    logits, = row.step(*row.batch)
+    configs = []
+    if source == 'openvino':
+        import openvino
+        compile_model = openvino.compile_model
+        monkeypatch.setattr(openvino, 'compile_model', lambda model, device, config: (
+            configs.append(config), compile_model(model, device, config))[1])
+    row = runner(source, 'plain', precision, inference=True)
     assert not row.model.training and math.isnan(row.memory)
-    torch.testing.assert_close(torch.from_numpy(logits), row.model(row.batch[0]),
-                               atol=1e-5, rtol=1e-5)
+    tolerance = 1e-5 if precision == 'fp32' else 0.1  # a CPU without bf16 computes in fp32
+    torch.testing.assert_close(torch.from_numpy(row.step(*row.batch)), row.model(row.batch[0]),
+                               atol=tolerance, rtol=tolerance)
     assert row.time(steps=1) > 0
+    for config in configs:
+        assert config == {'INFERENCE_PRECISION_HINT': {'fp32': 'f32', 'bf16': 'bf16'}[precision],
+                          'INFERENCE_NUM_THREADS': torch.get_num_threads()}
+
+
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+@pytest.mark.parametrize('cpu_flags, sets', [
+    ('fma avx2', ['avx2']), ('avx2 avx512f avx512_vnni amx_int8', ['avx2', 'avx512f']),
+    ('avx512_bf16 avx512f', ['avx512f', 'avx512_bf16']), ('avx512_fp16 amx_bf16', ['amx_bf16'])])
+def test_openvino_has_a_row_in_bf16_on_cpus_with_bf16(precision, cpu_flags, sets, monkeypatch):
+    monkeypatch.setattr(bench, 'cpu_field', {'flags': cpu_flags, 'model name': 'Fast 1'}.get)
+    monkeypatch.setattr(bench.importlib.util, 'find_spec', lambda name: name)
+    options = bench.make_parser().parse_args(['--inference', '--precision', precision])
+    names = [row.name for row in bench.select_rows(options, on_cuda=False)]
+    assert ('openvino plain' in names) == (precision == 'fp32' or 'bf16' in cpu_flags)
+    assert ('onnxruntime plain' in names) == (precision == 'fp32')
+    workload = bench.describe([], [bench.network_flags(depth=10)], torch.device('cpu'))
+    assert f'; Fast 1 ({" ".join(sets)}; torch: ' in workload
+
+
+def test_the_cpu_of_this_machine_is_named(tmp_path):
+    lscpu = shutil.which('lscpu') or pytest.skip('needs lscpu')
+    bench.main([*TINY, *OURS, '--rounds', '1', '--csv', str(tmp_path / 'x.csv')])
+    row, = read_csv(tmp_path / 'x.csv')
+    known = json.loads(subprocess.run([lscpu, '--json'], env={**os.environ, 'LC_ALL': 'C'},
+                                      check=True, capture_output=True).stdout)['lscpu']
+    known = {field['field']: field['data'] for field in known}
+    sets = [name for name in bench.INSTRUCTION_SETS if name in known['Flags:'].split()]
+    assert (f'{known["Model name:"]} ({" ".join(sets)}; torch: '
+            f'{torch.backends.cpu.get_cpu_capability()}), ') in row['workload']
 
 
 def test_compiled_rows_are_compiled(monkeypatch):
     compiled = []
-    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self: compiled.append(self))  # minutes
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self, mode: (
+        compiled.append((type(self), mode))))  # minutes
     bench.main([*TINY, '--compile', '--rows', '*compiled*'])
-    assert [type(model) for model in compiled] == [torchvision.models.DenseNet, densenet.DenseNet]
+    assert compiled == [(torchvision.models.DenseNet, 'default'), (densenet.DenseNet, 'default')]
+
+
+@pytest.mark.parametrize('argv', [[], ['--inference']])
+def test_on_a_gpu_there_are_two_modes_of_compilation(argv):
+    options = bench.make_parser().parse_args(['--compile', '--precision', 'bf16', *argv])
+    assert [(row.name, row.compiled) for row in bench.select_rows(options, on_cuda=True)
+            if row.compiled] == [
+        ('torchvision plain, compiled (default)', 'default'),
+        ('ours plain, compiled (default)', 'default'),
+        ('torchvision plain, compiled (reduce-overhead)', 'reduce-overhead'),
+        ('ours plain, compiled (reduce-overhead)', 'reduce-overhead'),
+        ('torchvision plain, compiled (default), CUDA graph', 'default'),
+        ('ours plain, compiled (default), CUDA graph', 'default')]
 
 
 # ---- what goes wrong -------------------------------------------------------------------------
@@ -462,17 +574,17 @@ def test_what_was_measured_before_an_interruption_is_shown(capsys, monkeypatch):
     _, _, plain, block, _ = capsys.readouterr().out.splitlines()
     for line in plain, block:
         name, _, numbers = line.partition(' fp32 ')
-        assert name.startswith('ours ') and float(numbers.split()[0]) > 0
+        assert name.startswith('ours ') and float(numbers.split()[1]) > 0
 
 
-@pytest.mark.parametrize('package', ['timm', 'onnxruntime', 'onnxscript'])
+@pytest.mark.parametrize('package', ['timm', 'onnxruntime', 'openvino', 'onnxscript'])
 def test_without_a_package_there_is_no_such_row(package, monkeypatch):
     options = bench.make_parser().parse_args(['--inference', '--precision', 'fp32'])
     monkeypatch.setattr(bench.importlib.util, 'find_spec', lambda name: name)
     rows = bench.select_rows(options, on_cuda=False)
     monkeypatch.setattr(bench.importlib.util, 'find_spec', lambda name: name != package or None)
-    source = 'timm' if package == 'timm' else 'onnxruntime'
-    expected = [row for row in rows if row.source != source]
+    sources = ['onnxruntime', 'openvino'] if package == 'onnxscript' else [package]
+    expected = [row for row in rows if row.source not in sources]
     assert bench.select_rows(options, on_cuda=False) == expected and len(expected) < len(rows)
 
 

@@ -274,6 +274,56 @@ def test_large_training_images_are_mirrored_and_their_colours_vary(tmp_path):
     assert torch.equal(dataset[batch[5:6]][0][0], views[5])
 
 
+def test_lighting_has_the_covariance_of_alexnets():
+    torch.manual_seed(0)
+    image = torch.full((3, 1, 1), 0.5)
+    views = torch.stack([data.add_lighting(image) for _ in range(20_000)])
+    colours = views.flatten(1).numpy() - 0.5
+    # fb.resnet.torch, datasets/imagenet.lua: the sum over components of vector * value * N(0, 0.1)
+    vectors = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140],
+                        [-0.5836, -0.6948, 0.4203]])
+    values = np.array([0.2175, 0.0188, 0.0045])
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(3), atol=1e-3)
+    np.testing.assert_allclose((colours @ vectors).std(0), 0.1 * values, rtol=0.03)
+    np.testing.assert_allclose(np.corrcoef((colours @ vectors).T), np.eye(3), atol=0.03)
+    assert np.all(np.abs(colours.mean(0)) < 5 * 0.1 * 0.2175 / 20_000**0.5)
+
+
+def test_lighting_of_8_bits_is_that_of_floats_rounded_and_clamped():
+    image, moved = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256), 0
+    for seed in range(20):
+        torch.manual_seed(seed)
+        ours = data.add_lighting(image)
+        torch.manual_seed(seed)
+        colour = 255 * (data.add_lighting(torch.full((3, 1, 1), 0.5)) - 0.5)
+        assert ours.dtype == torch.uint8
+        assert torch.equal(ours, (image + colour.round()).clamp(0, 255).byte())
+        moved += not torch.equal(ours, image)
+    assert moved > 10  # by a standard deviation of 3 grey levels
+    extremes = [data.add_lighting(torch.tensor([0.0, 1.0]).expand(3, 1, 2)) for _ in range(20)]
+    assert torch.stack(extremes).aminmax() == (0, 1)
+    for grey in (image[:1], image[:1] / 255):
+        assert data.add_lighting(grey) is grey
+
+
+def test_large_training_images_have_lighting_and_test_images_have_none(tmp_path):
+    for split in ('train', 'val'):
+        (tmp_path / split / 'a').mkdir(parents=True)
+        for i in range(40):
+            Image.new('RGB', (80, 80), (130, 130, 130)).save(tmp_path / split / f'a/{i}.png')
+    for name in ('imagenet', 'folder'):
+        _, train, test = load(tmp_path, 40, 66, name)
+        (images, _), (test_images, _) = *train, *test
+        pixels, test_pixels = (torch.round(batch * test.std + test.mean)
+                               for batch in (images, test_images))
+        assert torch.equal(test_pixels, torch.full_like(test_pixels, 130))
+        tints = pixels - pixels.mean(1, keepdim=True)  # the colour jitter leaves grey images grey
+        assert torch.equal(tints, tints[..., :1, :1].expand_as(tints))
+        assert 10 < tints[:, :, 0, 0].any(1).sum() and tints.abs().max() < 3
+        (images, _), = load(tmp_path, 40, 66, name, augment=False)[1]
+        assert torch.equal(images, test_images)
+
+
 def test_photographs_of_cameras_and_printers_become_rgb(tmp_path):
     rng = np.random.RandomState(0)
     colours = np.kron(rng.randint(0, 256, (5, 5, 3)), np.ones((16, 16, 1))).astype(np.uint8)

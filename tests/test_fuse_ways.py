@@ -50,8 +50,9 @@ def doubled(monkeypatch):
 def test_an_edited_layer_is_refused_by_name(doubled):
     model = small_net()
     before = {name: type(module) for name, module in model.named_modules()}
-    with pytest.raises(ValueError, match=r'^not fused: features.denseblock1.denselayer1 computes '
-                                         r'something else .* outputs differ by 0.5 of their size'):
+    complaint = (r'^not fused: features.denseblock1.denselayer1 computes something else .* outputs '
+                 r'have a relative difference of 0.5')
+    with pytest.raises(ValueError, match=complaint):
         fuse(model)
     assert {name: type(module) for name, module in model.named_modules()} == before
 
@@ -97,10 +98,10 @@ def test_a_class_that_is_edited_later_runs_layer_by_layer(monkeypatch):
 
 
 class ScaledLayer(densenet.DenseLayer):
-    scale = 1.0
+    scale = _scale = 1.0
 
     def forward(self, features):
-        return self.scale * super().forward(features)
+        return self.scale * self._scale * super().forward(features)
 
 
 def test_an_attribute_that_changes_the_function_later_is_noticed():
@@ -115,6 +116,152 @@ def test_an_attribute_that_changes_the_function_later_is_noticed():
     assert model.features.denseblock1.path == 'layers'
     assert model.features.denseblock1.reason.startswith('denselayer2 computes something else')
     torch.testing.assert_close(unfuse(model)(x), logits)
+
+
+class Dropped(densenet.DenseLayer):  # stochastic depth
+    def forward(self, features):
+        y = super().forward(features)
+        return torch.zeros_like(y) if self.training and torch.rand(()) < 0.01 else y
+
+
+class Clamped(densenet.DenseLayer):
+    def forward(self, features):
+        self.relu1.forward = torch.nn.functional.relu6
+        y = super().forward(features)
+        del self.relu1.forward
+        return y
+
+
+class Scaled(densenet.DenseLayer):
+    def forward(self, features):
+        return self.gain * super().forward(features)
+
+
+class Unused(densenet.DenseLayer):
+    def forward(self, features):
+        return super().forward(features)
+
+
+class Shifted(densenet.DenseLayer):
+    def forward(self, features):
+        return super().forward(features) + self.shift
+
+
+class Counting(densenet.DenseLayer):
+    calls = 0
+
+    def forward(self, features):
+        self.calls += 1
+        return super().forward(features)
+
+
+class Narrow(densenet.DenseBlock):
+    def forward(self, x):
+        return super().forward(x)[:, 1:]
+
+
+def set_class(cls, **tensors):
+    def change(model):
+        layer = model.features.denseblock1.denselayer2
+        layer.__class__ = cls
+        for name, value in tensors.items():
+            if isinstance(value, nn.Parameter):
+                setattr(layer, name, value)
+            else:
+                layer.register_buffer(name, value)
+    return change
+
+
+EDITS = {  # of a layer, and what is said of it
+    'random numbers have a relative difference': set_class(Dropped),
+    'sets the attribute relu1|outputs have a relative': set_class(Clamped),
+    'denselayer2.gain is not part of a norm': set_class(Scaled, gain=nn.Parameter(torch.ones(()))),
+    'denselayer2.idle is not part of a norm': set_class(Unused, idle=nn.Parameter(torch.ones(3))),
+    'denselayer2.shift is not part of a norm': set_class(Shifted, shift=torch.zeros(())),
+    'sets the attribute calls': set_class(Counting),
+    'has the attribute maps, a list': lambda model: setattr(
+        model.features.denseblock1.denselayer2, 'maps', []),
+    ' does not return one tensor of shape': lambda model: setattr(
+        model.features.denseblock1, '__class__', Narrow),
+}
+
+
+@pytest.mark.parametrize('complaint', EDITS)
+def test_edited_layers_are_refused(complaint):
+    model = small_net()
+    EDITS[complaint](model)
+    with pytest.raises(ValueError, match=f'not fused: features.denseblock1.*({complaint})'):
+        fuse(model)
+    assert not fused_parts(model)
+
+
+@pytest.mark.parametrize('change', [
+    lambda block: setattr(block.denselayer2, '_scale', 3.0),
+    lambda block: setattr(ScaledLayer, 'scale', 3.0),
+    lambda block: setattr(block.denselayer2.conv2, '_conv_forward', lambda x, w, b: 3 * x[:, :4])])
+def test_private_class_and_shadowing_attributes_are_noticed(change):
+    model, x = small_net().double(), images(torch.float64)
+    block = model.features.denseblock1
+    block.denselayer2.__class__ = ScaledLayer
+    fuse(model)
+    model(x)
+    assert block.path == 'eager'
+    try:
+        change(block)
+        logits = model(x)
+        assert block.path == 'layers', block.reason
+        torch.testing.assert_close(unfuse(model)(x), logits)
+    finally:
+        ScaledLayer.scale = 1.0
+
+
+def test_scores_kept_on_convolutions_do_not_matter():
+    model, x = small_net().double(), images(torch.float64)
+    fuse(model)
+    for _ in range(2):
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.saliency = module.weight.detach().abs()
+        model(x)
+        assert model.features.denseblock1.path == 'eager'
+
+
+def test_maps_that_are_too_small_are_torchs_error():
+    if cpu.unavailable_reason():
+        pytest.skip(f'no kernels here: {cpu.unavailable_reason()}')
+    model = fuse(torchvision.models.DenseNet(4, (1, 1, 1, 1), 8, num_classes=5))
+    model.to(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError, match='too small'):
+        model(images(size=28).to(memory_format=torch.channels_last))
+
+
+def test_strided_parameters_and_statistics_are_read_as_they_are():
+    if cpu.unavailable_reason():
+        pytest.skip(f'no kernels here: {cpu.unavailable_reason()}')
+    model, x = small_net(), images().to(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        wide = torch.randn(2 * norm.num_features)
+        norm.bias = nn.Parameter(wide[::2])
+        norm.running_mean = torch.randn(2 * norm.num_features)[::2]
+    for training in (True, False):
+        model.train(training)
+        plain = copy.deepcopy(model)
+        for norm, other in zip(model.modules(), plain.modules()):  # copies may be dense
+            if isinstance(norm, nn.BatchNorm2d):
+                other.bias, other.running_mean = norm.bias, norm.running_mean.clone()
+        with torch.no_grad():
+            torch.testing.assert_close(fuse(model)(x), plain(x), rtol=1e-4, atol=1e-4)
+        assert model.features.denseblock1.path == 'kernels'
+
+
+def test_weights_on_another_device_are_an_error_and_no_crash():
+    with torch.device('meta'):
+        model = small_net()
+    fuse(model).to(memory_format=torch.channels_last)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        model(images().to(memory_format=torch.channels_last))
+    assert model.features.denseblock1.reason in ('weights on another device', None)
 
 
 def test_a_forward_that_keeps_its_maps_is_refused(monkeypatch):

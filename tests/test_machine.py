@@ -1,10 +1,15 @@
-"""The choice of a device: what is there, what torch can use, and one line for what it can't."""
+"""The device and its threads: what is there, what torch can use, and one line for what it can't."""
 
+import os
+import re
+import subprocess
+import sys
 import warnings
 from unittest.mock import Mock
 
 import pytest
 import torch
+from conftest import ROOT
 
 import machine
 from errors import UserError
@@ -70,3 +75,23 @@ def test_auto_takes_the_gpu_of_a_mac(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
     assert machine.choose_device('auto') == torch.device('mps')
+
+
+@pytest.mark.parametrize('script, given, policy, spins', [
+    ('train', {}, 'passive', '0'), ('predict', {}, 'passive', '0'), ('bench', {}, 'passive', '0'),
+    ('predict', {'OMP_WAIT_POLICY': 'active'}, 'active', r'\d{9,}'),
+    ('train', {'GOMP_SPINCOUNT': '1234'}, 'passive', '1234')])
+def test_openmp_threads_wait_passively_unless_the_user_wants_otherwise(script, given, policy,
+                                                                       spins):
+    env = {name: value for name, value in os.environ.items()
+           if name not in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')}
+    ended = subprocess.run(
+        [sys.executable, '-c', f'import os, {script}; print(os.environ["OMP_WAIT_POLICY"])'],
+        env={**env, 'OMP_DISPLAY_ENV': 'verbose', **given}, cwd=ROOT, check=True, text=True,
+        capture_output=True)
+    assert ended.stdout == f'{policy}\n'
+    # what the OpenMP libraries say: torch's, and perhaps scikit-learn's
+    policies = re.findall(r"OMP_WAIT_POLICY ?= ?'(\w+)'", ended.stderr)
+    assert policies and set(policies) == {policy.upper()}
+    for count in re.findall(r"GOMP_SPINCOUNT = '(\w+)'", ended.stderr):
+        assert re.fullmatch(spins, count)

@@ -124,6 +124,12 @@ def test_learning_rate_of_the_recipes():
     assert [learning_rate(svhn, e) for e in (19, 20, 29, 30, 40)] == [0.1, 0.01, 0.01, 1e-3, 1e-3]
     imagenet = flags_of('--dataset imagenet')
     assert [learning_rate(imagenet, e) for e in (30, 31, 60, 61)] == [0.1, 0.01, 0.01, 0.001]
+    # fb.resnet.torch: a power of floor((epoch - 1) / 30), whatever the number of epochs
+    for epochs in (20, 90, 120):
+        args = flags_of(f'--dataset imagenet --epochs {epochs}')
+        rates = [learning_rate(args, epoch) for epoch in range(1, epochs + 1)]
+        steps = [0.1] * 30 + [0.01] * 30 + [0.001] * 30 + [0.0001] * 30
+        np.testing.assert_allclose(rates, steps[:epochs], rtol=1e-12)
     for dataset in ('cifar10', 'imagenet'):
         short = flags_of(f'--dataset {dataset} --epochs 1')
         assert learning_rate(short, 1) == 0.1
