@@ -30,7 +30,7 @@ __all__ = ['DenseNet', 'densenet121', 'densenet161', 'densenet169', 'densenet201
 class DenseNet(nn.Module):
     """A densely connected network; the first seven arguments are those of torchvision's class.
 
-    The defaults give the paper's DenseNet-BC; bottleneck=False and compression=1 its plain DenseNet.
+    The defaults give the paper's DenseNet-BC, bottleneck=False and compression=1 its DenseNet.
 
     Args:
         growth_rate: channels that each layer adds, k in the paper.
@@ -99,9 +99,9 @@ class DenseNet(nn.Module):
             raise ValueError(f'expected images [N, C, H, W] with H and W at least {self.min_size}, '
                              f'not {list(x.shape)}')
         x = self.features(x)
-        # In evaluation this ReLU is in place, as in torchvision: some heat-map tools save the output
-        # of `features` in a forward hook and expect it rectified. With a backward hook the output
-        # is a view, and in-place operations on it raise.
+        # In evaluation this ReLU is in place, as in torchvision: some heat-map tools save the
+        # output of `features` in a forward hook and expect it rectified. With a backward hook the
+        # output is a view, and in-place operations on it raise.
         x = F.relu(x, inplace=not (self.training or traced or x._is_view()))
         x = F.adaptive_avg_pool2d(x, 1)
         return self.classifier(torch.flatten(x, 1))

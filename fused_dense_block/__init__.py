@@ -6,8 +6,8 @@
     print(model.features.denseblock1.path, model.features.denseblock1.reason)
 
 Parameters, buffers, state-dict keys, hooks and `isinstance` stay as they are, and an existing
-optimizer keeps working. The ways to compute a dense block or a transition, by device, layout and precision
-of its input and by mode; the first row that applies counts:
+optimizer keeps working. The ways to compute a dense block or a transition, by device, layout and
+precision of its input and by mode; the first row that applies counts:
 
     device  layout         precision           training  evaluation  evaluation with gradients
     cpu     channels_last  float32, bfloat16   kernels   kernels     layers
@@ -15,8 +15,8 @@ of its input and by mode; the first row that applies counts:
     other   any            any                 eager*    layers      layers
 
     kernels  one function in linear memory, by the kernels of cpu.cpp
-    eager    the same with PyTorch's own operations. * Only with memory_efficient; otherwise 'layers'
-             is faster there
+    eager    the same with PyTorch's own operations. * Only with memory_efficient; otherwise
+             'layers' is faster there
     layers   the model's own forward. Also where the fused one would not be right: hooks, replaced
              modules, norms in another mode, torch.compile, export, fx, torch.func. Instead of this,
              transitions run 'pooled first': their modules, with the pooling before the convolution
