@@ -22,7 +22,7 @@ peak: on a CPU, the peak of a whole step (forward, loss and backward) in torch's
 
 import os
 
-# Let idle OpenMP threads sleep: beside other processes, spinning makes a step several times slower.
+# Let idle OpenMP threads sleep: beside other processes, spinning makes a step much slower.
 # The OpenMP library reads this when torch loads it.
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 

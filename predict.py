@@ -10,7 +10,7 @@ which there is no file ends it before it begins.
 
 import os
 
-# Let idle OpenMP threads sleep: beside other processes, spinning makes a step several times slower.
+# Let idle OpenMP threads sleep: beside other processes, spinning makes a step much slower.
 # The OpenMP library reads this when torch loads it.
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 

@@ -13,7 +13,7 @@ directory, work/<name>. The defaults are the paper's: https://arxiv.org/abs/1608
 
 import os
 
-# Let idle OpenMP threads sleep: beside other processes, spinning makes a step several times slower.
+# Let idle OpenMP threads sleep: beside other processes, spinning makes a step much slower.
 # The OpenMP library reads this when torch loads it.
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 
