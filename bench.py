@@ -121,7 +121,7 @@ def make_model(row, args, device_type='cpu'):
     path = getattr(mode, device_type)
     num_classes = 10 if args.image_size <= data.SMALL else 1000
     args = argparse.Namespace(**vars(args))
-    # `fuse` refuses others' checkpointed layers: they update the running statistics twice.
+    # Fused blocks get it from `fuse`.
     args.memory_efficient = mode.memory_efficient and path == 'layers'
     model = networks.build(args, num_classes, args.image_size)
     if row.source in ('torchvision', 'timm'):
