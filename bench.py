@@ -52,15 +52,19 @@ from torch import nn
 from torch.autograd import profiler
 from torch.utils.flop_counter import FlopCounterMode
 
-import data
-import flags
-import machine
-import networks
 import plot
-import runlog
 import train
-from errors import UserError
 from fused_dense_block import cpu, fuse
+from training import datasets, evaluation, flags, networks, runlog
+from training.device import (
+    AUTOCAST_TYPES,
+    PRECISIONS,
+    choose_device,
+    choose_precision,
+    make_autocast,
+    ran_out_of_memory,
+)
+from training.errors import UserError
 
 NETWORK_FLAGS = 'arch', 'depth', 'growth_rate', 'image_size', 'batch_size'  # also train.py's
 
@@ -119,7 +123,7 @@ def make_model(row, args, device_type='cpu'):
     """The network of a row, on the CPU; the same size for all rows."""
     mode = MODES[row.mode]
     path = getattr(mode, device_type)
-    num_classes = 10 if args.image_size <= data.SMALL else 1000
+    num_classes = 10 if args.image_size <= datasets.SMALL else 1000
     args = argparse.Namespace(**vars(args))
     # Fused blocks get it from `fuse`.
     args.memory_efficient = mode.memory_efficient and path == 'layers'
@@ -133,7 +137,7 @@ def make_model(row, args, device_type='cpu'):
         else:
             from timm.models.densenet import DenseNet  # its stem has width 2 * growth_rate
             model = DenseNet(**settings)
-        if args.image_size <= data.SMALL:  # the paper's stem for CIFAR instead of ImageNet's
+        if args.image_size <= datasets.SMALL:  # the paper's stem for CIFAR instead of ImageNet's
             model.features.conv0 = nn.Conv2d(3, width, 3, padding=1, bias=False)
             for name in ('norm0', 'relu0', 'pool0'):
                 setattr(model.features, name, nn.Identity())
@@ -144,7 +148,7 @@ def make_model(row, args, device_type='cpu'):
 
 def make_rows(options, precision, on_cuda):
     """All rows of a precision that the flags and the device allow."""
-    dtype = machine.AUTOCAST_TYPES.get(precision, torch.float32)
+    dtype = AUTOCAST_TYPES.get(precision, torch.float32)
     paths = ['layers', 'eager']
     if not on_cuda and dtype in cpu.TYPES and cpu.unavailable_reason(dtype) is None:
         paths.append('kernels')
@@ -213,7 +217,7 @@ class Runner:
             self.times.append(self.time(steps))
         except Exception as error:
             failure = f'failed: {type(error).__name__}: {error}'.partition('\n')[0]
-            self.failure = 'out of memory' if machine.ran_out_of_memory(error) else failure
+            self.failure = 'out of memory' if ran_out_of_memory(error) else failure
             self.model = self.state = self.step = self.batch = None  # frees their memory
 
     def start(self):
@@ -232,13 +236,13 @@ class Runner:
         started = time.perf_counter()
         if row.compiled:
             self.model.compile(mode=row.compiled)
-        autocast = machine.make_autocast(row.precision, device)
+        autocast = make_autocast(row.precision, device)
         self.state = train.make_state(args, self.model, device, row.precision)
         if row.source in EXPORTED:
             self.step = make_exported_step(row, self.model, self.batch[0])
         elif args.inference:
             self.step = torch.inference_mode()(
-                lambda images, labels: train.classify(self.model, images, autocast))
+                lambda images, labels: evaluation.classify(self.model, images, autocast))
         else:
             self.step = functools.partial(train.train_step, self.state, autocast=autocast)
         second_call = self.time(1)
@@ -269,7 +273,7 @@ class Runner:
 
     def time(self, steps):
         """Seconds per step, the mean over `steps` steps after one to warm up."""
-        machine.choose_precision(self.row.precision, self.device)
+        choose_precision(self.row.precision, self.device)
         step = self.step
         if self.row.graph:  # recorded each time: a graph that is kept would keep its memory
             step = train.CudaGraphStep(step, self.state, [self.batch[0].shape])
@@ -348,7 +352,7 @@ def convolution_flops(args):
 
 def matrix_product_rate(precision):
     """FLOP/s of a large matrix product on the CPU, the median of three after a warm-up."""
-    dtype = machine.AUTOCAST_TYPES.get(precision, torch.float32)
+    dtype = AUTOCAST_TYPES.get(precision, torch.float32)
     a, b = (torch.randn(shape).to(dtype) for shape in MATRICES)
     product = a @ b
     times = timeit.repeat(lambda: torch.mm(a, b, out=product), number=1, repeat=3)
@@ -424,7 +428,7 @@ def make_parser():
     add('--image-size', metavar='PIXELS', help='(default: 32, with --arch 224)')
     add('--batch-size', '-b', nargs='+', help='(default: 64)')
     add = parser.add_argument_group('rows').add_argument
-    add('--precision', nargs='+', choices=machine.PRECISIONS,
+    add('--precision', nargs='+', choices=PRECISIONS,
         help='(default: tf32 bf16 on cuda, else fp32)')
     add('--compile', action='store_true',
         help='also torch.compile, on cuda also with mode reduce-overhead: minutes for each')
@@ -482,12 +486,12 @@ def describe(rows, batches, device):
 
 def run(options):
     """Measure all rows and show them. Exits with 1 if one failed other than by lack of memory."""
-    device = machine.choose_device(options.device)
+    device = choose_device(options.device)
     on_cuda = device.type == 'cuda'
     options.steps = options.steps or (20 if on_cuda else 1)
     options.precision = options.precision or (['tf32', 'bf16'] if on_cuda else ['fp32'])
     for precision in options.precision:
-        machine.choose_precision(precision, device)  # an error if the device lacks it
+        choose_precision(precision, device)  # an error if the device lacks it
     batches = [network_flags(**{**vars(options), 'batch_size': size})
                for size in dict.fromkeys(options.batch_size or [None])]
     rows = select_rows(options, on_cuda)

@@ -20,13 +20,10 @@ import graphviz
 import torch
 from torch import nn
 
-import data
-import flags
-import networks
 import plot
-import runlog
 from densenet import DenseBlock
-from errors import UserError
+from training import datasets, flags, networks, runlog
+from training.errors import UserError
 
 FORMATS = ('.png', '.svg', '.pdf', '.dot')
 MAX_LAYERS = 6  # blocks of more are folded to four boxes: two layers, all between, the last
@@ -187,7 +184,7 @@ def build_model(argv):
     elif args.dataset == 'imagenet' or args.arch and not args.dataset:  # nothing has to be there
         num_classes, image_size = 1000, args.image_size or 224
     else:
-        dataset = data.describe(args.dataset or 'cifar10', args.data, args.image_size)
+        dataset = datasets.describe(args.dataset or 'cifar10', args.data, args.image_size)
         num_classes, image_size = len(dataset.classes), dataset.image_size
     args = flags.with_network(args, image_size)
     with torch.device('meta'):

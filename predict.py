@@ -29,14 +29,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import checkpoint
-import data
 import densenet
-import flags
-import machine
-import networks
-import runlog
-from errors import UserError
+from training import checkpoint, datasets, flags, image_files, networks, runlog
+from training.device import DEVICES, choose_device
+from training.errors import UserError
 
 IMAGENET_CLASSES = tuple(torchvision.models.DenseNet121_Weights.DEFAULT.meta['categories'])
 
@@ -47,11 +43,11 @@ def load_model(args):
         saved = checkpoint.load(args.checkpoint)
         if not isinstance(saved.get('dataset'), dict):
             raise UserError(f'{args.checkpoint} holds no run: its classes are unknown')
-        dataset = data.Description(root=None, **saved['dataset'])
+        dataset = datasets.Description(root=None, **saved['dataset'])
         model, weights = densenet.DenseNet(**saved['config']), saved['model']
     else:
-        dataset = data.Description('imagenet', None, IMAGENET_CLASSES, 224,
-                                   *data.STATISTICS['imagenet'])
+        dataset = datasets.Description('imagenet', None, IMAGENET_CLASSES, 224,
+                                   **datasets.IMAGENET_STATISTICS)
         model = getattr(densenet, args.arch)()
         weights = checkpoint.torchvision_weights(args.arch)
     checkpoint.load_weights(model, weights, args.checkpoint or args.arch)
@@ -64,7 +60,7 @@ def find_images(name):
     if path.is_file():
         return [path]
     found = path.rglob('*') if path.is_dir() else map(Path, glob.glob(name, recursive=True))
-    found = sorted(file for file in found if data.is_image(file.name))
+    found = sorted(file for file in found if image_files.is_image(file.name))
     if not found:
         raise UserError(f'{name}: there is no such file, or no image in it')
     return found
@@ -75,8 +71,8 @@ def read(dataset, files):
     batch = []
     for file in files:
         try:  # NumPy, for tensors would come through shared memory, of which containers have little
-            batch.append((file, data.read_image(file, dataset).numpy()))
-        except data.DataError as error:
+            batch.append((file, image_files.read_image(file, dataset).numpy()))
+        except datasets.DataError as error:
             batch.append((file, error))
     return batch
 
@@ -118,9 +114,10 @@ def draw_heatmap(heat, file, dataset):
     """
     from matplotlib import colormaps  # here, for it is slow to import
 
-    grey = data.read_pixels(dataset, data.to_tensor, file).float().mean(0)  # [H, W], uncropped
+    # [H, W], uncropped
+    grey = image_files.read_pixels(dataset, image_files.to_tensor, file).float().mean(0)
     picture = grey[:, :, None].repeat(1, 1, 3).numpy() / 255
-    resize, _, crop = data.test_transform(dataset.image_size).transforms
+    resize, _, crop = image_files.test_transform(dataset.image_size).transforms
     side = round(min(grey.shape) * crop.size[0] / resize.size)  # of the crop, in pixels of the file
     top, left = ((size - side) // 2 for size in grey.shape)
     heat = F.interpolate(heat[None, None], (side, side), mode='bicubic')[0, 0].clamp(min=0)
@@ -140,7 +137,7 @@ def make_parser():
     parser.add_argument('--heatmap', nargs='?', const='', metavar='DIR',
                         help='draw where it looks, beside each image or in this folder')
     parser.add_argument('--batch-size', type=flags.POSITIVE, default=32, help='(default: 32)')
-    parser.add_argument('--device', choices=machine.DEVICES, default='auto', help='(default: auto)')
+    parser.add_argument('--device', choices=DEVICES, default='auto', help='(default: auto)')
     return parser
 
 
@@ -153,7 +150,7 @@ def main(argv=None):
         names, broken = dataset.classes, 0
         if len(names) == 1000 and names[0] == 'n01440764':  # ImageNet's numbers in WordNet
             names = IMAGENET_CLASSES
-        device = machine.choose_device(args.device)
+        device = choose_device(args.device)
         networks.fuse(model, device, script='predict.py')
         model.to(device, memory_format=torch.channels_last)
         bar = tqdm(predict(model, dataset, files, args.batch_size), total=len(files), leave=False,
@@ -164,7 +161,7 @@ def main(argv=None):
             writer.writerow(('file', 'class', 'probability'))
             for file, answer in bar:
                 with bar.external_write_mode():
-                    if isinstance(answer, data.DataError):
+                    if isinstance(answer, datasets.DataError):
                         runlog.warn(answer, script='predict.py')
                         broken += 1
                         continue
@@ -175,7 +172,8 @@ def main(argv=None):
                           flush=True)
                 writer.writerows((file, name, f'{share:.6f}') for name, share in found)
                 if args.heatmap is not None:
-                    path = Path(args.heatmap or root, os.path.relpath(file, root) + data.HEATMAP)
+                    name = os.path.relpath(file, root) + image_files.HEATMAP
+                    path = Path(args.heatmap or root, name)
                     path.parent.mkdir(parents=True, exist_ok=True)
                     draw_heatmap(heat, file, dataset).save(path)
         if broken:

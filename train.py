@@ -27,23 +27,24 @@ import time
 import warnings
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-import checkpoint
-import data
-import distributed
-import flags
-import machine
-import networks
-import report
-import runlog
-from checkpoint import CheckpointError, TrainState
-from distributed import Stopped, StopSignals
-from errors import UserError
-from runlog import RunLog, say
+from training import checkpoint, datasets, distributed, flags, loaders, networks, runlog
+from training.checkpoint import CheckpointError, TrainState
+from training.cuda_graph import CudaGraphStep
+from training.device import (
+    choose_device,
+    choose_precision,
+    make_autocast,
+    ran_out_of_memory,
+    set_determinism,
+)
+from training.distributed import Stopped, StopSignals
+from training.errors import UserError
+from training.evaluation import at_least_fp32, count_errors, evaluate, report_errors
+from training.runlog import RunLog, say
 
 # ---- build: optimizer, learning rate ---------------------------------------------------------
 
@@ -112,8 +113,9 @@ def learning_rate(args, epoch, done=0.0):
         lr *= 0.01 + 0.99 * epochs_done / args.warmup_epochs
     if args.lr_schedule == 'cosine':
         return lr * (1 + math.cos(math.pi * epochs_done / args.epochs)) / 2
-    if args.dataset == 'imagenet':
-        return lr / 10 ** ((epoch - 1) // 30)
+    every = datasets.DATASETS[args.dataset].lr_drop_every
+    if every:
+        return lr / 10 ** ((epoch - 1) // every)
     drops = args.epochs / 2, args.epochs * 3 / 4
     return lr / 10 ** sum(epoch >= max(2, drop) for drop in drops)
 
@@ -163,95 +165,6 @@ def balanced_class_weights(class_counts):
     return class_counts.sum() / (len(class_counts) * class_counts)
 
 
-def at_least_fp32(logits):
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def count_errors(hit, labels):
-    return (~hit & (labels != data.NO_LABEL)).sum()
-
-
-# ---- graph ----------------------------------------------------------------------------------
-
-class CudaGraphStep:
-    """A step recorded once as a CUDA graph, and launched as a whole for each batch.
-
-    Args:
-        step: a function of images and labels, such as `train_step` with all else given.
-        state: what the step changes; recording leaves it as it was.
-        shapes: of images, [B, C, H, W], the largest first. Each has a graph of its own, in the
-            same memory.
-
-    Raises:
-        UserError: the recording failed. The process can't go on: generators and allocator are
-            still in the mode of recording.
-    """
-
-    def __init__(self, step, state, shapes):
-        device = state.sums.device
-        self.step, self.state = step, state
-        self.batches = {shape: (torch.zeros(shape, device=device),
-                                torch.zeros(shape[0], dtype=torch.int64, device=device))
-                        for shape in shapes}
-        self.graphs, pool = {}, torch.cuda.graph_pool_handle()
-        stream, caller = torch.cuda.Stream(), torch.cuda.current_stream()
-        stream.wait_stream(caller)
-        try:
-            with torch.cuda.stream(stream), state.rehearsal():
-                for batch in self.batches.values():
-                    for _ in range(3):  # libraries choose kernels, the optimizer makes its state
-                        step(*batch)
-                state.optimizer.zero_grad()  # so that recording allocates them in the graph's pool
-                for shape, batch in self.batches.items():
-                    self.graphs[shape] = torch.cuda.CUDAGraph()
-                    with torch.cuda.graph(self.graphs[shape], pool=pool, stream=stream):
-                        step(*batch)
-        except RuntimeError as error:
-            while error.__context__ is not None:  # ending a failed recording raises, too
-                error = error.__context__
-            if machine.ran_out_of_memory(error):
-                raise error
-            raise UserError(f'the step can\'t be recorded as a CUDA graph '
-                            f'({str(error).splitlines()[0]}): give --no-cuda-graph') from error
-        caller.wait_stream(stream)
-
-    def __call__(self, images, labels, batch_size=None):
-        """`batch_size` is len(images): with several processes there is no graph."""
-        static_images, static_labels = self.batches[images.shape]
-        static_images.copy_(images)
-        static_labels.copy_(labels)
-        self.graphs[images.shape].replay()
-
-    def agrees(self):
-        """Whether a replay of each graph changes the state as an eager step does.
-
-        Whatever GPU and libraries this runs on, it has been checked there. Loss, weights and
-        running statistics are compared with what a step changes in them: rounding makes two steps
-        differ by a hundredth of that or less, a graph that has frozen or forgotten something by
-        about all of it. Nothing is changed.
-        """
-        for batch in self.batches.values():
-            eager, replayed = (self._changes(step, batch) for step in (self.step, self))
-            if not all((a - b).norm() <= 0.1 * a.norm() for a, b in zip(eager, replayed)):
-                return False
-        return True
-
-    def _changes(self, step, batch):
-        """How a step on random images changes sums, weights and running statistics."""
-        model = self.state.model
-        groups = ([self.state.sums], list(model.parameters()),
-                  [buffer for buffer in model.buffers() if buffer.is_floating_point()])
-
-        def values():
-            return [torch.cat([tensor.detach().flatten() for tensor in group]) for group in groups]
-
-        with self.state.rehearsal():
-            batch[0].normal_()
-            before = values()
-            step(*batch)
-            return [after - value for after, value in zip(values(), before)]
-
-
 def make_step(args, state, shapes, autocast, class_weights=None):
     """The function of images and labels that trains `state`, as a CUDA graph where possible.
 
@@ -293,77 +206,6 @@ def settle_order_of_sums(step, state, shape):
     images = torch.zeros(-(-n // distributed.world_size()), *image, device=state.sums.device)
     with state.rehearsal():
         step(images, images.new_zeros(len(images), dtype=torch.int64))
-
-
-# ---- evaluate --------------------------------------------------------------------------------
-
-def classify(model, images, autocast):
-    """Logits [B, classes] of images [B, C, H, W], or means over crops [B, 10, C, H, W]."""
-    with autocast:
-        logits = at_least_fp32(model(images.flatten(0, -4)))
-    return logits if images.dim() == 4 else logits.view(*images.shape[:2], -1).mean(1)
-
-
-class TestResult(NamedTuple):
-    """Errors are in percent, the balanced one is the mean of those of the classes."""
-
-    loss: float
-    error: float
-    error5: float
-    balanced_error: float
-    confusion: torch.Tensor  # int64 [C, C]: images of each class (row) taken for each (column)
-
-
-@torch.no_grad()
-def evaluate(model, loader, autocast, stop=None, outputs=None):
-    """The TestResult of a loader's images; of ten crops the logits are averaged.
-
-    `outputs`, a list, gets labels [B] and probabilities [B, C] of each batch.
-    """
-    model.eval()
-    sums, confusion = 0, None  # sums of losses and of top-5 errors
-    for images, labels in loader:
-        logits = classify(model, images, autocast)
-        classes = logits.shape[1]
-        top = logits.topk(min(5, classes)).indices
-        if confusion is None:
-            confusion = labels.new_zeros(classes**2)
-        confusion.index_add_(0, labels.clamp(min=0) * classes + top[:, 0],
-                             (labels != data.NO_LABEL).long())
-        sums = sums + torch.stack([F.cross_entropy(logits, labels, reduction='sum'),
-                                   count_errors((top == labels[:, None]).any(1), labels)])
-        if outputs is not None:
-            outputs.append((labels.cpu(), logits.softmax(1).cpu()))
-        if stop is not None:
-            stop.check()
-    loss, errors5 = (distributed.all_reduce(sums) / loader.num_images).tolist()
-    confusion = distributed.all_reduce(confusion).view(classes, classes).cpu()
-    errors = loader.num_images - confusion.trace().item()
-    return TestResult(loss, 100 * errors / loader.num_images, 100 * errors5,
-                      report.balanced_error(confusion), confusion)
-
-
-def report_errors(model, dataset, device, autocast, args):
-    """Print loss and errors on the test images; write confusion.png and predictions.csv."""
-    loader = data.make_loader(dataset, 'test', args.batch_size, device=device,
-                              workers=args.workers, ten_crop=args.ten_crop,
-                              shard=(distributed.rank(), distributed.world_size()))
-    outputs = []
-    test = evaluate(model, loader, autocast, outputs=outputs)
-    shards = zip(*distributed.all_gather(outputs))  # of each batch
-    labels, probabilities = map(torch.cat, zip(*(shard for batch in shards for shard in batch)))
-    if distributed.rank() > 0:
-        return
-    top5 = f', top-5 error {test.error5:.2f}%' * (len(dataset.classes) > 5)
-    say(f'test loss {test.loss:.4f}, error {test.error:.2f}%{top5}')
-    labels, probabilities = (output[labels != data.NO_LABEL] for output in (labels, probabilities))
-    say('\n'.join(report.lines(test.confusion, dataset.classes, probabilities[:, -1], labels)))
-    directory = flags.run_directory(args)
-    directory.mkdir(parents=True, exist_ok=True)
-    report.save_confusion(directory / 'confusion.png', test.confusion, dataset.classes)
-    report.save_predictions(directory / 'predictions.csv', loader.files, labels, probabilities,
-                            dataset.classes)
-    say(f'confusion.png and predictions.csv are in {directory}')
 
 
 # ---- loop ------------------------------------------------------------------------------------
@@ -451,9 +293,9 @@ def choose_dataset(args, saved):
     """The data set that the flags name, read as it was for the checkpoint if there is one."""
     trained_on = saved['dataset'] if saved else {}
     image_size = args.image_size
-    if saved and args.dataset != trained_on['name'] and args.dataset in data.CLASSES:
+    if saved and args.dataset != trained_on['name'] and datasets.DATASETS[args.dataset].read:
         image_size = None  # args has that of the checkpoint, and this data set has its own
-    dataset = data.describe(
+    dataset = datasets.describe(
         args.dataset, args.data, image_size, 'test' if args.evaluate else 'train',
         in_channels=args.in_channels, value_range=args.value_range or trained_on.get('value_range'),
         val_split=args.val_split, seed=trained_on.get('split_seed', args.seed),
@@ -500,10 +342,11 @@ def describe_data(dataset, loaders):
             f'{dataset.image_size} pixels{values}, {len(dataset.classes)} classes')
 
 
-def train(args, dataset, model, loaders, directory, stop, *, device, precision, saved, goes_on):
+def train(args, dataset, model, both_loaders, directory, stop, *, device, precision,
+          saved, goes_on):
     """One training run, in a directory that this process has claimed."""
-    train_loader, test_loader = loaders
-    autocast = machine.make_autocast(precision, device)
+    train_loader, test_loader = both_loaders
+    autocast = make_autocast(precision, device)
     state = make_state(args, model, device, precision)
     if distributed.rank():  # each process has its own dropout
         torch.manual_seed((args.seed + 1_000_003 * distributed.rank()) % 2**32)
@@ -541,7 +384,7 @@ def train(args, dataset, model, loaders, directory, stop, *, device, precision, 
                      figures=args.plot)
     processes = f'{distributed.world_size()} x ' if distributed.world_size() > 1 else ''
     say(f'{networks.name(args)}: {sum(p.numel() for p in model.parameters()):,} parameters; '
-        f'{describe_data(dataset, loaders)}; '
+        f'{describe_data(dataset, both_loaders)}; '
         f'{processes}{hardware}, {precision}{", CUDA graph" * graphed}')
     with contextlib.closing(log):
         try:
@@ -564,9 +407,9 @@ def main(argv=None):
     with StopSignals() as stop, distributed.process_group():
         # `saved` is what the checkpoint of --resume holds, or None.
         args, saved = distributed.from_rank_0(lambda: flags.parse_args(argv))
-        device = machine.choose_device(args.device)
-        precision = machine.choose_precision(args.precision, device)
-        machine.set_determinism(args.deterministic)
+        device = choose_device(args.device)
+        precision = choose_precision(args.precision, device)
+        set_determinism(args.deterministic)
         dataset = distributed.from_rank_0(lambda: choose_dataset(args, saved))
         args = flags.with_network(args, dataset.image_size)
         if saved:
@@ -580,7 +423,7 @@ def main(argv=None):
             checkpoint.load_weights(model, saved.get('model'), args.resume)
         model = prepare_model(model, args, device)
         if args.evaluate:
-            report_errors(model, dataset, device, machine.make_autocast(precision, device), args)
+            report_errors(model, dataset, device, make_autocast(precision, device), args)
             return
         directory = flags.run_directory(args)
         resumed = Path(args.resume).resolve() if saved else None
@@ -595,14 +438,14 @@ def main(argv=None):
             with distributed.rank_0_first():
                 common = dict(device=device, workers=args.workers,
                               shard=(distributed.rank(), distributed.world_size()))
-                loaders = (
-                    data.make_loader(dataset, 'train', args.batch_size, augment=args.augment,
+                both_loaders = (
+                    loaders.make_loader(dataset, 'train', args.batch_size, augment=args.augment,
                                      seed=args.seed, **common),
                     # A micro-batch, so that testing needs no more memory than training.
-                    data.make_loader(dataset, 'test', -(-args.batch_size // args.grad_accum),
+                    loaders.make_loader(dataset, 'test', -(-args.batch_size // args.grad_accum),
                                      ten_crop=args.ten_crop, **common))
             stop.deferred = True  # until a step is done, and all can be saved
-            train(args, dataset, model, loaders, directory, stop, device=device,
+            train(args, dataset, model, both_loaders, directory, stop, device=device,
                   precision=precision, saved=saved, goes_on=resumed == latest)
 
 
@@ -626,7 +469,7 @@ def explanation(error):
     text = ' '.join(str(error).split())
     if isinstance(error, UserError):
         return text
-    if machine.ran_out_of_memory(error):
+    if ran_out_of_memory(error):
         return ('out of memory: give --memory-efficient, a lower --batch-size, a higher '
                 '--grad-accum, --precision bf16, smaller images or a smaller network')
     # The connection to a worker process that has died is reset, or at its end.

@@ -1,4 +1,4 @@
-"""Means and standard deviations of the channels of a data set: where those in data.py come from.
+"""Means and standard deviations of the channels of a data set, for training/datasets.py.
 
     python attic/channel_stats.py                                    # CIFAR-10
     python attic/channel_stats.py --dataset cifar100
@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import data
+from training import datasets, loaders
 
 
 def channel_statistics(loader):
@@ -39,23 +39,23 @@ def channel_statistics(loader):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     add = parser.add_argument
-    add('--dataset', choices=data.NAMES, default='cifar10', help='(default: %(default)s)')
+    add('--dataset', choices=datasets.DATASETS, default='cifar10', help='(default: %(default)s)')
     add('--data', metavar='DIR', default='work/data', help='(default: %(default)s)')
     add('--workers', type=int, default=0, help='that read images over 64 pixels (default: 0)')
     args = parser.parse_args(argv)
     try:
-        dataset = data.describe(args.dataset, args.data)
+        dataset = datasets.describe(args.dataset, args.data)
         raw = dataclasses.replace(dataset, mean=(0.0,) * 3, std=(1.0,) * 3)
-        loader = data.make_loader(raw, 'train', batch_size=100, device=torch.device('cpu'),
+        loader = loaders.make_loader(raw, 'train', batch_size=100, device=torch.device('cpu'),
                                   workers=args.workers)
         rows = channel_statistics(loader).tolist()
-    except (data.DataError, OSError) as error:
+    except (datasets.DataError, OSError) as error:
         parser.exit(2, f'channel_stats.py: error: {error}\n')
     print(f'{args.dataset}: {loader.num_images:,} training images of {dataset.image_size} pixels')
-    names = ('mean', 'std of all pixels', 'mean std of an image', 'mean in data.py',
-             'std in data.py')
+    names = ('mean', 'std of all pixels', 'mean std of an image', 'mean in datasets.py',
+             'std in datasets.py')
     for name, values in zip(names, [*rows, dataset.mean, dataset.std]):
-        print(f'{name:<22}' + ''.join(f'{value:>10.3f}' for value in values))
+        print(f'{name:<23}' + ''.join(f'{value:>10.3f}' for value in values))
 
 
 if __name__ == '__main__':

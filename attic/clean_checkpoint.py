@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import checkpoint
+from training import checkpoint
 
 
 def clean(saved):

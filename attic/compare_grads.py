@@ -21,8 +21,8 @@ import torchvision
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import densenet
-import flags
 from fused_dense_block import fuse
+from training import flags
 
 
 def run(model, images, labels):

@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 import pretended_cuda
 
 import bench
-import networks
+from training import networks
 
 PRECISIONS = 'fp32', 'bf16', 'fp16'
 ROWS = [('torchvision', 'plain'), ('torchvision', 'checkpointed'), ('timm', 'plain'),

@@ -27,8 +27,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import checkpoint
 import train
+from training import checkpoint
 
 # All that is random, and all that is carried from step to step, has a part in these runs.
 RECIPE = ['--dataset', 'folder', '--depth', '10', '--growth-rate', '4', '--batch-size', '4',

@@ -18,11 +18,11 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-import data  # noqa: E402
-import machine  # noqa: E402
 import predict  # noqa: E402
 import train  # noqa: E402
-from errors import UserError  # noqa: E402
+from training import datasets, loaders  # noqa: E402
+from training.device import make_autocast  # noqa: E402
+from training.errors import UserError  # noqa: E402
 
 SHOWN = 3  # right and wrong images of each class
 
@@ -54,14 +54,14 @@ def main(argv=None):
     try:
         model, dataset = predict.load_model(args)
         if not dataset.in_memory:
-            raise UserError(f'this is for networks for images of up to {data.SMALL} pixels')
+            raise UserError(f'this is for networks for images of up to {datasets.SMALL} pixels')
         dataset = dataclasses.replace(dataset, root=args.data)
-        loader = data.make_loader(dataset, 'test', 250, device=device)
+        loader = loaders.make_loader(dataset, 'test', 250, device=device)
     except UserError as error:
         parser.exit(2, f'predictions.py: error: {error}\n')
     outputs = []
     test = train.evaluate(model.to(memory_format=torch.channels_last), loader,
-                          machine.make_autocast('fp32', device), outputs=outputs)
+                          make_autocast('fp32', device), outputs=outputs)
     labels, probabilities = map(torch.cat, zip(*outputs))
     figure = Figure(figsize=(10, 7), layout='constrained')
     axes = figure.subplots(2 * SHOWN, len(dataset.classes), subplot_kw=dict(xticks=[], yticks=[]))

@@ -9,12 +9,12 @@ import torchvision
 from conftest import write_images
 from PIL import Image
 
-import checkpoint
 import densenet
 import predict
 import train
 from attic import channel_stats, clean_checkpoint, compare_grads, feature_reuse, numcheck_grads
 from fused_dense_block import eager, fuse
+from training import checkpoint
 
 
 def test_gradients_are_those_of_finite_differences(capsys):

@@ -10,9 +10,9 @@ import torch
 import torchvision
 from conftest import Opener
 
-import checkpoint
 import densenet
-from checkpoint import CheckpointError
+from training import checkpoint
+from training.checkpoint import CheckpointError
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The loaders against torchvision's transforms, plain loops, and files made in each format."""
 
+import dataclasses
 import functools
 import hashlib
 import math
@@ -20,11 +21,12 @@ from conftest import ROOT, SHARED, Opener, write_images
 from PIL import Image
 from torchvision import transforms
 
-import data
-from data import DataError, MemoryLoader
+from training import datasets, image_files, loaders
+from training.datasets import DataError
+from training.loaders import MemoryLoader
 
 CPU = torch.device('cpu')
-RGB = data.describe('cifar10')
+RGB = datasets.describe('cifar10')
 
 
 def numbered(n=50, size=8):
@@ -46,7 +48,7 @@ def test_crop_and_mirror_equal_a_loop_over_images():
     offsets = torch.randint(9, (40, 2), generator=generator)
     mirrored = torch.randint(2, (40,), generator=generator).bool()
     for image, (down, right), mirror, ours in zip(
-            images, offsets.tolist(), mirrored, data.crop_and_mirror(images, offsets, mirrored)):
+            images, offsets.tolist(), mirrored, loaders.crop_and_mirror(images, offsets, mirrored)):
         padded = F.pad(image, (4, 4, 4, 4))
         truth = transforms.functional.crop(padded, down, right, 10, 7)
         assert torch.equal(ours, transforms.functional.hflip(truth) if mirror else truth)
@@ -89,7 +91,7 @@ def test_augmentation_depends_neither_on_the_batch_size_nor_on_where_an_epoch_is
 
 
 def test_normalises_as_torchvision_does():
-    mean, std = data.STATISTICS['cifar10']
+    mean, std = datasets.DATASETS['cifar10'].mean, datasets.DATASETS['cifar10'].std
     images = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8)
     (ours, _), = MemoryLoader(images, torch.zeros(5).long(), 5, mean=mean, std=std, device=CPU)
     normalize = transforms.Compose([transforms.ConvertImageDtype(torch.float32),
@@ -109,19 +111,19 @@ def test_the_padding_of_the_crops_is_zero_after_the_normalisation():
 
 @pytest.fixture(scope='module')
 def shapes():
-    return {split: data.draw_shapes(split) for split in ('train', 'test')}
+    return {split: datasets.draw_shapes(split) for split in ('train', 'test')}
 
 
 def test_shapes_are_the_same_every_time_and_balanced(shapes):
     images, labels = shapes['test']
-    assert torch.equal(images, data.draw_shapes('test')[0])
+    assert torch.equal(images, datasets.draw_shapes('test')[0])
     assert images.shape == (1000, 3, 32, 32) and images.dtype == torch.uint8
     assert labels.bincount().tolist() == [100] * 10
     assert not (shapes['train'][0][:1000] == images).flatten(1).all(1).any()
 
 
 def test_shapes_are_normalised_by_their_own_statistics(shapes):
-    mean, std = data.STATISTICS['shapes']
+    mean, std = datasets.DATASETS['shapes'].mean, datasets.DATASETS['shapes'].std
     pixels = shapes['train'][0].numpy().astype(np.float64)
     np.testing.assert_allclose(mean, pixels.mean((0, 2, 3)), rtol=1e-7)
     np.testing.assert_allclose(std, pixels.std((0, 2, 3)), rtol=1e-7)
@@ -143,10 +145,10 @@ def test_no_linear_classifier_tells_the_shapes_apart(shapes, pool):
 def load(root, batch_size=4, image_size=None, name='folder', augment=True, ten_crop=False,
          **kwargs):
     """The description, the training loader and the test loader."""
-    dataset = data.describe(name, root, image_size)
+    dataset = datasets.describe(name, root, image_size)
     common = dict(batch_size=batch_size, device=CPU, **kwargs)
-    return (dataset, data.make_loader(dataset, 'train', augment=augment, **common),
-            data.make_loader(dataset, 'test', ten_crop=ten_crop, **common))
+    return (dataset, loaders.make_loader(dataset, 'train', augment=augment, **common),
+            loaders.make_loader(dataset, 'test', ten_crop=ten_crop, **common))
 
 
 def test_small_folders_are_held_in_memory_as_they_are(tmp_path):
@@ -237,8 +239,8 @@ def test_large_images_come_the_same_from_any_number_of_workers(photos):
 
 def test_large_test_images_are_torchvisions_centre_and_ten_crops(photos):
     image = Image.open(photos / 'val/a/0.jpg')
-    normalize = transforms.Normalize([m / 255 for m in data.STATISTICS['imagenet'][0]],
-                                     [s / 255 for s in data.STATISTICS['imagenet'][1]])
+    normalize = transforms.Normalize([m / 255 for m in datasets.DATASETS['imagenet'].mean],
+                                     [s / 255 for s in datasets.DATASETS['imagenet'].std])
     centre = transforms.Compose([transforms.Resize(80), transforms.CenterCrop(70),
                                  transforms.ToTensor(), normalize])(image)
     crops = [normalize(transforms.functional.to_tensor(crop))
@@ -264,8 +266,8 @@ def test_large_training_images_are_mirrored_and_their_colours_vary(tmp_path):
     ramp = np.tile(np.linspace(60, 200, 90).astype(np.uint8)[None, :, None], (70, 1, 3))
     ramp[..., 1] = 130  # a green that no crop changes
     Image.fromarray(ramp).save(tmp_path / 'ramp.png')
-    read = functools.partial(data.read_pixels, RGB, data._train_transform(66))
-    dataset = data._ImageFiles([(tmp_path / 'ramp.png', 0)], read)
+    read = functools.partial(image_files.read_pixels, RGB, image_files.train_transform(66))
+    dataset = image_files._ImageFiles([(tmp_path / 'ramp.png', 0)], read)
     batch = np.array([(0, seed) for seed in range(64)])
     views = dataset[batch][0].float()
     falling = (views[:, 0, :, 0] > views[:, 0, :, -1]).float().mean(1)
@@ -277,7 +279,7 @@ def test_large_training_images_are_mirrored_and_their_colours_vary(tmp_path):
 def test_lighting_has_the_covariance_of_alexnets():
     torch.manual_seed(0)
     image = torch.full((3, 1, 1), 0.5)
-    views = torch.stack([data.add_lighting(image) for _ in range(20_000)])
+    views = torch.stack([image_files.add_lighting(image) for _ in range(20_000)])
     colours = views.flatten(1).numpy() - 0.5
     # fb.resnet.torch, datasets/imagenet.lua: the sum over components of vector * value * N(0, 0.1)
     vectors = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140],
@@ -293,17 +295,18 @@ def test_lighting_of_8_bits_is_that_of_floats_rounded_and_clamped():
     image, moved = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256), 0
     for seed in range(20):
         torch.manual_seed(seed)
-        ours = data.add_lighting(image)
+        ours = image_files.add_lighting(image)
         torch.manual_seed(seed)
-        colour = 255 * (data.add_lighting(torch.full((3, 1, 1), 0.5)) - 0.5)
+        colour = 255 * (image_files.add_lighting(torch.full((3, 1, 1), 0.5)) - 0.5)
         assert ours.dtype == torch.uint8
         assert torch.equal(ours, (image + colour.round()).clamp(0, 255).byte())
         moved += not torch.equal(ours, image)
     assert moved > 10  # by a standard deviation of 3 grey levels
-    extremes = [data.add_lighting(torch.tensor([0.0, 1.0]).expand(3, 1, 2)) for _ in range(20)]
+    extremes = [image_files.add_lighting(torch.tensor([0.0, 1.0]).expand(3, 1, 2))
+                for _ in range(20)]
     assert torch.stack(extremes).aminmax() == (0, 1)
     for grey in (image[:1], image[:1] / 255):
-        assert data.add_lighting(grey) is grey
+        assert image_files.add_lighting(grey) is grey
 
 
 def test_large_training_images_have_lighting_and_test_images_have_none(tmp_path):
@@ -337,8 +340,8 @@ def test_photographs_of_cameras_and_printers_become_rgb(tmp_path):
     palette.putpalette(range(256))
     palette.save(tmp_path / 'palette.png', transparency=bytes(range(200)))
     with warnings.catch_warnings():
-        warnings.simplefilter('error')  # data.py, imported here, lets none through
-        imported = runpy.run_path(str(ROOT / 'data.py'))
+        warnings.simplefilter('error')  # image_files.py, imported here, lets none through
+        imported = runpy.run_path(str(ROOT / 'training' / 'image_files.py'))
         read = functools.partial(imported['read_pixels'], RGB, np.asarray)
         decoded = {name: read(tmp_path / f'{name}.jpg').astype(float) for name in kinds}
         read(tmp_path / 'palette.png')
@@ -402,12 +405,12 @@ def test_images_of_more_than_8_bits_keep_all_their_levels(
     save_scans(tmp_path, mode, values, ending)
     values = np.asarray(Image.open(tmp_path / f'train/a/1.{ending}'), np.float64)[0]
     size = len(values)
-    dataset = data.describe('folder', tmp_path, size, in_channels=in_channels,
+    dataset = datasets.describe('folder', tmp_path, size, in_channels=in_channels,
                             value_range=value_range)
     assert dataset.value_range == (values.min(), values.max())
     expected = 255 * (values - values.min()) / (values.max() - values.min())
     for split, augment in (('train', False), ('test', False), ('train', True)):
-        loader = data.make_loader(dataset, split, 2, device=CPU, augment=augment)
+        loader = loaders.make_loader(dataset, split, 2, device=CPU, augment=augment)
         (images, _), = loader
         assert images.shape == (2, in_channels, size, size) and images.dtype == torch.float32
         if augment:
@@ -418,14 +421,14 @@ def test_images_of_more_than_8_bits_keep_all_their_levels(
             np.testing.assert_allclose(rows, np.broadcast_to(expected, rows.shape), atol=1e-4)
         else:  # resized: a ramp stays one
             assert rows.diff(dim=-1).min() > 0
-    (first, *_), _ = next(iter(data.make_loader(dataset, 'test', 2, device=CPU)))
-    assert torch.equal(data.read_image(tmp_path / f'val/a/1.{ending}', dataset), first)
+    (first, *_), _ = next(iter(loaders.make_loader(dataset, 'test', 2, device=CPU)))
+    assert torch.equal(image_files.read_image(tmp_path / f'val/a/1.{ending}', dataset), first)
 
 
 def test_8_bits_among_more_are_what_they_are_alone(tmp_path):
     save_scans(tmp_path, 'I;16', [0, 4095], 'png')
     Image.fromarray(np.array([[7, 200]] * 2, np.uint8)).save(tmp_path / 'val/a/2.png')
-    loader = data.make_loader(data.describe('folder', tmp_path), 'test', 3, device=CPU)
+    loader = loaders.make_loader(datasets.describe('folder', tmp_path), 'test', 3, device=CPU)
     assert loader.images[1, :, 0].tolist() == 3 * [[7, 200]]
     assert loader.images[0, :, 0].tolist() == 3 * [[0, 255]]
 
@@ -434,8 +437,8 @@ def test_8_bits_among_more_have_no_measured_range(tmp_path):
     save_scans(tmp_path, 'I;16', [0, 4095], 'png')
     Image.fromarray(np.array([[7, 200]] * 2, np.uint8)).save(tmp_path / 'train/b/2.png')
     with pytest.raises(DataError, match='b/2.png has 8 bits, .* give --value-range LOW HIGH'):
-        data.describe('folder', tmp_path)
-    assert data.describe('folder', tmp_path, value_range=(0, 4095)).value_range == (0, 4095)
+        datasets.describe('folder', tmp_path)
+    assert datasets.describe('folder', tmp_path, value_range=(0, 4095)).value_range == (0, 4095)
 
 
 @pytest.mark.parametrize('mode, values, message', [
@@ -444,7 +447,7 @@ def test_8_bits_among_more_have_no_measured_range(tmp_path):
 def test_values_without_a_range_are_refused_by_name(tmp_path, mode, values, message):
     save_scans(tmp_path, mode, values, 'tif')
     with pytest.raises(DataError, match=message):
-        data.describe('folder', tmp_path)
+        datasets.describe('folder', tmp_path)
 
 
 def test_more_bits_than_the_first_training_image_has_are_refused_by_name(tmp_path):
@@ -463,8 +466,8 @@ def test_a_share_of_each_class_is_for_testing(tmp_path, has_train):
     write_images(root, {'a': 40, 'b': 10, 'c': 2, 'd': 1})
 
     def files(split, **options):
-        dataset = data.describe('folder', tmp_path, split='train', val_split=0.1, **options)
-        return data.make_loader(dataset, split, 4, device=CPU).files
+        dataset = datasets.describe('folder', tmp_path, split='train', val_split=0.1, **options)
+        return loaders.make_loader(dataset, split, 4, device=CPU).files
 
     train, test = files('train'), files('test')
     assert sorted(train + test) == sorted(map(str, root.rglob('*.png')))
@@ -556,7 +559,8 @@ def test_reads_the_format_of_cifar(tmp_path, monkeypatch, name):
 def binary_cifar(request, tmp_path, monkeypatch):
     """The name, folder and records of a small data set in the official binary format."""
     name, label_bytes = request.param, 1 if request.param == 'cifar10' else 2
-    archive, folder, files = data.BINARY_VERSIONS[name]
+    version = getattr(datasets, name.upper())
+    folder, files = version.binary_folder, version.files
     rng = np.random.RandomState(0)
     (tmp_path / folder).mkdir()
     records, sums = {}, {}
@@ -567,7 +571,9 @@ def binary_cifar(request, tmp_path, monkeypatch):
             batch.tofile(tmp_path / folder / file)
             sums.setdefault(split, {})[file] = md5(tmp_path / folder / file)
         records[split] = np.concatenate(batches)
-    monkeypatch.setitem(data.BINARY_VERSIONS, name, (archive, folder, sums))
+    read = functools.partial(datasets.read_cifar, dataclasses.replace(version, files=sums))
+    entry = dataclasses.replace(datasets.DATASETS[name], read=read)
+    monkeypatch.setitem(datasets.DATASETS, name, entry)
     return name, tmp_path / folder, records
 
 
@@ -642,7 +648,7 @@ def test_foreign_files_in_the_folder_of_cifar_are_not_unpickled(tmp_path, monkey
 
 def test_folders_that_are_not_as_they_should_be(tmp_path):
     with pytest.raises(DataError, match='no train in .*--dataset shapes'):
-        data.describe('folder', tmp_path)
+        datasets.describe('folder', tmp_path)
     write_images(tmp_path, {'train/a': 2, 'train/b': 2})
     with pytest.raises(DataError, match='no val or test in '):
         load(tmp_path)
@@ -671,14 +677,14 @@ def test_an_image_bomb_is_refused_by_name(tmp_path, monkeypatch):
     Image.new('1', (50, 50)).save(tmp_path / 'bomb.png')
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1000)
     with pytest.raises(DataError, match='bomb.png: cannot be read as an image .*bomb'):
-        data.read_image(tmp_path / 'bomb.png', data.describe('cifar10'))
+        image_files.read_image(tmp_path / 'bomb.png', datasets.describe('cifar10'))
 
 
 def test_options_that_a_data_set_has_not(photos):
     for options in ({'image_size': 48}, {'in_channels': 1}, {'val_split': 0.1},
                     {'value_range': (0, 1)}):
         with pytest.raises(DataError, match='^cifar10 has .* is for folder and imagenet'):
-            data.describe('cifar10', 'nowhere', **options)
+            datasets.describe('cifar10', 'nowhere', **options)
     with pytest.raises(DataError, match='--ten-crop is for'):
         load(photos, image_size=32, ten_crop=True)
 
@@ -686,9 +692,9 @@ def test_options_that_a_data_set_has_not(photos):
 @pytest.mark.cuda
 def test_batches_on_cuda_are_those_on_the_cpu(photos):
     for size in (32, 66):
-        dataset = data.describe('folder', photos, size)
-        cpu, gpu = (data.make_loader(dataset, 'train', 4, device=torch.device(device), augment=True,
-                                     workers=2) for device in ('cpu', 'cuda'))
+        dataset = datasets.describe('folder', photos, size)
+        cpu, gpu = (loaders.make_loader(dataset, 'train', 4, device=torch.device(device),
+                                        augment=True, workers=2) for device in ('cpu', 'cuda'))
         for (images, labels), (other, other_labels) in zip(cpu, gpu, strict=True):
             torch.testing.assert_close(other.cpu(), images, rtol=1e-6, atol=1e-6)
             assert torch.equal(other_labels.cpu(), labels) and other.is_cuda

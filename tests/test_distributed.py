@@ -15,9 +15,9 @@ import torch
 from conftest import ROOT, SMALL, assert_same_run, read_csv, write_images
 from forked import interrupted
 
-import checkpoint
 import train
 from fused_dense_block import cpu
+from training import checkpoint
 
 # What torchrun does with its flags, for a script given as text: processes, the script and its
 # arguments.
@@ -51,10 +51,11 @@ os.fsync = full
 TRAINING = '''
 import os, sys
 import torch
-import data, densenet, distributed, train
+import densenet, train
+from training import distributed, loaders
 from fused_dense_block import fuse
-from checkpoint import TrainState
-from flags import parse_args
+from training.checkpoint import TrainState
+from training.flags import parse_args
 
 NO_AUTOCAST = torch.autocast('cpu', enabled=False)
 torch.set_default_dtype(torch.float64)
@@ -63,7 +64,7 @@ torch.set_default_dtype(torch.float64)
 def loader(n, batch_size, **kwargs):
     generator = torch.Generator().manual_seed(n)
     images = torch.randint(256, (n, 3, 8, 8), generator=generator, dtype=torch.uint8)
-    loader = data.MemoryLoader(
+    loader = loaders.MemoryLoader(
         images, torch.randint(10, (n,), generator=generator), batch_size, mean=(120.0,) * 3,
         std=(60.0,) * 3, device=torch.device('cpu'),
         shard=(distributed.rank(), distributed.world_size()), **kwargs)
@@ -180,8 +181,9 @@ with distributed.process_group():
 
 def test_who_does_what_when(tmp_path):
     script = '''
-import sys, time, distributed
-from distributed import Stopped, StopSignals
+import sys, time
+from training import distributed
+from training.distributed import Stopped, StopSignals
 log = open(sys.argv[1], 'a', buffering=1)
 with distributed.process_group():
     rank, stop = distributed.rank(), StopSignals()

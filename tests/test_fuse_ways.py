@@ -14,13 +14,12 @@ import torchvision
 from conftest import read_csv
 from torch import nn
 
-import checkpoint
 import densenet
 import fused_dense_block
-import networks
 import train
 from densenet import DenseNet, densenet_cifar
 from fused_dense_block import cpu, fuse, unfuse
+from training import checkpoint, networks
 
 
 def small_net(**settings):

@@ -9,7 +9,7 @@ import subprocess
 from conftest import ROOT
 
 import bench
-import flags
+from training import flags
 
 PYTHON = r"""#!/bin/bash
 [[ $1 == -c ]] && exit  # prints versions

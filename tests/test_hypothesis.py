@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import densenet
-import flags
 import train
+from training import flags
 
 QUICKLY = settings(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 # What people type by mistake; no slash, for it may become the name of a directory.

@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Polygon
 from PIL import Image
 
-import checkpoint
 import densenet
 import train
 from images import dense_block, error_vs_parameters, memory_vs_depth, predictions
+from training import checkpoint
 
 
 @pytest.fixture

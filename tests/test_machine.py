@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-import machine
-from errors import UserError
+from training.device import choose_device
+from training.errors import UserError
 
 
 @pytest.fixture
@@ -28,11 +28,11 @@ def two_gpus(monkeypatch):
 def test_each_process_has_a_gpu_of_its_own(monkeypatch, two_gpus):
     for rank, device in ((0, 'cuda:0'), (1, 'cuda:1')):
         monkeypatch.setenv('LOCAL_RANK', str(rank))
-        assert machine.choose_device('auto') == torch.device(device)
+        assert choose_device('auto') == torch.device(device)
         torch.cuda.set_device.assert_called_with(rank)
     monkeypatch.setenv('LOCAL_RANK', '2')
     with pytest.raises(UserError, match='than it has GPUs: --nproc-per-node 2'):
-        machine.choose_device('cuda')
+        choose_device('cuda')
 
 
 @pytest.mark.parametrize('capability, built, runs', [
@@ -44,14 +44,14 @@ def test_a_gpu_that_torch_has_no_code_for_is_one_line(monkeypatch, two_gpus, cap
                                                       runs):
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda _: capability)
     monkeypatch.setattr(torch.cuda, 'get_arch_list', lambda: built)
-    assert machine.choose_device('cpu') == torch.device('cpu')
+    assert choose_device('cpu') == torch.device('cpu')
     if runs:
-        assert machine.choose_device('auto') == torch.device('cuda:0')
+        assert choose_device('auto') == torch.device('cuda:0')
         return
     major, minor = capability
     with pytest.raises(UserError, match=f'capability {major}.{minor}, and torch .* was built for '
                                         f'{built[0]}'):
-        machine.choose_device('auto')
+        choose_device('auto')
 
 
 def test_a_driver_that_is_too_old_is_no_silent_run_on_the_cpu(monkeypatch, two_gpus):
@@ -64,17 +64,17 @@ def test_a_driver_that_is_too_old_is_no_silent_run_on_the_cpu(monkeypatch, two_g
     for name in ('auto', 'cuda'):
         with pytest.raises(UserError, match=r'driver on your system is too old \(found version '
                                             r'11040\).\); --device cpu does without'):
-            machine.choose_device(name)
-    assert machine.choose_device('cpu') == torch.device('cpu')
+            choose_device(name)
+    assert choose_device('cpu') == torch.device('cpu')
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
-    assert machine.choose_device('auto') == torch.device('cpu')
+    assert choose_device('auto') == torch.device('cpu')
 
 
 def test_auto_takes_the_gpu_of_a_mac(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
-    assert machine.choose_device('auto') == torch.device('mps')
+    assert choose_device('auto') == torch.device('mps')
 
 
 @pytest.mark.parametrize('script, given, policy, spins', [

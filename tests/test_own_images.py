@@ -12,12 +12,10 @@ import torchvision
 from conftest import ROOT, cache_densenet121, fails, read_csv, write_images
 from PIL import Image
 
-import checkpoint
-import data
 import densenet
-import networks
 import predict
 import train
+from training import checkpoint, datasets, loaders, networks
 
 SCANS = {'gesund': 1030, 'Läsion groß': 1270}  # the level of a spot, among 0..4095
 
@@ -116,8 +114,8 @@ def test_a_resumed_run_keeps_its_split_and_other_data_are_all_tested(tmp_path, c
     assert saved['num_images'] == 24
     args, _ = train.flags.parse_args(['--resume', str(tmp_path / 'run/latest.pth'), '--seed', '5'])
     again = train.choose_dataset(args, saved)
-    first = data.Description(root=scans, **saved['dataset'])
-    files = [data.make_loader(dataset, 'test', 4, device=torch.device('cpu')).files
+    first = datasets.Description(root=scans, **saved['dataset'])
+    files = [loaders.make_loader(dataset, 'test', 4, device=torch.device('cpu')).files
              for dataset in (first, again)]
     assert files[0] == files[1] and len(files[0]) == 6
     assert 'another val_split: its own is 0.2, not 0.1' in fails(

@@ -15,10 +15,9 @@ from conftest import ROOT, cache_densenet121, fails, raise_no_network, read_csv
 from PIL import Image
 from torchvision import transforms
 
-import checkpoint
-import data
 import densenet
 import predict
+from training import checkpoint, datasets, image_files
 
 NARROW = dict(growth_rate=4, block_config=(2, 2), num_init_features=8)
 SIZE = 66  # pixels: the model's input
@@ -29,7 +28,8 @@ def model(tmp_path_factory):
     """A checkpoint of a network that was not trained."""
     torch.manual_seed(0)
     net = densenet.DenseNet(**NARROW, num_classes=2)
-    dataset = data.Description('folder', None, ('bright', 'dark'), SIZE, *data.STATISTICS['folder'])
+    dataset = datasets.Description('folder', None, ('bright', 'dark'), SIZE,
+                                   **datasets.IMAGENET_STATISTICS)
     path = tmp_path_factory.mktemp('model') / 'best.pth'
     checkpoint.save(path, {'config': net.config, 'dataset': dataset.plain(),
                            'model': net.state_dict()})
@@ -106,8 +106,8 @@ def test_predictions_of_imagenets_models_have_words(tmp_path, photos, monkeypatc
         net.classifier.bias[0] = 100
     folders = tuple(f'n{1440764 + i:08d}' for i in range(1000))
     checkpoint.save(tmp_path / 'ours.pth', {
-        'config': net.config, 'model': net.state_dict(), 'dataset': data.Description(
-            'folder', None, folders, SIZE, *data.STATISTICS['folder']).plain()})
+        'config': net.config, 'model': net.state_dict(), 'dataset': datasets.Description(
+            'folder', None, folders, SIZE, **datasets.IMAGENET_STATISTICS).plain()})
     line, = predictions(capsys, photos / 'a/0.png', '--checkpoint', tmp_path / 'ours.pth')
     assert ': tench 100.00%, ' in line
 
@@ -221,7 +221,7 @@ def test_the_heat_is_grad_cam_by_autograd(model):
 @pytest.mark.parametrize('width, height', [(300, 200), (121, 340), (50, 50)])
 def test_the_heat_lies_where_the_model_looks(tmp_path, width, height):
     """A spot that is drawn where a cell's heat is shall reach the model in that cell."""
-    dataset = data.Description('folder', None, ('a',), SIZE, (0.0,) * 3, (1.0,) * 3)
+    dataset = datasets.Description('folder', None, ('a',), SIZE, (0.0,) * 3, (1.0,) * 3)
     path = tmp_path / 'image.png'
     rows, columns = torch.arange(height).view(-1, 1), torch.arange(width)
     plain = np.random.RandomState(0).randint(0, 256, (height, width)).astype(np.uint8)
@@ -237,7 +237,7 @@ def test_the_heat_lies_where_the_model_looks(tmp_path, width, height):
         radius = min(width, height) / 20
         spot = 255 * torch.exp(-((rows - y) ** 2 + (columns - x) ** 2) / radius ** 2)
         Image.fromarray(spot.byte().numpy()).save(path)
-        seen = data.read_image(path, dataset)[0].double()
+        seen = image_files.read_image(path, dataset)[0].double()
         for axis, index in enumerate(cell):
             centre = (seen.sum(1 - axis) * torch.arange(SIZE)).sum() / seen.sum()
             if 0 < index < 5:  # a spot at the edge is cut off
@@ -249,7 +249,7 @@ def test_the_heat_lies_where_the_model_looks(tmp_path, width, height):
 
 
 def test_no_heat_is_no_error(photos):
-    dataset = data.Description('folder', None, ('a',), SIZE, *data.STATISTICS['folder'])
+    dataset = datasets.Description('folder', None, ('a',), SIZE, **datasets.IMAGENET_STATISTICS)
     picture = np.asarray(predict.draw_heatmap(torch.zeros(3, 3), photos / 'a/0.png', dataset))
     assert picture.std() > 0 and (np.ptp(picture, axis=2) <= 2).all()
 

@@ -31,7 +31,8 @@ class Parsing(BaseException):
 
 
 def make_parser(script):
-    name = 'flags' if script == 'train.py' else script.removesuffix('.py').replace('/', '.')
+    name = script.removesuffix('.py').replace('/', '.')
+    name = 'training.flags' if name == 'train' else name
     module = importlib.import_module(name)
     if hasattr(module, 'make_parser'):
         return module.make_parser()

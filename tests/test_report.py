@@ -1,4 +1,4 @@
-"""report.py against brute-force definitions; its files, read back."""
+"""evaluation.py against brute-force definitions; its files, read back."""
 
 import csv
 import math
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import plot
-import report
+from training import evaluation
 
 FLOWERS = ['Gänseblümchen, weiß', 'a "rose"', 'tulip $5 to $6', 'Straße']
 
@@ -61,14 +61,14 @@ def brute_force_balanced_error(pairs):
 def test_table_and_balanced_error_are_their_definitions(without, never):
     pairs = some_pairs(4, without=without, never=never)
     confusion = count(pairs, 4)
-    header, *rows, balanced = report.lines(confusion, FLOWERS)
+    header, *rows, balanced = evaluation.lines(confusion, FLOWERS)
     assert header.split() == ['class', 'images', 'recall', '%', 'precision', '%']
     for label, (name, row) in enumerate(zip(FLOWERS, rows, strict=True)):
         assert row.startswith(f'{name} ') and len(row) == len(header)
         assert row.removeprefix(name).split() == brute_force_row(pairs, label)
     expected = brute_force_balanced_error(pairs)
-    assert isinstance(report.balanced_error(confusion), float)
-    assert report.balanced_error(confusion) == pytest.approx(expected, rel=1e-12)
+    assert isinstance(evaluation.balanced_error(confusion), float)
+    assert evaluation.balanced_error(confusion) == pytest.approx(expected, rel=1e-12)
     assert balanced == (f'balanced error {expected:.2f}% '
                         '(the mean over classes of the share of errors)')
 
@@ -76,14 +76,14 @@ def test_table_and_balanced_error_are_their_definitions(without, never):
 def test_of_many_classes_the_ten_of_the_lowest_recall():
     pairs = some_pairs(21, 900, without=(4, 7))
     names = [f'class-{label}' for label in range(21)]
-    heading, _, *rows, balanced = report.lines(count(pairs, 21), names)
+    heading, _, *rows, balanced = evaluation.lines(count(pairs, 21), names)
     assert '10 of 21 classes' in heading and 'lowest recall' in heading
     fields = {name: brute_force_row(pairs, label) for label, name in enumerate(names)}
     with_images = [name for name in names if fields[name][1] != '-']
     worst = sorted(with_images, key=lambda name: float(fields[name][1]))[:10]
     assert [row.split() for row in rows] == [[name, *fields[name]] for name in worst]
     assert f'{brute_force_balanced_error(pairs):.2f}%' in balanced  # over all of them
-    assert len(report.lines(count(pairs, 21)[:20, :20], names[:20])) == 22
+    assert len(evaluation.lines(count(pairs, 21)[:20, :20], names[:20])) == 22
 
 
 def brute_force_auc(scores, labels):
@@ -99,7 +99,7 @@ def test_roc_auc_is_the_share_of_pairs_in_order(number, decimals):
     rng = np.random.default_rng(number)
     labels = np.append([0, 1], rng.integers(0, 2, number))
     scores = rng.random(number + 2, dtype=np.float32).round(decimals)
-    *_, line = report.lines(torch.ones(2, 2, dtype=torch.int64), ['a', 'b'],
+    *_, line = evaluation.lines(torch.ones(2, 2, dtype=torch.int64), ['a', 'b'],
                             torch.from_numpy(scores), torch.from_numpy(labels))
     expected = brute_force_auc(scores.tolist(), labels.tolist())
     assert line.startswith('ROC AUC ') and float(line.split()[-1]) == round(expected, 4)
@@ -110,23 +110,23 @@ def test_roc_auc_is_the_share_of_pairs_in_order(number, decimals):
     ([1, 1, 1], [0.1, 0.2, 0.3], '-'), ([0, 0], [0.5, 0.5], '-'), ([0, 1, 1], [0.5] * 3, '0.5000'),
     ([0, 0, 1], [0.1, 0.2, 0.9], '1.0000'), ([1, 0], [0.1, 0.9], '0.0000')])
 def test_roc_auc_of_odd_scores(labels, scores, expected):
-    *_, line = report.lines(torch.ones(2, 2, dtype=torch.int64), ['a', 'b'],
+    *_, line = evaluation.lines(torch.ones(2, 2, dtype=torch.int64), ['a', 'b'],
                             torch.tensor(scores), torch.tensor(labels))
     assert line == f'ROC AUC {expected}'
 
 
 def test_no_auc_of_three_classes_or_without_scores():
     scores, labels = torch.tensor([0.2, 0.7]), torch.tensor([0, 1])
-    three = report.lines(torch.eye(3, dtype=torch.int64), ['a', 'b', 'c'], scores, labels)
+    three = evaluation.lines(torch.eye(3, dtype=torch.int64), ['a', 'b', 'c'], scores, labels)
     assert not any('AUC' in line for line in three)
-    assert not any('AUC' in line for line in report.lines(torch.eye(2).long(), ['a', 'b']))
+    assert not any('AUC' in line for line in evaluation.lines(torch.eye(2).long(), ['a', 'b']))
 
 
 # ---- predictions.csv ----------------------------------------------------------------------
 
 def write_predictions(tmp_path, probabilities, labels, classes, files=None):
     path = tmp_path / 'predictions.csv'
-    report.save_predictions(path, files or [f'{i}.png' for i in range(len(labels))],
+    evaluation.save_predictions(path, files or [f'{i}.png' for i in range(len(labels))],
                             torch.tensor(labels), torch.tensor(probabilities), classes)
     with open(path, newline='', encoding='utf-8', errors='surrogateescape') as file:
         return list(csv.DictReader(file))
@@ -172,7 +172,7 @@ def test_a_name_that_is_no_text_is_written_byte_for_byte(tmp_path):
 def test_figure_shows_the_matrix(num_classes, numbers, labels):
     pairs = some_pairs(num_classes, 200, without=[num_classes // 2] if num_classes > 1 else [])
     confusion, names = count(pairs, num_classes), [f'class {i}' for i in range(num_classes)]
-    [axes] = report.confusion_figure(confusion, names).axes
+    [axes] = evaluation.confusion_figure(confusion, names).axes
     [bar] = axes.child_axes
     drawn = axes.images[0].get_array()
     for i, row in enumerate(confusion.tolist()):
@@ -201,7 +201,7 @@ def test_figure_shows_the_matrix(num_classes, numbers, labels):
     ['healthy', 'not healthy']], ids=['odd names', '100', '20', '2'])
 def test_labels_and_numbers_overlap_nothing_and_stay_inside(names):
     confusion = torch.full((len(names), len(names)), 1234567)
-    figure = report.confusion_figure(confusion, names)
+    figure = evaluation.confusion_figure(confusion, names)
     figure.draw_without_rendering()
     [axes] = figure.axes
     [bar] = axes.child_axes
@@ -219,6 +219,7 @@ def test_labels_and_numbers_overlap_nothing_and_stay_inside(names):
 
 
 def test_save_confusion_writes_the_figure_alone(tmp_path):
-    report.save_confusion(tmp_path / 'confusion.png', torch.tensor([[5, 1], [0, 0]]), ['ä', 'b, c'])
+    confusion = torch.tensor([[5, 1], [0, 0]])
+    evaluation.save_confusion(tmp_path / 'confusion.png', confusion, ['ä', 'b, c'])
     assert (tmp_path / 'confusion.png').read_bytes().startswith(b'\x89PNG\r\n\x1a\n')
     assert os.listdir(tmp_path) == ['confusion.png']

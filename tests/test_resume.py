@@ -17,9 +17,9 @@ import torch
 from conftest import assert_same_run, fails, read_csv, write_images
 from forked import RUN, interrupted, run_interrupted
 
-import checkpoint
 import densenet
 import train
+from training import checkpoint
 
 # ---- stopped and killed ----------------------------------------------------------------------
 
@@ -29,7 +29,7 @@ import train
     ('evaluate', 3, signal.SIGTERM, 143, 3, 9),
     ('evaluate', 4, signal.SIGTERM, 143, 4, 9),         # after the last step of all
     ('make_step', 1, signal.SIGTERM, 143, 1, 1),        # warming up
-    ('data.MemoryLoader.set_epoch', 3, signal.SIGUSR1, 138, 1, 1),  # starting to load data
+    ('loaders.MemoryLoader.set_epoch', 3, signal.SIGUSR1, 138, 1, 1),  # starting to load data
     ('record_test', 2, signal.SIGUSR1, 138, 3, 1),
     ('learning_rate', 23, signal.SIGKILL, -9, 3, 0),    # back to what was saved after epoch 2
     ('record_test', 2, signal.SIGKILL, -9, 2, 0),
@@ -50,7 +50,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 
 @pytest.mark.parametrize('function, signum', [
     ('networks.build', signal.SIGTERM), ('networks.build', signal.SIGINT),
-    ('data.make_loader', signal.SIGUSR1)])
+    ('loaders.make_loader', signal.SIGUSR1)])
 def test_a_signal_before_there_is_anything_to_save(recipe, tmp_path, function, signum):
     ended = run_interrupted([*recipe, '--save', str(tmp_path / 'run')], function, 1, signum)
     assert (ended.returncode, ended.stdout, ended.stderr) == (128 + signum, '', '')
@@ -257,7 +257,7 @@ def test_a_run_that_is_there_is_left_alone(small, tmp_path, capsys):
 
 def test_a_worker_that_outlives_its_run_does_not_hold_the_directory(tmp_path):
     script = f'''
-import os, time, runlog
+import os, time; from training import runlog
 with runlog.claim({str(tmp_path)!r}):
     started, start = os.pipe()
     if os.fork() == 0:

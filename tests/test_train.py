@@ -30,18 +30,15 @@ from conftest import (
 )
 from forked import RUN, interrupted
 
-import checkpoint
 import densenet
-import flags
-import machine
-import networks
-import runlog
 import train
-from checkpoint import TrainState
-from errors import UserError
-from flags import parse_args
-from runlog import RunLog
 from train import evaluate, learning_rate, train_step
+from training import checkpoint, flags, networks, runlog
+from training.checkpoint import TrainState
+from training.device import make_autocast
+from training.errors import UserError
+from training.flags import parse_args
+from training.runlog import RunLog
 
 NO_AUTOCAST = torch.autocast('cpu', enabled=False)
 
@@ -212,7 +209,7 @@ def step_and_state(argv=(), device='cpu', precision='fp32', **model):
     torch.manual_seed(args.seed)
     net = densenet.densenet_cifar(10, 4, **{'drop_rate': 0.2, **model}).to(device).train()
     state = train.make_state(args, net, torch.device(device), precision)
-    autocast = machine.make_autocast(precision, torch.device(device))
+    autocast = make_autocast(precision, torch.device(device))
     return train.make_step(args, state, SHAPES, autocast), state
 
 
@@ -547,8 +544,8 @@ def test_each_step_trains_at_the_rate_of_its_moment(small, tmp_path, monkeypatch
 
 
 def test_evaluation_has_batches_of_the_size_that_fits(small, tmp_path, monkeypatch):
-    make_loader = Mock(wraps=train.data.make_loader)
-    monkeypatch.setattr(train.data, 'make_loader', make_loader)
+    make_loader = Mock(wraps=train.loaders.make_loader)
+    monkeypatch.setattr(train.loaders, 'make_loader', make_loader)
     train.main([*small, '--epochs', '1', '--grad-accum', '3', '--save', str(tmp_path / 'run')])
     assert [call.args[1:] for call in make_loader.call_args_list] == [('train', 4), ('test', 2)]
 
@@ -714,7 +711,7 @@ def test_tensorboard_on_a_full_disk_is_one_line(small, tmp_path, monkeypatch, ca
 
 
 def test_a_plot_that_fails_is_one_warning(small, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train.runlog, '__file__', str(tmp_path / 'runlog.py'))
+    monkeypatch.setattr(train.runlog, '__file__', str(tmp_path / 'training' / 'runlog.py'))
     (tmp_path / 'plot.py').write_text('raise ValueError("no ink")')
     argv = [flag for flag in small if flag != '--no-plot']
     train.main([*argv, '--save', str(tmp_path / 'run'), '--epochs', '3'])
@@ -799,7 +796,7 @@ def test_running_out_of_memory_names_the_flags_that_need_less(
                 'higher --grad-accum, --precision bf16, smaller images or a smaller network')
     monkeypatch.setattr(train, 'train_step', Mock(side_effect=error))
     assert fails(capsys, *small, '--save', tmp_path / 'run') == expected
-    monkeypatch.setattr(train, 'evaluate', Mock(side_effect=error))
+    monkeypatch.setattr('training.evaluation.evaluate', Mock(side_effect=error))
     assert fails(capsys, '--evaluate', '--resume', tmp_path / 'run/latest.pth') == expected
     monkeypatch.setattr(networks, 'build', Mock(side_effect=error))
     assert fails(capsys, *small, '--save', tmp_path / 'other') == expected
@@ -826,10 +823,11 @@ def test_an_image_reader_that_is_killed_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize('error', [ConnectionResetError(104, 'reset by peer'), EOFError()])
-@pytest.mark.parametrize('reader', ['MemoryLoader.__iter__', '_checked'])  # in a step, at the start
+@pytest.mark.parametrize('reader', [
+    'loaders.MemoryLoader.__iter__', 'image_files.checked'])  # in a step, at the start
 def test_so_is_one_that_dies_while_a_batch_is_taken_from_it(
         small, tmp_path, monkeypatch, capsys, reader, error):
-    monkeypatch.setattr(f'data.{reader}', Mock(side_effect=error))
+    monkeypatch.setattr(f'training.{reader}', Mock(side_effect=error))
     assert 'a process that reads images has died' in fails(
         capsys, *small, '--save', tmp_path / 'run')
 

@@ -21,11 +21,10 @@ from conftest import (
 )
 from PIL import Image
 
-import checkpoint
-import data
 import densenet
 import predict
 import train
+from training import checkpoint, datasets, loaders
 
 NARROW = dict(growth_rate=4, block_config=(2, 2), num_init_features=8)
 NARROW_FLAGS = ['--growth-rate', 4, '--block-config', 2, 2, '--init-features', 8, '--workers', 0,
@@ -106,8 +105,8 @@ def test_weights_of_timms_in_three_kinds_of_files(tmp_path, photos, capsys):
     for name in ('bare.pth', 'run.pth.tar', 'model.safetensors'):
         line, *_ = run(capsys, '--evaluate', '--pretrained', tmp_path / name, '--dataset', 'folder',
                        '--data', photos, '--image-size', 66, '--save', tmp_path, *NARROW_FLAGS)
-        dataset = data.describe('folder', photos, 66)
-        loader = data.make_loader(dataset, 'test', 4, device=torch.device('cpu'))
+        dataset = datasets.describe('folder', photos, 66)
+        loader = loaders.make_loader(dataset, 'test', 4, device=torch.device('cpu'))
         truth = truth or train.evaluate(model, loader, torch.autocast('cpu', enabled=False))
         assert line == f'test loss {truth.loss:.4f}, error {truth.error:.2f}%'
     (tmp_path / 'broken.safetensors').write_bytes(b'nothing')
@@ -169,8 +168,8 @@ def test_images_are_normalised_as_the_checkpoint_says(uninterrupted, folder, tmp
     checkpoint.save(tmp_path / 'other.pth', saved)
     model = densenet.DenseNet(**saved['config'])
     model.load_state_dict(saved['model'])
-    dataset = data.Description(root=folder, **saved['dataset'])
-    loader = data.make_loader(dataset, 'test', 4, device=torch.device('cpu'))
+    dataset = datasets.Description(root=folder, **saved['dataset'])
+    loader = loaders.make_loader(dataset, 'test', 4, device=torch.device('cpu'))
     truth = train.evaluate(model, loader, torch.autocast('cpu', enabled=False))
     line, *_ = run(capsys, '--evaluate', '--resume', tmp_path / 'other.pth', '--device', 'cpu')
     assert line.startswith(f'test loss {truth[0]:.4f}, ')

@@ -6,14 +6,12 @@ from unittest.mock import patch
 import pytest
 import torch
 
-import checkpoint
 import densenet
-import flags
-import machine
-import networks
 import pretended_cuda
 import train
 from fused_dense_block import unfuse
+from training import checkpoint, flags, networks
+from training.device import choose_precision, make_autocast, set_determinism
 
 CUDA = torch.device('cuda')
 SHAPES = [(4, 3, 8, 8), (2, 3, 8, 8)]  # the second is the last batch of an epoch
@@ -24,15 +22,15 @@ def make_training(argv=(), precision='bf16', fused=True):
     """The flags, the state and the autocast of training a small network on the pretended GPU."""
     args, _ = flags.parse_args(['--dataset', 'shapes', '--depth', '10', '--growth-rate', '4',
                                 '--batch-size', '4', *argv])
-    precision = machine.choose_precision(precision, CUDA)
-    machine.set_determinism(args.deterministic)
+    precision = choose_precision(precision, CUDA)
+    set_determinism(args.deterministic)
     model = networks.build(flags.with_network(args, 8), 10, 8)
     model = train.prepare_model(model, args, CUDA)
     if not fused:
         unfuse(model)
     train.set_training_mode(model, args)
     state = train.make_state(args, model, CUDA, precision)
-    return args, state, machine.make_autocast(precision, CUDA)
+    return args, state, make_autocast(precision, CUDA)
 
 
 def dense_blocks(model):

@@ -12,9 +12,9 @@ import pytest
 import torch
 from conftest import fails, read_csv, write_images
 
-import checkpoint
 import pretended_cuda
 import train
+from training import checkpoint
 
 from .test_graph_step import (
     host_calls,

@@ -12,13 +12,11 @@ import difflib
 import os
 from pathlib import Path
 
-import checkpoint
-import data
-import distributed
-import machine
-import runlog
-from checkpoint import CheckpointError
-from errors import UserError
+from training import checkpoint, distributed, runlog
+from training.checkpoint import CheckpointError
+from training.datasets import DATASETS, MAX_SIZE, SMALL
+from training.device import DEVICES, PRECISIONS
+from training.errors import UserError
 
 TORCHVISION_WEIGHTS = ('densenet121', 'densenet161', 'densenet169', 'densenet201')
 ARCHITECTURES = TORCHVISION_WEIGHTS + ('densenet264', 'densenet232_k48', 'densenet264_k48')
@@ -90,10 +88,10 @@ def make_parser():
 
 def add_data_and_model_flags(parser):
     group = parser.add_argument_group('data')
-    group.add_argument('--dataset', choices=data.NAMES, default='cifar10')
+    group.add_argument('--dataset', choices=DATASETS, default='cifar10')
     group.add_argument('--data', metavar='DIR', default='work/data',
                        help='where the data are or go (default: %(default)s)')
-    group.add_argument('--image-size', type=number(int, f'[1, {data.MAX_SIZE}]'), metavar='PIXELS',
+    group.add_argument('--image-size', type=number(int, f'[1, {MAX_SIZE}]'), metavar='PIXELS',
                        help='folder, imagenet (default: 224, or that of small images)')
     group.add_argument('--in-channels', type=int, choices=(1, 3), default=3,
                        help='folder, imagenet: 1 for grey images (default: %(default)s)')
@@ -175,11 +173,11 @@ def add_recipe_flags(parser):
 
 def add_run_flags(parser):
     group = parser.add_argument_group('machine')
-    group.add_argument('--device', choices=machine.DEVICES, default='auto',
+    group.add_argument('--device', choices=DEVICES, default='auto',
                        help='(default: cuda if there is one, else cpu)')
     group.add_argument('--no-cuda', dest='device', action='store_const', const='cpu',
                        help='the same as --device cpu')
-    group.add_argument('--precision', choices=('auto', *machine.PRECISIONS), default='auto',
+    group.add_argument('--precision', choices=('auto', *PRECISIONS), default='auto',
                        help='of the arithmetic; weights, statistics and losses are '
                        'fp32 (default: bf16 on cuda, tf32 where it has none; fp32 elsewhere)')
     group.add_argument('--cuda-graph', action=argparse.BooleanOptionalAction,
@@ -260,19 +258,17 @@ def recipe(args):
     """Defaults that depend on other flags: the paper's (section 4.2), those of the optimizers."""
     lr = {'sgd': 0.1, 'adam': 1e-3, 'adamw': 1e-3, 'rmsprop': 1e-2}[args.optimizer]
     common = dict(lr=lr, momentum=0.9 if args.optimizer == 'sgd' else 0.0)
-    if args.dataset == 'svhn':
-        return dict(**common, epochs=40, drop_rate=0.2, augment=False)
-    if args.dataset == 'imagenet':
-        return dict(**common, epochs=90, batch_size=256)
-    if args.dataset in ('cifar10', 'cifar100') and not args.augment:
-        return dict(**common, drop_rate=0.2)
-    return common
+    dataset = DATASETS[args.dataset or 'cifar10']
+    recipe = dict(augment=dataset.augment, **dataset.recipe)
+    if not args.augment:
+        recipe.update(dataset.recipe_without_augment)
+    return dict(**common, **recipe)
 
 
 def with_network(args, image_size):
     """The flags, with depth or architecture and growth rate filled in by the size of the images."""
     chosen = {**vars(args), 'image_size': image_size}
-    small = image_size <= data.SMALL
+    small = image_size <= SMALL
     if args.arch is None and args.block_config is None:
         if small:
             chosen['depth'] = args.depth or 100

@@ -1,8 +1,8 @@
 """What a trained model gets wrong on its test images: the report of `train.py --evaluate`.
 
-    print(*report.lines(confusion, classes, scores, labels), sep='\\n')
-    report.save_confusion(run / 'confusion.png', confusion, classes)
-    report.save_predictions(run / 'predictions.csv', files, labels, probabilities, classes)
+    print(*evaluation.lines(confusion, classes, scores, labels), sep='\\n')
+    evaluation.save_confusion(run / 'confusion.png', confusion, classes)
+    evaluation.save_predictions(run / 'predictions.csv', files, labels, probabilities, classes)
 
 A confusion matrix is an int64 tensor [C, C] of numbers of images: rows are the true classes,
 columns the predicted ones. `classes` holds the C names, in the order of the labels.
@@ -10,8 +10,14 @@ columns the predicted ones. `classes` holds the C names, in the order of the lab
 
 import csv
 import math
+from typing import NamedTuple
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+
+from training import distributed, flags, loaders
+from training.runlog import say
 
 # matplotlib and scipy are slow to import, and training needs balanced_error alone: the functions
 # that use them import them.
@@ -19,6 +25,84 @@ import numpy as np
 MAX_CLASSES = 20       # that are all in the table, and whose cells have numbers in the figure
 NUM_WORST = 10         # classes in the table, if there are more
 MAX_TICK_LABELS = 200
+
+
+def at_least_fp32(logits):
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def count_errors(hit, labels):
+    return (~hit & (labels != loaders.NO_LABEL)).sum()
+
+
+def classify(model, images, autocast):
+    """Logits [B, classes] of images [B, C, H, W], or means over crops [B, 10, C, H, W]."""
+    with autocast:
+        logits = at_least_fp32(model(images.flatten(0, -4)))
+    return logits if images.dim() == 4 else logits.view(*images.shape[:2], -1).mean(1)
+
+
+class TestResult(NamedTuple):
+    """Errors are in percent, the balanced one is the mean of those of the classes."""
+
+    loss: float
+    error: float
+    error5: float
+    balanced_error: float
+    confusion: torch.Tensor  # int64 [C, C]: images of each class (row) taken for each (column)
+
+
+@torch.no_grad()
+def evaluate(model, loader, autocast, stop=None, outputs=None):
+    """The TestResult of a loader's images; of ten crops the logits are averaged.
+
+    `outputs`, a list, gets labels [B] and probabilities [B, C] of each batch.
+    """
+    model.eval()
+    sums, confusion = 0, None  # sums of losses and of top-5 errors
+    for images, labels in loader:
+        logits = classify(model, images, autocast)
+        classes = logits.shape[1]
+        top = logits.topk(min(5, classes)).indices
+        if confusion is None:
+            confusion = labels.new_zeros(classes**2)
+        confusion.index_add_(0, labels.clamp(min=0) * classes + top[:, 0],
+                             (labels != loaders.NO_LABEL).long())
+        sums = sums + torch.stack([F.cross_entropy(logits, labels, reduction='sum'),
+                                   count_errors((top == labels[:, None]).any(1), labels)])
+        if outputs is not None:
+            outputs.append((labels.cpu(), logits.softmax(1).cpu()))
+        if stop is not None:
+            stop.check()
+    loss, errors5 = (distributed.all_reduce(sums) / loader.num_images).tolist()
+    confusion = distributed.all_reduce(confusion).view(classes, classes).cpu()
+    errors = loader.num_images - confusion.trace().item()
+    return TestResult(loss, 100 * errors / loader.num_images, 100 * errors5,
+                      balanced_error(confusion), confusion)
+
+
+def report_errors(model, dataset, device, autocast, args):
+    """Print loss and errors on the test images; write confusion.png and predictions.csv."""
+    loader = loaders.make_loader(dataset, 'test', args.batch_size, device=device,
+                              workers=args.workers, ten_crop=args.ten_crop,
+                              shard=(distributed.rank(), distributed.world_size()))
+    outputs = []
+    test = evaluate(model, loader, autocast, outputs=outputs)
+    shards = zip(*distributed.all_gather(outputs))  # of each batch
+    labels, probabilities = map(torch.cat, zip(*(shard for batch in shards for shard in batch)))
+    if distributed.rank() > 0:
+        return
+    top5 = f', top-5 error {test.error5:.2f}%' * (len(dataset.classes) > 5)
+    say(f'test loss {test.loss:.4f}, error {test.error:.2f}%{top5}')
+    real = labels != loaders.NO_LABEL
+    labels, probabilities = labels[real], probabilities[real]
+    say('\n'.join(lines(test.confusion, dataset.classes, probabilities[:, -1], labels)))
+    directory = flags.run_directory(args)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_confusion(directory / 'confusion.png', test.confusion, dataset.classes)
+    save_predictions(directory / 'predictions.csv', loader.files, labels, probabilities,
+                            dataset.classes)
+    say(f'confusion.png and predictions.csv are in {directory}')
 
 
 def balanced_error(confusion):

@@ -4,15 +4,11 @@
     networks.fuse(model, device)
 """
 
-import checkpoint
-import data
 import densenet
-import distributed
-import flags
 import fused_dense_block
-import runlog
-from checkpoint import CheckpointError
-from errors import UserError
+from training import checkpoint, datasets, distributed, flags, runlog
+from training.checkpoint import CheckpointError
+from training.errors import UserError
 
 
 def build(args, num_classes, image_size):
@@ -21,7 +17,7 @@ def build(args, num_classes, image_size):
     Raises:
         UserError: there is no such network, or the images are too small for it.
     """
-    small = image_size <= data.SMALL
+    small = image_size <= datasets.SMALL
     settings = dict(
         growth_rate=args.growth_rate, num_init_features=args.init_features,
         num_classes=num_classes, small_inputs=small, in_channels=args.in_channels,
@@ -83,7 +79,7 @@ def load_pretrained(model, args):
     else:
         raise UserError(f'--pretrained without a file takes torchvision\'s weights, which are for '
                         f'--arch {", ".join(flags.TORCHVISION_WEIGHTS)} and images of more than '
-                        f'{data.SMALL} pixels')
+                        f'{datasets.SMALL} pixels')
     if model.config['in_channels'] == 1:
         # A grey image in three channels: conv(w, [x, x, x]) = conv(w_red + w_green + w_blue, x).
         weights = {key: weight.sum(1, keepdim=True) if key.endswith('conv0.weight') else weight
@@ -91,8 +87,8 @@ def load_pretrained(model, args):
     # ImageNet's stem has a norm, that of small images has none.
     if model.config['small_inputs'] and any(key.endswith('norm0.weight') for key in weights):
         raise CheckpointError(f'{source} has ImageNet\'s 7x7 stem, and images of up to '
-                              f'{data.SMALL} pixels get a 3x3 stem: give --image-size '
-                              f'{data.SMALL + 1} or more')
+                              f'{datasets.SMALL} pixels get a 3x3 stem: give --image-size '
+                              f'{datasets.SMALL + 1} or more')
     if args.reset_classifier:
         weights = {key: weight for key, weight in weights.items() if 'classifier.' not in key}
         weights.update({f'classifier.{key}': weight

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from errors import UserError
+from training.errors import UserError
 
 
 class CheckpointError(UserError):

@@ -7,7 +7,7 @@ import warnings
 
 import torch
 
-from errors import UserError
+from training.errors import UserError
 
 DEVICES = 'auto', 'cpu', 'cuda', 'mps'
 PRECISIONS = 'fp32', 'tf32', 'bf16', 'fp16'

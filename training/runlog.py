@@ -26,7 +26,7 @@ import torch
 import torchvision
 from tqdm import tqdm
 
-from errors import UserError
+from training.errors import UserError
 
 TRAIN_COLUMNS = ('epoch', 'loss', 'error', 'lr', 'images_per_second', 'data_wait')
 TEST_COLUMNS = ('epoch', 'loss', 'error', 'error5', 'balanced_error')
@@ -136,7 +136,7 @@ class RunLog:
                                  last_epoch=epoch - 1 + step / steps_per_epoch)
         self.test_csv = CsvFile(directory / 'test.csv', TEST_COLUMNS, last_epoch=epoch - 1)
         self.figures = figures
-        plot = Path(__file__).with_name('plot.py')
+        plot = Path(__file__).resolve().parents[1] / 'plot.py'
         self.plot_command = [sys.executable, str(plot), str(directory)]
         self.tensorboard = self.bar = self.plotting = None
         if tensorboard:

@@ -1,0 +1,299 @@
+"""The table of data sets, and what the model needs to know of the one in use.
+
+    dataset = datasets.describe('cifar10', 'work/data')
+    images, labels = DATASETS['cifar10'].read('train', 'work/data')   # uint8 [N, 3, 32, 32], int64
+
+To add a data set that fits in memory, write a function like `read_svhn` and an entry in `DATASETS`.
+torch and torchvision are imported by the functions that need them, so that flags.py, which needs
+the names and recipes, answers at once.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from training.errors import UserError
+
+SMALL = 64       # pixels: images up to this size are held in memory and get the CIFAR stem
+MAX_SIZE = 4096  # pixels: the largest --image-size
+
+CIFAR10_CLASSES = tuple('airplane automobile bird cat deer dog frog horse ship truck'.split())
+CIFAR100_CLASSES = tuple('''
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus
+    butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch
+    crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo
+    keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain
+    mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain
+    plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk
+    skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone
+    television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman
+    worm'''.split())
+SHAPES = ('disk', 'ring', 'square', 'frame', 'triangle up', 'triangle down', 'plus', 'cross',
+          'horizontal bars', 'vertical bars')
+
+class DataError(UserError):
+    """Data that are missing, broken or not laid out as they should be, said in one line."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the model needs to know of a data set."""
+
+    name: str
+    root: Path
+    classes: tuple   # names, in the order of the labels
+    image_size: int  # pixels, height and width of the model's input
+    mean: tuple      # of each channel, 0..255
+    std: tuple
+    value_range: tuple = None  # (low, high): what becomes 0 and 255 in images of more than 8 bits
+    val_split: float = 0.0     # the share of train/ that is for testing
+    split_seed: int = 1
+
+    @property
+    def in_memory(self):
+        return self.image_size <= SMALL
+
+    def plain(self):
+        """Everything but the folder, as plain values: what a checkpoint keeps."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if key != 'root'}
+
+
+def describe(name, root='work/data', image_size=None, split='train', *, in_channels=3,
+             value_range=None, val_split=0.0, seed=1, workers=0):
+    """The classes and the image size of a data set, without loading it.
+
+    Args:
+        name: a key of `DATASETS`; all other arguments but `root` are for folders of images.
+        root: where the files of the data set are or go; for imagenet and folder the folder with
+            `train/` and `val/` (or `test/`), and in each of them a folder of images a class.
+        image_size: by default 224 or, for a folder whose first image has at most `SMALL` pixels a
+            side, that image's shorter side.
+        split: 'train' or 'test', whose folders are the classes.
+        in_channels: 1 for grey images, or 3.
+        value_range: (low, high) of images of more than 8 bits. By default, if the first training
+            image of a folder is one, the lowest and the highest value in all of them.
+        val_split: take this share of each class in `train/`, or in the root itself if it has no
+            `train/`, for testing; `seed` chooses the images.
+        workers: number of processes that look for the values.
+
+    Raises:
+        DataError: no such folders, a choice that this data set does not have, or values without a
+            natural range.
+        OSError: no folders of classes.
+    """
+    root, entry = Path(root), DATASETS[name]
+    if entry.read is not None:
+        size = entry.image_size
+        if image_size not in (None, size) or in_channels != 3 or value_range or val_split:
+            raise DataError(f'{name} has colour images of {size} pixels: --val-split, '
+                            f'--value-range, --in-channels or another --image-size is for folder '
+                            f'and imagenet')
+        return Description(name, root, entry.classes, size, entry.mean, entry.std)
+    from training import image_files  # imports torch
+
+    statistics = entry.mean, entry.std
+    if in_channels == 1:
+        statistics = [(sum(values) / 3,) for values in statistics]
+    _, classes = image_files.class_folders(root, split, val_split)
+    dataset = Description(name, root, tuple(classes), image_size or 224, *statistics,
+                          value_range and tuple(value_range), val_split, seed)
+    if name == 'imagenet':
+        return dataset
+    samples = image_files.list_images(dataset, split)
+    first = image_files.decode(samples[0][0])
+    height, width, *_ = np.shape(first)
+    if image_size is None and max(height, width) <= SMALL:
+        dataset = dataclasses.replace(dataset, image_size=min(height, width))
+    if value_range is None and split == 'train' and isinstance(first, np.ndarray):
+        value_range = image_files.measure_range(samples, workers)
+        dataset = dataclasses.replace(dataset, value_range=value_range)
+    return dataset
+
+
+# ---- readers: uint8 images [N, C, H, W] and int64 labels [N] of 'train' or 'test' ----------------
+
+def read_cifar(version, split, root):
+    """CIFAR-10 or CIFAR-100, from torchvision's Python version or from the binary version.
+
+    `version` is a `CifarVersion`. Downloads the Python version if neither is there.
+    """
+    import torchvision
+
+    torchvision_class = getattr(torchvision.datasets, version.name)
+    has_binary = (root / version.binary_folder).is_dir()
+    if has_binary and not (root / torchvision_class.base_folder).is_dir():
+        return read_binary_cifar(version, split, root)
+    with _explain_download(torchvision_class.filename, root, version.binary_folder):
+        part = torchvision_class(root, split == 'train', download=True)
+    images = part.data.transpose(0, 3, 1, 2).copy()  # [N, H, W, C]
+    return _tensors(images, part.targets)
+
+
+def read_binary_cifar(version, split, root):
+    """The official binary version of CIFAR, checked against its MD5 sums.
+
+    A record is the label (in CIFAR-100 a coarse and a fine one) and 3 x 32 x 32 values.
+    """
+    content = b''
+    for name, md5 in version.files[split].items():
+        path = root / version.binary_folder / name
+        try:
+            batch = path.read_bytes()
+        except OSError as error:
+            raise DataError(f'{path}: {error.strerror}: unpack {version.archive} in {root}, or '
+                            f'remove {version.binary_folder} there') from error
+        if hashlib.md5(batch, usedforsecurity=False).hexdigest() != md5:
+            raise DataError(f'{path} is not the official file, whose MD5 sum is {md5}: unpack '
+                            f'{version.archive} in {root} again')
+        content += batch
+    label_bytes = version.label_bytes
+    records = np.frombuffer(content, np.uint8).reshape(-1, label_bytes + 3 * 32 * 32)
+    images = records[:, label_bytes:].reshape(-1, 3, 32, 32).copy()
+    return _tensors(images, records[:, label_bytes - 1])
+
+
+def read_svhn(split, root):
+    """SVHN; 'train' is train and extra, 604,388 images (paper, section 4.1)."""
+    import torchvision
+
+    with _explain_download('train_32x32.mat, extra_32x32.mat, test_32x32.mat', root):
+        parts = [torchvision.datasets.SVHN(root, part, download=True)
+                 for part in (('train', 'extra') if split == 'train' else ('test',))]
+    return _tensors(np.concatenate([part.data for part in parts]),
+                    np.concatenate([part.labels for part in parts]))
+
+
+def _tensors(images, labels):
+    import torch
+
+    return torch.from_numpy(images), torch.tensor(labels, dtype=torch.int64)
+
+
+@contextlib.contextmanager
+def _explain_download(files, root, alternative=None):
+    """Turn whatever torchvision raises (network, disk, a broken archive) into a DataError."""
+    try:
+        yield
+    except Exception as error:
+        what = f'{files} or the folder {alternative}' if alternative else files
+        raise DataError(
+            f'{files}: missing from {root} or broken, and not to be downloaded ({error}): put '
+            f'{what} there, or name the folder that has it by --data; --dataset folder reads a '
+            f'folder of images, --dataset shapes needs no data') from error
+
+
+@dataclass(frozen=True)
+class CifarVersion:
+    """The official binary version of CIFAR-10 or CIFAR-100: its archive and files."""
+
+    name: str            # of torchvision's class
+    archive: str
+    binary_folder: str
+    label_bytes: int
+    files: dict          # MD5 sums of the files, by split and name
+
+
+CIFAR10 = CifarVersion('CIFAR10', 'cifar-10-binary.tar.gz', 'cifar-10-batches-bin', 1, {
+    'train': {'data_batch_1.bin': '5dd7e06a14cb22eb9f671a540d1b7c25',
+              'data_batch_2.bin': '5ea93a67294ea407fff1d09f752e9692',
+              'data_batch_3.bin': '942cd6a4bcdd0dd3c604fbe906cb4421',
+              'data_batch_4.bin': 'ae636b3ba5c66a11e91e8cb52e771fcb',
+              'data_batch_5.bin': '53f37980c15c3d472c316c40844f3f0d'},
+    'test': {'test_batch.bin': '803d5f7f4d78ea53de84dbe85f74fb6d'}})
+CIFAR100 = CifarVersion('CIFAR100', 'cifar-100-binary.tar.gz', 'cifar-100-binary', 2, {
+    'train': {'train.bin': '6172c7755cfe09b2fe270c85cebc1b15'},
+    'test': {'test.bin': '4499cfba6c016c1be1438163640a0898'}})
+
+
+def draw_shapes(split, root=None):
+    """The built-in data set: one of ten shapes in each image, drawn from a fixed seed.
+
+    Place, size, colours and contrast are random and the shape may be lighter or darker than what
+    is behind it, so that no pixel tells anything by itself: a linear classifier fails on them.
+    Returns uint8 images [N, 3, 32, 32] and int64 labels [N]; 'train' has 6,000, 'test' 1,000.
+    """
+    count, seed = {'train': (6000, 1), 'test': (1000, 2)}[split]
+    rng = np.random.RandomState(seed)  # the one generator of NumPy whose stream is frozen
+    labels = np.arange(count) % 10
+    radius = rng.uniform(4, 12, (count, 1, 1))
+    # Distances of each pixel from the centre, in units of the radius: right and down.
+    centre = 15.5 + rng.uniform(-1, 1, (2, count, 1, 1)) * (15 - radius)
+    x = (np.arange(32)[None, None, :] - centre[0]) / radius
+    y = (np.arange(32)[None, :, None] - centre[1]) / radius
+    depth = np.empty((count, 32, 32))
+    for i, shape in enumerate(SHAPES):
+        depth[labels == i] = _shape_depth(shape, x[labels == i], y[labels == i])
+    mask = np.clip(depth * radius + 0.5, 0, 1)[:, None]      # edges smoothed over a pixel
+    dark, light = (rng.uniform(low, high, (count, 3, 1, 1)) for low, high in ((0, 110), (145, 255)))
+    swap = rng.uniform(size=(count, 1, 1, 1)) < 0.5
+    front, back = np.where(swap, dark, light), np.where(swap, light, dark)
+    noise = rng.normal(0, 30, (count, 3, 32, 32))
+    images = np.clip(back + (front - back) * mask + noise, 0, 255).astype(np.uint8)
+    return _tensors(images, labels)
+
+
+def _shape_depth(shape, x, y):
+    """How far inside the shape a point lies, negative outside; the shape has radius 1."""
+    ax, ay = np.abs(x), np.abs(y)
+    disk, square = 1 - np.hypot(x, y), 0.85 - np.maximum(ax, ay)
+    triangle = lambda y: np.minimum(0.7 - y, (y + 1) / 2 - ax) * 0.9
+    arm = lambda u, v: np.minimum(0.28 - u, 1 - v)
+    bars = lambda u, v: np.minimum(0.25 - np.abs(u - 0.6), 0.9 - v)
+    diagonal, other = np.abs(x + y) / 2**0.5, np.abs(x - y) / 2**0.5
+    return {
+        'disk': disk, 'ring': np.minimum(disk, 0.4 - disk),
+        'square': square, 'frame': np.minimum(square, 0.35 - square),
+        'triangle up': triangle(y), 'triangle down': triangle(-y),
+        'plus': np.maximum(arm(ax, ay), arm(ay, ax)),
+        'cross': np.maximum(arm(diagonal, other), arm(other, diagonal)),
+        'horizontal bars': bars(ay, ax), 'vertical bars': bars(ax, ay),
+    }[shape]
+
+
+# ---- the table ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An entry of the table. Means and standard deviations are per channel, on the scale 0..255."""
+
+    mean: tuple
+    std: tuple
+    classes: tuple = ()         # in the order of the labels; (): the sorted names of the folders
+    image_size: int = None      # pixels, height and width
+    read: Callable = None       # (split, root) -> images, labels; None: a folder of images
+    augment: bool = True        # crop and mirror by default
+    recipe: dict = dataclasses.field(default_factory=dict)  # defaults of flags
+    recipe_without_augment: dict = dataclasses.field(default_factory=dict)
+    lr_drop_every: int = None   # epochs; None: at half and three quarters of the epochs
+
+
+# The statistics are the official code's (attic/channel_stats.py measures them). SVHN is only
+# divided by 255 (paper, section 4.1). Folders are normalised as ImageNet, which pretrained weights
+# expect.
+IMAGENET_STATISTICS = dict(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))
+DATASETS = {
+    'cifar10': Dataset(
+        classes=CIFAR10_CLASSES, image_size=32, read=functools.partial(read_cifar, CIFAR10),
+        mean=(125.3, 123.0, 113.9), std=(63.0, 62.1, 66.7),
+        recipe_without_augment=dict(drop_rate=0.2)),
+    'cifar100': Dataset(
+        classes=CIFAR100_CLASSES, image_size=32, read=functools.partial(read_cifar, CIFAR100),
+        mean=(129.3, 124.1, 112.4), std=(68.2, 65.4, 70.4),
+        recipe_without_augment=dict(drop_rate=0.2)),
+    'svhn': Dataset(
+        classes=tuple('0123456789'), image_size=32, read=read_svhn,
+        mean=(0.0,) * 3, std=(255.0,) * 3, augment=False, recipe=dict(epochs=40, drop_rate=0.2)),
+    'imagenet': Dataset(
+        **IMAGENET_STATISTICS, recipe=dict(epochs=90, batch_size=256), lr_drop_every=30),
+    'folder': Dataset(**IMAGENET_STATISTICS),
+    'shapes': Dataset(
+        classes=SHAPES, image_size=32, read=draw_shapes,
+        mean=(127.0938, 127.135414, 127.086905), std=(80.26133, 79.86884, 79.862017)),
+}

@@ -1,0 +1,183 @@
+"""Loaders that yield `(images, labels)` on the device, normalised.
+
+    loader = loaders.make_loader(dataset, 'train', batch_size=64, device=device, augment=True)
+    loader.set_epoch(1)
+    for images, labels in loader: ...              # float32 [B, 3, H, W] and int64 [B]
+
+Small images are decoded once, held on the device as uint8 and augmented there, a batch at a time.
+Larger ones are decoded and augmented by worker processes in each epoch. Either way, all that is
+random in an epoch depends on nothing but the seed, the epoch and the image's index: an epoch can be
+resumed at any batch, and the shards of several processes make up the same batches that one process
+has.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from training import image_files
+from training.datasets import DATASETS, SMALL, DataError
+
+PAD = 4          # pixels: zero padding of small images before the random crop (paper, section 4.1)
+NO_LABEL = -100  # the ignore_index of F.cross_entropy
+
+
+def make_loader(dataset, split, batch_size, *, device, augment=False, seed=1, workers=0,
+                ten_crop=False, shard=(0, 1)):
+    """A loader of the images of 'train', which are shuffled, or 'test', which come in their order.
+
+    It has `len()`, the number of batches in an epoch, of which the last may be smaller;
+    `set_epoch(epoch, start=0)`; `num_images`; and `images_in(i)`, the size of batch i.
+
+    Args:
+        batch_size: of all processes together.
+        workers: number of processes that decode images; 0: this one does it itself.
+        ten_crop: images come as [B, 10, 3, H, W], in batches of a tenth of the size, so that a
+            batch has `batch_size` crops.
+        shard: (rank, number of processes). Each batch is divided evenly over the processes. If a
+            small last batch has no image for a process, it gets one labelled `NO_LABEL`, so that
+            all processes take the same number of steps.
+
+    Raises:
+        DataError: data missing or broken, a failed download, or ten crops of small images.
+    """
+    if ten_crop and dataset.in_memory:
+        raise DataError(f'--ten-crop is for images larger than {SMALL} pixels, and '
+                        f'{dataset.name} has images of {dataset.image_size}')
+    common = dict(mean=dataset.mean, std=dataset.std, device=device, shuffle=split == 'train',
+                  seed=seed, shard=shard)
+    entry = DATASETS[dataset.name]
+    if entry.read is not None:
+        images, labels = entry.read(split, dataset.root)
+        return MemoryLoader(images, labels, batch_size, augment=augment, **common)
+    samples = image_files.list_images(dataset, split)
+    if dataset.in_memory:
+        files, labels = zip(*samples)
+        transform = image_files.test_transform(dataset.image_size)
+        read = functools.partial(image_files.read_pixels, dataset, transform)
+        images = image_files.read_all(samples, read, workers, f'reading {split}')
+        return MemoryLoader(images, torch.tensor(labels), batch_size, augment=augment, files=files,
+                            **common)
+    transform = (image_files.train_transform(dataset.image_size) if augment
+                 else image_files.test_transform(dataset.image_size, ten_crop))
+    return WorkerLoader(samples, functools.partial(image_files.read_pixels, dataset, transform),
+                        -(-batch_size // 10) if ten_crop else batch_size, workers=workers, **common)
+
+
+class _Loader:
+    """The order of the images in an epoch, and this process's shard of each batch.
+
+    A subclass has `__iter__`, and `_draw` for what its augmentation needs.
+
+    Args:
+        labels: int64 [N].
+        files: their names, or nothing for numbers.
+    """
+
+    def __init__(self, labels, batch_size, *, mean, std, device, files=(), shuffle=False, seed=1,
+                 shard=(0, 1)):
+        self.num_images, self.batch_size, self.device = len(labels), batch_size, device
+        self.class_counts, self.files = labels.bincount(), files or range(len(labels))
+        self.mean, self.std = image_files.channels(mean, device), image_files.channels(std, device)
+        self.shuffle, self.seed = shuffle, seed
+        self.rank, self.processes = shard
+        self.set_epoch(1)
+
+    def set_epoch(self, epoch, start=0):
+        """Choose the epoch of the next iteration, and its first batch (counted from 0)."""
+        self.start = start
+        # The generator uses 32 bits of its seed; the odd factor keeps different seeds different.
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**32)
+        self.permutation = (torch.randperm(self.num_images, generator=generator) if self.shuffle
+                            else torch.arange(self.num_images))
+        self._draw(generator)
+
+    def __len__(self):
+        return -(-self.num_images // self.batch_size)
+
+    def images_in(self, i):
+        """The number of images in batch i, of all processes together."""
+        return min(self.batch_size, self.num_images - i * self.batch_size)
+
+    def _indices(self, i):
+        """Of the images in this process's shard of batch i, int64; at least one."""
+        batch = self.permutation[i * self.batch_size:(i + 1) * self.batch_size]
+        shard = batch.tensor_split(self.processes)[self.rank]
+        return shard if len(shard) else batch[:1]
+
+    def _finish(self, i, images, labels):
+        """Images as float32, normalised; `NO_LABEL` for the one that stands in an empty shard."""
+        if self.images_in(i) <= self.rank:
+            labels = torch.full_like(labels, NO_LABEL)
+        return (images.float() - self.mean) / self.std, labels
+
+
+class MemoryLoader(_Loader):
+    """Batches of images [N, C, H, W] that are held on the device, as uint8 or float32.
+
+    With `augment`, each image is cropped at random after zero padding, and mirrored half of the
+    time (paper, section 4.1). The padding comes after the normalisation, as in the official code.
+    """
+
+    def __init__(self, images, labels, batch_size, *, device, augment=False, **kwargs):
+        self.images, self.labels = images.to(device), labels.to(device)
+        self.augment = augment
+        super().__init__(labels, batch_size, device=device, **kwargs)
+
+    def _draw(self, generator):
+        # On the CPU and for the whole epoch: the same numbers for an image on every device, with
+        # any batch size and any number of processes.
+        offsets = torch.randint(2 * PAD + 1, (self.num_images, 2), generator=generator)
+        mirrored = torch.randint(2, (self.num_images,), generator=generator, dtype=torch.bool)
+        self.offsets, self.mirrored = offsets.to(self.device), mirrored.to(self.device)
+        self.permutation = self.permutation.to(self.device)
+
+    def __iter__(self):
+        for i in range(self.start, len(self)):
+            indices = self._indices(i)
+            images, labels = self._finish(i, self.images[indices], self.labels[indices])
+            if self.augment:
+                images = crop_and_mirror(images, self.offsets[indices], self.mirrored[indices])
+            yield images, labels
+
+
+def crop_and_mirror(images, offsets, mirrored):
+    """Crop each image at its own offset after zero padding, then mirror some.
+
+    Shapes: images [B, C, H, W]; offsets int64 [B, 2], down and right, in 0..2*PAD; mirrored bool
+    [B]. Returns [B, C, H, W].
+    """
+    b, c, h, w = images.shape
+    arange = lambda n: torch.arange(n, device=images.device)
+    columns = torch.where(mirrored[:, None], w - 1 - arange(w), arange(w))
+    rows = offsets[:, :1] + arange(h)          # [B, H]
+    columns = offsets[:, 1:] + columns         # [B, W]
+    padded = F.pad(images, (PAD,) * 4)
+    return padded[arange(b)[:, None, None, None], arange(c)[:, None, None],
+                  rows[:, None, :, None], columns[:, None, None, :]]
+
+
+class WorkerLoader(_Loader):
+    """Batches of image files that worker processes read and augment, as uint8 if they have 8 bits.
+
+    They are normalised on the device: a quarter of the bytes to copy.
+    """
+
+    def __init__(self, samples, read, batch_size, *, device, workers=0, **kwargs):
+        self.batches = []  # filled by `_draw`
+        files, labels = zip(*samples)
+        super().__init__(torch.tensor(labels), batch_size, device=device, files=files, **kwargs)
+        self.loader = image_files.file_loader(samples, read, self.batches, num_workers=workers,
+                                   persistent_workers=workers > 0, pin_memory=device.type == 'cuda')
+
+    def _draw(self, generator):
+        # Each image has a seed, for its random transforms; a batch is rows of (index, seed).
+        seeds = torch.randint(2**31, (self.num_images,), generator=generator)
+        shards = map(self._indices, range(self.start, len(self)))
+        # NumPy, for a tensor that is sent to a worker occupies shared memory as long as it lives.
+        self.batches[:] = [torch.stack([shard, seeds[shard]], 1).numpy() for shard in shards]
+
+    def __iter__(self):
+        for i, batch in enumerate(image_files.checked(self.loader), start=self.start):
+            yield self._finish(i, *(part.to(self.device, non_blocking=True) for part in batch))
