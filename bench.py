@@ -27,6 +27,53 @@ import os
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 
 import argparse
+import sys
+from pathlib import Path
+
+from training import console, flags
+
+
+def make_parser():
+    parser = flags.Parser(prog='bench.py', description=__doc__, allow_abbrev=False,
+                          formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group('network, as for train.py').add_argument
+    add('--arch', metavar='NAME', help='an ImageNet network')
+    add('--depth', help='(default: 100)')
+    add('--growth-rate', help='(default: 12, or as --arch has it)')
+    add('--image-size', metavar='PIXELS', help='(default: 32, with --arch 224)')
+    add('--batch-size', '-b', nargs='+', help='(default: 64)')
+    add = parser.add_argument_group('rows').add_argument
+    add('--precision', nargs='+', choices=flags.PRECISIONS,
+        help='(default: tf32 bf16 on cuda, else fp32)')
+    add('--compile', action='store_true',
+        help='also torch.compile, on cuda also with mode reduce-overhead: minutes for each')
+    add('--inference', action='store_true', help='evaluation instead of training')
+    add('--rows', nargs='+', metavar='PATTERN', default=['*'],
+        help='only rows with these names, such as \'ours*\'; ratios are to the first')
+    add = parser.add_argument_group('measuring').add_argument
+    add('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
+    add('--rounds', type=flags.POSITIVE, default=10, help='(default: %(default)s)')
+    add('--steps', type=flags.POSITIVE,
+        help='of each row in a round, which counts their mean (default: 20 on cuda, 1 on a CPU)')
+    add('--csv', type=output_file('.csv'), metavar='FILE', help='the table')
+    add('--plot', type=output_file('.png', '.pdf', '.svg'), metavar='FILE', help='its figure')
+    return parser
+
+
+def output_file(*suffixes):
+    """An argparse type: a path that can be written, checked before anything is measured."""
+    def parse(text):
+        path = Path(text)
+        if path.suffix not in suffixes or not os.access(path.parent, os.W_OK):
+            raise argparse.ArgumentTypeError(
+                f'{text!r} is not a {", ".join(suffixes)} file in a directory that can be written')
+        return path
+    return parse
+
+
+if __name__ == '__main__':  # --help and wrong flags answer before torch is imported
+    console.exit_on_user_error(make_parser().parse_args, 'bench.py')
+
 import csv
 import fnmatch
 import functools
@@ -35,11 +82,9 @@ import importlib.util
 import math
 import platform
 import re
-import sys
 import tempfile
 import time
 import timeit
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -55,16 +100,15 @@ from torch.utils.flop_counter import FlopCounterMode
 import plot
 import train
 from fused_dense_block import cpu, fuse
-from training import datasets, evaluation, flags, networks, runlog
+from training import datasets, evaluation, networks
+from training.console import UserError
 from training.device import (
     AUTOCAST_TYPES,
-    PRECISIONS,
     choose_device,
     choose_precision,
     make_autocast,
     ran_out_of_memory,
 )
-from training.errors import UserError
 
 NETWORK_FLAGS = 'arch', 'depth', 'growth_rate', 'image_size', 'batch_size'  # also train.py's
 
@@ -114,7 +158,7 @@ def network_flags(inference=False, **given):
     if inference:
         argv.append('--momentum=0')  # its buffers would take memory
     # A low learning rate: diverging weights would change the speed.
-    args, _ = flags.parse_args([*argv, '--lr=1e-3'])
+    args = flags.complete(flags.parse([*argv, '--lr=1e-3']))
     args.inference = inference
     return flags.with_network(args, args.image_size or (224 if args.arch else 32))
 
@@ -418,44 +462,6 @@ def draw_table(path, table, memory_label):
 
 # ---- command line -------------------------------------------------------------------------
 
-def make_parser():
-    parser = flags.Parser(prog='bench.py', description=__doc__, allow_abbrev=False,
-                          formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument_group('network, as for train.py').add_argument
-    add('--arch', metavar='NAME', help='an ImageNet network')
-    add('--depth', help='(default: 100)')
-    add('--growth-rate', help='(default: 12, or as --arch has it)')
-    add('--image-size', metavar='PIXELS', help='(default: 32, with --arch 224)')
-    add('--batch-size', '-b', nargs='+', help='(default: 64)')
-    add = parser.add_argument_group('rows').add_argument
-    add('--precision', nargs='+', choices=PRECISIONS,
-        help='(default: tf32 bf16 on cuda, else fp32)')
-    add('--compile', action='store_true',
-        help='also torch.compile, on cuda also with mode reduce-overhead: minutes for each')
-    add('--inference', action='store_true', help='evaluation instead of training')
-    add('--rows', nargs='+', metavar='PATTERN', default=['*'],
-        help='only rows with these names, such as \'ours*\'; ratios are to the first')
-    add = parser.add_argument_group('measuring').add_argument
-    add('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
-    add('--rounds', type=flags.POSITIVE, default=10, help='(default: %(default)s)')
-    add('--steps', type=flags.POSITIVE,
-        help='of each row in a round, which counts their mean (default: 20 on cuda, 1 on a CPU)')
-    add('--csv', type=output_file('.csv'), metavar='FILE', help='the table')
-    add('--plot', type=output_file('.png', '.pdf', '.svg'), metavar='FILE', help='its figure')
-    return parser
-
-
-def output_file(*suffixes):
-    """An argparse type: a path that can be written, checked before anything is measured."""
-    def parse(text):
-        path = Path(text)
-        if path.suffix not in suffixes or not os.access(path.parent, os.W_OK):
-            raise argparse.ArgumentTypeError(
-                f'{text!r} is not a {", ".join(suffixes)} file in a directory that can be written')
-        return path
-    return parse
-
-
 def cpu_field(name):
     """A field of /proc/cpuinfo, '' without it."""
     info = Path('/proc/cpuinfo')
@@ -531,7 +537,7 @@ def main(argv=None):
     try:
         run(make_parser().parse_args(argv))
     except (UserError, OSError) as error:
-        runlog.warn(error, 'error', 'bench.py')
+        console.warn(error, 'error', 'bench.py')
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -22,8 +22,8 @@ from torch import nn
 
 import plot
 from densenet import DenseBlock
-from training import datasets, flags, networks, runlog
-from training.errors import UserError
+from training import checkpoint, console, datasets, flags, networks
+from training.console import UserError
 
 FORMATS = ('.png', '.svg', '.pdf', '.dot')
 MAX_LAYERS = 6  # blocks of more are folded to four boxes: two layers, all between, the last
@@ -176,7 +176,8 @@ def make_parser():
 
 def build_model(argv):
     """The flags, the network on torch's meta device, and the pixels of its images."""
-    args, saved = flags.parse_args(argv, make_parser())
+    given = flags.parse(argv, make_parser())
+    args, saved = checkpoint.with_saved_flags(given, make_parser())
     if args.output.suffix not in FORMATS:
         raise UserError(f'--output {args.output}: its name must end in {", ".join(FORMATS)}')
     if saved:
@@ -205,7 +206,7 @@ def main(argv=None):
             args.output.write_bytes(graph.pipe(args.output.suffix[1:], quiet=True))
         print(args.output)
     except (UserError, OSError, graphviz.ExecutableNotFound) as error:
-        runlog.warn(error, 'error', 'make_graph.py')
+        console.warn(error, 'error', 'make_graph.py')
         sys.exit(2)
 
 

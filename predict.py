@@ -15,11 +15,32 @@ import os
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 
 import argparse
+import sys
+from pathlib import Path
+
+from training import console, flags
+
+
+def make_parser():
+    parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('images', nargs='+', metavar='IMAGE', help='files, folders and globs')
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument('--checkpoint', metavar='FILE', help='latest.pth or best.pth of a run')
+    which.add_argument('--arch', choices=flags.TORCHVISION_WEIGHTS, help='of torchvision\'s')
+    parser.add_argument('--csv', type=Path, metavar='FILE', help='also write the classes to this')
+    parser.add_argument('--heatmap', nargs='?', const='', metavar='DIR',
+                        help='draw where it looks, beside each image or in this folder')
+    parser.add_argument('--batch-size', type=flags.POSITIVE, default=32, help='(default: 32)')
+    parser.add_argument('--device', choices=flags.DEVICES, default='auto', help='(default: auto)')
+    return parser
+
+
+if __name__ == '__main__':  # --help and wrong flags answer before torch is imported
+    console.exit_on_user_error(make_parser().parse_args, 'predict.py')
+
 import csv
 import functools
 import glob
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,9 +51,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import densenet
-from training import checkpoint, datasets, flags, image_files, networks, runlog
-from training.device import DEVICES, choose_device
-from training.errors import UserError
+from training import checkpoint, datasets, image_files, networks
+from training.console import UserError
+from training.device import choose_device
+from training.weights import torchvision_weights
 
 IMAGENET_CLASSES = tuple(torchvision.models.DenseNet121_Weights.DEFAULT.meta['categories'])
 
@@ -49,7 +71,7 @@ def load_model(args):
         dataset = datasets.Description('imagenet', None, IMAGENET_CLASSES, 224,
                                    **datasets.IMAGENET_STATISTICS)
         model = getattr(densenet, args.arch)()
-        weights = checkpoint.torchvision_weights(args.arch)
+        weights = torchvision_weights(args.arch)
     checkpoint.load_weights(model, weights, args.checkpoint or args.arch)
     return model.eval(), dataset
 
@@ -127,20 +149,6 @@ def draw_heatmap(heat, file, dataset):
     return Image.fromarray((255 * picture).round().astype(np.uint8))
 
 
-def make_parser():
-    parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('images', nargs='+', metavar='IMAGE', help='files, folders and globs')
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument('--checkpoint', metavar='FILE', help='latest.pth or best.pth of a run')
-    which.add_argument('--arch', choices=flags.TORCHVISION_WEIGHTS, help='of torchvision\'s')
-    parser.add_argument('--csv', type=Path, metavar='FILE', help='also write the classes to this')
-    parser.add_argument('--heatmap', nargs='?', const='', metavar='DIR',
-                        help='draw where it looks, beside each image or in this folder')
-    parser.add_argument('--batch-size', type=flags.POSITIVE, default=32, help='(default: 32)')
-    parser.add_argument('--device', choices=DEVICES, default='auto', help='(default: auto)')
-    return parser
-
-
 def main(argv=None):
     try:
         args = make_parser().parse_args(argv)
@@ -162,7 +170,7 @@ def main(argv=None):
             for file, answer in bar:
                 with bar.external_write_mode():
                     if isinstance(answer, datasets.DataError):
-                        runlog.warn(answer, script='predict.py')
+                        console.warn(answer, script='predict.py')
                         broken += 1
                         continue
                     probabilities, heat = answer
@@ -181,10 +189,11 @@ def main(argv=None):
     except BrokenPipeError:  # `| head`; Python would fail again at its exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError, RuntimeError) as error:
-        runlog.warn(' '.join(str(error).split()), 'error', 'predict.py')
+        console.warn(' '.join(str(error).split()), 'error', 'predict.py')
         sys.exit(2)
 
 
 if __name__ == '__main__':
-    sys.stdout.reconfigure(errors='backslashreplace')  # the name of a class may be no text
+    if hasattr(sys.stdout, 'reconfigure'):  # not in a notebook
+        sys.stdout.reconfigure(errors='backslashreplace')  # class names may not be valid UTF-8
     main()

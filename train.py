@@ -17,22 +17,25 @@ import os
 # The OpenMP library reads this when torch loads it.
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 
-import contextlib
-import dataclasses
+import argparse
+import sys
+
+from training import console, flags
+
+if __name__ == '__main__':  # --help and wrong flags answer before torch is imported
+    console.exit_on_user_error(flags.parse, 'train.py')
+
 import functools
 import math
 import signal
-import sys
-import time
 import warnings
-from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from training import checkpoint, datasets, distributed, flags, loaders, networks, runlog
-from training.checkpoint import CheckpointError, TrainState
+from training import checkpoint, datasets, distributed, evaluation, loaders, networks, weights
+from training.checkpoint import TrainState
+from training.console import UserError, say
 from training.cuda_graph import CudaGraphStep
 from training.device import (
     choose_device,
@@ -41,10 +44,9 @@ from training.device import (
     ran_out_of_memory,
     set_determinism,
 )
-from training.distributed import Stopped, StopSignals
-from training.errors import UserError
-from training.evaluation import at_least_fp32, count_errors, evaluate, report_errors
-from training.runlog import RunLog, say
+from training.distributed import StopSignals
+from training.evaluation import at_least_fp32, count_errors, evaluate
+from training.run import Run
 
 # ---- build: optimizer, learning rate ---------------------------------------------------------
 
@@ -69,6 +71,7 @@ def set_training_mode(model, args):
 
 
 def make_optimizer(args, model):
+    """A new optimizer is one more branch, and its name and learning rate in flags.py."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     on_cuda = parameters[0].is_cuda
     fused = parameters[0].device.type in ('cpu', 'cuda')  # one pass over all parameters
@@ -79,26 +82,32 @@ def make_optimizer(args, model):
         optimizer = torch.optim.SGD(parameters, momentum=args.momentum, fused=fused,
                                     nesterov=args.momentum > 0, **common)
         if args.momentum:
-            # Made now: in fp16 the scaler may skip the first steps, and a graph recorded in one of
-            # them would have no momentum.
+            # torch makes it in the first step, which the fp16 scaler may skip: a CUDA graph
+            # recorded in such a step would have no momentum.
             for parameter in parameters:
                 optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
-        return optimizer
-    if args.optimizer == 'rmsprop':
-        return torch.optim.RMSprop(parameters, momentum=args.momentum, capturable=on_cuda, **common)
-    kind = torch.optim.Adam if args.optimizer == 'adam' else torch.optim.AdamW
-    return kind(parameters, fused=fused, capturable=on_cuda, **common)
+    elif args.optimizer == 'rmsprop':
+        optimizer = torch.optim.RMSprop(parameters, momentum=args.momentum, capturable=on_cuda,
+                                        **common)
+    elif args.optimizer == 'adam':
+        optimizer = torch.optim.Adam(parameters, fused=fused, capturable=on_cuda, **common)
+    elif args.optimizer == 'adamw':
+        optimizer = torch.optim.AdamW(parameters, fused=fused, capturable=on_cuda, **common)
+    checkpoint.initialize_optimizer(optimizer)
+    return optimizer
 
 
 def make_state(args, model, device, precision):
     """A new TrainState; `model` must be on its device."""
+    if distributed.rank():  # each process has its own dropout
+        torch.manual_seed((args.seed + 1_000_003 * distributed.rank()) % 2**32)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == 'fp16')
     return TrainState(model, make_optimizer(args, model), scaler,
                       sums=torch.zeros(2, device=device))
 
 
 def learning_rate(args, epoch, done=0.0):
-    """The learning rate in `epoch`, counted from 1, of which the fraction `done` is done.
+    """The learning rate in `epoch`, counted from 1, after the fraction `done` of its steps.
 
     cosine: from --lr to 0 over all epochs.
     multistep: divided by 10 at half and again at three quarters of the epochs, but not before
@@ -128,18 +137,31 @@ def set_learning_rate(optimizer, lr):
             group['lr'] = lr
 
 
+def warn_of_new_rate(args, saved_flags, state):
+    """Say if changed flags make a resumed run go on with another learning rate, or not at all."""
+    if state.epoch > args.epochs:
+        console.warn(f'{state.epoch - 1} epochs are done: --epochs {args.epochs} leaves nothing to '
+                     f'train')
+        return
+    before = flags.with_defaults(argparse.Namespace(**saved_flags))
+    rates = [learning_rate(f, min(state.epoch, f.epochs)) for f in (before, args)]
+    if not math.isclose(*rates):
+        console.warn(f'the learning rate goes on at {rates[1]:g}, and was {rates[0]:g}: it follows '
+                     f'--lr, --epochs, --lr-schedule and --warmup-epochs')
+
+
 # ---- step -----------------------------------------------------------------------------------
 
 def train_step(state, images, labels, batch_size=None, *, autocast, grad_accum=1,
                label_smoothing=0.0, class_weights=None, forward=None):
     """One optimizer step on a batch, float32 [B, C, H, W] and int64 [B].
 
-    Adds the loss and the errors of the images to `state.sums`. Nothing in it waits for the device,
-    but rmsprop with fp16. Of several processes, each calls it with its shard of a batch of
-    `batch_size` images, and with `forward`, the model as `distributed.wrap` has it.
+    Adds the loss and the errors of the images to `state.sums`. No GPU sync (except rmsprop with
+    fp16). With several processes, images and labels are this process's shard of a batch of
+    `batch_size` images, and `forward` is the model wrapped by `distributed.wrap`.
     """
     forward = state.model if forward is None else forward
-    # DistributedDataParallel takes the mean over W processes: that of sum / (B / W) is sum / B.
+    # DDP averages gradients, so divide by the per-rank batch size.
     divisor = batch_size / distributed.world_size() if batch_size else len(images)
     state.optimizer.zero_grad()
     micro_batches = list(zip(images.chunk(grad_accum), labels.chunk(grad_accum)))
@@ -167,6 +189,8 @@ def balanced_class_weights(class_counts):
 
 def make_step(args, state, shapes, autocast, class_weights=None):
     """The function of images and labels that trains `state`, as a CUDA graph where possible.
+
+    `shapes` are those of full and last batches, [B, C, H, W].
 
     Raises:
         UserError: as `CudaGraphStep`.
@@ -196,299 +220,125 @@ def make_step(args, state, shapes, autocast, class_weights=None):
 
 
 def settle_order_of_sums(step, state, shape):
-    """Take a step and undo it, for batches of `shape`, [B, C, H, W], of all processes together.
+    """Take a step and undo it, on batches of `shape`, [B, C, H, W].
 
-    After its first step, DistributedDataParallel arranges the gradients anew, and then sums them
-    over the processes in another order. A resumed run would have a first step where one that was
-    not interrupted has none.
+    DDP rearranges its gradient buckets after its first step, which changes the order of the sums.
+    Without this, a resumed run would have such a first step where an uninterrupted one has none.
     """
     n, *image = shape
-    images = torch.zeros(-(-n // distributed.world_size()), *image, device=state.sums.device)
+    images = torch.zeros(math.ceil(n / distributed.world_size()), *image, device=state.sums.device)
     with state.rehearsal():
         step(images, images.new_zeros(len(images), dtype=torch.int64))
 
 
-# ---- loop ------------------------------------------------------------------------------------
-
-def fit(args, state, step, train_loader, test_loader, log, save, stop, autocast):
-    """Train and evaluate from where `state` is to the last epoch.
-
-    Raises:
-        Stopped: a signal arrived; `state` is that after a whole step, and can be saved.
-    """
-    while state.epoch <= args.epochs:
-        set_training_mode(state.model, args)
-        train_loader.set_epoch(state.epoch, start=state.step)  # a resumed run may start mid-epoch
-        log.start_epoch(state.epoch, state.step)
-        for images, labels in log.watch(train_loader):
-            lr = learning_rate(args, state.epoch, state.step / len(train_loader))
-            set_learning_rate(state.optimizer, lr)
-            batch_size = train_loader.images_in(state.step)
-            step(images, labels, batch_size)
-            state.count_step(batch_size)
-            log.advance(batch_size)
-            if state.step % args.print_freq == 0 or state.step == len(train_loader):
-                log.train_row(*take_means(args, state), lr)
-            stop.check()
-        distributed.share_statistics(state.model)
-        test = evaluate(state.model, test_loader, autocast, stop)
-        improved = record_test(state, test, log, args.best_by)
-        state.begin_epoch(state.epoch + 1)
-        if improved:  # saved after the epoch's end, so that it resumes in the next one
-            save('best.pth')
-        log.sync()
-        save('latest.pth')
-
-
-def take_means(args, state):
-    """Mean loss and error in percent since the last row of train.csv; begins the next interval.
-
-    Synchronizes with the device.
-
-    Raises:
-        UserError: the loss was not finite.
-    """
-    loss, errors = map(sum, zip(*distributed.all_gather(state.sums.tolist())))
-    if not math.isfinite(loss):
-        first = state.step - (state.step - 1) % args.print_freq
-        raise not_finite(f'the loss of steps {first} to {state.step}', state)
-    images = state.interval_images
-    state.epoch_sums = tuple(map(sum, zip(state.epoch_sums, (loss, errors, images))))
-    state.begin_interval()
-    return loss / images, 100 * errors / images
-
-
-def record_test(state, test, log, best_by):
-    """Record the TestResult of the epoch; returns whether it is the best so far."""
-    if not math.isfinite(test.loss):
-        raise not_finite('the test loss', state)
-    state.last_error = test.error
-    score = getattr(test, best_by.replace('-', '_'))
-    improved = score < state.best_score
-    if improved:
-        state.best_score, state.best_error, state.best_epoch = score, test.error, state.epoch
-    train_loss, train_errors, images = state.epoch_sums
-    log.end_epoch((train_loss / images, 100 * train_errors / images), test,
-                  best_so_far(state, best_by))
-    return improved
-
-
-def best_so_far(state, best_by):
-    by = '' if best_by == 'error' else f', by the {best_by} of {state.best_score:.4g}'
-    return f'best {state.best_error:.2f}%{by} (epoch {state.best_epoch})'
-
-
-def not_finite(what, state):
-    name = checkpoint.first_not_finite(state.model)
-    culprit = f', and the first bad parameter is {name}' if name else ''
-    if state.epoch == 1 and state.step == 0:
-        return UserError(f'{what} is not finite before the first step{culprit}')
-    return UserError(f'{what} in epoch {state.epoch} is not finite{culprit}: try a lower --lr; the '
-                     f'last checkpoint is untouched')
-
-
 # ---- main ------------------------------------------------------------------------------------
-
-def choose_dataset(args, saved):
-    """The data set that the flags name, read as it was for the checkpoint if there is one."""
-    trained_on = saved['dataset'] if saved else {}
-    image_size = args.image_size
-    if saved and args.dataset != trained_on['name'] and datasets.DATASETS[args.dataset].read:
-        image_size = None  # args has that of the checkpoint, and this data set has its own
-    dataset = datasets.describe(
-        args.dataset, args.data, image_size, 'test' if args.evaluate else 'train',
-        in_channels=args.in_channels, value_range=args.value_range or trained_on.get('value_range'),
-        val_split=args.val_split, seed=trained_on.get('split_seed', args.seed),
-        workers=args.workers)
-    if not saved:
-        return dataset
-    known, found = trained_on['classes'], dataset.classes
-    if set(found) - set(known) or not args.evaluate and tuple(known) != found:
-        differing = min(set(found) ^ set(known), default=None)
-        what = f'{differing} is in only one of them' if differing else 'in another order'
-        raise CheckpointError(f'{args.resume} was trained on other classes than those of '
-                              f'{args.dataset} in {args.data}: {what}')
-    return dataclasses.replace(dataset, classes=tuple(known), mean=trained_on['mean'],
-                               std=trained_on['std'])
-
-
-def make_save(args, state, dataset, num_images, directory):
-    """A function that saves `state` in the directory under a name; all processes call it."""
-    started = time.monotonic() - state.seconds
-
-    def save(name):
-        state.seconds = time.monotonic() - started
-        state.peak_memory = max(state.peak_memory, torch.cuda.max_memory_allocated())
-        own_states = distributed.all_gather(state.own_state())
-        if distributed.rank() > 0:
-            return
-        if not all(own['interval'].isfinite().all() for own in own_states):
-            raise not_finite('the loss', state)
-        if checkpoint.first_not_finite(state.model):
-            raise not_finite('a weight', state)
-        checkpoint.save(directory / name, {
-            **state.state_dict(own_states), 'args': vars(args), 'num_images': num_images,
-            'dataset': dataset.plain(), 'config': state.model.config,
-        }, keep_previous=name == 'latest.pth')
-    return save
-
-
-def describe_data(dataset, loaders):
-    train_images, test_images = (loader.num_images for loader in loaders)
-    values = ''
-    if dataset.value_range:
-        values = ' with values from {:g} to {:g}'.format(*dataset.value_range)
-    return (f'{dataset.name}: {train_images:,} training and {test_images:,} test images of '
-            f'{dataset.image_size} pixels{values}, {len(dataset.classes)} classes')
-
-
-def train(args, dataset, model, both_loaders, directory, stop, *, device, precision,
-          saved, goes_on):
-    """One training run, in a directory that this process has claimed."""
-    train_loader, test_loader = both_loaders
-    autocast = make_autocast(precision, device)
-    state = make_state(args, model, device, precision)
-    if distributed.rank():  # each process has its own dropout
-        torch.manual_seed((args.seed + 1_000_003 * distributed.rank()) % 2**32)
-    if saved:
-        state.resume(saved, args, train_loader.num_images, distributed.rank(),
-                     distributed.world_size())
-        say(f'resuming {args.resume} in epoch {state.epoch} after step {state.step}')
-    elif args.start_epoch:
-        state.begin_epoch(args.start_epoch)
-    best_is_here = distributed.from_rank_0((directory / 'best.pth').exists)
-    if state.epoch <= args.epochs and not best_is_here:
-        # Resumed from another directory, which has the best so far: this one gets its own.
-        state.best_score, state.best_error, state.best_epoch = math.inf, math.inf, 0
-    if args.compile:
-        model.compile(dynamic=False)  # one compilation for each batch size, as with CUDA graphs
-    set_training_mode(model, args)  # before a graph is recorded
-    image = model.config['in_channels'], dataset.image_size, dataset.image_size
-    sizes = args.batch_size, train_loader.num_images % args.batch_size  # full and last batches
-    weights = None
-    if args.class_weights:
-        weights = balanced_class_weights(train_loader.class_counts).to(device)
-    step = make_step(args, state, [(n, *image) for n in sizes if n], autocast, weights)
-    graphed = isinstance(step, CudaGraphStep)
-    save = make_save(args, state, dataset, train_loader.num_images, directory)
-    if not goes_on or args.start_epoch:  # so that --resume finds it if this is killed before a save
-        save('latest.pth')
-    hardware = torch.cuda.get_device_name() if device.type == 'cuda' else device.type
-    log = runlog.NoLog()
-    if distributed.rank() == 0:
-        runlog.write_record(directory, args, precision=precision, cuda_graph=graphed,
-                            not_fused=model.not_fused, device=hardware,
-                            processes=distributed.world_size())
-        log = RunLog(directory, steps_per_epoch=len(train_loader), epochs=args.epochs,
-                     start=(state.epoch, state.step), tensorboard=args.tensorboard,
-                     figures=args.plot)
-    processes = f'{distributed.world_size()} x ' if distributed.world_size() > 1 else ''
-    say(f'{networks.name(args)}: {sum(p.numel() for p in model.parameters()):,} parameters; '
-        f'{describe_data(dataset, both_loaders)}; '
-        f'{processes}{hardware}, {precision}{", CUDA graph" * graphed}')
-    with contextlib.closing(log):
-        try:
-            fit(args, state, step, train_loader, test_loader, log, save, stop, autocast)
-        except Stopped as stopped:
-            log.sync()
-            save('latest.pth')
-            say(f'{stopped}: saved in epoch {state.epoch} after step {state.step}; --resume goes '
-                f'on from {directory / "latest.pth"}')
-            sys.exit(128 + stopped.signum)
-        log.end_run()
-    used = str(timedelta(seconds=round(state.seconds)))
-    if state.peak_memory:
-        used += f' with at most {state.peak_memory / 2**30:.2f} GiB on the GPU'
-    say(f'final error {state.last_error:.2f}% (epoch {state.epoch - 1}), '
-        f'{best_so_far(state, args.best_by)}, after {used}; everything is in {directory}')
-
 
 def main(argv=None):
     with StopSignals() as stop, distributed.process_group():
-        # `saved` is what the checkpoint of --resume holds, or None.
-        args, saved = distributed.from_rank_0(lambda: flags.parse_args(argv))
+        # `saved` is the content of the checkpoint of --resume, or None.
+        args, saved = distributed.from_rank_0(
+            lambda: checkpoint.with_saved_flags(flags.parse(argv)))
         device = choose_device(args.device)
         precision = choose_precision(args.precision, device)
+        autocast = make_autocast(precision, device)
         set_determinism(args.deterministic)
-        dataset = distributed.from_rank_0(lambda: choose_dataset(args, saved))
+        dataset = distributed.from_rank_0(lambda: checkpoint.describe_data(args, saved))
         args = flags.with_network(args, dataset.image_size)
-        if saved:
-            checkpoint.check_fixed_flags(args, saved['args'], flags.MODEL_FLAGS if args.evaluate
-                                         else flags.RUN_FLAGS)
         torch.manual_seed(args.seed)
         model = networks.build(args, len(dataset.classes), dataset.image_size)
         if args.pretrained is not None:
-            networks.load_pretrained(model, args)
-        elif args.evaluate:  # training loads them with all the rest, in `TrainState.resume`
-            checkpoint.load_weights(model, saved.get('model'), args.resume)
+            weights.load_pretrained(model, args)
+        elif args.evaluate:
+            checkpoint.check_fixed_flags(args, saved['args'], flags.MODEL_FLAGS)
+            checkpoint.load_weights(model, saved['model'], args.resume)
         model = prepare_model(model, args, device)
         if args.evaluate:
-            report_errors(model, dataset, device, make_autocast(precision, device), args)
+            evaluation.report_errors(model, dataset, device, autocast, args)
             return
-        directory = flags.run_directory(args)
-        resumed = Path(args.resume).resolve() if saved else None
-        latest = directory.resolve() / 'latest.pth'
-        with contextlib.ExitStack() as stack:
-            if distributed.rank() == 0:
-                is_ours = resumed is not None and resumed.parent == latest.parent
-                stack.enter_context(runlog.claim(directory,
-                                                 may_hold_run=is_ours or args.overwrite))
-                if args.overwrite:
-                    runlog.clear(directory)
-            with distributed.rank_0_first():
-                common = dict(device=device, workers=args.workers,
-                              shard=(distributed.rank(), distributed.world_size()))
-                both_loaders = (
-                    loaders.make_loader(dataset, 'train', args.batch_size, augment=args.augment,
-                                     seed=args.seed, **common),
-                    # A micro-batch, so that testing needs no more memory than training.
-                    loaders.make_loader(dataset, 'test', -(-args.batch_size // args.grad_accum),
-                                     ten_crop=args.ten_crop, **common))
-            stop.deferred = True  # until a step is done, and all can be saved
-            train(args, dataset, model, both_loaders, directory, stop, device=device,
-                  precision=precision, saved=saved, goes_on=resumed == latest)
+
+        with Run(args, stop) as run:
+            train_loader, test_loader = make_loaders(args, dataset, device)
+            stop.deferred = True  # from now on a signal lets the step end, and saves
+            state = make_state(args, model, device, precision)
+            if saved:
+                checkpoint.resume(state, saved, args, train_loader.num_images)
+                say(f'resuming {args.resume} in epoch {state.epoch} after step {state.step}')
+                warn_of_new_rate(args, saved['args'], state)
+            elif args.start_epoch:
+                state.begin_epoch(args.start_epoch)
+            if args.compile:
+                model.compile(dynamic=False)  # one compilation for each batch size, as CUDA graphs
+            set_training_mode(model, args)  # before a graph is recorded
+            image = args.in_channels, dataset.image_size, dataset.image_size
+            sizes = args.batch_size, train_loader.num_images % args.batch_size  # full, last batch
+            class_weights = balanced_class_weights(train_loader.class_counts).to(device)
+            step = make_step(args, state, [(n, *image) for n in sizes if n], autocast,
+                             class_weights if args.class_weights else None)
+            run.start(state, dataset, train_loader, test_loader, precision, step)
+            for epoch in range(state.epoch, args.epochs + 1):
+                set_training_mode(model, args)
+                train_loader.set_epoch(epoch, start=state.step)  # a resumed run starts mid-epoch
+                for images, labels in run.batches(train_loader):
+                    lr = learning_rate(args, epoch, state.step / len(train_loader))
+                    set_learning_rate(state.optimizer, lr)
+                    batch_size = train_loader.images_in(state.step)  # of all processes
+                    step(images, labels, batch_size)
+                    run.after_step(batch_size, lr)
+                distributed.share_statistics(model)
+                run.after_epoch(evaluate(model, test_loader, autocast, stop))
+            run.finish()
+
+
+def make_loaders(args, dataset, device):
+    """The loaders of the training and of the test images."""
+    common = dict(device=device, workers=args.workers,
+                  shard=(distributed.rank(), distributed.world_size()))
+    with distributed.rank_0_first():  # it downloads the data
+        return (
+            loaders.make_loader(dataset, 'train', args.batch_size, augment=args.augment,
+                                seed=args.seed, **common),
+            # A micro-batch, so that testing needs no more memory than training.
+            loaders.make_loader(dataset, 'test', math.ceil(args.batch_size / args.grad_accum),
+                                ten_crop=args.ten_crop, **common))
 
 
 def cli(argv=None):
-    """Run `main`; what a user can put right is one line on stderr, and exit code 2."""
+    """Run `main`; user mistakes are one line on stderr and exit code 2."""
     try:
         main(argv)
-    except (UserError, OSError, EOFError, RuntimeError, ValueError, MemoryError) as error:
-        # Else torch's handler raises again, anywhere, for each worker that dies now.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    except (UserError, OSError, EOFError, RuntimeError, MemoryError) as error:
+        if hasattr(signal, 'SIGCHLD'):  # torch's handler raises again for each worker that dies now
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         message = explanation(error)
         if message is None:
             raise
         rank = distributed.rank()
-        runlog.warn(f'rank {rank}: {message}' if rank else message, 'error')
+        console.warn(f'rank {rank}: {message}' if rank else message, 'error')
         distributed.leave(1 if distributed.lost_a_peer(error) else 2)
 
 
 def explanation(error):
-    """What was wrong and what would be right, in one line; None for an error of this program."""
+    """One line about what went wrong and what would be right; None for a bug."""
     text = ' '.join(str(error).split())
     if isinstance(error, UserError):
         return text
     if ran_out_of_memory(error):
         return ('out of memory: give --memory-efficient, a lower --batch-size, a higher '
                 '--grad-accum, --precision bf16, smaller images or a smaller network')
-    # The connection to a worker process that has died is reset, or at its end.
+    # A dead worker is reported by torch, or seen as a connection that is reset or at its end.
     if 'DataLoader worker' in text or isinstance(error, (ConnectionError, EOFError)):
         return (f'a process that reads images has died ({text}): if it was for lack of memory, '
                 f'give fewer --workers')
-    if isinstance(error, OSError):  # a disk that is full, a directory that must not be written to
+    if isinstance(error, OSError):  # such as a full disk, or a directory that is read-only
         where = f'{error.filename}: ' if error.filename else ''
         return where + (error.strerror or text)
-    if 'value per channel' in text:  # a single image whose last feature map is one pixel
-        return f'{text}: change --batch-size or --grad-accum'
-    if 'deterministic implementation' in text:
-        return f'--deterministic: {text}'
     if distributed.lost_a_peer(error):
         return 'the connection to another process is lost; if that had an error, it is above'
     return None
 
 
 if __name__ == '__main__':
-    sys.stdout.reconfigure(errors='backslashreplace')  # class names may not be valid UTF-8
-    warnings.showwarning = lambda message, *_: runlog.warn(message)
+    if hasattr(sys.stdout, 'reconfigure'):  # not in a notebook
+        sys.stdout.reconfigure(errors='backslashreplace')  # class names may not be valid UTF-8
+    warnings.showwarning = lambda message, *_: console.warn(message)
     cli()

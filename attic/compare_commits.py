@@ -46,7 +46,11 @@ def make_step(options):
     argv = [f'--{name.replace("_", "-")}={getattr(options, name)}' for name in NETWORK_FLAGS
             if getattr(options, name) is not None]
     # a low learning rate, because diverging weights would change the speed
-    args, _ = find('parse_args')([*argv, '--lr=1e-3'])
+    argv.append('--lr=1e-3')
+    try:
+        args, _ = find('parse_args')(argv)  # before `parse` and `complete`
+    except LookupError:
+        args = find('complete')(find('parse')(argv))
     import torch  # not before OMP_WAIT_POLICY is set
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import predict
 from densenet import DenseBlock, Transition
-from training.errors import UserError
+from training.console import UserError
 
 
 def block_reuse(model):

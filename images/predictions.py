@@ -21,8 +21,8 @@ import torch  # noqa: E402
 import predict  # noqa: E402
 import train  # noqa: E402
 from training import datasets, loaders  # noqa: E402
+from training.console import UserError  # noqa: E402
 from training.device import make_autocast  # noqa: E402
-from training.errors import UserError  # noqa: E402
 
 SHOWN = 3  # right and wrong images of each class
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 import train
 from attic.torture import check_same_run
+from training import flags
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / 'shared' / 'data'
@@ -77,6 +78,11 @@ def photographs(cifar10_jpeg, tmp_path_factory):
                     path.write_bytes(tar.extractfile(member).read())
             if found == 64:
                 return root
+
+
+def parse_flags(argv):
+    """All flags of a command line that resumes nothing."""
+    return flags.complete(flags.parse(list(argv)))
 
 
 def read_csv(path):

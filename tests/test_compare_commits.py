@@ -22,7 +22,7 @@ def test_compares_a_checkout_with_itself(capfd):
 @pytest.mark.parametrize('content, reason', [
     (None, ' is not a checkout of this repository'),
     ('raise ValueError("two\\nlines")', ': ValueError: two'),
-    ('parse_flags = None', ': LookupError: no function parse_args'),
+    ('parse_flags = None', ': LookupError: no function complete'),
     ('import os; os._exit(1)', ': the process died')])
 def test_failure_is_one_line(content, reason, tmp_path, capfd):
     if content is not None:

@@ -149,3 +149,16 @@ def test_batched_gradients_are_an_error():
         for grads in (torch.randn(3, n, c, h, w), torch.randn(3, n, h, w, c).movedim(-1, 2)):
             with pytest.raises(RuntimeError, match='vmap|data pointer'):
                 torch.autograd.grad(output, x, grads, is_grads_batched=True, retain_graph=True)
+
+
+def test_a_library_that_fails_to_compile_only_turns_off_its_own_dtype(monkeypatch):
+    load = cpu._load
+    monkeypatch.setattr(cpu, '_load', lambda dtype: (
+        (None, 'it fails') if dtype == torch.bfloat16 else load(dtype)))
+    model, (images, _) = fuse(network()), batch()
+    for dtype, expected in ((torch.float32, ('kernels', None)),
+                            (torch.bfloat16, ('eager', 'it fails'))):
+        with torch.autocast('cpu', enabled=dtype == torch.bfloat16):
+            model(images)
+        block = model.features.denseblock1
+        assert (block.path, block.reason) == expected

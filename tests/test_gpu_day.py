@@ -6,10 +6,9 @@ import shlex
 import signal
 import subprocess
 
-from conftest import ROOT
+from conftest import ROOT, parse_flags
 
 import bench
-from training import flags
 
 PYTHON = r"""#!/bin/bash
 [[ $1 == -c ]] && exit  # prints versions
@@ -68,7 +67,7 @@ def test_all_parts_have_valid_flags_and_run_after_failures(tmp_path):
         if script == 'bench.py':
             check_bench(part, argv, threads.partition('=')[2])
     assert script == 'train.py'
-    args, _ = flags.parse_args(argv)
+    args = parse_flags(argv)
     assert (args.dataset, args.epochs, args.lr_schedule) == ('cifar10', 100, 'cosine')
     assert args.save == str(tmp_path / 'run') and '--resume' in argv
 

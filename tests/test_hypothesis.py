@@ -69,7 +69,7 @@ def test_a_command_is_a_run_or_one_line(few, drawn):
     printed, errors, here = io.StringIO(), io.StringIO(), os.getcwd()
     code = None
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, 'fit', one_epoch(train.fit))
+        patch.setattr(flags, 'with_network', one_epoch(flags.with_network))
         patch.setattr(torch.hub, 'download_url_to_file', raise_no_network)
         patch.setattr('urllib.request.urlopen', raise_no_network)
         os.chdir(directory)
@@ -90,10 +90,10 @@ def test_a_command_is_a_run_or_one_line(few, drawn):
         assert printed.getvalue()
 
 
-def one_epoch(fit):
-    def fit_briefly(args, *others):
-        return fit(argparse.Namespace(**{**vars(args), 'epochs': 1}), *others)
-    return fit_briefly
+def one_epoch(with_network):
+    def with_network_and_one_epoch(args, *others):
+        return argparse.Namespace(**{**vars(with_network(args, *others)), 'epochs': 1})
+    return with_network_and_one_epoch
 
 
 # Some of these are out of range.

@@ -51,7 +51,7 @@ def norms(model):
 
 def train_two_steps(model, images, labels):
     """{key of the JSON file: tensor}, with the default optimizer of train.py."""
-    optimizer = train.make_optimizer(train.flags.parse_args([])[0], model)
+    optimizer = train.make_optimizer(train.flags.complete(train.flags.parse([])), model)
     parameters = list(model.parameters())
     first, last = norms(model)[0], norms(model)[-1]
     results = {}

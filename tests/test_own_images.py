@@ -15,7 +15,7 @@ from PIL import Image
 import densenet
 import predict
 import train
-from training import checkpoint, datasets, loaders, networks
+from training import checkpoint, datasets, loaders, weights
 
 SCANS = {'gesund': 1030, 'Läsion groß': 1270}  # the level of a spot, among 0..4095
 
@@ -97,7 +97,7 @@ def test_one_channel_gives_what_three_equal_ones_gave(tmp_path, build, size):
     torch.manual_seed(0)
     three, one = build(num_classes=3).eval(), build(num_classes=3, in_channels=1).eval()
     torch.save(three.state_dict(), tmp_path / 'three.pth')
-    networks.load_pretrained(one, Namespace(pretrained=str(tmp_path / 'three.pth'), arch=None,
+    weights.load_pretrained(one, Namespace(pretrained=str(tmp_path / 'three.pth'), arch=None,
                                          reset_classifier=False))
     grey = torch.randn(2, 1, size, size)
     with torch.no_grad():
@@ -112,8 +112,9 @@ def test_a_resumed_run_keeps_its_split_and_other_data_are_all_tested(tmp_path, c
     train.main([*argv, str(tmp_path / 'run')])
     saved = checkpoint.load(tmp_path / 'run/latest.pth')
     assert saved['num_images'] == 24
-    args, _ = train.flags.parse_args(['--resume', str(tmp_path / 'run/latest.pth'), '--seed', '5'])
-    again = train.choose_dataset(args, saved)
+    given = train.flags.parse(['--resume', str(tmp_path / 'run/latest.pth'), '--seed', '5'])
+    args, _ = checkpoint.with_saved_flags(given)
+    again = checkpoint.describe_data(args, saved)
     first = datasets.Description(root=scans, **saved['dataset'])
     files = [loaders.make_loader(dataset, 'test', 4, device=torch.device('cpu')).files
              for dataset in (first, again)]

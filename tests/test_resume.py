@@ -19,7 +19,7 @@ from forked import RUN, interrupted, run_interrupted
 
 import densenet
 import train
-from training import checkpoint
+from training import checkpoint, runlog
 
 # ---- stopped and killed ----------------------------------------------------------------------
 
@@ -30,9 +30,9 @@ from training import checkpoint
     ('evaluate', 4, signal.SIGTERM, 143, 4, 9),         # after the last step of all
     ('make_step', 1, signal.SIGTERM, 143, 1, 1),        # warming up
     ('loaders.MemoryLoader.set_epoch', 3, signal.SIGUSR1, 138, 1, 1),  # starting to load data
-    ('record_test', 2, signal.SIGUSR1, 138, 3, 1),
+    ('Run.after_epoch', 2, signal.SIGUSR1, 138, 3, 1),
     ('learning_rate', 23, signal.SIGKILL, -9, 3, 0),    # back to what was saved after epoch 2
-    ('record_test', 2, signal.SIGKILL, -9, 2, 0),
+    ('Run.after_epoch', 2, signal.SIGKILL, -9, 2, 0),
     ('learning_rate', 4, signal.SIGKILL, -9, 1, 0),     # before the first epoch was done
     ('checkpoint.os.replace', 4, signal.SIGKILL, -9, 1, 0),  # latest.pth is latest.pth.1, alone
 ])
@@ -159,7 +159,7 @@ def test_rows_are_on_the_disk_before_the_checkpoint_that_counts_on_them(
             events.append(event(*args)), call(*args, **kwargs))[1])
 
     events = []
-    spy(train.RunLog, 'sync', lambda log: 'rows')
+    spy(runlog.RunLog, 'sync', lambda log: 'rows')
     spy(checkpoint, 'save', lambda path, content: path.name)
     train.main([*small, '--epochs', '1', '--save', str(tmp_path / 'run')])
     assert events == ['latest.pth', 'best.pth', 'rows', 'latest.pth']
@@ -207,7 +207,9 @@ def test_an_epoch_is_not_continued_on_other_data(recipe, folder, tmp_path, capsy
     run = tmp_path / 'run'
     assert run_interrupted([*argv, '--save', str(run)], 'learning_rate', 14, signal.SIGTERM) \
         .returncode == 143
-    assert 'in batches of 4, and cannot' in fails(capsys, '--save', run, '--resume', '-b', 2)
+    for flag in ('--batch-size', '--seed'):
+        error = fails(capsys, '--save', run, '--resume', flag, 2)
+        assert 'in batches of 4 with --seed 1, and cannot' in error
     (other / 'train/a/0.png').unlink()
     error = fails(capsys, '--save', run, '--resume')
     assert 'an epoch of 36 images' in error and '--start-epoch 2' in error
@@ -270,7 +272,7 @@ with runlog.claim({str(tmp_path)!r}):
     groups = []
     ended = forked.run(script, [], groups.append)
     assert ended.returncode == -signal.SIGKILL
-    with train.runlog.claim(tmp_path):
+    with runlog.claim(tmp_path):
         os.killpg(groups[0], signal.SIGKILL)  # raises if the child is not there
 
 
@@ -341,10 +343,13 @@ def test_a_run_that_goes_back_and_is_killed_goes_on_from_there(recipe, uninterru
 
 
 @pytest.mark.parametrize('function, when, file', [
-    ('evaluate', 1, 'best.pth'), ('record_test', 2, 'test.csv'), ('take_means', 8, 'train.csv')])
+    ('evaluate', 1, 'best.pth'), ('Run.after_epoch', 2, 'test.csv'),
+    ('Run.interval_means', 8, 'train.csv')])
 def test_a_full_disk_ends_a_run_that_can_be_resumed(
         recipe, uninterrupted, tmp_path, monkeypatch, capsys, function, when, file):
-    run, calls, call = tmp_path / 'run', itertools.count(1), getattr(train, function)
+    run, calls = tmp_path / 'run', itertools.count(1)
+    owner, name = (train.Run, function[4:]) if '.' in function else (train, function)
+    call = getattr(owner, name)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill_disk(*args):
@@ -353,7 +358,7 @@ def test_a_full_disk_ends_a_run_that_can_be_resumed(
             resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, before[1]))
         return call(*args)
 
-    monkeypatch.setattr(train, function, fill_disk)
+    monkeypatch.setattr(owner, name, fill_disk)
     try:
         error = fails(capsys, *recipe, '--save', run)
     finally:
@@ -368,24 +373,24 @@ def test_a_full_disk_ends_a_run_that_can_be_resumed(
     ('gone', r'run/(best|latest).pth: No such file or directory'),
     ('a folder', 'run/latest.pth: Not a directory')])
 def test_a_run_whose_files_are_taken_away(small, tmp_path, monkeypatch, capsys, what, message):
-    run, end_epoch = tmp_path / 'run', train.record_test
+    directory, after_epoch = tmp_path / 'run', train.Run.after_epoch
 
-    def take_away(state, *args):
-        if state.epoch == 3:
+    def take_away(run, test):
+        if run.state.epoch == 3:
             if what == 'gone':
-                shutil.rmtree(run)
+                shutil.rmtree(directory)
             else:
-                (run / 'latest.pth').unlink()
-                (run / 'latest.pth').mkdir()
-        return end_epoch(state, *args)
+                (directory / 'latest.pth').unlink()
+                (directory / 'latest.pth').mkdir()
+        return after_epoch(run, test)
 
-    monkeypatch.setattr(train, 'record_test', take_away)
-    assert re.search(message, fails(capsys, *small, '--save', run, '--epochs', 9))
+    monkeypatch.setattr(train.Run, 'after_epoch', take_away)
+    assert re.search(message, fails(capsys, *small, '--save', directory, '--epochs', 9))
     if what == 'a folder':
         monkeypatch.undo()
-        (run / 'latest.pth').rmdir()
-        train.main(['--save', str(run), '--resume', '--epochs', '4'])
-        assert [row['epoch'] for row in read_csv(run / 'test.csv')] == ['1', '2', '3', '4']
+        (directory / 'latest.pth').rmdir()
+        train.main(['--save', str(directory), '--resume', '--epochs', '4'])
+        assert [row['epoch'] for row in read_csv(directory / 'test.csv')] == ['1', '2', '3', '4']
 
 
 def test_a_broken_test_image_is_one_line(tmp_path, capsys):
@@ -409,7 +414,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(small, tmp_pat
     run = tmp_path / 'run'
     train.main([*small, '--save', str(run), '--epochs', '1'])
     before = (run / 'latest.pth').read_bytes()
-    error = fails(capsys, '--save', run, '--resume', '--epochs', 3, '--lr', 1e30)
+    error = fails(capsys, '--save', run, '--resume', '--epochs', 3, '--lr', 1e30, lines=2)
     assert re.search('the loss of steps 1 to 3 in epoch 2 is not finite', error)
     assert (run / 'latest.pth').read_bytes() == before
     assert [row['epoch'] for row in read_csv(run / 'test.csv')] == ['1']

@@ -3,7 +3,7 @@
     state = TrainState(model, optimizer, scaler, sums=torch.zeros(2, device=device))
     save('work/x/latest.pth', {**state.state_dict(), 'args': vars(args)}, keep_previous=True)
     path, saved = load_newest('work/x/latest.pth')    # or latest.pth.1, if that one is damaged
-    state.resume(saved, args, num_images=50_000)
+    resume(state, saved, args, num_images=50_000)
 
 A checkpoint holds tensors and plain values alone, so that loading one can't run code. The model's
 state dict is `torch.load(path, map_location='cpu', weights_only=True)['model']`.
@@ -12,6 +12,7 @@ state dict is `torch.load(path, map_location='cpu', weights_only=True)['model']`
 import argparse
 import contextlib
 import dataclasses
+import inspect
 import io
 import math
 import os
@@ -21,7 +22,12 @@ from pathlib import Path
 
 import torch
 
-from training.errors import UserError
+from training import datasets, distributed, flags
+from training.console import UserError, say, warn
+from training.datasets import DATASETS
+
+# Flags besides those of the network with which a run can't be resumed if they change.
+FIXED_FLAGS = ('optimizer', 'freeze_features', 'best_by', 'val_split', 'mean', 'std')
 
 
 class CheckpointError(UserError):
@@ -83,21 +89,30 @@ class TrainState:
         if kind != 'cpu' and state.get(kind) is not None:
             torch.get_device_module(kind).set_rng_state(state[kind])
 
+    def forget_best(self):
+        self.best_score, self.best_error, self.best_epoch = math.inf, math.inf, 0
+
     @contextlib.contextmanager
     def rehearsal(self):
-        """Undo, in place, what the steps within this context change."""
-        def of_optimizer():
-            return [value for values in self.optimizer.state.values()
-                    for value in values.values() if torch.is_tensor(value)]
+        """Undo, in place, what the steps within this context change.
 
-        before = [(tensor, tensor.clone())
-                  for tensor in (*self.model.state_dict().values(), self.sums, *of_optimizer())]
+        The optimizer's state must exist already (`initialize_optimizer`): a CUDA graph keeps the
+        addresses of its tensors.
+        """
+        optimizer = self.optimizer.state
+        tensors = (*self.model.state_dict().values(), self.sums,
+                   *(value for values in optimizer.values() for value in values.values()
+                     if torch.is_tensor(value)))
+        before = [(tensor, tensor.clone()) for tensor in tensors]
+        entries = {parameter: dict(values) for parameter, values in optimizer.items()}
         scaler, random_state = self.scaler.state_dict(), self.random_state()
         yield
-        for tensor in of_optimizer():  # what its first step makes: all of ours start from zeros
-            tensor.zero_()
+        assert {p: set(values) for p, values in optimizer.items()} == {
+            p: set(values) for p, values in entries.items()}, 'a step made new optimizer state'
         for tensor, value in before:
             tensor.copy_(value)
+        for parameter, values in entries.items():
+            optimizer[parameter].update(values)
         self.scaler.load_state_dict(scaler)
         self.set_random_state(random_state)
 
@@ -113,52 +128,171 @@ class TrainState:
             **self.counters(),
         }
 
-    def resume(self, saved, args, num_images, rank=0, world_size=1):
-        """Continue where the checkpoint was, or at the beginning of --start-epoch.
 
-        With another number of processes than it was saved by, rank 0 takes over all sums, and a
-        process that is new keeps its random state.
+def initialize_optimizer(optimizer):
+    """Make the state that the first step would make (momenta, step counts), with its first values.
 
-        Raises:
-            CheckpointError: it is of another model, holds weights alone, or was saved within an
-                epoch of other batches.
-        """
-        load_weights(self.model, saved['model'], args.resume)
-        if 'optimizer' not in saved:
-            raise CheckpointError(f'{args.resume} holds weights alone: --pretrained {args.resume} '
-                                  f'starts training from them')
-        # Momenta are the checkpoint's; learning rate, weight decay and the like are this run's.
-        groups = self.optimizer.state_dict()['param_groups']
-        self.optimizer.load_state_dict({**saved['optimizer'], 'param_groups': groups})
-        self.scaler.load_state_dict(saved['scaler'])
-        for name, default in self.counters().items():  # older checkpoints lack some
-            setattr(self, name, saved.get(name, default))
-        self.best_score = saved.get('best_score', self.best_error)
+    torch.optim makes it in `_init_group`, the first time that a parameter has a gradient. SGD makes
+    its momentum elsewhere: see `train.make_optimizer`.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group['params']:
+            parameter.grad = torch.zeros_like(parameter)
+        if hasattr(optimizer, '_init_group'):
+            arguments = inspect.signature(optimizer._init_group).parameters
+            optimizer._init_group(group, *([] for _ in range(len(arguments) - 1)))
+    optimizer.zero_grad()
+
+
+# ---- resuming --------------------------------------------------------------------------------
+
+def with_saved_flags(given, parser=None):
+    """All flags, and what the checkpoint of --resume holds (None without --resume).
+
+    --resume without a path goes on from latest.pth of the run directory, and begins a new run if
+    there is none, so that one command can be given again and again (torchrun --max-restarts).
+    `args.resume` becomes the path of the checkpoint.
+
+    Raises:
+        UserError: flags that don't go together.
+        CheckpointError: a checkpoint that can't be read.
+    """
+    args = flags.with_defaults(given, parser)
+    if args.resume is None:
+        return flags.complete(given, parser=parser), None
+    path = Path(args.resume or flags.run_directory(args))
+    if path.is_dir() or not args.resume:
+        path /= 'latest.pth'
+    if not (args.resume or args.evaluate or path.exists() or Path(f'{path}.1').exists()):
+        say(f'nothing to resume in {path.parent}: this run begins there')
+        given = argparse.Namespace(**{**vars(given), 'resume': None})
+        return flags.complete(given, parser=parser), None
+    found, saved = load_newest(path)
+    if found != str(path):
+        warn(f'{path} is damaged or missing: going on from the one before, {found}')
+    if not all(isinstance(saved.get(key), dict) for key in ('args', 'dataset', 'model')):
+        raise CheckpointError(f'{found} holds no run to resume; for weights alone --pretrained')
+    saved_flags = dict(saved['args'])
+    if args.evaluate and 'data' in given and given.data != saved_flags.get('data'):
+        saved_flags.pop('val_split', None)  # of other data, all images are for testing
+    given = argparse.Namespace(**{**vars(given), 'resume': found})
+    return flags.complete(given, saved_flags, parser), saved
+
+
+def describe_data(args, saved):
+    """The data set that the flags name, read as it was for the checkpoint if there is one.
+
+    Raises:
+        DataError: as `datasets.describe`.
+        CheckpointError: its classes are not those of the checkpoint.
+    """
+    trained_on = saved['dataset'] if saved else {}
+    image_size = args.image_size
+    if saved and args.dataset != trained_on['name'] and DATASETS[args.dataset].read:
+        image_size = None  # args has that of the checkpoint, and this data set has its own
+    dataset = datasets.describe(
+        args.dataset, args.data, image_size, 'test' if args.evaluate else 'train',
+        in_channels=args.in_channels, value_range=args.value_range or trained_on.get('value_range'),
+        val_split=args.val_split, seed=trained_on.get('split_seed', args.seed),
+        workers=args.workers)
+    if saved:
+        known, found = tuple(trained_on['classes']), dataset.classes
+        if set(found) - set(known) or not args.evaluate and known != found:
+            differing = min(set(found) ^ set(known), default=None)
+            what = f'{differing} is in only one of them' if differing else 'in another order'
+            raise CheckpointError(f'{args.resume} was trained on other classes than those of '
+                                  f'{args.dataset} in {args.data}: {what}')
+        dataset = dataclasses.replace(dataset, classes=known, mean=trained_on['mean'],
+                                      std=trained_on['std'])
+    for flag in ('mean', 'std'):
+        values = getattr(args, flag)
+        if values is None:
+            continue
+        if len(values) != args.in_channels:
+            raise UserError(f'--{flag} takes a value for each of {args.in_channels} channels')
+        dataset = dataclasses.replace(dataset, **{flag: tuple(255 * value for value in values)})
+    return dataset
+
+
+def resume(state, saved, args, num_images):
+    """Continue where the checkpoint was, or at the beginning of --start-epoch.
+
+    Must stay the same: the network, the classes, the normalisation, and `FIXED_FLAGS`; within an
+    epoch also the number of training images, the batch size and the seed. All other flags may
+    change; `train.warn_of_new_rate` says when that changes the learning rate. With another number
+    of processes, rank 0 takes over the sums of all, and new processes keep their random state.
+    On the CPU, results are bit-identical to those of an uninterrupted run, with the same number of
+    threads and the same kernels.
+
+    Args:
+        state: a new TrainState, whose optimizer is initialized.
+        num_images: of the training set.
+
+    Raises:
+        CheckpointError: it is of another model, damaged, holds weights alone, or was saved within
+            an epoch of other batches.
+    """
+    source, rank, world_size = args.resume, distributed.rank(), distributed.world_size()
+    check_fixed_flags(args, saved['args'], (*flags.MODEL_FLAGS, *FIXED_FLAGS))
+    load_weights(state.model, saved['model'], source)
+    if 'optimizer' not in saved:
+        raise CheckpointError(f'{source} holds weights alone: --pretrained {source} starts '
+                              f'training from them')
+    with explained(f'{source} can\'t be resumed'):
+        load_optimizer(state.optimizer, saved['optimizer'])
+        state.scaler.load_state_dict(saved['scaler'] if state.scaler.is_enabled() else {})
+        for name in state.counters():
+            setattr(state, name, saved[name])
         processes = saved['processes']
         if rank < len(processes):
-            self.set_random_state(processes[rank]['rng'])
-        # Older checkpoints have two more values in an interval.
-        sums = torch.stack([process['interval'][:2] for process in processes])
-        self.sums.copy_(sums[rank] if len(processes) == world_size else sums.sum(0) * (rank == 0))
-        if args.start_epoch:
-            self.begin_epoch(args.start_epoch)
-        before = saved['args'].get('batch_size'), saved.get('num_images')
-        if self.step and before != (args.batch_size, num_images):
-            raise CheckpointError(
-                f'{args.resume} was written within an epoch of {before[1]} images in batches of '
-                f'{before[0]}, and cannot go on in one of {num_images} in batches of '
-                f'{args.batch_size}; --start-epoch {self.epoch} begins it anew')
+            state.set_random_state(processes[rank]['rng'])
+        sums = torch.stack([process['interval'] for process in processes])
+        state.sums.copy_(sums[rank] if len(processes) == world_size else sums.sum(0) * (rank == 0))
+    if args.start_epoch:
+        state.begin_epoch(args.start_epoch)
+    before = saved.get('num_images'), saved['args'].get('batch_size'), saved['args'].get('seed')
+    if state.step and before != (num_images, args.batch_size, args.seed):
+        raise CheckpointError(
+            f'{source} was written within an epoch of {before[0]} images in batches of {before[1]} '
+            f'with --seed {before[2]}, and cannot go on in one of {num_images} in batches of '
+            f'{args.batch_size} with --seed {args.seed}; --start-epoch {state.epoch} begins it '
+            f'anew')
 
 
-def check_fixed_flags(args, saved_args, names):
-    """Raises CheckpointError if a flag differs with which a run can't be resumed."""
+def load_optimizer(optimizer, saved):
+    """Load momenta and the like; learning rate, weight decay etc. remain those of this run.
+
+    Shapes and types are compared first, since torch's fused optimizers check nothing: a wrong one
+    would end the process by a signal. They also walk memory whatever its strides, so that each
+    tensor must be laid out as its parameter.
+    """
+    new = optimizer.state_dict()
+
+    def kinds(state):
+        return {(index, key): (value.shape, value.dtype) if torch.is_tensor(value) else type(value)
+                for index, values in state.items() for key, value in values.items()}
+
+    if kinds(saved['state']) != kinds(new['state']):
+        raise CheckpointError('the state of its optimizer does not fit the network')
+    optimizer.load_state_dict({'state': saved['state'], 'param_groups': new['param_groups']})
+    for parameter, values in optimizer.state.items():
+        for key, value in values.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape:
+                layout = torch.empty_like(parameter, dtype=value.dtype)
+                values[key] = layout.copy_(value)
+
+
+def check_fixed_flags(args, saved_flags, names):
+    """Raises CheckpointError if one of these flags is not what it was."""
     for flag in names:
-        # Older checkpoints lack some, which then had the default of today.
-        before, now = saved_args.get(flag, getattr(args, flag)), getattr(args, flag)
+        now = getattr(args, flag)
+        before = saved_flags.get(flag, now)
         if now != before:
             raise CheckpointError(f'{args.resume} cannot go on with another {flag}: its own is '
                                   f'{before}, not {now}')
 
+
+# ---- files -----------------------------------------------------------------------------------
 
 def save(path, content, keep_previous=False):
     """Save plain values and tensors; whole and on the disk before the file takes its name.
@@ -181,9 +315,10 @@ def save(path, content, keep_previous=False):
         temporary.unlink(missing_ok=True)
         error.filename = str(path)  # a failed write names no file
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    os.fsync(directory)  # the rename itself
-    os.close(directory)
+    if os.name != 'nt':  # Windows can't open a directory
+        directory = os.open(path.parent, os.O_RDONLY)
+        os.fsync(directory)  # the rename itself
+        os.close(directory)
 
 
 def load(path):
@@ -228,38 +363,11 @@ def load_newest(path):
 
 @contextlib.contextmanager
 def explained(what):
-    """Turns any error into a CheckpointError: what it is about, and the first of what it says."""
+    """Turn any error into a CheckpointError: what failed, and the beginning of its message."""
     try:
         yield
     except Exception as error:  # torch may name hundreds of weights in it
         raise CheckpointError(f'{what}: {textwrap.shorten(str(error), 250)}') from error
-
-
-def load_weights_file(path):
-    """The state dict in a file: our checkpoint, or one of torchvision or timm, bare or not.
-
-    Raises:
-        CheckpointError: as `load`; or it is a .safetensors file, and the package is not there.
-    """
-    if Path(path).suffix == '.safetensors':  # as timm's weights come
-        with explained(f'{path} cannot be read'):
-            from safetensors.torch import load_file
-
-            return load_file(path)
-    saved = load(path)
-    return next((saved[key] for key in ('model', 'state_dict') if key in saved), saved)
-
-
-def torchvision_weights(arch):
-    """The state dict of torchvision's weights for ImageNet, downloaded if it has to be.
-
-    Raises:
-        CheckpointError: no network, or a broken file in torchvision's cache.
-    """
-    import torchvision  # here, for checkpoints alone need no torchvision
-
-    with explained(f'torchvision could not download or read its weights of {arch}'):
-        return torchvision.models.get_model_weights(arch).DEFAULT.get_state_dict(weights_only=True)
 
 
 def load_weights(model, weights, source):

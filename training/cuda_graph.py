@@ -2,8 +2,8 @@
 
 import torch
 
+from training.console import UserError
 from training.device import ran_out_of_memory
-from training.errors import UserError
 
 
 class CudaGraphStep:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from training.errors import UserError
+from training.console import UserError
 
 SMALL = 64       # pixels: images up to this size are held in memory and get the CIFAR stem
 MAX_SIZE = 4096  # pixels: the largest --image-size

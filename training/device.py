@@ -2,28 +2,25 @@
 
 import os
 import platform
-import re
 import warnings
 
 import torch
 
-from training.errors import UserError
+from training.console import UserError
 
-DEVICES = 'auto', 'cpu', 'cuda', 'mps'
-PRECISIONS = 'fp32', 'tf32', 'bf16', 'fp16'
 AUTOCAST_TYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
 def choose_device(name):
-    """The torch.device of this process; `name` is one of `DEVICES`.
+    """The torch.device of this process; `name` is one of `flags.DEVICES`.
 
     Raises:
-        UserError: it is not there, or torch has no kernels for it.
+        UserError: torch finds no such device.
     """
     available = {'cuda': cuda_is_available(name), 'mps': torch.backends.mps.is_available(),
                  'cpu': True}
-    if name == 'auto':
-        name = next(kind for kind in available if available[kind])
+    if name == 'auto':  # MPS is untested here, so only on request
+        name = 'cuda' if available['cuda'] else 'cpu'
     if not available[name]:
         raise UserError(f'--device {name}: torch {torch.__version__} finds none here; --device '
                         f'auto takes what there is')
@@ -34,7 +31,6 @@ def choose_device(name):
     if gpu >= count:
         raise UserError(f'torchrun started more processes on {platform.node()} than it has GPUs: '
                         f'--nproc-per-node {count}')
-    check_compute_capability(gpu)
     torch.cuda.set_device(gpu)
     return torch.device('cuda', gpu)
 
@@ -49,22 +45,6 @@ def cuda_is_available(name):
         raise UserError(f'torch {torch.__version__} can\'t use the GPU of this machine ({reason}); '
                         f'--device cpu does without')
     return available
-
-
-def check_compute_capability(gpu):
-    """Raises UserError if torch has no code for a GPU: else, its first kernel would fail."""
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # torch's own, a paragraph, with which it would go on
-        major, minor = torch.cuda.get_device_capability(gpu)
-    built = [re.match(r'(sm|compute)_(\d+)(\d)', arch) for arch in torch.cuda.get_arch_list()]
-    # Machine code is for its major version, from its minor one on; compute_ is compiled anew.
-    runs = [int(b[2]) == major and int(b[3]) <= minor if b[1] == 'sm'
-            else (int(b[2]), int(b[3])) <= (major, minor) for b in built if b]
-    if runs and not any(runs):
-        raise UserError(f'{torch.cuda.get_device_name(gpu)} has compute capability '
-                        f'{major}.{minor}, and torch {torch.__version__} was built for '
-                        f'{", ".join(torch.cuda.get_arch_list())}: install one that was built for '
-                        f'it (pytorch.org/get-started), or give --device cpu')
 
 
 def choose_precision(name, device):

@@ -43,8 +43,9 @@ class StopSignals:
     received, deferred = 0, False
 
     def __enter__(self):
+        names = [name for name in ('SIGINT', 'SIGTERM', 'SIGUSR1') if hasattr(signal, name)]
         self.handlers = {signum: signal.signal(signum, self._note)
-                         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+                         for signum in (getattr(signal, name) for name in names)}
         return self
 
     def __exit__(self, *_):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from training import distributed, flags, loaders
-from training.runlog import say
+from training.console import say
 
 # matplotlib and scipy are slow to import, and training needs balanced_error alone: the functions
 # that use them import them.
@@ -43,31 +43,32 @@ def classify(model, images, autocast):
 
 
 class TestResult(NamedTuple):
-    """Errors are in percent, the balanced one is the mean of those of the classes."""
+    """Errors in percent; the balanced error is the mean over the classes that have images."""
 
     loss: float
     error: float
     error5: float
     balanced_error: float
-    confusion: torch.Tensor  # int64 [C, C]: images of each class (row) taken for each (column)
+    num_classes: int
 
 
 @torch.no_grad()
 def evaluate(model, loader, autocast, stop=None, outputs=None):
-    """The TestResult of a loader's images; of ten crops the logits are averaged.
+    """The TestResult of a loader's images; the logits of ten crops are averaged.
 
     `outputs`, a list, gets labels [B] and probabilities [B, C] of each batch.
     """
     model.eval()
-    sums, confusion = 0, None  # sums of losses and of top-5 errors
+    sums = 0         # of losses and of top-5 errors
+    per_class = None  # int64 [2, C]: images and errors
     for images, labels in loader:
         logits = classify(model, images, autocast)
-        classes = logits.shape[1]
-        top = logits.topk(min(5, classes)).indices
-        if confusion is None:
-            confusion = labels.new_zeros(classes**2)
-        confusion.index_add_(0, labels.clamp(min=0) * classes + top[:, 0],
-                             (labels != loaders.NO_LABEL).long())
+        top = logits.topk(min(5, logits.shape[1])).indices
+        wrong, is_image = top[:, 0] != labels, labels != loaders.NO_LABEL
+        if per_class is None:
+            per_class = labels.new_zeros(2, logits.shape[1])
+        per_class.index_add_(1, labels.clamp(min=0),
+                             torch.stack([is_image, wrong & is_image]).long())
         sums = sums + torch.stack([F.cross_entropy(logits, labels, reduction='sum'),
                                    count_errors((top == labels[:, None]).any(1), labels)])
         if outputs is not None:
@@ -75,10 +76,10 @@ def evaluate(model, loader, autocast, stop=None, outputs=None):
         if stop is not None:
             stop.check()
     loss, errors5 = (distributed.all_reduce(sums) / loader.num_images).tolist()
-    confusion = distributed.all_reduce(confusion).view(classes, classes).cpu()
-    errors = loader.num_images - confusion.trace().item()
-    return TestResult(loss, 100 * errors / loader.num_images, 100 * errors5,
-                      balanced_error(confusion), confusion)
+    images, errors = distributed.all_reduce(per_class).cpu().double()  # MPS has no float64
+    balanced_error = 100 * (errors / images).nanmean().item()
+    return TestResult(loss, 100 * errors.sum().item() / loader.num_images, 100 * errors5,
+                      balanced_error, len(images))
 
 
 def report_errors(model, dataset, device, autocast, args):
@@ -92,14 +93,17 @@ def report_errors(model, dataset, device, autocast, args):
     labels, probabilities = map(torch.cat, zip(*(shard for batch in shards for shard in batch)))
     if distributed.rank() > 0:
         return
-    top5 = f', top-5 error {test.error5:.2f}%' * (len(dataset.classes) > 5)
+    top5 = f', top-5 error {test.error5:.2f}%' if test.num_classes > 5 else ''
     say(f'test loss {test.loss:.4f}, error {test.error:.2f}%{top5}')
     real = labels != loaders.NO_LABEL
     labels, probabilities = labels[real], probabilities[real]
-    say('\n'.join(lines(test.confusion, dataset.classes, probabilities[:, -1], labels)))
+    count = len(dataset.classes)
+    confusion = (labels * count + probabilities.argmax(1)).bincount(minlength=count**2)
+    confusion = confusion.view(count, count)
+    say('\n'.join(lines(confusion, dataset.classes, probabilities[:, -1], labels)))
     directory = flags.run_directory(args)
     directory.mkdir(parents=True, exist_ok=True)
-    save_confusion(directory / 'confusion.png', test.confusion, dataset.classes)
+    save_confusion(directory / 'confusion.png', confusion, dataset.classes)
     save_predictions(directory / 'predictions.csv', loader.files, labels, probabilities,
                             dataset.classes)
     say(f'confusion.png and predictions.csv are in {directory}')

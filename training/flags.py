@@ -1,41 +1,60 @@
-"""The flags of train.py: what they are called, their defaults, and what does not go together.
+"""The flags of train.py: their names, defaults, aliases, and what does not go together.
 
-    args, saved = flags.parse_args(['--depth', '40'])
+    given = flags.parse(['--depth', '40'])     # a Namespace of the flags that were given
+    args = flags.complete(given)               # all flags
 
-What is not given comes from the checkpoint that --resume names (`saved`), else from the recipe of
-the data set. The defaults are the paper's, section 4.2; the aliases are the classic repositories'.
+A flag that is not given has the default of the data set's recipe, or on --resume the value in the
+checkpoint (`checkpoint.with_saved_flags`). The defaults are the paper's, section 4.2; the aliases
+are those of the classic repositories. Opens no file and does not import torch, so that --help and
+wrong flags answer at once.
 """
 
 import argparse
 import contextlib
 import difflib
 import os
+import sys
 from pathlib import Path
 
-from training import checkpoint, distributed, runlog
-from training.checkpoint import CheckpointError
+from training.console import UserError
 from training.datasets import DATASETS, MAX_SIZE, SMALL
-from training.device import DEVICES, PRECISIONS
-from training.errors import UserError
 
+DEVICES = 'auto', 'cpu', 'cuda', 'mps'
+PRECISIONS = 'fp32', 'tf32', 'bf16', 'fp16'
 TORCHVISION_WEIGHTS = ('densenet121', 'densenet161', 'densenet169', 'densenet201')
 ARCHITECTURES = TORCHVISION_WEIGHTS + ('densenet264', 'densenet232_k48', 'densenet264_k48')
+LEARNING_RATES = {'sgd': 0.1, 'adam': 1e-3, 'adamw': 1e-3, 'rmsprop': 1e-2}
 
-# Three ways to say how many layers there are, of which a command may use one.
-LAYER_FLAGS = ('arch', 'depth', 'block_config')
-# What a model is evaluated with unchanged, and what its run is resumed with.
+LAYER_FLAGS = ('arch', 'depth', 'block_config')  # mutually exclusive
+# Flags that describe the network; a checkpoint can only be evaluated with the same ones.
 MODEL_FLAGS = (*LAYER_FLAGS, 'growth_rate', 'compression', 'bottleneck', 'init_features',
                'bn_size', 'in_channels')
-RUN_FLAGS = (*MODEL_FLAGS, 'optimizer', 'freeze_features', 'best_by', 'val_split')
-# Flags of one call of this script; with --resume, all others are by default the checkpoint's.
+# Flags of one call of the script, which --resume does not take from the checkpoint.
 CALL_FLAGS = ('save', 'name', 'resume', 'overwrite', 'start_epoch', 'pretrained',
               'reset_classifier', 'evaluate', 'device')
-# Other repositories' flags whose names are far from ours.
+# Flags of other repositories (timm, torchvision's references, the official code) and what to use
+# here.
 FLAGS_ELSEWHERE = {
-    **dict.fromkeys(('--gpu', '--gpus', '--gpu-id', '--gpu-ids'),
+    **dict.fromkeys(('--gpu', '--gpus', '--gpu-id', '--gpu-ids', '--num-gpu'),
                     '--device cuda, on the GPU that CUDA_VISIBLE_DEVICES names'),
-    '--model': '--arch', '-a': '--arch', '-j': '--workers', '--amp': '--precision bf16',
-    '--fp16': '--precision fp16', '--output': '--save', '--output-dir': '--save'}
+    **dict.fromkeys(('--model', '-a', '--netType'), '--arch'),
+    **dict.fromkeys(('-j', '--num-workers', '--num_workers'), '--workers'),
+    **dict.fromkeys(('--amp', '--bf16'), '--precision bf16'), '--fp16': '--precision fp16',
+    **dict.fromkeys(('--output', '--output-dir', '--outdir', '--checkpoint-dir'), '--save'),
+    **dict.fromkeys(('--input-size', '--img-size', '--crop-size'), '--image-size'),
+    **dict.fromkeys(('--data-path', '--data-dir', '--dataroot'), '--data'),
+    **dict.fromkeys(('--weights', '--finetune', '--initial-checkpoint'), '--pretrained'),
+    **dict.fromkeys(('--sched', '--lr-scheduler', '--scheduler'), '--lr-schedule'),
+    **dict.fromkeys(('--test-only', '--eval', '--validate'), '--evaluate'),
+    '--num-classes': '--dataset folder, whose class folders say how many there are',
+    '--drop': '--drop-rate', '--smoothing': '--label-smoothing', '--tta': '--ten-crop',
+    '--log-interval': '--print-freq', '--warmup': '--warmup-epochs',
+    '--lr-warmup-epochs': '--warmup-epochs', '--experiment': '--name', '--logdir': '--save',
+    '--wandb': '--tensorboard', '--log-wandb': '--tensorboard', '--channels': '--in-channels',
+    '--accum-iter': '--grad-accum', '--grad-accum-steps': '--grad-accum',
+    '--checkpointing': '--memory-efficient', '--optMemory': '--memory-efficient',
+    '--torchcompile': '--compile', '--no-aug': '--no-augment', '--da': '--no-augment',
+}
 EXAMPLES = """examples:
   python train.py --depth 40 --no-bottleneck --compression 1 --name densenet-40-12
   python train.py --name densenet-40-12 --resume
@@ -46,16 +65,23 @@ With --resume, flags that are not given are the checkpoint's, all but --device.
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):  # said in one line, without the page of usage before it
+    """Raises UserError instead of printing the usage, and suggests flags for unknown ones."""
+
+    def error(self, message):
         raise UserError(message)
 
     def parse_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        for flag in args:  # the official code's single dash: -batchSize would be -b atchSize
+            flag = flag.partition('=')[0]
+            if flag.startswith('-') and f'-{flag}' in self._option_string_actions:
+                raise UserError(f'there is no {flag}: did you mean -{flag}?')
         args, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].partition('=')[0]
-            known = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.7)
-            known = FLAGS_ELSEWHERE.get(flag, known[0] if known else None)
-            raise UserError(f'there is no {flag}' + f': did you mean {known}?' * bool(known))
+            near = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.85)
+            known = FLAGS_ELSEWHERE.get(flag, near[0] if near else None)
+            raise UserError(f'there is no {flag}' + (f': did you mean {known}?' if known else ''))
         return args
 
 
@@ -98,6 +124,11 @@ def add_data_and_model_flags(parser):
     group.add_argument('--value-range', type=number(float, '(-1e30, 1e30)'), nargs=2,
                        metavar=('LOW', 'HIGH'), help='of images of more than 8 bits '
                        '(default: that of the training images)')
+    for name, what in (('--mean', 'mean'), ('--std', 'standard deviation')):
+        group.add_argument(name, type=number(float, '(-1e30, 1e30)' if name == '--mean' else
+                                             '(0, 1e30)'), nargs='+', metavar='VALUE',
+                           help=f'{what} of each channel, of values in 0..1 (default: those of the '
+                                f'data set)')
     group.add_argument('--val-split', type=SHARE, default=0.0, metavar='SHARE',
                        help='take this share of each class of the training images for testing')
     group.add_argument('--augment', action=argparse.BooleanOptionalAction, default=True,
@@ -174,7 +205,7 @@ def add_recipe_flags(parser):
 def add_run_flags(parser):
     group = parser.add_argument_group('machine')
     group.add_argument('--device', choices=DEVICES, default='auto',
-                       help='(default: cuda if there is one, else cpu)')
+                       help='(default: cuda if there is one, else cpu; mps only if asked for)')
     group.add_argument('--no-cuda', dest='device', action='store_const', const='cpu',
                        help='the same as --device cpu')
     group.add_argument('--precision', choices=('auto', *PRECISIONS), default='auto',
@@ -216,53 +247,75 @@ def add_run_flags(parser):
                        help='draw no figures after each epoch')
 
 
-def parse_args(argv=None, parser=None):
-    """The flags, and what the checkpoint to resume holds, or None.
+def parse(argv=None, parser=None):
+    """The flags that are given, as a Namespace.
 
     Args:
-        parser: that of `make_parser`, to which others may have been added.
+        parser: from `make_parser`, perhaps with more flags.
 
     Raises:
-        UserError: flags that are wrong or don't go together, or a checkpoint that can't be read.
+        UserError: an unknown flag or a wrong value.
     """
     parser = parser or make_parser()
-    args, saved = parser.parse_args(argv), None
-    resume, path = args.resume, resume_path(args)
-    is_here = os.path.exists(path) or os.path.exists(f'{path}.1')
-    if resume == '' and not is_here and not args.evaluate:
-        # So that one command can be given again and again, by torchrun --max-restarts for example.
-        runlog.say(f'nothing to resume in {run_directory(args)}: this run begins there')
-        resume = None
-    if resume is not None:
-        resume, saved = checkpoint.load_newest(path)
-        if resume != path:
-            runlog.warn(f'{path} is damaged or missing: going on from the one before, {resume}')
-        if not all(isinstance(saved.get(key), dict) for key in ('args', 'dataset', 'model')):
-            raise CheckpointError(f'{resume} holds no run to resume; for weights alone '
-                                  f'--pretrained')
-        own = {*CALL_FLAGS, *(LAYER_FLAGS if any(getattr(args, flag) is not None
-                                                 for flag in LAYER_FLAGS) else ())}
-        if args.evaluate and args.data not in (parser.get_default('data'),
-                                               saved['args'].get('data')):
-            own.add('val_split')  # of other data, no part is held back: all are for testing
-        parser.set_defaults(**{flag: value for flag, value in saved['args'].items()
-                               if flag in vars(args) and flag not in own})
+    parser.parse_args(argv)  # --help shows the defaults
+    parser._defaults.clear()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return parser.parse_args(argv)
+
+
+def with_defaults(given, parser=None):
+    """The given flags and, for all others, the parser's defaults."""
+    parser = parser or make_parser()
+    return argparse.Namespace(**{**vars(parser.parse_args([])), **vars(given)})
+
+
+def complete(given, saved=None, parser=None):
+    """All flags: those given, then those of a checkpoint or of the recipe, then the defaults.
+
+    Args:
+        given: the Namespace of `parse`.
+        saved: dict of flags in the checkpoint to resume, or None.
+
+    Raises:
+        UserError: flags that don't go together, or a saved flag that is out of range.
+    """
+    parser = parser or make_parser()
+    given, defaults = vars(given), vars(parser.parse_args([]))
+    if saved is None:
+        others = recipe({**defaults, **given})
     else:
-        parser.set_defaults(**recipe(args))
-    args = argparse.Namespace(**{**vars(parser.parse_args(argv)), 'resume': resume})
+        new_layers = any(flag in given for flag in LAYER_FLAGS)
+        fixed = {*CALL_FLAGS, *(LAYER_FLAGS if new_layers else ())}
+        others = {flag: value for flag, value in saved.items()
+                  if flag in defaults and flag not in fixed}
+        check_values(others, parser)
+    args = argparse.Namespace(**{**defaults, **others, **given})
     check_flags(args)
-    return args, saved
+    return args
 
 
 def recipe(args):
-    """Defaults that depend on other flags: the paper's (section 4.2), those of the optimizers."""
-    lr = {'sgd': 0.1, 'adam': 1e-3, 'adamw': 1e-3, 'rmsprop': 1e-2}[args.optimizer]
-    common = dict(lr=lr, momentum=0.9 if args.optimizer == 'sgd' else 0.0)
-    dataset = DATASETS[args.dataset or 'cifar10']
-    recipe = dict(augment=dataset.augment, **dataset.recipe)
-    if not args.augment:
-        recipe.update(dataset.recipe_without_augment)
-    return dict(**common, **recipe)
+    """Defaults that depend on other flags, by the data set (section 4.2) and the optimizer."""
+    dataset = DATASETS[args['dataset'] or 'cifar10']
+    flags = dict(lr=LEARNING_RATES[args['optimizer']], augment=dataset.augment, **dataset.recipe,
+                 momentum=0.9 if args['optimizer'] == 'sgd' else 0.0)
+    if not args['augment']:
+        flags.update(dataset.recipe_without_augment)
+    return flags
+
+
+def check_values(saved, parser):
+    """Raises UserError if flags of a checkpoint have values that the command line would refuse."""
+    for action in parser._actions:
+        value = saved.get(action.dest)
+        if value is None or action.nargs == 0:
+            continue
+        try:
+            for part in value if isinstance(value, (list, tuple)) else [value]:
+                parser._check_value(action, parser._get_value(action, str(part)))
+        except argparse.ArgumentError as error:
+            raise UserError(f'the checkpoint has {error}') from error
 
 
 def with_network(args, image_size):
@@ -295,11 +348,10 @@ def check_flags(args):
         raise UserError('--value-range LOW HIGH: LOW must be less than HIGH')
     if args.evaluate:
         return
-    processes = distributed.world_size()
+    processes = int(os.environ.get('WORLD_SIZE', 1))  # set by torchrun
     if args.grad_accum * processes > args.batch_size:
-        raise UserError(f'--batch-size {args.batch_size}, for all processes together, is less than '
-                        f'an image for each of {processes} processes and --grad-accum '
-                        f'{args.grad_accum} parts')
+        raise UserError(f'--batch-size {args.batch_size} is for all processes together: it must be '
+                        f'at least --grad-accum {args.grad_accum} times {processes} processes')
     if args.start_epoch and args.start_epoch > args.epochs:
         raise UserError(f'--start-epoch {args.start_epoch} is after the last of {args.epochs}')
 
@@ -311,11 +363,5 @@ def run_directory(args):
     if args.name:
         return Path('work', args.name)
     if args.resume:
-        return Path(resume_path(args)).parent
+        return Path(args.resume).parent
     return Path('work', f'{args.dataset}.base')
-
-
-def resume_path(args):
-    """The checkpoint that --resume means: a file, or latest.pth of a run directory."""
-    path = Path(args.resume or run_directory(args))
-    return str(path / 'latest.pth' if path.is_dir() or not args.resume else path)

@@ -216,7 +216,8 @@ def _leave_signals_to_main(_):
     # Ctrl-C, and many schedulers' SIGTERM and SIGUSR1, are sent to workers too. The main process
     # needs them to finish its step, so they ignore all but a SIGTERM from their parent.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if hasattr(signal, 'SIGUSR1'):  # not on Windows
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if hasattr(signal, 'sigwaitinfo'):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_exit_when_parent_says, daemon=True).start()

@@ -6,9 +6,8 @@
 
 import densenet
 import fused_dense_block
-from training import checkpoint, datasets, distributed, flags, runlog
-from training.checkpoint import CheckpointError
-from training.errors import UserError
+from training import datasets, distributed
+from training.console import UserError, warn
 
 
 def build(args, num_classes, image_size):
@@ -45,9 +44,9 @@ def build(args, num_classes, image_size):
 def name(args):
     if args.arch is not None:
         return args.arch
-    letters = 'B' * args.bottleneck + 'C' * (args.compression < 1)
+    letters = ('B' if args.bottleneck else '') + ('C' if args.compression < 1 else '')
     layers = f'L={args.depth}' if args.depth else f'blocks {"-".join(map(str, args.block_config))}'
-    return f'DenseNet{"-" * bool(letters)}{letters} {layers} k={args.growth_rate}'
+    return f'DenseNet{"-" if letters else ""}{letters} {layers} k={args.growth_rate}'
 
 
 def fuse(model, device, script='train.py'):
@@ -62,40 +61,6 @@ def fuse(model, device, script='train.py'):
         fused_dense_block.fuse(model, kernels=device.type == 'cpu')
     except ValueError as error:
         if distributed.rank() == 0:
-            runlog.warn(f'{error}: it runs layer by layer, which is slower', script=script)
+            warn(f'{error}: it runs layer by layer, which is slower', script=script)
         return str(error)
     return None
-
-
-def load_pretrained(model, args):
-    """Weights from a file, ours or another's, or torchvision's download (--pretrained)."""
-    source = args.pretrained
-    if source:
-        weights = checkpoint.load_weights_file(source)
-    elif args.arch in flags.TORCHVISION_WEIGHTS:
-        source = 'torchvision\'s file'
-        with distributed.rank_0_first():
-            weights = checkpoint.torchvision_weights(args.arch)
-    else:
-        raise UserError(f'--pretrained without a file takes torchvision\'s weights, which are for '
-                        f'--arch {", ".join(flags.TORCHVISION_WEIGHTS)} and images of more than '
-                        f'{datasets.SMALL} pixels')
-    if model.config['in_channels'] == 1:
-        # A grey image in three channels: conv(w, [x, x, x]) = conv(w_red + w_green + w_blue, x).
-        weights = {key: weight.sum(1, keepdim=True) if key.endswith('conv0.weight') else weight
-                   for key, weight in weights.items()}
-    # ImageNet's stem has a norm, that of small images has none.
-    if model.config['small_inputs'] and any(key.endswith('norm0.weight') for key in weights):
-        raise CheckpointError(f'{source} has ImageNet\'s 7x7 stem, and images of up to '
-                              f'{datasets.SMALL} pixels get a 3x3 stem: give --image-size '
-                              f'{datasets.SMALL + 1} or more')
-    if args.reset_classifier:
-        weights = {key: weight for key, weight in weights.items() if 'classifier.' not in key}
-        weights.update({f'classifier.{key}': weight
-                        for key, weight in model.classifier.state_dict().items()})
-    try:
-        checkpoint.load_weights(model, weights, source)
-    except CheckpointError as error:
-        if 'classifier.' not in str(error):
-            raise
-        raise CheckpointError(f'{error}: --reset-classifier starts with a new one') from error

@@ -11,7 +11,6 @@
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import platform
@@ -26,7 +25,12 @@ import torch
 import torchvision
 from tqdm import tqdm
 
-from training.errors import UserError
+from training.console import UserError, say, warn
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 TRAIN_COLUMNS = ('epoch', 'loss', 'error', 'lr', 'images_per_second', 'data_wait')
 TEST_COLUMNS = ('epoch', 'loss', 'error', 'error5', 'balanced_error')
@@ -34,28 +38,11 @@ FIGURES = ('loss', 'error', 'loss-error')  # that plot.py draws
 RUN_FILES = ('args.json', 'train.csv', 'test.csv', 'latest.pth', 'latest.pth.1', 'best.pth')
 
 
-def say(*words, file=None):
-    """Print a line; that nobody can read it any more (`| head`) does not end a run."""
-    file = file or sys.stdout
-    try:
-        # With its end in one write: lines of several processes must not get into each other.
-        print(' '.join(map(str, words)) + '\n', end='', file=file, flush=True)
-    except OSError:
-        with open(os.devnull, 'w') as nowhere:  # or Python would fail again at its exit
-            os.dup2(nowhere.fileno(), file.fileno())
-
-
-def warn(message, kind='warning', script='train.py'):
-    """One line on stderr, whatever the names in it: a file may be called a\\nb."""
-    line = ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in str(message))
-    say(f'{script}: {kind}: {line}', file=sys.stderr)
-
-
 # ---- the directory ------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def claim(directory, *, may_hold_run=False):
-    """Make a run's directory and keep other runs out of it; a dead process keeps out nobody.
+    """Make and lock a run's directory; the lock is released if the process dies.
 
     Args:
         may_hold_run: a run's files may be there already, because it is resumed or overwritten.
@@ -68,29 +55,38 @@ def claim(directory, *, may_hold_run=False):
     is_new, lock = not directory.exists(), contextlib.ExitStack()  # closing it twice is a no-op
     directory.mkdir(parents=True, exist_ok=True)
     try:
-        file = os.open(directory, os.O_RDONLY)
-        lock.callback(os.close, file)
-        os.register_at_fork(after_in_child=lock.close)  # for workers that outlive a killed run
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f'{directory} is in use by another run: wait for it, or name another '
-                            f'directory by --save or --name') from error
-        except OSError:
-            pass  # a file system without locks
+        if fcntl is None:
+            warn(f'no file locks on this system: start no second run in {directory}')
+        else:
+            _lock(directory, lock)
         held = [name for name in RUN_FILES if (directory / name).exists()]
         if held and not may_hold_run:
             raise UserError(f'{directory} holds a run ({", ".join(held)}): go on by --resume, '
                             f'replace it by --overwrite, or name another directory by --save or '
                             f'--name')
-        for path in directory.glob('.*.tmp'):  # what a killed run has not completed
-            path.unlink()
+        for name in (*RUN_FILES, *(f'{figure}.png' for figure in FIGURES)):
+            for path in directory.glob(f'.{name}*.tmp'):  # not completed by a killed run
+                path.unlink()
         yield directory
     finally:
         lock.close()
         if is_new:
             with contextlib.suppress(OSError):  # not empty: otherwise, no litter after an error
                 directory.rmdir()
+
+
+def _lock(directory, lock):
+    """Lock the directory until `lock`, an ExitStack, is closed or the process dies."""
+    file = os.open(directory, os.O_RDONLY)
+    lock.callback(os.close, file)
+    os.register_at_fork(after_in_child=lock.close)  # workers can outlive a killed run
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f'{directory} is in use by another run: wait for it, or name another '
+                        f'directory by --save or --name') from error
+    except OSError:
+        pass  # a file system without locks
 
 
 def clear(directory):
@@ -192,15 +188,16 @@ class RunLog:
                 f'loss {loss:.4f}  error {error:.2f}%  lr {lr:g}  {speed}  {left} left')
 
     def end_epoch(self, train, test, best):
-        """A row of test.csv: train (loss, error), test a train.TestResult, `best` in words.
+        """A row of test.csv: train (loss, error), test a evaluation.TestResult, `best` in words.
 
         Errors are in percent.
         """
-        loss, error, error5, balanced_error, confusion = test
+        loss, error, error5, balanced_error, num_classes = test
         self.test_csv.write(self.epoch, *(f'{value:.6g}' for value in test[:4]))
         self.bar.close()
-        balanced = f', balanced {balanced_error:.2f}%' * (abs(balanced_error - error) > 0.005)
-        top5 = f', top-5 {error5:.2f}%' * (len(confusion) > 5)
+        same = abs(balanced_error - error) < 0.005
+        balanced = '' if same else f', balanced {balanced_error:.2f}%'
+        top5 = f', top-5 {error5:.2f}%' if num_classes > 5 else ''
         say(f'epoch {self.epoch}/{self.epochs}  '
             f'train loss {train[0]:.4f}, error {train[1]:.2f}%  '
             f'test loss {loss:.4f}, error {error:.2f}%{balanced}{top5}  '
@@ -243,16 +240,6 @@ class RunLog:
             self.tensorboard.close()
         self.train_csv.close()
         self.test_csv.close()
-
-
-class NoLog:
-    """The log of a process other than rank 0: it leaves nothing behind."""
-
-    def watch(self, loader):
-        return loader
-
-    def __getattr__(self, name):
-        return lambda *args, **kwargs: None
 
 
 class CsvFile:

@@ -20,8 +20,8 @@ WORK = 'kernel', 'memset', 'copy', 'graph', 'collective'
 
 def make_training(argv=(), precision='bf16', fused=True):
     """The flags, the state and the autocast of training a small network on the pretended GPU."""
-    args, _ = flags.parse_args(['--dataset', 'shapes', '--depth', '10', '--growth-rate', '4',
-                                '--batch-size', '4', *argv])
+    args = flags.complete(flags.parse(['--dataset', 'shapes', '--depth', '10', '--growth-rate', '4',
+                                       '--batch-size', '4', *argv]))
     precision = choose_precision(precision, CUDA)
     set_determinism(args.deterministic)
     model = networks.build(flags.with_network(args, 8), 10, 8)
@@ -138,7 +138,8 @@ def test_frozen_features(tmp_path):
 def test_recording_leaves_no_trace():
     """Of a run that has begun: memory keeps its place and is restored, in order, at the end."""
     args, state, autocast = make_training(['--drop-rate', '0.2', '--optimizer', 'adam'], 'fp16')
-    eager = train.make_step(flags.parse_args(['--no-cuda-graph'])[0], state, SHAPES, autocast)
+    args = flags.complete(flags.parse(['--no-cuda-graph']))
+    eager = train.make_step(args, state, SHAPES, autocast)
     eager(*batch(SHAPES[0]))
     tensors = [*state.model.state_dict().values(), state.sums,
                *(value for values in state.optimizer.state.values() for value in values.values())]

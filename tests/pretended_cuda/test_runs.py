@@ -88,7 +88,7 @@ def test_between_rows_of_the_log_nothing_waits(flag, small):
 def test_frozen_features_are_recorded_in_the_mode_they_are_trained_in(small, tmp_path):
     checkpoint.save(tmp_path / 'weights.pth', {
         'model': train.networks.build(train.flags.with_network(
-            train.flags.parse_args(small)[0], 8), 4, 8).state_dict()})
+            train.flags.complete(train.flags.parse(small)), 8), 4, 8).state_dict()})
     train.main([*small, '--epochs', '1', '--freeze-features', '--pretrained',
                 str(tmp_path / 'weights.pth')])
     graphs = pretended_cuda.graphs()

@@ -1,0 +1,197 @@
+"""One training run: its directory, log, checkpoints, and the signals that stop it.
+
+    with Run(args, stop) as run:
+        run.start(state, dataset, train_loader, test_loader, precision, step)
+        for images, labels in run.batches(train_loader):
+            step(images, labels)
+            run.after_step(len(images), lr)
+        run.after_epoch(evaluate(...))
+        run.finish()
+"""
+
+import contextlib
+import math
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from training import checkpoint, distributed, flags, networks, runlog
+from training.console import UserError, say
+from training.cuda_graph import CudaGraphStep
+from training.distributed import Stopped
+
+
+class Run:
+    """A training run of one or several processes, each with its own Run; rank 0 writes the files.
+
+    As a context, it locks the run directory. When a signal stops the run, it saves a checkpoint and
+    exits with 128 + the signal's number.
+
+    Raises:
+        UserError: the directory is in use or holds another run; or, in training, a loss or weight
+            that is not finite.
+        OSError: a file can't be written. What was saved is whole.
+    """
+
+    def __init__(self, args, stop):
+        self.args, self.stop = args, stop
+        self.directory = flags.run_directory(args)
+        self.resumed = Path(args.resume).resolve() if args.resume else None
+        self.log, self.lock = None, contextlib.ExitStack()
+
+    def __enter__(self):
+        if distributed.rank() == 0:
+            resumed_here = self.resumed and self.resumed.parent == self.directory.resolve()
+            self.lock.enter_context(runlog.claim(
+                self.directory, may_hold_run=resumed_here or self.args.overwrite))
+            if self.args.overwrite:
+                runlog.clear(self.directory)
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        with self.lock:
+            try:
+                if kind is Stopped:
+                    self._save_and_exit(error)
+            finally:
+                if self.log:
+                    self.log.close()
+
+    def _save_and_exit(self, stopped):
+        if self.log:
+            self.log.sync()
+        self.save('latest.pth')
+        say(f'{stopped}: saved in epoch {self.state.epoch} after step {self.state.step}; --resume '
+            f'goes on from {self.directory / "latest.pth"}')
+        sys.exit(128 + stopped.signum)
+
+    def start(self, state, dataset, train_loader, test_loader, precision, step):
+        """Write the record, start the log, and from now on save when a signal arrives."""
+        args, device = self.args, state.sums.device
+        self.state, self.dataset, self.loader = state, dataset, train_loader
+        self.started = time.monotonic() - state.seconds
+        has_best = distributed.from_rank_0((self.directory / 'best.pth').exists)
+        if state.epoch <= args.epochs and not has_best:  # resumed into a new directory
+            state.forget_best()
+        if self.resumed != self.directory.resolve() / 'latest.pth' or args.start_epoch:
+            self.save('latest.pth')  # so that --resume finds it even if this is killed soon
+        hardware = torch.cuda.get_device_name() if device.type == 'cuda' else device.type
+        graphed = isinstance(step, CudaGraphStep)
+        processes = distributed.world_size()
+        if distributed.rank() == 0:
+            runlog.write_record(
+                self.directory, args, precision=precision, cuda_graph=graphed,
+                not_fused=state.model.not_fused, device=hardware, processes=processes,
+                threads=torch.get_num_threads())
+            self.log = runlog.RunLog(
+                self.directory, steps_per_epoch=len(train_loader), epochs=args.epochs,
+                start=(state.epoch, state.step), tensorboard=args.tensorboard, figures=args.plot)
+        values = ''
+        if dataset.value_range:
+            values = ' with values from {:g} to {:g}'.format(*dataset.value_range)
+        say(f'{networks.name(args)}: {sum(p.numel() for p in state.model.parameters()):,} '
+            f'parameters; {dataset.name}: {train_loader.num_images:,} training and '
+            f'{test_loader.num_images:,} test images of {dataset.image_size} pixels{values}, '
+            f'{len(dataset.classes)} classes; {f"{processes} x " if processes > 1 else ""}'
+            f'{hardware}, {precision}{", CUDA graph" if graphed else ""}')
+
+    def batches(self, loader):
+        """The batches of the rest of an epoch."""
+        if self.log is None:
+            return loader
+        self.log.start_epoch(self.state.epoch, self.state.step)
+        return self.log.watch(loader)
+
+    def after_step(self, num_images, lr):
+        """Count a step of `num_images`, of all processes; at times, add a row to train.csv.
+
+        Raises:
+            Stopped: a signal arrived.
+        """
+        state = self.state
+        state.count_step(num_images)
+        if self.log:
+            self.log.advance(num_images)
+        if state.step % self.args.print_freq == 0 or state.step == len(self.loader):
+            loss, error = self.interval_means()
+            if self.log:
+                self.log.train_row(loss, error, lr)
+        self.stop.check()
+
+    def interval_means(self):
+        """Mean loss and error (percent) since the last row of train.csv. GPU sync."""
+        state = self.state
+        loss, errors = map(sum, zip(*distributed.all_gather(state.sums.tolist())))
+        if not math.isfinite(loss):
+            first = state.step - (state.step - 1) % self.args.print_freq
+            raise self._not_finite(f'the loss of steps {first} to {state.step}')
+        images = state.interval_images
+        state.epoch_sums = tuple(map(sum, zip(state.epoch_sums, (loss, errors, images))))
+        state.begin_interval()
+        return loss / images, 100 * errors / images
+
+    def after_epoch(self, test):
+        """Record an epoch's evaluation.TestResult, and save latest.pth and perhaps best.pth."""
+        state = self.state
+        if not math.isfinite(test.loss):
+            raise self._not_finite('the test loss')
+        state.last_error = test.error
+        score = getattr(test, self.args.best_by.replace('-', '_'))
+        improved = score < state.best_score
+        if improved:
+            state.best_score, state.best_error, state.best_epoch = score, test.error, state.epoch
+        if self.log:
+            loss, errors, images = state.epoch_sums
+            self.log.end_epoch((loss / images, 100 * errors / images), test, self._best_so_far())
+        state.begin_epoch(state.epoch + 1)  # the checkpoints resume in the next epoch
+        if improved:
+            self.save('best.pth')
+        if self.log:
+            self.log.sync()
+        self.save('latest.pth')
+
+    def save(self, name):
+        """Save a checkpoint of all processes; raises UserError if it would not be finite."""
+        state = self.state
+        state.seconds = time.monotonic() - self.started
+        state.peak_memory = max(state.peak_memory, torch.cuda.max_memory_allocated())
+        own_states = distributed.all_gather(state.own_state())
+        if distributed.rank() > 0:
+            return
+        if not all(own['interval'].isfinite().all() for own in own_states):
+            raise self._not_finite('the loss')
+        if checkpoint.first_not_finite(state.model):
+            raise self._not_finite('a weight')
+        checkpoint.save(self.directory / name, {
+            **state.state_dict(own_states), 'args': vars(self.args),
+            'num_images': self.loader.num_images, 'dataset': self.dataset.plain(),
+            'config': state.model.config,
+        }, keep_previous=name == 'latest.pth')
+
+    def finish(self):
+        """Draw the last figures, and say how the run ended."""
+        if self.log:
+            self.log.end_run()
+        state = self.state
+        used = str(timedelta(seconds=round(state.seconds)))
+        if state.peak_memory:
+            used += f' with at most {state.peak_memory / 2**30:.2f} GiB on the GPU'
+        say(f'final error {state.last_error:.2f}% (epoch {state.epoch - 1}), '
+            f'{self._best_so_far()}, after {used}; everything is in {self.directory}')
+
+    def _best_so_far(self):
+        state, best_by = self.state, self.args.best_by
+        by = '' if best_by == 'error' else f', by the {best_by} of {state.best_score:.4g}'
+        return f'best {state.best_error:.2f}%{by} (epoch {state.best_epoch})'
+
+    def _not_finite(self, what):
+        state = self.state
+        name = checkpoint.first_not_finite(state.model)
+        culprit = f', and the first bad parameter is {name}' if name else ''
+        if state.epoch == 1 and state.step == 0:
+            return UserError(f'{what} is not finite before the first step{culprit}')
+        return UserError(f'{what} in epoch {state.epoch} is not finite{culprit}: try a lower --lr; '
+                         f'the last checkpoint is untouched')
