@@ -217,6 +217,68 @@ def test_an_epoch_is_not_continued_on_other_data(recipe, folder, tmp_path, capsy
     assert [row['epoch'] for row in read_csv(run / 'test.csv')] == ['1', '2', '3', '4']
 
 
+def change_checkpoint(path, change):
+    saved = checkpoint.load(path)
+    change(saved)
+    checkpoint.save(path, saved)
+
+
+def test_state_in_another_layout_is_laid_out_as_the_parameters(recipe, uninterrupted, tmp_path):
+    """torch's fused optimizers on the CPU walk the memory of weights and momenta side by side."""
+    def make_contiguous(saved):
+        for values in saved['optimizer']['state'].values():
+            values['momentum_buffer'] = values['momentum_buffer'].contiguous()
+
+    run = tmp_path / 'run'
+    run_interrupted([*recipe, '--save', str(run)], 'learning_rate', 14, signal.SIGTERM)
+    change_checkpoint(run / 'latest.pth', make_contiguous)
+    train.main(['--save', str(run), '--resume', '--device', 'cpu'])
+    weights = [checkpoint.load(path / 'latest.pth')['model'] for path in (run, uninterrupted)]
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+def damage_momentum(saved):
+    values = saved['optimizer']['state'][0]
+    values['momentum_buffer'] = torch.zeros(values['momentum_buffer'].numel() + 1)
+
+
+@pytest.mark.parametrize('change, message', [
+    (damage_momentum, 'the state of its optimizer does not fit'),
+    (lambda saved: saved['optimizer']['state'].pop(0), 'the state of its optimizer does not fit'),
+    (lambda saved: saved['optimizer'].pop('state'), "can't be resumed: 'state'"),
+    (lambda saved: saved.pop('processes'), "can't be resumed: 'processes'"),
+    (lambda saved: saved['args'].update(workers=10**6), '--workers/--nThreads: .* in .0, 1024'),
+    (lambda saved: saved['args'].update(optimizer='sdg'), '--optimizer/--opt: invalid choice'),
+    (lambda saved: saved['model'].popitem(), 'does not fit the model')])
+def test_an_altered_checkpoint_is_one_line(small, tmp_path, capsys, change, message):
+    run = tmp_path / 'run'
+    train.main([*small, '--epochs', '1', '--save', str(run)])
+    change_checkpoint(run / 'latest.pth', change)
+    assert re.search(message, fails(capsys, '--save', run, '--resume', '--epochs', 2))
+
+
+def test_a_changed_schedule_is_said_on_resuming(small, tmp_path, capsys):
+    run = tmp_path / 'run'
+    train.main([*small, '--epochs', '4', '--save', str(run)])
+    capsys.readouterr()
+    train.main(['--save', str(run), '--resume', '--epochs', '3'])
+    assert capsys.readouterr().err == ('train.py: warning: 4 epochs are done: --epochs 3 leaves '
+                                       'nothing to train\n')
+    train.main(['--save', str(run), '--resume', '--epochs', '5', '--lr', '0.01'])
+    assert 'the learning rate goes on at 0.0001, and was 0.001: ' in capsys.readouterr().err
+
+
+def test_the_normalisation_is_kept(small, tmp_path, capsys):
+    run = tmp_path / 'run'
+    train.main([*small, '--epochs', '1', '--save', str(run), '--mean', '.1', '.2', '.3'])
+    saved = checkpoint.load(run / 'latest.pth')
+    np.testing.assert_allclose(saved['dataset']['mean'], [25.5, 51, 76.5])
+    train.main(['--save', str(run), '--resume', '--epochs', '2'])
+    assert checkpoint.load(run / 'latest.pth')['dataset'] == saved['dataset']
+    assert 'another std' in fails(capsys, '--save', run, '--resume', '--std', 1, 1, 1, lines=2)
+    assert 'a value for each of 3' in fails(capsys, *small, '--save', tmp_path, '--mean', '.1')
+
+
 def test_a_torn_row_is_mended_on_resuming(small, tmp_path):
     run = tmp_path / 'run'
     train.main([*small, '--save', str(run), '--epochs', '2'])

@@ -3,13 +3,17 @@
 import contextlib
 import copy
 import functools
+import io
 import json
 import math
 import os
 import re
+import runpy
 import shlex
 import signal
 import subprocess
+import sys
+import tempfile
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -20,6 +24,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from conftest import (
+    ROOT,
     SMALL,
     assert_same_run,
     cache_densenet121,
@@ -46,6 +51,37 @@ NO_AUTOCAST = torch.autocast('cpu', enabled=False)
 
 def flags_of(line=''):
     return parse_flags(line.split())
+
+
+# ---- where it runs ---------------------------------------------------------------------------
+
+def test_flags_answer_without_torch_and_scripts_import_without_unix():
+    """Wrong flags are told at once; Windows has no fcntl and no SIGUSR1."""
+    check = """
+import runpy, signal, sys
+from training import flags
+flags.parse(['--depth', '40'])
+assert 'torch' not in sys.modules
+sys.modules['fcntl'] = None
+del signal.SIGUSR1
+import train, predict
+from training import distributed, runlog
+with distributed.StopSignals(), runlog.claim(sys.argv[1]):
+    pass
+"""
+    with tempfile.TemporaryDirectory() as directory:
+        ended = subprocess.run([sys.executable, '-c', check, directory], cwd=ROOT, text=True,
+                               capture_output=True)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count('no file locks') == 1
+
+
+def test_in_a_notebook_a_wrong_flag_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['train.py', '--bogus'])
+    monkeypatch.setattr(sys, 'stdout', io.StringIO())  # has no reconfigure
+    with pytest.raises(SystemExit, match='2'):
+        runpy.run_path(str(ROOT / 'train.py'), run_name='__main__')
+    assert capsys.readouterr().err == 'train.py: error: there is no --bogus\n'
 
 
 # ---- flags -----------------------------------------------------------------------------------
@@ -245,6 +281,25 @@ def test_a_rehearsal_leaves_no_trace(optimizer, precision):
         assert places == [tensor.data_ptr() for tensor in state.model.state_dict().values()]
         torch.testing.assert_close(train_some(step, state), train_some(other_step, other),
                                    rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('name', [
+    'Adadelta', 'Adafactor', 'Adagrad', 'Adam', 'Adamax', 'AdamW', 'ASGD', 'NAdam', 'RAdam',
+    'RMSprop', 'Rprop'])
+def test_initialized_state_and_a_rehearsal_change_nothing_of_torchs_optimizers(name):
+    weights = []
+    for rehearsed in (True, False):
+        state = make_state()
+        state.optimizer = getattr(torch.optim, name)(state.model.parameters())
+        if rehearsed:
+            checkpoint.initialize_optimizer(state.optimizer)
+            with state.rehearsal():
+                for seed in (5, 6):
+                    train_step(state, *batch(seed=seed), autocast=NO_AUTOCAST)
+        for seed in range(3):
+            train_step(state, *batch(seed=seed), autocast=NO_AUTOCAST)
+        weights.append(state.model.state_dict())
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
 
 
 def test_the_generator_of_another_kind_of_device_is_saved_and_restored(monkeypatch):
