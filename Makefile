@@ -25,13 +25,13 @@ figures: .venv/.installed-dev
 	$(BIN)/python attic/feature_reuse.py work/densenet-bc-100-12/best.pth
 	$(BIN)/python plot.py work/optimizers/sgd work/optimizers/adam work/optimizers/rmsprop
 	$(BIN)/python images/memory_vs_depth.py
-	$(BIN)/python bench.py --depth 40 --rounds 8 --device cpu --plot images/speed.png
+	$(BIN)/python bench.py --depth 40 --rounds 8 --device cpu --csv images/speed.csv --plot images/speed.png
 	@if command -v dot > /dev/null; \
-	then $(BIN)/python make_graph.py --depth 22 --output images/densenet-bc-22-12.png; \
-	else echo 'left: images/densenet-bc-22-12.png needs the program dot (apt install graphviz)'; fi
+	then $(BIN)/python make_graph.py --depth 22 --output images/densenet-bc-22-12.svg; \
+	else echo 'skipped: images/densenet-bc-22-12.svg needs the program dot (apt install graphviz)'; fi
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
 	then $(BIN)/python bench.py --arch densenet121 --batch-size 256 --plot images/speed-gpu.png; \
-	else echo 'left: images/speed-gpu.png needs a GPU'; fi
+	else echo 'skipped: images/speed-gpu.png needs a GPU'; fi
 
 .venv/.installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -91,8 +91,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 from torch import nn
 from torch.autograd import profiler
 from torch.utils.flop_counter import FlopCounterMode
@@ -442,24 +440,6 @@ def print_table(table):
         print(line.format(**numbers, width=width).replace('nan', '  -'), numbers['failure'])
 
 
-def draw_table(path, table, memory_label):
-    """Horizontal bars of time and memory, one for each row."""
-    names = ['{row}, {precision}, {batch_size}'.format(**numbers) for numbers in table]
-    colors = [plot.COLORS[name.startswith('ours')] for name in names]
-    ms, low, high, memory = (np.array([numbers[key] for numbers in table]) for key in (
-        'ms', 'ms_quartile1', 'ms_quartile3', 'memory_mib'))
-    with rc_context({**plot.STYLE, 'axes.grid.axis': 'x'}):
-        figure = Figure(figsize=(10, 1.2 + 0.3 * len(table)), layout='constrained')
-        figure.suptitle(table[0]['workload'], fontsize=8, color=plot.GREY)
-        left, right = figure.subplots(1, 2, sharey=True)
-        left.barh(names, ms, color=colors, xerr=[ms - low, high - ms], ecolor=plot.GREY)
-        left.set_xlabel('ms per step (median and quartiles)')
-        right.barh(names, memory, color=colors)
-        right.set(xlabel=memory_label, xlim=(0, None))
-        right.invert_yaxis()  # also the left one's: the first row is at the top
-    plot.save_figure(figure, path)
-
-
 # ---- command line -------------------------------------------------------------------------
 
 def cpu_field(name):
@@ -527,8 +507,7 @@ def run(options):
                 writer.writeheader()
                 writer.writerows(table)
         if options.plot:
-            draw_table(options.plot, table,
-                       'peak memory, MiB' if on_cuda else 'held for backward, MiB')
+            plot.save_figure(plot.speed_figure(table), options.plot)
     if any(runner.failure.startswith('failed') for runner in runners):
         sys.exit(1)
 

@@ -5,7 +5,9 @@
     model = torch.hub.load('path/to/clone', 'densenet_bc_100_12', source='local', pretrained=True)
 
 All take the arguments of `densenet.DenseNet`; the weights are torchvision's for ImageNet, and ours
-for CIFAR-10. The dense blocks are fused (see fused_dense_block/).
+for CIFAR-10. Models come in eval mode, with fused dense blocks (see fused_dense_block/). With
+`pretrained` they have the attributes `classes`, the class names, and `mean` and `std`, which
+normalise each channel of an image in 0..1; otherwise these are None.
 """
 
 import functools
@@ -23,34 +25,43 @@ dependencies = ['torch']
 def _entry_point(build):
     @functools.wraps(build)
     def entry_point(pretrained=False, **kwargs):
-        if pretrained:
-            from torchvision.models import get_model_weights  # the networks alone need none
+        if not pretrained:
+            return _prepared(build(**kwargs))
+        from torchvision.models import get_model_weights  # the networks alone need no torchvision
 
-            kwargs['weights'] = get_model_weights(build.__name__).DEFAULT
-        return _fused(build(**kwargs))
+        weights = get_model_weights(build.__name__).DEFAULT
+        transforms = weights.transforms()
+        return _prepared(build(weights=weights, **kwargs), weights.meta['categories'],
+                         transforms.mean, transforms.std)
     return entry_point
 
 
 def densenet_bc_100_12(pretrained=False, **kwargs):
     """DenseNet-BC, L=100, k=12. With `pretrained`, our weights for CIFAR-10."""
     model = densenet.densenet_cifar(100, 12, **kwargs)
-    if pretrained:
-        path = Path(__file__).parent / 'work/densenet-bc-100-12/best.pth'
-        model.load_state_dict(torch.load(path, map_location='cpu', weights_only=True)['model'])
-    return _fused(model)
+    if not pretrained:
+        return _prepared(model)
+    path = Path(__file__).parent / 'work/densenet-bc-100-12/best.pth'
+    saved = torch.load(path, map_location='cpu', weights_only=True)
+    model.load_state_dict(saved['model'])
+    dataset = saved['dataset']
+    return _prepared(model, dataset['classes'], *([round(value / 255, 6) for value in dataset[key]]
+                                                  for key in ('mean', 'std')))
 
 
 @functools.wraps(densenet.densenet_cifar)
 def densenet_cifar(*args, **kwargs):
-    return _fused(densenet.densenet_cifar(*args, **kwargs))
+    return _prepared(densenet.densenet_cifar(*args, **kwargs))
 
 
-def _fused(model):
+def _prepared(model, classes=None, mean=None, std=None):
+    model.classes, model.mean, model.std = (
+        value and list(value) for value in (classes, mean, std))
     try:
-        return fuse(model)
+        fuse(model)
     except ValueError as error:
-        warnings.warn(f'{error}: it runs layer by layer, which is slower', stacklevel=2)
-        return model
+        warnings.warn(f'{error}: it runs layer by layer, which is slower', stacklevel=3)
+    return model.eval()
 
 
 densenet121, densenet161, densenet169, densenet201 = map(_entry_point, (

@@ -7,28 +7,46 @@
     python make_graph.py --resume work/demo/best.pth
 
 Views: `blocks`, as the paper draws its networks (figures 1 and 2), and `autograd`, the functions
-that backward goes through, which takes minutes to lay out for hundreds of layers. An --arch is
-ImageNet's network, unless a --dataset is given. It needs the program `dot` of graphviz, but for a
-FILE.dot, which is that program's input.
+that backward goes through, which takes minutes to lay out for hundreds of layers. An --arch is for
+ImageNet's images and classes, unless a --dataset is given. It needs `pip install graphviz` and,
+except for a FILE.dot, Graphviz's program `dot` (`apt install graphviz`).
 """
 
 import re
 import sys
 from pathlib import Path
 
-import graphviz
+from training import console, flags
+
+FORMATS = ('.png', '.svg', '.pdf', '.dot')
+
+
+def make_parser():
+    parser = flags.make_parser()
+    parser.prog, parser.description, parser.epilog = 'make_graph.py', __doc__, None
+    parser.set_defaults(dataset=None)
+    group = parser.add_argument_group('picture')
+    group.add_argument('--view', choices=('blocks', 'autograd'), default='blocks',
+                       help='(default: %(default)s)')
+    group.add_argument('--output', type=Path, metavar='FILE', default=Path('work/graph.png'),
+                       help=f'one of {", ".join(FORMATS)} (default: %(default)s)')
+    return parser
+
+
+if __name__ == '__main__':  # --help and wrong flags answer before torch is imported
+    console.exit_on_user_error(make_parser().parse_args, 'make_graph.py')
+
 import torch
 from torch import nn
 
 import plot
 from densenet import DenseBlock
-from training import checkpoint, console, datasets, flags, networks
+from training import checkpoint, datasets, networks
 from training.console import UserError
 
-FORMATS = ('.png', '.svg', '.pdf', '.dot')
-MAX_LAYERS = 6  # blocks of more are folded to four boxes: two layers, all between, the last
+MAX_LAYERS = 6  # longer blocks are folded into four boxes: two layers, all between, the last
 FONT = dict(fontname='Helvetica,Arial,sans-serif', fontsize='12')
-COLORS = [plot.GREY, *plot.COLORS[:-1]]  # of edges: from a block's input, and from its layers
+COLORS = [plot.GREY, *plot.COLORS[:-1]]  # of edges: from a block's input, then from its layers
 BLUE, ORANGE, GREEN = '#d6e8f5', '#fbe3cf', '#d5eee5'  # of boxes
 
 
@@ -37,21 +55,21 @@ BLUE, ORANGE, GREEN = '#d6e8f5', '#fbe3cf', '#d5eee5'  # of boxes
 def block_graph(model, image_size, title):
     """Stem, dense blocks, transitions and classifier: a column for each block.
 
-    Each box in a block, and the one before it, has an edge to every later box in the block. The
-    model is on torch's meta device, where it computes nothing but shapes.
+    Each box in a block, and the box before it, has an edge to every later box in the block. The
+    model is on torch's meta device, which computes only shapes.
     """
     dropout = ', dropout' * (model.config['drop_rate'] > 0)
     layer = '; '.join(f'BN, ReLU, {show(conv.kernel_size)} convolution to {conv.out_channels}'
                       f'{dropout}' for conv in convolutions(model.features.denseblock1.denselayer1))
     graph = new_graph(f'{title}\nLayer: {layer}\nAn edge carries all the feature maps of the box '
-                      f'that it leaves, channels × height × width; edges of one colour carry the '
-                      f'same.')
+                      f'where it starts: channels × height × width. Edges of one colour carry '
+                      f'the same maps.')
     graph.node('images', 'images', fillcolor='white')
     graph.node('stem', '3 × 3 convolution' if model.config['small_inputs'] else
                '7 × 7 convolution, stride 2\nBN, ReLU\n3 × 3 max pool, stride 2', fillcolor=GREEN)
     maps = torch.empty(1, model.config['in_channels'], image_size, image_size, device='meta')
     add_edge(graph, 'images', 'stem', maps.shape[1:])
-    source = 'stem'  # the node that puts out the maps
+    source = 'stem'  # the node whose output the maps are
     for name, module in model.eval().features.named_children():
         inputs, maps = maps, module(maps)
         if isinstance(module, DenseBlock):
@@ -62,8 +80,8 @@ def block_graph(model, image_size, title):
             graph.node(name, f'transition {name.removeprefix("transition")}\nBN, ReLU, '
                        f'1 × 1 convolution: {conv.in_channels} to {conv.out_channels}{dropout}\n'
                        f'2 × 2 average pool', fillcolor=ORANGE)
-            # It heads the next column. dot draws from above to below, and so the edge to it in two
-            # parts: down to a bend, and back from there.
+            # The top of the next column. dot draws downwards, so the edge to it has two parts: down
+            # to a bend, and back up from there.
             bend = f'{source}.bend'
             graph.node(bend, '', shape='point', width='0')
             add_edge(graph, source, bend, inputs.shape[1:], arrowhead='none')
@@ -80,11 +98,11 @@ def block_graph(model, image_size, title):
 
 
 def add_block(graph, name, block, source, input_shape):
-    """A dense block, whose input is what the node `source` puts out."""
+    """A dense block; its input is the output of the node `source`."""
     layers = list(block.values())
     growth_rate = convolutions(layers[0])[-1].out_channels
     channels, height, width = input_shape
-    nodes = [(source, channels)]  # with the number of maps that each puts out
+    nodes = [(source, channels)]  # and the number of maps in its output
     groups = [[i] for i in range(len(layers))]  # the layers of each box
     if len(layers) > MAX_LAYERS:
         groups[2:-1] = [[*range(2, len(layers) - 1)]]
@@ -109,7 +127,7 @@ def add_block(graph, name, block, source, input_shape):
 
 
 def add_edge(graph, source, target, shape, is_main=True, **style):
-    """A main edge has a label, and its weight makes dot align its ends in a straight column."""
+    """A main edge has a label, and a weight that makes dot align its ends in a column."""
     graph.edge(source, target, tooltip=f'{source} to {target}: {show(shape)}',
                label=f'  {show(shape)}' * is_main, weight='9' if is_main else '1', **style)
 
@@ -125,16 +143,17 @@ def show(shape):
 # ---- the view of autograd -----------------------------------------------------------------
 
 def autograd_graph(model, image_size, title):
-    """The functions that backward goes through, from the logits on.
+    """The functions that backward goes through, starting from the logits.
 
-    Each points to what reads its result in the forward pass. The model is on torch's meta device,
-    where a dense block is one function with memory_efficient=True, as on a GPU.
+    An edge goes from a function to the one that reads its result in the forward pass. The model is
+    on torch's meta device, where, as on a GPU, a dense block with memory_efficient=True is one
+    function.
     """
     networks.fuse(model, torch.device('meta'), script='make_graph.py')
     images = torch.empty(2, model.config['in_channels'], image_size, image_size, device='meta')
     logits = model.train()(images)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    graph = new_graph(title + '\nThe functions of autograd, with the parameters that they read.')
+    graph = new_graph(title + '\nAutograd functions and the parameters that they read.')
     graph.attr(nslimit='1', nslimit1='1')  # to lay out a thousand functions in seconds
     graph.node('logits', f'logits {show(logits.shape[1:])}', fillcolor=ORANGE)
     nodes, waiting = {}, [(logits.grad_fn, 'logits')]
@@ -155,34 +174,28 @@ def autograd_graph(model, image_size, title):
 # ---- command line -------------------------------------------------------------------------
 
 def new_graph(title):
+    try:
+        import graphviz
+    except ImportError:
+        raise UserError('graphviz is not installed: pip install graphviz, and install the program '
+                        'dot, which apt, dnf or brew install graphviz brings') from None
     return graphviz.Digraph(
+        'densenet',  # an SVG's title, which browsers show as a tooltip
         graph_attr=dict(label=title, labelloc='b', bgcolor='white', nodesep='0.3', ranksep='0.4',
                         newrank='true', **FONT),
         node_attr=dict(shape='box', style='filled', margin='0.12,0.06', height='0.3', **FONT),
         edge_attr=dict(arrowsize='0.6', **{**FONT, 'fontsize': '11'}))
 
 
-def make_parser():
-    parser = flags.make_parser()
-    parser.prog, parser.description, parser.epilog = 'make_graph.py', __doc__, None
-    parser.set_defaults(dataset=None)
-    group = parser.add_argument_group('picture')
-    group.add_argument('--view', choices=('blocks', 'autograd'), default='blocks',
-                       help='(default: %(default)s)')
-    group.add_argument('--output', type=Path, metavar='FILE', default=Path('work/graph.png'),
-                       help=f'one of {", ".join(FORMATS)} (default: %(default)s)')
-    return parser
-
-
 def build_model(argv):
-    """The flags, the network on torch's meta device, and the pixels of its images."""
+    """The flags, the network on torch's meta device, and the size of its images in pixels."""
     given = flags.parse(argv, make_parser())
     args, saved = checkpoint.with_saved_flags(given, make_parser())
     if args.output.suffix not in FORMATS:
         raise UserError(f'--output {args.output}: its name must end in {", ".join(FORMATS)}')
     if saved:
         num_classes, image_size = len(saved['dataset']['classes']), saved['dataset']['image_size']
-    elif args.dataset == 'imagenet' or args.arch and not args.dataset:  # nothing has to be there
+    elif args.dataset == 'imagenet' or args.arch and not args.dataset:  # reads no images
         num_classes, image_size = 1000, args.image_size or 224
     else:
         dataset = datasets.describe(args.dataset or 'cifar10', args.data, args.image_size)
@@ -192,20 +205,30 @@ def build_model(argv):
         return args, networks.build(args, num_classes, image_size), image_size
 
 
+def render(graph, suffix):
+    """The file's content, as bytes."""
+    import graphviz
+
+    if suffix == '.dot':
+        return graph.source.encode()
+    try:
+        return graph.pipe(suffix[1:], quiet=True)
+    except graphviz.ExecutableNotFound:
+        raise UserError("Graphviz's program dot is not installed: apt, dnf or brew install "
+                        'graphviz brings it; --output FILE.dot does without') from None
+
+
 def main(argv=None):
     try:
         args, model, image_size = build_model(argv)
         count = sum(parameter.numel() for parameter in model.parameters())
         title = f'{networks.name(args)}, {count:,} parameters'
         draw = autograd_graph if args.view == 'autograd' else block_graph
-        graph = draw(model, image_size, title)
+        content = render(draw(model, image_size, title), args.output.suffix)
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        if args.output.suffix == '.dot':
-            args.output.write_text(graph.source)
-        else:
-            args.output.write_bytes(graph.pipe(args.output.suffix[1:], quiet=True))
+        args.output.write_bytes(content)
         print(args.output)
-    except (UserError, OSError, graphviz.ExecutableNotFound) as error:
+    except (UserError, OSError) as error:
         console.warn(error, 'error', 'make_graph.py')
         sys.exit(2)
 

@@ -1,32 +1,41 @@
-"""Draw the training curves of a run, or of several runs over each other, from their CSV files.
+"""Draw the figures of a run, or compare several runs, from their CSV files.
 
     python plot.py                                        # work/cifar10.base
-    python plot.py work/demo --format png pdf             # for the screen and for the paper
+    python plot.py work/demo --format png pdf             # for the screen and for a paper
     python plot.py work/cifar10.base work/cifar10.cosine  # compare: work/compare-error.png, ...
     python plot.py work/demo --output figures --format svg
+    python plot.py bench.csv                              # bench.png, from bench.py's table
 
-A run is a directory with train.csv and test.csv, as train.py writes them. The figures are loss,
-error and loss-error (both side by side). They can be drawn at any time, also during the run.
+A run is a directory with the CSV files that train.py writes. Its figures are loss, error and
+loss-error (both side by side), from train.csv and test.csv, and confusion, from the confusion.csv
+of --evaluate. They can be drawn again at any time, also during the run. The values are on
+logarithmic axes.
 """
 
 import argparse
 import contextlib
+import csv
 import os
 import sys
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-FIGURES = {'loss': ['loss'], 'error': ['error'], 'loss-error': ['loss', 'error']}
-AXIS_LABELS = {'loss': 'cross-entropy loss', 'error': 'error (%)'}
-COLUMNS = ['epoch', 'loss', 'error']  # that every table has
+CURVES = {'loss': ['loss'], 'error': ['error'], 'loss-error': ['loss', 'error']}
+AXIS_LABELS = {'loss': 'cross-entropy loss (log scale)', 'error': 'error (%, log scale)'}
+COLUMNS = ['epoch', 'loss', 'error']  # in every train.csv and test.csv
+BENCH_COLUMNS = ['row', 'precision', 'batch_size', 'ms', 'ms_quartile1', 'ms_quartile3',
+                 'memory_mib', 'peak_mib', 'failure', 'workload']
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; its yellow is too pale here.
+# Okabe and Ito's palette for colour-blind readers, without its yellow, which is too pale here.
 COLORS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000']
+MARKERS = 'os^DvPX'
 GREY = '#777777'
 STYLE = {
     'font.size': 10, 'legend.fontsize': 9, 'legend.title_fontsize': 9, 'legend.frameon': False,
@@ -34,17 +43,16 @@ STYLE = {
     'axes.formatter.useoffset': False, 'axes.formatter.limits': [-9, 12],
     'axes.grid': True, 'axes.grid.axis': 'y', 'axes.axisbelow': True, 'grid.color': '#e6e6e6',
     'grid.linewidth': 0.6, 'lines.linewidth': 1.4, 'lines.markersize': 4, 'text.usetex': False,
-    'savefig.dpi': 200, 'pdf.fonttype': 42,  # TrueType: publishers turn down Type 3 fonts
+    'text.parse_math': False,  # names may contain dollars
+    'savefig.dpi': 200, 'pdf.fonttype': 42,  # TrueType: publishers reject Type 3 fonts
 }
-
-
-class UsageError(Exception):
-    """Files or flags that can't be used, said in one line."""
+MAX_NUMBERS = 20  # classes of a confusion matrix whose cells get numbers
+MAX_NAMES = 200   # classes whose names are written on the axes
 
 
 class Run(NamedTuple):
     name: str
-    train: dict[str, np.ndarray]  # column name -> a value a row
+    train: dict[str, np.ndarray]  # column name -> one value per row
     test: dict[str, np.ndarray]
 
 
@@ -54,20 +62,24 @@ def warn(message):
     print(f'plot.py: warning: {message}', file=sys.stderr)
 
 
-def read_table(path):
-    """{column: values} of a CSV file of numbers; none if it is not there. Broken rows are left out.
+def bad_file(path, problem):
+    return argparse.ArgumentError(None, f'{path} is not {problem}')
 
-    Raises UsageError for a file without the columns of a run.
+
+def read_table(path):
+    """{column: values} of a CSV file of numbers; empty columns if the file does not exist.
+
+    Incomplete rows are left out. Raises argparse.ArgumentError if columns are missing.
     """
     text = path.read_text(encoding='utf-8-sig', errors='replace') if path.exists() else ''
     header, *lines = [line.split(',') for line in text.splitlines()] or [COLUMNS]
     header, rows = [name.strip() for name in header], []
     if not {*COLUMNS} <= {*header}:
-        raise UsageError(f'{path} is not a CSV file of a run: its first line must be a header such '
-                         f'as {",".join(COLUMNS)}')
+        raise bad_file(path, f'a CSV file of a run: its first line must be a header such as '
+                             f'{",".join(COLUMNS)}')
     for line in lines:
-        with contextlib.suppress(ValueError):  # the last one of a process that was killed
-            # A run that an older version began has fewer columns in its header.
+        with contextlib.suppress(ValueError):  # the last row if the process was killed
+            # A run started by an older version has fewer columns in its header.
             rows.append([float(field) for _, field in zip(header, line[:len(header)], strict=True)])
     if len(rows) < len(lines):
         warn(f'{path}: left out {len(lines) - len(rows)} incomplete rows of {len(lines)}')
@@ -75,8 +87,8 @@ def read_table(path):
 
 
 def points(table, column):
-    """(epochs, values) of the rows that can be drawn."""
-    finite = np.isfinite(table[column])
+    """(epochs, values) of the rows in which both are finite."""
+    finite = np.isfinite(table[column]) & np.isfinite(table['epoch'])
     return table['epoch'][finite], table[column][finite]
 
 
@@ -85,7 +97,7 @@ def common_parent(directories):
 
 
 def read_runs(directories):
-    """The runs that have something to draw; UsageError if none has."""
+    """The runs with at least one point to draw."""
     parent, runs = common_parent(directories), []
     for directory in directories:
         run = Run(os.path.relpath(directory, parent), read_table(directory / 'train.csv'),
@@ -94,41 +106,141 @@ def read_runs(directories):
             runs.append(run)
         elif len(directories) > 1:
             warn(f'{directory}: left out, nothing to draw yet')
-    if not runs:
-        raise UsageError(f'nothing to draw in {", ".join(map(str, directories))}: give directories '
-                         f'of runs, with a row in train.csv or test.csv')
     return runs
 
 
-# ---- what the curves say ------------------------------------------------------------------
+def read_rows(path, columns):
+    """The rows of a CSV file as dicts of strings; argparse.ArgumentError if columns are missing."""
+    with open(path, newline='', encoding='utf-8-sig', errors='surrogateescape') as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not {*columns} <= rows[0].keys():
+        raise bad_file(path, f'a table with rows and the columns {",".join(columns)}')
+    return rows
 
-def running_mean(epochs, values):
-    """Mean over the epoch that ends at each row: of the rows so far in (epoch - 1, epoch].
 
-    Rows may lie unevenly, as the last of an epoch does: each is weighted by the distance from the
-    row before it. Before epoch 1 the mean is of what there is.
+def read_confusion(path):
+    """(int64 [C, C], names of the C classes) from confusion.csv.
+
+    Rows are true classes, columns predicted ones; the names are in the header and in front of each
+    row. Raises argparse.ArgumentError for any other file.
+    """
+    with open(path, newline='', encoding='utf-8-sig', errors='surrogateescape') as file:
+        (_, *names), *rows = list(csv.reader(file)) or [['']]
+    try:
+        counts = np.array([[int(field) for field in row] for _, *row in rows])
+    except ValueError:  # not whole numbers, or rows of different lengths
+        counts = np.empty(0)
+    if not names or counts.shape != (len(names), len(names)) or counts.sum() == 0:
+        raise bad_file(path, 'a confusion matrix: a header with the class names, then a name and '
+                             'as many numbers of images for each class')
+    return counts, names
+
+
+def shorten(name, length=40):
+    """The name, or both its ends if it is longer; undecodable bytes become question marks."""
+    name = name.encode(errors='surrogateescape').decode(errors='replace')
+    return name if len(name) <= length else f'{name[:length // 2 - 1]}…{name[-(length // 2):]}'
+
+
+# ---- training curves: values --------------------------------------------------------------
+
+def running_mean(epochs, values, window=1.0):
+    """For each row, the mean of the rows in (epoch - window, epoch].
+
+    Rows are weighted by the steps that they cover, which is the distance from the row before: the
+    last row of an epoch often covers fewer. Before epoch 1 the mean is over the rows so far.
     """
     spans = np.diff(epochs)
     weights = np.append(spans[:1], spans) if len(spans) else np.ones(len(epochs))
-    # 1e-6: in binary 1.1 - 1 lies a little above 0.1, and elsewhere a little below.
-    first = np.searchsorted(epochs, epochs - 1 + 1e-6, side='right')
-    windows = [slice(start, stop) for stop, start in enumerate(first, start=1)]
-    # Not by differences of cumulative sums, which are noise after one loss of 1e30.
-    return np.array([weights[w] @ values[w] / weights[w].sum() for w in windows])
+    # 1e-6: in binary, 1.1 - 1 is slightly more than 0.1, and other differences slightly less.
+    first = np.searchsorted(epochs, epochs - window + 1e-6, side='right')
+    return window_sums(weights * values, first) / window_sums(weights, first)
+
+
+def window_sums(values, first):
+    """values[first[i]:i + 1].sum() for each i, in n log n additions.
+
+    A window is made up of blocks of 1, 2, 4, ... values. (Differences of cumulative sums would be
+    noise after one loss of 1e30.)
+    """
+    totals, stop = np.zeros(len(values)), np.arange(1, len(values) + 1)
+    lengths, size = stop - first, 1
+    while len(values):  # values[i] is the sum of the block of this size that starts at i
+        has_block = lengths & size > 0
+        stop[has_block] -= size
+        totals[has_block] += values[stop[has_block]]
+        values = values[:-size] + values[size:]
+        size *= 2
+    return totals
+
+
+def logged(epochs, values):
+    """The values as logged, except that rows covering much fewer steps than usual are averaged
+    with the row before: a last row of a few images would draw a stroke to 0.
+    """
+    interval = np.median(np.diff(epochs)) if len(epochs) > 1 else 1.0
+    return running_mean(epochs, values, interval / 2)
 
 
 def format_value(column, value):
     return f'{value:.2f}%' if column == 'error' else f'{value:#.3g}'.rstrip('.')
 
 
-# ---- drawing ------------------------------------------------------------------------------
+# ---- training curves: drawing -------------------------------------------------------------
 
-def draw_train_mean(axes, run, column, label, **style):
+def curve_figure(runs, columns):
+    """A matplotlib Figure with a panel for each of `columns`, which are keys of AXIS_LABELS."""
+    height = 4.2 + 0.18 * max(0, len(runs) - 3)  # room for a long legend
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6 if len(columns) == 1 else 11, height), layout='constrained')
+        figure.get_layout_engine().set(wspace=0.06)
+        for axes, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns):
+            draw_panel(axes, runs, column)
+        if len(runs) == 1:
+            figure.suptitle(shorten(runs[0].name), fontsize=9, color=GREY)
+    return figure
+
+
+def draw_panel(axes, runs, column):
+    axes.set(xlabel='epoch', ylabel=AXIS_LABELS[column])
+    title = None
+    if len(runs) == 1:
+        draw_run(axes, runs[0], column)
+    else:
+        title = 'test: thick, with markers; train (mean over an epoch): thin'
+        for i, run in enumerate(runs):
+            draw_compared_run(axes, run, column, i)
+    if axes.lines:
+        set_epoch_axis(axes)
+        set_value_axis(axes, column)
+        # Above the axes, where it can't cover a curve.
+        axes.legend(loc='lower left', bbox_to_anchor=(0, 1), alignment='left', title=title)
+
+
+def draw_run(axes, run, column):
     epochs, values = points(run.train, column)
     if len(epochs):
         mean = running_mean(epochs, values)
-        axes.plot(epochs, mean, marker='o' if len(epochs) == 1 else '',
-                  label=label and f'{label}, final {format_value(column, mean[-1])}', **style)
+        axes.plot(epochs, mean, color=COLORS[0], marker='o' if len(epochs) == 1 else '',
+                  label=f'train, mean over an epoch, final {format_value(column, mean[-1])}')
+        axes.plot(epochs, logged(epochs, values), color=COLORS[0], alpha=0.35, linewidth=0.7,
+                  zorder=1, label='train, as logged')
+    draw_test(axes, run, column, 'test', color=COLORS[1],
+              marker='o' if len(points(run.test, column)[0]) <= 20 else '')
+
+
+def draw_compared_run(axes, run, column, i):
+    """Run number i: a colour and a marker for each."""
+    name, color = shorten(run.name, 22), COLORS[i % len(COLORS)]
+    num_tests = len(points(run.test, column)[0])
+    epochs, values = points(run.train, column)
+    if len(epochs):
+        mean = running_mean(epochs, values)
+        label = '' if num_tests else f'{name}, train, final {format_value(column, mean[-1])}'
+        axes.plot(epochs, mean, color=color, linewidth=0.6, alpha=0.7, label=label,
+                  marker='o' if len(epochs) == 1 else '')
+    draw_test(axes, run, column, name, color=color, linestyle=['-', '--', '-.'][i // 7 % 3],
+              marker=MARKERS[i % len(MARKERS)], markevery=max(1, num_tests // 10))
 
 
 def draw_test(axes, run, column, label, **style):
@@ -136,73 +248,167 @@ def draw_test(axes, run, column, label, **style):
     if len(epochs):
         final = format_value(column, run.test[column][-1])  # which may be nan
         best = f'{format_value(column, values.min())} (epoch {epochs[values.argmin()]:g})'
-        axes.plot(epochs, values, marker='o' if len(epochs) <= 20 else '',
-                  label=f'{label}, final {final}, best {best}', **style)
+        axes.plot(epochs, values, label=f'{label}, final {final}, best {best}', **style)
 
 
-def set_value_axis(axes, values):
-    """Logarithmic if the curves span more than a decade and nothing is negative, else linear."""
-    positive = values[values > 0]
-    if (values < 0).any() or not len(positive) or positive.max() <= 10 * positive.min():
-        return
-    # Three decades about the median, so that one spike, or one error in a whole epoch, doesn't
-    # squeeze the rest. 'clip' lets a curve that reaches zero leave through the bottom.
-    median = np.median(positive)
-    axes.set_yscale('log', nonpositive='clip')
-    axes.set_ylim(max(positive.min(), median / 1e3) / 1.5, min(positive.max(), median * 1e3) * 1.2)
-    axes.yaxis.set_major_locator(LogLocator(subs=[1, 2, 5], numticks=50))
+def set_epoch_axis(axes):
+    """From the start of the first epoch to the end of the last, with ticks at whole epochs."""
+    epochs = np.concatenate([line.get_xdata() for line in axes.lines])
+    start = max(0, np.ceil(epochs.min()) - 1)
+    stop = max(start + 1, np.ceil(epochs.max()))
+    margin = 0.015 * (stop - start)  # for the markers of the last epoch
+    axes.set_xlim(start - margin, stop + margin)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+
+
+def value_limits(curves, others):
+    """(low, high) with the first and last value and the quartiles of each curve.
+
+    All values of the curves, and of other lines behind them, are inside if they are within twice
+    this range, so a spike does not squeeze the rest. Zeros have no place on a logarithmic axis.
+    """
+    values = np.concatenate([*curves, *others])
+    anchors = np.concatenate([[curve[0], curve[-1],
+                               *np.quantile(curve, [0.25, 0.75], method='nearest')]
+                              for curve in curves])
+    values, anchors = values[values > 0], anchors[anchors > 0]
+    if not len(values):
+        return 0.1, 1.0
+    anchors = anchors if len(anchors) else values
+    low, high = max(values.min(), anchors.min() / 2), min(values.max(), 2 * anchors.max())
+    margin = max(1.05, (high / low) ** 0.04)
+    return low / margin, high * margin
+
+
+def set_value_axis(axes, column):
+    """A logarithmic axis; the legend says which lines have values outside of it."""
+    lines = [line for line in axes.lines if line.get_zorder() > 1]
+    behind = [line for line in axes.lines if line not in lines]  # as logged
+    low, high = value_limits(*([line.get_ydata() for line in part] for part in (lines, behind)))
+    off_scale = []
+    for line in axes.lines:
+        least, most = line.get_ydata().min(), line.get_ydata().max()
+        in_legend = not line.get_label().startswith('_')
+        prefix = '' if in_legend else 'train '  # of a compared run, whose test line comes next
+        off_scale += [f'{prefix}min {format_value(column, least)}'] if least < low else []
+        off_scale += [f'{prefix}max {format_value(column, most)}'] if most > high else []
+        if off_scale and in_legend:
+            line.set_label(f'{line.get_label()}\noff scale: {", ".join(off_scale)}')
+            off_scale = []
+    axes.set_ylim(low, high)
+    axes.set_yscale('log', nonpositive='clip')  # a curve that reaches 0 leaves through the bottom
+    subs = [1, 2, 5] if high / low > 10 else [1, 2, 3, 4, 5, 7]
+    axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=50))
     axes.yaxis.set_major_formatter('{x:g}')  # 0.1, not 10^-1
     axes.yaxis.set_minor_locator(LogLocator(subs=range(2, 10), numticks=50))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def make_figure(runs, columns):
-    """A matplotlib Figure with a panel for each of columns, which are keys of AXIS_LABELS."""
-    height = 4 + 0.18 * max(0, len(runs) - 3)  # room for a long legend
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6 if len(columns) == 1 else 11, height), layout='constrained')
-        figure.get_layout_engine().set(wspace=0.06)
-        for axes, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns):
-            draw_panel(axes, runs, column)
-        if len(runs) == 1:
-            figure.suptitle(runs[0].name, fontsize=9, color=GREY)
+# ---- other figures: a function of a CSV file each -------------------------------------------
+
+def confusion_figure(path, name):
+    """The confusion matrix: colours are shares of a row, numbers are images.
+
+    `path` is confusion.csv, `name` the run's.
+    """
+    counts, classes = read_confusion(path)
+    num_classes = len(classes)
+    with np.errstate(invalid='ignore'):
+        shares = 100 * counts / counts.sum(1, keepdims=True)  # nan, drawn grey: no images
+    names = [shorten(name) for name in classes] if num_classes <= MAX_NAMES else []
+    # Inches. Letters are as high as a cell allows, from 6 points (100 classes) to 9 (20).
+    side = max(2.5, min(0.5 * num_classes, 8), 0.11 * num_classes) if names else 11
+    cell = side / num_classes
+    font_size = min(9, 72 * cell / 1.3)
+    margin = 0.6 + 0.6 * font_size / 72 * max(map(len, names), default=0)
+    is_vertical = margin - 0.6 > 0.9 * cell
+    colors = LinearSegmentedColormap.from_list('', ['white', COLORS[0]])
+    with matplotlib.rc_context({**STYLE, 'axes.grid': False}):
+        figure = Figure((side + margin + 1, side + (margin if is_vertical else 0.8) + 0.4),
+                        layout='constrained')
+        error = 100 * (1 - counts.trace() / counts.sum())
+        figure.suptitle(f'{shorten(name)}\n{counts.sum():,} images, error {error:.2f}%',
+                        fontsize=9, color=GREY)
+        axes = figure.add_subplot(xlabel='predicted class', ylabel='true class')
+        # On a square-root scale the errors of a good model, a few percent of a row, can be seen.
+        image = axes.imshow(shares, norm=PowerNorm(0.5, 0, 100), interpolation='nearest',
+                            cmap=colors.with_extremes(bad=STYLE['grid.color']))
+        axes.set_xticks(range(len(names)), names, rotation=90 if is_vertical else 0,
+                        fontsize=font_size)
+        axes.set_yticks(range(len(names)), names, fontsize=font_size)
+        borders = np.arange(len(names) - 1) + 0.5
+        axes.set_xticks(borders, minor=True)
+        axes.set_yticks(borders, minor=True)
+        axes.grid(which='minor')
+        axes.tick_params(which='both', length=0)
+        if num_classes <= MAX_NUMBERS:
+            size = min(9, 72 * 0.9 * cell / (0.64 * len(str(counts.max()))))
+            for (i, j), count in np.ndenumerate(counts):
+                color = 'white' if shares[i, j] > 50 else 'black' if count else GREY
+                axes.text(j, i, count, ha='center', va='center', color=color, fontsize=size)
+        # An inset is as high as the axes, which keep their shape.
+        figure.colorbar(image, cax=axes.inset_axes([1 + 0.1 / side, 0, 0.15 / side, 1]),
+                        ticks=[0, 1, 5, 10, 20, 40, 60, 80, 100],
+                        label='share of the row (%, square-root scale)')
     return figure
 
 
-def draw_panel(axes, runs, column):
-    axes.set(xlabel='epoch', ylabel=AXIS_LABELS[column])
-    if len(runs) == 1:
-        draw_train_mean(axes, runs[0], column, 'train (mean over an epoch)', color=COLORS[0])
-        draw_test(axes, runs[0], column, 'test', color=COLORS[1])
-    else:  # a color for each run: test thick, training thin
-        for i, run in enumerate(runs):
-            color = COLORS[i % len(COLORS)]
-            # A line of the legend has room for 22 letters.
-            name = run.name if len(run.name) <= 22 else f'{run.name[:10]}…{run.name[-11:]}'
-            is_tested = len(points(run.test, column)[0]) > 0
-            draw_train_mean(axes, run, column, '' if is_tested else f'{name}, train', color=color,
-                            linewidth=0.6, alpha=0.7)
-            draw_test(axes, run, column, name, color=color,
-                      linestyle=['-', '--', '-.'][i // len(COLORS) % 3])
-    if axes.lines:
-        # From the start of the first epoch to the end of the last, ticks at whole epochs.
-        epochs = np.concatenate([line.get_xdata() for line in axes.lines])
-        start = max(0, np.ceil(epochs.min()) - 1)
-        stop = max(start + 1, np.ceil(epochs.max()))
-        margin = 0.015 * (stop - start)  # for the markers of the last epoch
-        axes.set_xlim(start - margin, stop + margin)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-        set_value_axis(axes, np.concatenate([line.get_ydata() for line in axes.lines]))
-        if len(runs) == 1:  # behind them, and not to set the axes by
-            axes.plot(*points(runs[0].train, column), color=COLORS[0], alpha=0.3, linewidth=0.7,
-                      zorder=1)
-        # Above the axes, where it can't cover a curve, however the run goes.
-        title = 'test thick, train (mean over an epoch) thin' if len(runs) > 1 else None
-        axes.legend(loc='lower left', bbox_to_anchor=(0, 1), alignment='left', title=title)
+def speed_figure(rows):
+    """Horizontal bars of time and memory for the rows of bench.py's table, dicts of its columns."""
+    ms, low, high, memory, peak = (np.array([float(row[key]) for row in rows]) for key in (
+        'ms', 'ms_quartile1', 'ms_quartile3', 'memory_mib', 'peak_mib'))
+    varying = [(key, text) for key, text in (('precision', '{}'), ('batch_size', 'batch {}'))
+               if len({row[key] for row in rows}) > 1]
+    names = [', '.join([row['row'], *(text.format(row[key]) for key, text in varying)])
+             for row in rows]
+    colors = [COLORS[row['row'].startswith('ours')] for row in rows]
+    panels = [('time per step (ms): median and quartiles', ms, [ms - low, high - ms])]
+    if np.isfinite(memory).any():
+        # On a GPU only the peak is measured, in the column memory_mib.
+        kind = 'memory held for backward' if np.isfinite(peak).any() else 'peak memory'
+        panels.append((f'{kind} (MiB)', memory, None))
+    width = 10 if len(panels) == 2 else 7
+    network, _, machine = rows[0]['workload'].partition('; ')
+    precisions = ' and '.join(dict.fromkeys(row['precision'] for row in rows))
+    title = f'{network}, {precisions}\n{textwrap.fill(machine, 14 * width)}'
+    with matplotlib.rc_context({**STYLE, 'axes.grid.axis': 'x'}):
+        figure = Figure((width, 1.5 + 0.28 * len(rows)), layout='constrained')
+        figure.suptitle(title, fontsize=8, color=GREY)
+        all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axes, (label, values, spread) in zip(all_axes, panels):
+            bars = axes.barh(range(len(rows)), np.nan_to_num(values), color=colors, ecolor='black',
+                             xerr=spread and np.nan_to_num(spread), error_kw={'linewidth': 1})
+            texts = [format_number(value) if np.isfinite(value) else
+                     shorten(row['failure'] or '-') for value, row in zip(values, rows)]
+            axes.bar_label(bars, texts, padding=3, fontsize=8)
+            axes.set_xlabel(label)
+            axes.margins(x=0.12, y=0.02)
+        all_axes[0].set_yticks(range(len(rows)), names)
+        all_axes[0].invert_yaxis()  # the first row at the top
+    return figure
 
+
+def format_number(value):
+    return f'{value:,.0f}' if value >= 100 else f'{value:.3g}'
+
+
+# The figures of one run with a CSV file of their own: (file, function of its path and the run's
+# name).
+REPORTS = {'confusion': ('confusion.csv', confusion_figure)}
+
+
+def report_figures(directory):
+    """Yields (name, Figure) for each of REPORTS whose file is in the run directory."""
+    name = os.path.basename(os.path.abspath(directory))
+    for figure, (file, draw) in REPORTS.items():
+        if (directory / file).exists():
+            yield figure, draw(directory / file, name)
+
+
+# ---- command line -------------------------------------------------------------------------
 
 def save_figure(figure, path):
-    """Writes the figure whole or not at all, for somebody may be looking at the last one."""
+    """Write the figure atomically: a viewer may have the old one open."""
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')  # train.py removes old ones
     try:
         with matplotlib.rc_context(STYLE):
@@ -212,7 +418,18 @@ def save_figure(figure, path):
         temporary.unlink(missing_ok=True)
 
 
-# ---- command line -------------------------------------------------------------------------
+def all_figures(paths):
+    """Yields (file name without suffix, Figure) for runs, or for a CSV file of bench.py."""
+    if len(paths) == 1 and paths[0].suffix == '.csv':
+        yield paths[0].stem, speed_figure(read_rows(paths[0], BENCH_COLUMNS))
+        return
+    runs, prefix = read_runs(paths), 'compare-' if len(paths) > 1 else ''
+    for name, columns in CURVES.items():
+        if runs:
+            yield prefix + name, curve_figure(runs, columns)
+    if len(paths) == 1:
+        yield from report_figures(paths[0])
+
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog='plot.py', description=__doc__,
@@ -220,25 +437,31 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('runs', metavar='RUN', nargs='*', type=Path,
                         default=[Path('work/cifar10.base')],
-                        help='run directory; several are compared (default: work/cifar10.base)')
+                        help='run directory; several are compared; or a CSV file of bench.py '
+                             '(default: work/cifar10.base)')
     parser.add_argument('--format', nargs='+', choices=['png', 'pdf', 'svg'], default=['png'],
                         help='one or more of png, pdf, svg (default: png)')
     parser.add_argument('--output', metavar='DIR', type=Path,
-                        help='where to write (default: the run, or what several are all in)')
+                        help='where to write (default: the run, or the parent of several)')
     args = parser.parse_args(argv)
-    is_comparison = len(args.runs) > 1
-    output = args.output or (Path(common_parent(args.runs)) if is_comparison else args.runs[0])
+    output = args.output
+    if output is None:
+        is_run = len(args.runs) == 1 and args.runs[0].suffix != '.csv'
+        output = args.runs[0] if is_run else Path(common_parent(args.runs))
+    is_empty = True
     try:
-        runs = read_runs(args.runs)
-        output.mkdir(parents=True, exist_ok=True)
-        for name, columns in FIGURES.items():
-            figure = make_figure(runs, columns)
+        for name, figure in all_figures(args.runs):
+            is_empty = False
+            output.mkdir(parents=True, exist_ok=True)
             for suffix in args.format:
-                path = output / f'{"compare-" * is_comparison}{name}.{suffix}'
+                path = output / f'{name}.{suffix}'
                 save_figure(figure, path)
-                print(path)
-    except (UsageError, OSError) as error:
+                print(str(path).encode(errors='backslashreplace').decode())
+    except (argparse.ArgumentError, OSError) as error:
         parser.error(error)
+    if is_empty:
+        parser.error(f'nothing to draw in {", ".join(map(str, args.runs))}: give run directories '
+                     f'with a row in train.csv or test.csv')
 
 
 if __name__ == '__main__':

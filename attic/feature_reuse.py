@@ -1,13 +1,12 @@
-"""Draw which feature maps the layers of a trained DenseNet read: figure 5 of the paper.
+"""Draw how much each layer of a trained DenseNet uses the layers before it: the paper's figure 5.
 
     python attic/feature_reuse.py work/densenet-bc-100-12/best.pth
     python attic/feature_reuse.py work/x/best.pth --output images/feature-reuse.png
 
-For each dense block, the mean absolute weight with which layer l (a column) reads the maps that
-layer s (a row; 0 is the block's input) has made: "Feature Reuse" in section 5 of the paper. The
-last column is the transition after the block or, of the last block, the classifier. Each column is
-divided by its largest value. The paper's four observations are printed, with the numbers that speak
-for or against them.
+For each dense block, the mean absolute weight of layer l (a column) for the feature maps of layer s
+(a row; 0 is the block's input): "Feature Reuse" in section 5 of the paper. The last column is the
+transition after the block or, after the last block, the classifier. Each column is divided by its
+largest value. Also prints the paper's four observations and numbers for or against them.
 """
 
 import argparse
@@ -15,20 +14,22 @@ import sys
 from pathlib import Path
 
 import torch
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import plot
 import predict
 from densenet import DenseBlock, Transition
 from training.console import UserError
 
 
 def block_reuse(model):
-    """For each dense block, a float32 tensor [1 + layers, layers + 1]: sources by readers.
+    """Yields a float32 tensor [1 + layers, layers + 1] for each dense block: sources by readers.
 
     The first source is the block's input, the last reader the transition or classifier after it.
-    NaN where a reader comes before the source.
+    NaN if the reader comes before the source.
     """
     blocks = [module for module in model.features if isinstance(module, DenseBlock)]
     follows = [module.conv for module in model.features if isinstance(module, Transition)]
@@ -44,34 +45,35 @@ def block_reuse(model):
 
 
 def draw(reuses, path):
-    figure = Figure(figsize=(4 * len(reuses) + 1, 4.8), layout='constrained')
-    axes = figure.subplots(1, len(reuses), squeeze=False)[0]
-    for i, (axis, reuse) in enumerate(zip(axes, reuses), start=1):
-        scaled = reuse / reuse.nan_to_num().amax(0)
-        image = axis.imshow(scaled.numpy(), cmap='jet', vmin=0, vmax=1)
-        n = reuse.shape[1]
-        axis.axvline(n - 1.5, color='black', linewidth=1)
-        last = 'classifier' if i == len(reuses) else f'transition {i}'
-        axis.set(title=f'dense block {i}', xlabel=f'reading layer (last column: {last})')
-        ticks = sorted({0, n // 2 - 1, n - 2})
-        axis.set_xticks([*ticks, n - 1], [*(t + 1 for t in ticks), last[0].upper()])
-    axes[0].set_ylabel('source layer (0: input of the block)')
-    figure.colorbar(image, ax=axes, label='mean absolute weight, of the column\'s largest')
-    figure.savefig(path, dpi=120)
+    with rc_context({**plot.STYLE, 'axes.grid': False}):
+        figure = Figure(figsize=(4 * len(reuses) + 1, 4.8), layout='constrained')
+        axes = figure.subplots(1, len(reuses), squeeze=False)[0]
+        for i, (axis, reuse) in enumerate(zip(axes, reuses), start=1):
+            scaled = reuse / reuse.nan_to_num().amax(0)
+            image = axis.imshow(scaled.numpy(), cmap='viridis', vmin=0, vmax=1)
+            n = reuse.shape[1]
+            axis.axvline(n - 1.5, color='white', linewidth=2)
+            last = 'classifier' if i == len(reuses) else f'transition {i}'
+            axis.set(title=f'dense block {i}', xlabel=f'layer (last column: {last})')
+            ticks = sorted({0, n // 2 - 1, n - 2})
+            axis.set_xticks([*ticks, n - 1], [*(t + 1 for t in ticks), last[0].upper()])
+        axes[0].set_ylabel('source layer (0: input of the block)')
+        figure.colorbar(image, ax=axes, label='mean absolute weight / largest of the column')
+    plot.save_figure(figure, path)
 
 
 def observations(reuse):
-    """The paper's four, each with what was measured in a block."""
+    """{one of the paper's four observations: the number for it in this block}."""
     third = len(reuse) // 3
-    layers, last = reuse[1:-1, :-1], reuse[:, -1]  # no layer reads the last one
+    layers, last = reuse[1:-1, :-1], reuse[:, -1]  # no layer uses the last one
     return {
-        'first third of the layers over last third, as the last third reads them':
+        'first third of the layers over last third, as used by the last third':
             layers[:third, -third:].nanmean() / layers[-third:, -third:].nanmean(),
-        'source that the transition or classifier reads least, over the mean':
+        'least used source of the transition or classifier, over the mean':
             last.min() / last.mean(),
-        'input of the block, over the mean source, as its layers read it':
+        'input of the block over the mean source, as used by its layers':
             (reuse[0, :-1] / reuse[:, :-1].nanmean(0)).mean(),
-        'last third of the layers, over the mean, as transition or classifier read it':
+        'last third of the layers over the mean, as used by the transition or classifier':
             last[-third:].mean() / last.mean()}
 
 

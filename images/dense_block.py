@@ -2,7 +2,7 @@
 
     python images/dense_block.py        # draws images/dense-block.png
 
-Its background is transparent and its colours are of medium lightness, for pages light and dark.
+The background is transparent and the colours are of medium lightness, for light and dark pages.
 """
 
 import sys
@@ -14,19 +14,19 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Polygon
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import plot  # noqa: E402
+import plot
 
-WIDTHS = [8, 4, 4, 4, 4, 4]  # of the input twice the growth rate, as in DenseNet-BC, then of layers
-STEP = 2.6      # from one layer to the next
+WIDTHS = [8, 4, 4, 4, 4, 4]  # maps: the input has 2k, as in DenseNet-BC, each layer k = 4
+STEP = 2.6      # distance between layers
 HEIGHT = 1.5    # of a feature map
 TILT = 0.35     # its depth in the picture
-SHIFT = 0.1     # from one map to the one behind it
+SHIFT = 0.1     # between a map and the one behind it
 BOX = 0.62      # width of a layer
 MIDDLE = 0.95   # height of the straight arrows
 
 
 def connect(axes, start, end, color, bend=0.0):
-    """An arrow from (x, y) to (x, y), straight or, with `bend`, over what lies between."""
+    """An arrow from (x, y) to (x, y), straight or, with `bend`, curved upwards."""
     axes.add_patch(FancyArrowPatch(start, end, connectionstyle=f'arc3,rad={-bend}', color=color,
                                    linewidth=1.5, arrowstyle='-|>', mutation_scale=11, shrinkA=0,
                                    shrinkB=1))
@@ -42,7 +42,7 @@ def draw_block(axes):
                                    linewidth=0.7))
         name = f"layer {i}'s" if i else 'input:'
         axes.text(i * STEP + TILT / 2, s=f'{name}\n{width} maps', **below)
-    for i, width in enumerate(WIDTHS):  # the layer, or transition, behind each group of maps
+    for i, width in enumerate(WIDTHS):  # the layer or transition after each group of maps
         x = (i + 0.5) * STEP + 0.25
         is_layer = i + 1 < len(WIDTHS)
         axes.add_patch(FancyBboxPatch((x - BOX / 2, 0.2), BOX, HEIGHT, facecolor=plot.GREY,

@@ -2,8 +2,8 @@
 
     python images/memory_vs_depth.py        # draws images/memory-vs-depth.png
 
-Batches of 8 images, fp32 on a CPU, without the weights. "Checkpointed" is our model with
-torch.utils.checkpoint, "fused" is `fuse(model)`; the CPU kernels hold the same as "eager".
+Batches of 8 images, fp32 on a CPU, weights not counted. "Checkpointed" is our model with
+torch.utils.checkpoint, "fused" is `fuse(model)`, whose CPU kernels hold as much as its eager mode.
 """
 
 import sys
@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import bench  # noqa: E402
-import plot  # noqa: E402
+import bench
+import plot
 
 DEPTHS = (22, 40, 70, 100, 130, 160, 190, 220, 250)
 BATCH_SIZE = 8
@@ -29,14 +29,15 @@ def main():
     with rc_context(plot.STYLE):
         figure = Figure(figsize=(6, 4), layout='constrained')
         axes = figure.subplots()
-        for mode, color in zip(bench.EAGER_MODES, plot.COLORS):
+        for mode, color, marker in zip(bench.EAGER_MODES, plot.COLORS, plot.MARKERS):
             row = bench.Row('ours', mode, 'fp32')
             models = (bench.make_model(row, bench.network_flags(depth=depth)) for depth in DEPTHS)
             held = [bench.bytes_held(model.train().to(memory_format=torch.channels_last), images)
                     for model in models]
-            axes.plot(DEPTHS, np.array(held) / 2**20, color=color, marker='o',
+            axes.plot(DEPTHS, np.array(held) / 2**20, color=color, marker=marker,
                       label=mode.replace(', eager', ''))
-        axes.set(xlabel='depth', ylabel='held for backward, MiB', xlim=(0, None), ylim=(0, None))
+        axes.set(xlabel='depth', ylabel='memory held for backward (MiB)', xlim=(0, None),
+                 ylim=(0, None))
         axes.legend(loc='upper left')
         figure.suptitle(f'DenseNet-BC k=12, fp32, batches of {BATCH_SIZE} at 32 pixels; CPU, torch '
                         f'{torch.__version__}', fontsize=8, color=plot.GREY)

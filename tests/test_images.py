@@ -1,11 +1,11 @@
-"""images/: that the README's figures show what they say."""
+"""images/: the README's figures show what they say."""
 
-import json
+import itertools
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_images
+from conftest import ROOT, write_images
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Polygon
 from PIL import Image
@@ -37,26 +37,30 @@ def test_the_dense_block_has_all_connections_and_is_transparent(elsewhere):
     assert alpha[0, 0] == 0 and 0.1 < (alpha == 255).mean() < 0.9
 
 
-def test_the_errors_of_the_paper_and_of_a_run(elsewhere, tmp_path, monkeypatch):
-    run = tmp_path / 'run'
-    run.mkdir()
-    (run / 'args.json').write_text(json.dumps({'args': dict(
-        depth=22, growth_rate=12, bottleneck=True, compression=0.5, dataset='cifar10', epochs=2)}))
-    (run / 'test.csv').write_text('epoch,loss,error,error5\n1,1,20,1\n2,1,30,1\n')
+def test_the_errors_of_the_paper_and_of_our_runs(elsewhere, monkeypatch):
     figures = []
     monkeypatch.setattr(error_vs_parameters.plot, 'save_figure',
                         lambda figure, path: figures.append(figure))
-    error_vs_parameters.main([str(run)])
+    error_vs_parameters.main([str(ROOT / 'work' / name) for name in ('densenet-bc-100-12',
+                                                                     'densenet-bc-40-12')])
     cifar10, cifar100 = figures[0].axes
     lines = {line.get_label(): line.get_xydata() for line in cifar10.lines}
-    np.testing.assert_allclose(lines['ours: run, 2 epochs'], [[0.071686, 30]])
+    np.testing.assert_allclose(lines['ours: densenet-bc-100-12, JPEG copy, 40 epochs'],
+                               [[0.769162, 10.37]])
     np.testing.assert_allclose(lines['DenseNet'], [[1.019722, 5.24], [6.979642, 4.10],
                                                    [27.249082, 3.74]])
-    assert len(cifar100.lines) == 3
+    assert len(cifar10.lines) == 5 and len(cifar100.lines) == 3
+    figures[0].draw_without_rendering()
+    for axes in figures[0].axes:  # no label covers a line or another label
+        boxes = [text.get_window_extent() for text in axes.texts]
+        assert len(boxes) == 9
+        assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+        paths = [line.get_path().transformed(line.get_transform()) for line in axes.lines]
+        assert not any(path.intersects_bbox(box, filled=False) for path in paths for box in boxes)
 
 
 def test_memory_against_depth(elsewhere, monkeypatch):
-    monkeypatch.setattr(memory_vs_depth, 'DEPTHS', (10, 16, 22))
+    monkeypatch.setattr(memory_vs_depth, 'DEPTHS', (10, 22))
     figures = []
     monkeypatch.setattr(memory_vs_depth.plot, 'save_figure',
                         lambda figure, path: figures.append((figure, path)))
@@ -65,12 +69,12 @@ def test_memory_against_depth(elsewhere, monkeypatch):
     assert path == elsewhere / 'memory-vs-depth.png'
     curves = {line.get_label(): line.get_ydata().tolist() for line in figure.axes[0].lines}
     for curve in curves.values():
-        assert len(curve) == 3 and curve == sorted(curve)
+        assert len(curve) == 2 and curve == sorted(curve)
     assert (curves['fused, memory-efficient'][-1] < curves['fused'][-1]
             < curves['checkpointed'][-1] < curves['plain'][-1])
 
 
-def test_predictions_are_those_of_the_evaluation(tmp_path, capsys, monkeypatch):
+def test_predictions_agree_with_the_evaluation(tmp_path, capsys, monkeypatch):
     root = write_images(tmp_path, {f'{split}/{name}': 9 for split in ('train', 'test')
                                    for name in 'ab'}, (8, 8))
     train.main(['--dataset', 'folder', '--data', str(root), '--depth', '10', '--growth-rate', '4',
@@ -80,10 +84,11 @@ def test_predictions_are_those_of_the_evaluation(tmp_path, capsys, monkeypatch):
 
     def draw(axes, images, labels, probabilities, classes):
         seen.update(axes=axes, images=images, labels=labels, probabilities=probabilities)
-        draw_images(axes, images, labels, probabilities, classes)
+        seen['lowest'] = draw_images(axes, images, labels, probabilities, classes)
+        return seen['lowest']
 
     monkeypatch.setattr(predictions, 'draw_images', draw)
-    monkeypatch.setattr(Figure, 'suptitle', lambda figure, title: titles.append(title))
+    monkeypatch.setattr(Figure, 'suptitle', lambda figure, title, **_: titles.append(title))
     capsys.readouterr()
     train.main(['--evaluate', '--resume', str(tmp_path / 'run/best.pth'), '--data', str(root)])
     error = float(capsys.readouterr().out.partition('error ')[2].partition('%')[0])
@@ -96,17 +101,23 @@ def test_predictions_are_those_of_the_evaluation(tmp_path, capsys, monkeypatch):
     assert torch.equal(seen['labels'], labels)
     wrong = (answers != labels).double().mean().item()
     assert abs(100 * wrong - error) < 0.01
-    assert titles == [f'run: 18 test images of {root.name}, error {error:.2f}%']
+    assert titles[-1].partition('\n')[0] == (
+        f'run: 18 test images of {root.name}, error {error:.2f}%')
     assert Image.open(tmp_path / 'predictions.png').size > (1000, 500)
+    wrong_shown = [1.0]
     for label, column in enumerate(seen['axes'].T):
         for row, axis in enumerate(column):
-            for image in axis.images:  # of the class in its column; above those that are right
+            for image in axis.images:  # of the column's class; right answers in the upper rows
                 shown = image.get_array().data
                 drawn, = (pixels.numpy() == shown).all((1, 2, 3)).nonzero()[0]
                 assert labels[drawn] == label and (answers[drawn] == label) == (row < 3)
+                if row >= 3:
+                    assert axis.get_xlabel() == 'ab'[answers[drawn]]
+                    wrong_shown.append(seen['probabilities'][drawn].max().item())
+    assert seen['lowest'] == min(wrong_shown) < 1
 
 
-def test_predictions_are_drawn_of_small_images_alone(tmp_path, capsys):
+def test_predictions_are_only_drawn_for_small_images(tmp_path, capsys):
     model = densenet.DenseNet(4, (1,), 8, num_classes=2)
     dataset = dict(name='folder', classes=('a', 'b'), image_size=224, mean=(0,) * 3, std=(1,) * 3)
     checkpoint.save(tmp_path / 'x.pth', {'config': model.config, 'model': model.state_dict(),
@@ -114,4 +125,4 @@ def test_predictions_are_drawn_of_small_images_alone(tmp_path, capsys):
     with pytest.raises(SystemExit, match='2'):
         predictions.main([str(tmp_path / 'x.pth'), '--data', str(tmp_path)])
     assert capsys.readouterr().err == (
-        'predictions.py: error: this is for networks for images of up to 64 pixels\n')
+        'predictions.py: error: only for networks for images of up to 64 pixels\n')

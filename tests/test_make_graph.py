@@ -1,8 +1,11 @@
 """make_graph.py: what it draws is the network that is trained."""
 
 import itertools
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -21,7 +24,7 @@ NETWORKS = ('--depth 22 --growth-rate 4', '--depth 40 --no-bottleneck --compress
 
 
 def draw(argv, tmp_path):
-    """The input for dot."""
+    """The graph in dot's language."""
     make_graph.main([*argv, '--output', str(tmp_path / 'graph.dot')])
     return (tmp_path / 'graph.dot').read_text()
 
@@ -37,7 +40,7 @@ def run_network(model, image_size):
 
 
 @pytest.mark.parametrize('argv', NETWORKS)
-def test_each_layer_gets_what_its_norm_reads(argv, tmp_path):
+def test_edges_into_a_layer_add_up_to_its_input_channels(argv, tmp_path):
     _, model, image_size = make_graph.build_model(argv.split())
     shapes = run_network(model.to_empty(device='cpu'), image_size)
     text = draw(argv.split(), tmp_path)
@@ -60,7 +63,7 @@ def test_each_layer_gets_what_its_norm_reads(argv, tmp_path):
             layer = module[f'denselayer{target.rpartition("layer")[2]}']
             assert read[target] == layer.norm1.num_features
         assert read[f'{name}.output'] == shapes[name][0]
-        # All sources with all that comes after them, and their maps have the block's size.
+        # Each source is connected to all later boxes, and its maps have the block's size.
         inside = [shape for _, target, shape in edges
                   if target in drawn or target == f'{name}.output']
         assert len(inside) == (len(drawn) + 1) * (len(drawn) + 2) // 2
@@ -88,7 +91,7 @@ def test_the_autograd_view_has_every_parameter_and_function_of_a_real_step(argv,
         assert text.count(f'\n{name} ') == 1, name
     own = [function for function in functions if not hasattr(function, 'variable')]
     readings = sum(source in own for function in own for source, _ in function.next_functions)
-    assert text.count(' -> ') == readings + 1  # and the logits read the last
+    assert text.count(' -> ') == readings + 1  # one more to the logits
     assert len(re.findall(r'^\tfunction\d+ \[', text, re.MULTILINE)) == len(own)
     convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
     assert len(re.findall(r'label="Convolution\b', text)) == convolutions
@@ -110,13 +113,13 @@ def test_a_memory_efficient_block_is_one_function_of_autograd(tmp_path):
 
 @pytest.mark.parametrize('argv, size, classes', [([], 224, 1000),
                                                  (['--dataset', 'cifar10'], 32, 10)])
-def test_an_architecture_is_imagenets_unless_a_data_set_is_given(argv, size, classes):
+def test_arch_without_a_data_set_is_for_imagenet(argv, size, classes):
     _, model, image_size = make_graph.build_model(['--arch', 'densenet121', *argv])
     assert image_size == size and model.config['small_inputs'] == (size == 32)
     assert model.classifier.out_features == classes
 
 
-def test_of_a_checkpoint_its_own_network_is_drawn(tmp_path, capsys):
+def test_a_checkpoints_network_is_drawn(tmp_path, capsys):
     root = write_images(tmp_path / 'images', {f'{split}/{label}': 2 for split in ('train', 'val')
                                               for label in 'ab'}, (8, 8))
     train.main(['--dataset', 'folder', '--data', str(root), '--depth', '10', '--growth-rate', '4',
@@ -145,11 +148,26 @@ def test_wrong_flags(capsys, tmp_path):
     assert 'file' in refused(capsys, '--output', str(tmp_path / 'file' / 'graph.dot'))
 
 
-def test_without_the_program_dot_there_is_its_input(tmp_path, monkeypatch, capsys):
+def test_without_the_program_dot_only_a_dot_file_is_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv('PATH', str(tmp_path))
     argv = ['--depth', '10', '--output', str(tmp_path / 'new' / 'graph.png')]
-    assert 'make sure the Graphviz executables are on your' in refused(capsys, *argv)
+    assert 'install graphviz' in refused(capsys, *argv)
+    assert not (tmp_path / 'new').exists()
     assert draw(['--depth', '10'], tmp_path).startswith('digraph')
+
+
+def test_without_the_python_package_it_says_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'graphviz', None)
+    error = refused(capsys, '--depth', '10', '--output', str(tmp_path / 'graph.dot'))
+    assert 'pip install graphviz' in error and 'dot' in error
+
+
+def test_wrong_flags_answer_without_torch(tmp_path):
+    (tmp_path / 'torch.py').write_text('raise SystemExit("torch was imported")')
+    environment = {**os.environ, 'PYTHONPATH': str(tmp_path)}
+    done = subprocess.run([sys.executable, make_graph.__file__, '--view', 'tree'], text=True,
+                          env=environment, capture_output=True, timeout=60)
+    assert done.returncode == 2 and 'invalid choice' in done.stderr
 
 
 @pytest.mark.skipif(shutil.which('dot') is None, reason='needs the program dot of graphviz')

@@ -1,6 +1,7 @@
 """What is done with weights: fine-tuning, evaluating, torch.hub, exporting."""
 
 import argparse
+import json
 import math
 import pickle
 import re
@@ -24,6 +25,7 @@ from PIL import Image
 import densenet
 import predict
 import train
+from attic import to_safetensors
 from training import checkpoint, datasets, loaders
 
 NARROW = dict(growth_rate=4, block_config=(2, 2), num_init_features=8)
@@ -74,7 +76,8 @@ def test_fine_tuning_from_a_state_dict_of_torchvisions(photos, tmp_path, capsys,
     argv = ['--dataset', 'folder', '--data', photos, '--image-size', 66, *NARROW_FLAGS, '--epochs',
             2, '--pretrained', tmp_path / 'theirs.pth', '--save', tmp_path / 'run']
     error = fails(capsys, *argv)
-    assert 'size mismatch for classifier.weight' in error and '--reset-classifier' in error
+    assert 'classifier.weight is [1000, 16] in the file and [2, 16] here' in error
+    assert '--reset-classifier' in error
     assert not (tmp_path / 'run').exists()
     train.main([*map(str, argv), '--reset-classifier', *['--freeze-features'] * frozen])
     saved = checkpoint.load(tmp_path / 'run/latest.pth')
@@ -110,7 +113,7 @@ def test_weights_of_timms_in_three_kinds_of_files(tmp_path, photos, capsys):
         truth = truth or train.evaluate(model, loader, torch.autocast('cpu', enabled=False))
         assert line == f'test loss {truth.loss:.4f}, error {truth.error:.2f}%'
     (tmp_path / 'broken.safetensors').write_bytes(b'nothing')
-    assert 'broken.safetensors cannot be read' in fails(
+    assert 'broken.safetensors can\'t be read' in fails(
         capsys, '--evaluate', '--pretrained', tmp_path / 'broken.safetensors', '--dataset',
         'folder', '--data', photos, *NARROW_FLAGS)
 
@@ -208,9 +211,12 @@ def test_the_hub_has_the_networks_from_a_clone(tmp_path, monkeypatch):
     for name, parameters in (('densenet_cifar', 769_162), ('densenet264', 33_337_704)):
         model = torch.hub.load(str(ROOT), name, source='local')
         assert sum(p.numel() for p in model.parameters()) == parameters
+        assert not model.training and model.classes is None
     theirs = torchvision.models.densenet121().eval()
     cache_densenet121(tmp_path, theirs)
-    ours = torch.hub.load(str(ROOT), 'densenet121', source='local', pretrained=True).eval()
+    ours = torch.hub.load(str(ROOT), 'densenet121', source='local', pretrained=True)
+    assert len(ours.classes) == 1000 and ours.classes[1] == 'goldfish'
+    assert ours.mean == [0.485, 0.456, 0.406] and ours.std == [0.229, 0.224, 0.225]
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-4)
     # The clone need not be on the path, nor be imported already.
@@ -230,7 +236,7 @@ def test_the_readmes_code_loads_and_exports(trained, photos, tmp_path, monkeypat
     names = {}
     readme, export = ((ROOT / page).read_text() for page in ('README.md', 'attic/export.md'))
     section = readme.split('Checkpoints load with `weights_only=True`')[1]
-    loading, preparing, exporting, _ = re.findall(
+    loading, preparing, exporting, hub, _ = re.findall(
         r'```python\n(.*?)```', section.partition('```\n')[0] + '```\n' + export, re.DOTALL)
     exec(loading + preparing, names)
     model, image = names['model'], names['image']
@@ -248,9 +254,34 @@ def test_the_readmes_code_loads_and_exports(trained, photos, tmp_path, monkeypat
     torch.testing.assert_close(torch.from_numpy(logits), truth, rtol=1e-4, atol=1e-4)
 
 
+def test_safetensors_and_config_for_a_hub(trained, tmp_path, monkeypatch):
+    safetensors = pytest.importorskip('safetensors.torch', reason='needs safetensors')
+    saved = checkpoint.load(trained / 'best.pth')
+    model = densenet.DenseNet(**saved['config']).eval()
+    model.load_state_dict(saved['model'])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'work').mkdir()
+    (tmp_path / 'work/flowers').symlink_to(trained)
+    page = (ROOT / 'attic/export.md').read_text()
+    command, = re.findall(r'^    python attic/to_safetensors.py (.*)$', page, re.MULTILINE)
+    to_safetensors.main(command.split())
+    weights = safetensors.load_file('hub/flowers/model.safetensors')
+    assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items())
+    config = json.loads((tmp_path / 'hub/flowers/config.json').read_text())
+    assert config['classes'] == ['bright', 'dark'] and config['image_size'] == 66
+    assert config['mean'] == [0.485, 0.456, 0.406] and config['std'] == [0.229, 0.224, 0.225]
+    pytest.importorskip('huggingface_hub', reason='needs huggingface_hub')
+    *_, code, _ = re.findall(r'```python\n(.*?)```', page, re.DOTALL)
+    names = {'DenseNet': densenet.DenseNet}
+    exec(code, names)
+    images = torch.randn(2, 3, 66, 66)
+    assert torch.equal(names['model'](images), model(images))
+
+
 def test_the_hub_has_our_trained_network(capsys):
     model = torch.hub.load(str(ROOT), 'densenet_bc_100_12', source='local', pretrained=True)
     saved = checkpoint.load(ROOT / 'work/densenet-bc-100-12/best.pth')
     assert sum(p.numel() for p in model.parameters()) == 769_162
+    assert model.classes[-1] == 'truck' and model.mean == [0.485, 0.456, 0.406]
     for key, weight in model.state_dict().items():
         assert torch.equal(weight, saved['model'][key].to(weight.dtype)), key

@@ -1,30 +1,28 @@
-"""What a trained model gets wrong on its test images: the report of `train.py --evaluate`.
+"""Testing a model, and the report of `train.py --evaluate` about its errors.
 
-    print(*evaluation.lines(confusion, classes, scores, labels), sep='\\n')
-    evaluation.save_confusion(run / 'confusion.png', confusion, classes)
-    evaluation.save_predictions(run / 'predictions.csv', files, labels, probabilities, classes)
+    test = evaluation.evaluate(model, loader, autocast)                # a TestResult
+    evaluation.report_errors(model, dataset, device, autocast, args)   # text, CSV files, figures
 
-A confusion matrix is an int64 tensor [C, C] of numbers of images: rows are the true classes,
-columns the predicted ones. `classes` holds the C names, in the order of the labels.
+A confusion matrix is an int64 tensor [C, C] of numbers of images: rows are true classes, columns
+predicted ones. `classes` holds the C names, in the order of the labels. The CSV files are in UTF-8,
+with undecodable bytes of file names written as they are.
 """
 
 import csv
 import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from training import distributed, flags, loaders
 from training.console import say
 
-# matplotlib and scipy are slow to import, and training needs balanced_error alone: the functions
-# that use them import them.
+# Training needs neither matplotlib nor scipy, which are slow to import: the functions that use them
+# import them.
 
-MAX_CLASSES = 20       # that are all in the table, and whose cells have numbers in the figure
-NUM_WORST = 10         # classes in the table, if there are more
-MAX_TICK_LABELS = 200
+MAX_CLASSES = 20  # up to this number the table has all classes
+NUM_WORST = 10    # classes in the table if there are more
 
 
 def at_least_fp32(logits):
@@ -83,10 +81,15 @@ def evaluate(model, loader, autocast, stop=None, outputs=None):
 
 
 def report_errors(model, dataset, device, autocast, args):
-    """Print loss and errors on the test images; write confusion.png and predictions.csv."""
+    """Print loss and errors on the test images.
+
+    Writes predictions.csv and confusion.csv into the run directory, and figures of them.
+    """
+    import plot
+
     loader = loaders.make_loader(dataset, 'test', args.batch_size, device=device,
-                              workers=args.workers, ten_crop=args.ten_crop,
-                              shard=(distributed.rank(), distributed.world_size()))
+                                 workers=args.workers, ten_crop=args.ten_crop,
+                                 shard=(distributed.rank(), distributed.world_size()))
     outputs = []
     test = evaluate(model, loader, autocast, outputs=outputs)
     shards = zip(*distributed.all_gather(outputs))  # of each batch
@@ -103,31 +106,31 @@ def report_errors(model, dataset, device, autocast, args):
     say('\n'.join(lines(confusion, dataset.classes, probabilities[:, -1], labels)))
     directory = flags.run_directory(args)
     directory.mkdir(parents=True, exist_ok=True)
-    save_confusion(directory / 'confusion.png', confusion, dataset.classes)
     save_predictions(directory / 'predictions.csv', loader.files, labels, probabilities,
-                            dataset.classes)
-    say(f'confusion.png and predictions.csv are in {directory}')
+                     dataset.classes)
+    save_confusion(directory / 'confusion.csv', confusion, dataset.classes)
+    for name, figure in plot.report_figures(directory):
+        plot.save_figure(figure, directory / f'{name}.png')
+    say(f'confusion.csv, confusion.png and predictions.csv are in {directory}')
 
 
 def balanced_error(confusion):
-    """Mean over the classes of the share of errors, in percent, as a float.
-
-    Classes without images are left out; if there are no others, it is nan.
-    """
-    counts = confusion.cpu().double()  # on the CPU, for MPS has no float64
+    """Mean over the classes of their errors, in percent; classes without images do not count."""
+    counts = confusion.cpu().double()  # MPS has no float64
     images = counts.sum(1)
     return 100 * ((images - counts.diagonal()) / images).nanmean().item()
 
 
 def lines(confusion, classes, scores=None, labels=None):
-    """Recall and precision of each class, balanced error and, of two classes, the ROC AUC.
+    """The report as a list of lines: a table of the classes, balanced error, ROC AUC.
+
+    The table has the images, recall and precision of each class, or of the NUM_WORST classes with
+    the lowest recall if there are more than MAX_CLASSES. '-' is an undefined value, such as the
+    precision of a class that was never predicted.
 
     Args:
-        scores: float [N], the probability of the second of two classes; None leaves out the AUC.
+        scores: float [N], probabilities of the second of two classes, for the ROC AUC.
         labels: int64 [N], the true classes of the same images.
-
-    Returns the lines to print, a list of strings. '-' is what is undefined: the recall of a class
-    without images, the precision of one that was never predicted.
     """
     counts = confusion.cpu().double()
     images = counts.sum(1)
@@ -135,7 +138,7 @@ def lines(confusion, classes, scores=None, labels=None):
     output, listed = [], list(range(len(classes)))
     if len(classes) > MAX_CLASSES:
         output = [f'the {NUM_WORST} of {len(classes)} classes with the lowest recall:']
-        listed = recall.argsort(stable=True)[:NUM_WORST].tolist()  # nan, of no images, comes last
+        listed = recall.argsort(stable=True)[:NUM_WORST].tolist()  # nan (no images) comes last
     width = max(len('class'), *(len(classes[label]) for label in listed))
     output.append(f'{"class":<{width}}   images  recall %  precision %')
     for label in listed:
@@ -150,30 +153,25 @@ def lines(confusion, classes, scores=None, labels=None):
 
 
 def roc_auc(scores, labels):
-    """Probability that an image of class 1 scores higher than one of class 0, ties counted half.
+    """Area under the ROC curve of scores [N] for class 1; nan if a class has no images."""
+    from sklearn.metrics import roc_auc_score
 
-    That is the area under the curve (Hanley and McNeil, Radiology 143, 1982); nan if one of the
-    classes has no images.
-    """
-    from scipy.stats import mannwhitneyu
-
-    first, second = (scores[labels == label].cpu().numpy() for label in (0, 1))
-    if not len(first) or not len(second):
+    if labels.unique().numel() < 2:
         return math.nan
-    # By default, an exact p-value for a class of up to 8 images, which can take a minute.
-    pairs = mannwhitneyu(second, first, method='asymptotic').statistic
-    return pairs / (len(first) * len(second))
+    return roc_auc_score(labels.cpu().numpy(), scores.cpu().numpy())
 
 
 def save_predictions(path, files, labels, probabilities, classes):
-    """Writes a CSV file with a row an image: its class and the three most probable ones.
+    """Writes a CSV file with one row per image: its class and the three most probable ones.
 
-    Of N files, with int64 labels [N] and float32 probabilities [N, C]; an error is 0 or 1.
+    Args:
+        files: names of N images.
+        labels: int64 [N].
+        probabilities: float32 [N, C].
     """
     shares, found = (part.tolist() for part in probabilities.topk(min(3, len(classes))))
     columns = ['predicted', 'probability', 'second', 'second_probability', 'third',
                'third_probability'][:2 * len(classes)]
-    # surrogateescape: the name of a file need not be text, and is written byte for byte.
     with open(path, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
         writer = csv.writer(file, lineterminator='\n')
         writer.writerow(['file', 'class', 'error', *columns])
@@ -184,62 +182,9 @@ def save_predictions(path, files, labels, probabilities, classes):
             writer.writerow(row)
 
 
-# ---- figure -------------------------------------------------------------------------------
-
 def save_confusion(path, confusion, classes):
-    """Writes the confusion matrix as a figure, in the format of the path's suffix (a Path)."""
-    from plot import save_figure
-
-    save_figure(confusion_figure(confusion, classes), path)
-
-
-def confusion_figure(confusion, classes):
-    """A matplotlib Figure: colours are shares of a row, in percent; numbers are images."""
-    from matplotlib import rc_context
-    from matplotlib.colors import LinearSegmentedColormap, PowerNorm
-    from matplotlib.figure import Figure
-
-    from plot import COLORS, GREY, STYLE
-
-    counts = confusion.cpu().double()
-    shares = 100 * counts / counts.sum(1, keepdim=True)  # of no images: nan, drawn grey
-    names = [label_text(name) for name in classes] if len(classes) <= MAX_TICK_LABELS else []
-    # Inches. Letters are as high as a cell allows, from 6 points (100 classes) to 9 (20).
-    side = max(2.5, min(0.5 * len(classes), 8), 0.11 * len(classes)) if names else 11
-    cell = side / len(classes)
-    font_size = min(9, 72 * cell / 1.3)
-    margin = 0.6 + 0.6 * font_size / 72 * max(map(len, names), default=0)
-    is_vertical = margin - 0.6 > 0.9 * cell
-    colors = LinearSegmentedColormap.from_list('', ['white', COLORS[0]])
-    with rc_context({**STYLE, 'axes.grid': False}):
-        figure = Figure((side + margin + 1, side + (margin if is_vertical else 0.8)),
-                        layout='constrained')
-        axes = figure.add_subplot(xlabel='predicted class', ylabel='true class')
-        # The square root shows the errors of a good model, which are a few percent of a row.
-        image = axes.imshow(shares.numpy(), norm=PowerNorm(0.5, 0, 100), interpolation='nearest',
-                            cmap=colors.with_extremes(bad=STYLE['grid.color']))
-        ticks = range(len(names))
-        style = {'fontsize': font_size, 'parse_math': False}  # a name may have dollars in it
-        axes.set_xticks(ticks, names, rotation=90 if is_vertical else 0, **style)
-        axes.set_yticks(ticks, names, **style)
-        borders = [tick + 0.5 for tick in ticks[:-1]]
-        axes.set_xticks(borders, minor=True)
-        axes.set_yticks(borders, minor=True)
-        axes.grid(which='minor')
-        axes.tick_params(which='both', length=0)
-        if len(classes) <= MAX_CLASSES:
-            digits = len(str(confusion.max().item()))
-            number_size = min(9, 72 * 0.9 * cell / (0.64 * digits))
-            for (i, j), count in np.ndenumerate(confusion.cpu().numpy()):
-                color = 'white' if shares[i, j] > 50 else 'black' if count else GREY
-                axes.text(j, i, count, ha='center', va='center', color=color, fontsize=number_size)
-        # An inset of the axes, which keep their shape, so that the bar is as high as they are.
-        figure.colorbar(image, cax=axes.inset_axes([1 + 0.1 / side, 0, 0.15 / side, 1]),
-                        ticks=[0, 1, 5, 10, 20, 40, 60, 80, 100], label='share of the row (%)')
-    return figure
-
-
-def label_text(name):
-    """A class's name or, over 40 letters, its ends; bytes that are no text are question marks."""
-    name = name.encode(errors='surrogateescape').decode(errors='replace')
-    return name if len(name) <= 40 else f'{name[:19]}…{name[-20:]}'
+    """Writes a CSV file with the class names in the header and at the start of each row."""
+    with open(path, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
+        writer = csv.writer(file)  # lines end in \r\n, so that it quotes both in names
+        writer.writerow(['true / predicted', *classes])
+        writer.writerows([name, *row] for name, row in zip(classes, confusion.tolist()))

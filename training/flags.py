@@ -228,7 +228,9 @@ def add_run_flags(parser):
     group.add_argument('--start-epoch', type=POSITIVE, metavar='EPOCH',
                        help='start at the beginning of this epoch, counted from 1')
     group.add_argument('--pretrained', '--retrain', nargs='?', const='', metavar='FILE',
-                       help='start from the weights in a file (default: torchvision\'s for --arch)')
+                       help='start from the weights in FILE: .pth, .safetensors, .t7 of Lua Torch; '
+                            'FILE:NAME for one of several networks in it (default: torchvision\'s '
+                            'for --arch)')
     group.add_argument('--reset-classifier', '--resetClassifier', action='store_true',
                        help='of --pretrained take all but the classifier')
     group.add_argument('--freeze-features', action='store_true',

@@ -1,68 +1,437 @@
-"""Weights from files, ours or another library's, and torchvision's downloads (--pretrained)."""
+"""Weights from the files that people have, for `densenet.DenseNet`.
 
-from pathlib import Path
+    weights.load_pretrained(model, args)      # --pretrained run.pth.tar
+    tensors = weights.read('run.pth.tar')     # {'state_dict.module.features.conv0.weight': ...}
 
-from training import checkpoint, datasets, distributed, flags
-from training.checkpoint import CheckpointError, explained
-from training.console import UserError
+Reads `.safetensors`, models of Lua Torch (`.t7`) and what `torch.save` writes, without running code
+from the file. Nested dictionaries become one with dotted keys, and the prefix of the first dense
+layer's key is that of all weights: wrappers ('net', 'state_dict') and prefixes ('module.',
+'model.') need no list of names.
+"""
 
+import contextlib
+import os
+import pickletools
+import re
+import textwrap
+import warnings
+import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections import Counter, OrderedDict
 
-def load_weights_file(path):
-    """The state dict in a file: our checkpoint, or one of torchvision or timm, bare or not.
+import torch
+from torch import nn
 
-    Raises:
-        CheckpointError: as `load`; or it is a .safetensors file, and the package is not there.
-    """
-    if Path(path).suffix == '.safetensors':  # as timm's weights come
-        with explained(f'{path} cannot be read'):
-            from safetensors.torch import load_file
+from training import distributed, flags, lua_torch
+from training.console import UserError, say
+from training.datasets import SMALL
 
-            return load_file(path)
-    saved = checkpoint.load(path)
-    return next((saved[key] for key in ('model', 'state_dict') if key in saved), saved)
-
-
-def torchvision_weights(arch):
-    """The state dict of torchvision's weights for ImageNet, downloaded if it has to be.
-
-    Raises:
-        CheckpointError: no network, or a broken file in torchvision's cache.
-    """
-    import torchvision  # here, for checkpoints alone need no torchvision
-
-    with explained(f'torchvision could not download or read its weights of {arch}'):
-        return torchvision.models.get_model_weights(arch).DEFAULT.get_state_dict(weights_only=True)
+# First norm of the first dense layer in torchvision (before 2018: norm.1) and MONAI, in
+# andreasveit/densenet-pytorch, and in bamos/densenet.pytorch.
+FIRST_NORM = re.compile(r'((?:.*\.)?)(?:denseblock1\.denselayer1\.(?:layers\.)?norm\.?1|'
+                        r'block1\.layer\.0\.bn1|dense1\.0\.bn1)\.weight')
+RENAMED = tuple((re.compile(pattern), new) for pattern, new in (
+    (r'(denselayer\d+)\.layers\.', r'\1.'),                    # MONAI
+    (r'(denselayer\d+\.(?:norm|conv))\.([12])\.', r'\1\2.'),   # torchvision before 2018
+    (r'^norm_final\.', 'norm5.'),                              # gpleiss/efficient_densenet_pytorch
+    (r'^conv1\.', 'conv0.'), (r'^bn1\.', 'norm5.'),            # andreasveit and bamos
+    (r'^trans(\d+)\.conv1\.', r'transition\1.conv.'),
+    (r'^trans(\d+)\.bn1\.', r'transition\1.norm.'),
+    (r'^(?:block(\d+)\.layer|dense(\d+))\.(\d+)\.(bn|conv)', lambda match: (
+        f'denseblock{match[1] or match[2]}.denselayer{int(match[3]) + 1}.'
+        f'{"norm" if match[4] == "bn" else "conv"}')),
+))
+FEATURES = re.compile(r'(conv0|norm0|denseblock\d+|transition\d+|norm5)\.')
+AVERAGED = re.compile(r'(?<![a-z])(ema|swa)(?![a-z])')
+# The first bytes of files that are taken for weights.
+OTHER_FILES = {
+    b'<': 'a web page: the download failed',
+    b'version https://git-lfs': 'a Git LFS pointer: `git lfs pull` brings the file',
+    b'\x89HDF': 'an HDF5 file, as Keras writes',
+    b'\x1f\x8b': 'compressed: unpack it first',
+    b'4\n': 'an ASCII file of Lua Torch: torch.save(name, torch.load(name, \'ascii\')) converts it',
+    b'\0\0\0\4': 'a big-endian file of Lua Torch',
+}
 
 
 def load_pretrained(model, args):
-    """Weights from a file, ours or another's, or torchvision's download (--pretrained)."""
-    source = args.pretrained
-    if source:
-        weights = load_weights_file(source)
+    """Load the weights that --pretrained names, and say in one line what was changed or left out.
+
+    Without a file it is torchvision's download. `file.pth:name` chooses one of several networks in
+    a file; by default averaged weights (EMA) are preferred, as in timm.
+
+    Args:
+        args: flags with `pretrained`, `arch` and `reset_classifier`.
+
+    Raises:
+        UserError: a file that can't be read, or of another network.
+    """
+    if args.pretrained:
+        source, part = args.pretrained, ''
+        file, _, name = source.rpartition(':')
+        if os.path.exists(file) and not os.path.exists(source):
+            source, part = file, name
+        weights, notes = read_weights(source, part, model)
     elif args.arch in flags.TORCHVISION_WEIGHTS:
-        source = 'torchvision\'s file'
+        source, notes = 'torchvision\'s file', []
         with distributed.rank_0_first():
             weights = torchvision_weights(args.arch)
     else:
         raise UserError(f'--pretrained without a file takes torchvision\'s weights, which are for '
                         f'--arch {", ".join(flags.TORCHVISION_WEIGHTS)} and images of more than '
-                        f'{datasets.SMALL} pixels')
-    if model.config['in_channels'] == 1:
-        # A grey image in three channels: conv(w, [x, x, x]) = conv(w_red + w_green + w_blue, x).
-        weights = {key: weight.sum(1, keepdim=True) if key.endswith('conv0.weight') else weight
-                   for key, weight in weights.items()}
-    # ImageNet's stem has a norm, that of small images has none.
-    if model.config['small_inputs'] and any(key.endswith('norm0.weight') for key in weights):
-        raise CheckpointError(f'{source} has ImageNet\'s 7x7 stem, and images of up to '
-                              f'{datasets.SMALL} pixels get a 3x3 stem: give --image-size '
-                              f'{datasets.SMALL + 1} or more')
-    if args.reset_classifier:
-        weights = {key: weight for key, weight in weights.items() if 'classifier.' not in key}
-        weights.update({f'classifier.{key}': weight
-                        for key, weight in model.classifier.state_dict().items()})
+                        f'{SMALL} pixels')
+    weights = adapt_channels(weights, model.config['in_channels'], notes)
+    fit(model, weights, source, args.reset_classifier)
+    if notes and distributed.rank() == 0:
+        say(f'{source}: {"; ".join(notes)}')
+
+
+def torchvision_weights(arch):
+    """The state dict of torchvision's weights for ImageNet, downloaded if necessary.
+
+    Raises:
+        UserError: no network, or a broken file in torchvision's cache.
+    """
+    import torchvision  # here, because it is slow to import
+
+    with explained(f'torchvision could not download or read its weights of {arch}'):
+        return torchvision.models.get_model_weights(arch).DEFAULT.get_state_dict(weights_only=True)
+
+
+@contextlib.contextmanager
+def explained(what):
+    """Turn any error into a UserError: what failed, and the beginning of the error's message."""
     try:
-        checkpoint.load_weights(model, weights, source)
-    except CheckpointError as error:
-        if 'classifier.' not in str(error):
-            raise
-        raise CheckpointError(f'{error}: --reset-classifier starts with a new one') from error
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file makes a reader fail in any way
+        raise UserError(f'{what}: {shortened(error) or type(error).__name__}') from error
+
+
+def shortened(text):
+    # torch.load has the reason between advice to trust the file and a link
+    reason = re.search(r'Weights only load failed.*?(?:Unpickler error:|\n\n)(.*?)(\n\nCheck|$)',
+                       str(text), re.DOTALL)
+    return textwrap.shorten(reason[1] if reason else str(text), 200)
+
+
+# ---- into a model --------------------------------------------------------------------------------
+
+def fit(model, weights, source, reset_classifier=False):
+    """Load a state dict with our keys into a model that is not fused yet.
+
+    Raises:
+        UserError: the two don't fit; names the first difference.
+    """
+    own = model.state_dict()
+    if reset_classifier:
+        weights = {key: tensor for key, tensor in weights.items() if 'classifier.' not in key}
+        weights.update({key: tensor for key, tensor in own.items() if 'classifier.' in key})
+    has_large_stem = 'features.norm0.weight' in weights
+    if has_large_stem == model.config['small_inputs']:
+        stems = 'the 3x3 stem of CIFAR', 'ImageNet\'s 7x7 stem'
+        raise UserError(
+            f'{source} has {stems[has_large_stem]}, and images of '
+            + (f'up to {SMALL} pixels get the other: give --image-size {SMALL + 1} or more'
+               if has_large_stem else
+               f'more than {SMALL} pixels get the other: give --image-size {SMALL} or less'))
+    problems = {key: f'{[*weights[key].shape]} in the file and {[*tensor.shape]} here'
+                for key, tensor in own.items()
+                if key in weights and weights[key].shape != tensor.shape}
+    problems |= {key: 'only in the file' for key in weights if key not in own}
+    problems |= {key: 'not in the file' for key in own if key not in weights
+                 and not key.endswith('num_batches_tracked')}  # older than PyTorch 0.4.1
+    if problems:
+        key, problem = next(iter(problems.items()))
+        if all(key.startswith('classifier.') for key in problems):
+            raise UserError(f'{source} does not fit the classifier: {key} is {problem}: '
+                            f'--reset-classifier starts with a new one')
+        theirs = network_flags(weights)
+        hint = f'; its network is {theirs}' if theirs not in ('', network_flags(own)) else ''
+        raise UserError(f'{source} does not fit the network: {key} is {problem}{hint}')
+    with explained(f'{source} does not fit the network'):
+        model.load_state_dict(weights)
+
+
+def network_flags(weights):
+    """The flags of train.py that describe the network of a state dict; '' if it is incomplete."""
+    layers = [key.split('.')[1] for key in weights
+              if re.fullmatch(r'features\.denseblock\d+\.denselayer\d+\.conv1\.weight', key)]
+    first = 'features.denseblock1.denselayer1.'
+    bottleneck = f'{first}conv2.weight' in weights
+    try:
+        width = len(weights[f'{first}conv1.weight'])
+        growth_rate = len(weights[f'{first}conv2.weight']) if bottleneck else width
+        values = {'block-config': ' '.join(map(str, Counter(layers).values())),
+                  'growth-rate': growth_rate,
+                  'init-features': len(weights['features.conv0.weight'])}
+        if bottleneck and width != 4 * growth_rate:
+            values['bn-size'] = width // growth_rate
+        if 'features.transition1.conv.weight' in weights:
+            kept, channels, *_ = weights['features.transition1.conv.weight'].shape
+            if kept != channels // 2:
+                values['compression'] = f'{kept / channels:.3g}'
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return ''
+    return ' '.join(f'--{flag} {value}' for flag, value in values.items()) + (
+        '' if bottleneck else ' --no-bottleneck')
+
+
+def adapt_channels(weights, channels, notes):
+    """The state dict with a first convolution for images of another number of channels.
+
+    The same output for c equal channels as before for 3: conv(w, [x, x, x]) is
+    conv(w_red + w_green + w_blue, x). Further channels repeat the first, as in timm.
+    """
+    key = 'features.conv0.weight'
+    weight = weights.get(key)
+    if weight is None or weight.dim() != 4 or weight.shape[1] in (0, channels):
+        return weights
+    before = weight.shape[1]
+    if channels == 1:
+        weight = weight.float().sum(1, keepdim=True)
+    else:
+        weight = weight[:, torch.arange(channels) % before] * (before / channels)
+    notes.append(f'first convolution adapted from {before} to {channels} channels')
+    return {**weights, key: weight}
+
+
+# ---- from a file's keys to ours ------------------------------------------------------------------
+
+def read_weights(path, part, model):
+    """A state dict with our keys, and notes on what was renamed or left out, of a file.
+
+    Args:
+        part: name of one of the networks in the file, or '' for the default.
+        model: gives names to the layers of a `.t7` file, which has none.
+
+    Raises:
+        UserError: it can't be read, or holds no DenseNet.
+    """
+    if first_bytes(path)[:4] in (b'\3\0\0\0', b'\4\0\0\0'):
+        return read_lua_torch(path, model), []
+    tensors = read(path)
+    prefixes = dict.fromkeys(match[1] for match in map(FIRST_NORM.fullmatch, tensors) if match)
+    if not prefixes:
+        raise UserError(f'{path} holds another network, or a DenseNet of an unknown layout: '
+                        f'{shortened([*tensors])}')
+    networks = {re.sub(r'\.features$', '', prefix[:-1]): prefix for prefix in prefixes}
+    name, notes = choose(networks, part, path), []
+    prefix = networks[name]
+    if len(networks) > 1:
+        others = ' or '.join(f'{path}:{other}' for other in networks if other != name)
+        notes.append(f'takes {name}, not {others}')
+    names = our_keys(tensors, prefix)
+    if not all(key.endswith(ours.removeprefix('features.')) for ours, key in names.items()):
+        notes.append('keys renamed to torchvision\'s')
+    others = tuple(f'{other}.' for other in networks if other != name)
+    used, unused = {*names.values()}, {}
+    for key, tensor in tensors.items():
+        if key not in used and tensor.dim() and not key.startswith(others):
+            parts = key.split('.')
+            common = len(os.path.commonprefix([parts, prefix.split('.')]))
+            unused['.'.join(parts[:common + 1])] = None  # up to where it leaves the prefix
+    if unused:
+        notes.append('not used: ' + textwrap.shorten(', '.join(unused), 100))
+    return {ours: tensors[key] for ours, key in names.items()}, notes
+
+
+def choose(networks, part, path):
+    """The name of the network to take: as asked for, or the averaged one, or the only one."""
+    if part:
+        found = [name for name in networks if f'{name}.'.startswith(f'{part}.')]
+    else:
+        averaged = [name for name in networks if AVERAGED.search(name.lower())]
+        found = averaged if len(averaged) == 1 else [*networks]
+    if len(found) != 1:
+        choices = ', '.join(f'{path}:{name}' for name in networks)
+        raise UserError(f'{path} holds more than one network: choose {choices}' if len(found) > 1
+                        else f'{path} has no {part}, but {", ".join(networks)}')
+    return found[0]
+
+
+def our_keys(tensors, prefix):
+    """{our key: the file's key} of the network with this prefix, without what is not a weight."""
+    names, rest = {}, []
+    for key in tensors:
+        if key.startswith(prefix):
+            inner = key[len(prefix):]
+            for pattern, new in RENAMED:
+                inner = pattern.sub(new, inner)
+            if FEATURES.match(inner) and f'features.{inner}' not in names:
+                names[f'features.{inner}'] = key
+            else:
+                rest.append(key)
+    if not rest:  # the classifier is beside the features, not among them
+        parent = prefix[:prefix.rfind('.', 0, -1) + 1]
+        rest = [key for key in tensors if key.startswith(parent) and not key.startswith(prefix)]
+    # Whatever its name, it is the only linear layer, and the only layer after the features.
+    linear = [key.removesuffix('weight') for key in rest
+              if key.endswith('weight') and tensors[key].dim() == 2]
+    layers = {key.rpartition('.')[0] for key in rest if key.endswith(('bias', 'running_mean'))}
+    if len(linear) == 1 and layers <= {linear[0][:-1]}:
+        names |= {f'classifier.{kind}': linear[0] + kind for kind in ('weight', 'bias')
+                  if linear[0] + kind in tensors}
+    return names
+
+
+def read_lua_torch(path, model):
+    """A state dict with our keys of an official model, whose layers are in the order of ours."""
+    with explained(f'{path} can\'t be read as a model of Lua Torch'):
+        theirs = lua_torch.load_modules(path)
+    ours = {name: module for name, module in model.named_modules()
+            if isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.Linear))}
+    is_layer = [[weight.dim() > 1 for weight in weights] for weights in (
+        [layer['weight'] for layer in theirs], [module.weight for module in ours.values()])]
+    if is_layer[0] != is_layer[1]:  # True: a convolution or linear layer, False: a norm
+        depths = [f'{sum(kinds)} layers and {len(kinds) - sum(kinds)} norms' for kinds in is_layer]
+        raise UserError(f'{path} is another network: it has {depths[0]}, and this one {depths[1]}')
+    return {f'{name}.{key}': tensor for name, layer in zip(ours, theirs)
+            for key, tensor in layer.items()}
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+def first_bytes(path):
+    try:
+        with open(path, 'rb') as file:
+            return file.read(32)
+    except FileNotFoundError as error:
+        raise UserError(f'{path} is not there') from error
+    except OSError as error:  # a directory
+        raise UserError(f'{path}: {error.strerror}') from error
+
+
+def read(path):
+    """All tensors in the nested dictionaries of a file: {'state_dict.conv1.weight': tensor}.
+
+    Raises:
+        UserError: the file can't be read without running code, is damaged, or is something else.
+    """
+    beginning = first_bytes(path)
+    if beginning[8:9] == b'{':  # after the header's length
+        with explained(f'{path} can\'t be read as .safetensors'):
+            from safetensors.torch import load_file
+
+            return load_file(path)
+    for signature, what in OTHER_FILES.items():
+        if beginning.startswith(signature):
+            raise UserError(f'{path} holds no weights, but is {what}')
+    saved, names = load_torch_file(path)
+    found, seen, dictionaries = {}, set(), [('', saved)]
+    for prefix, values in dictionaries:
+        # A hostile file may nest without end.
+        if not isinstance(values, dict) or id(values) in seen or prefix.count('.') > 9:
+            continue
+        seen.add(id(values))
+        for key, value in values.items():
+            # torch.compile adds _orig_mod to the name of what was compiled
+            key = f'{prefix}{key}'.replace('_orig_mod.', '')
+            if torch.is_tensor(value):
+                found[key] = value
+            else:
+                dictionaries.append((f'{key}.', value))
+    if not any(map(FIRST_NORM.fullmatch, found)):
+        raise_if_pickled_model(path, names)
+    if not found:
+        what = list(saved) if isinstance(saved, dict) else type(saved).__name__
+        raise UserError(f'{path} holds no weights: it holds {shortened(what)}')
+    return found
+
+
+class _Skipped:
+    """Stands in for any class that torch.load does not allow; an instance is an empty dictionary.
+
+    The unpickler sets items and attributes of an OrderedDict, which most classes need.
+    """
+
+    def __new__(cls, *args):
+        return OrderedDict()
+
+
+class _SkippedNumPy:
+    """The same for NumPy's types, whose state is a tuple."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def load_torch_file(path):
+    """What `torch.save` wrote, with tensors on the CPU and `_Skipped` for objects of other classes.
+
+    Weights often come with such objects: Lightning's hyperparameters, NumPy's numbers, loss
+    functions. torch.load with weights_only=True refuses the whole file then.
+
+    Returns:
+        What the file holds, and the names of the classes and functions that its pickle refers to.
+
+    Raises:
+        UserError: the file is damaged, or is something else.
+    """
+    names = []
+    try:
+        if zipfile.is_zipfile(path):
+            check_archive(path)
+        names = pickled_names(path)
+        if 'builtins.bytearray' in names:  # allowed by torch, and may take any amount of memory
+            raise UserError(f'{path} holds a bytearray: save its state_dict alone')
+        skipped = [(_SkippedNumPy if name.startswith('numpy.') else _Skipped, name)
+                   for name in names]
+        with torch.serialization.safe_globals(skipped), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of the version of the pickle protocol
+            return torch.load(path, map_location='cpu', weights_only=True), names
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f'{path} is not there') from error
+    except Exception as error:  # a file that is no checkpoint makes the reader fail in any way
+        raise_if_pickled_model(path, names)
+        reason = shortened(error) or type(error).__name__
+        raise UserError(f'{path} can\'t be read as weights, or is damaged: {reason}') from error
+
+
+def raise_if_pickled_model(path, names):
+    if any(name.startswith('torch.nn.modules.') for name in names):
+        name = next(name for name in names
+                    if not re.match(r'torch\.(_utils|\w+Storage)|collections', name))
+        raise UserError(f'{path} holds a whole model or module ({name}), and loading it can run '
+                        f'code: where it was made, save the state_dict() of the model alone')
+
+
+def check_archive(path):
+    """Raises UserError if the zip file is damaged or was not written by `torch.save`."""
+    with zipfile.ZipFile(path) as archive:
+        names = [name.rpartition('/')[2] for name in archive.namelist()]
+        if 'constants.pkl' in names:
+            raise UserError(f'{path} is a TorchScript program, which can run code: save its '
+                            f'state_dict()')
+        size = sum(info.file_size for info in archive.infolist())
+        if size > os.path.getsize(path):
+            raise UserError(f'{path} is compressed, and would take {size / 1e9:.3g} GB: torch.save '
+                            f'does not compress')
+        if 'data.pkl' not in names:
+            raise UserError(f'{path} is a zip file that torch.save did not write: it holds '
+                            f'{shortened(archive.namelist())}')
+        record = archive.testzip()  # torch.load does not check the CRCs
+        if record:
+            raise UserError(f'{path} is damaged: the CRC of {record} is wrong')
+
+
+def pickled_names(path):
+    """The classes and functions that a file of `torch.save` refers to, in order."""
+    with contextlib.ExitStack() as stack:
+        if zipfile.is_zipfile(path):
+            archive = stack.enter_context(zipfile.ZipFile(path))
+            record = next(name for name in archive.namelist() if name.endswith('data.pkl'))
+            pickles = [stack.enter_context(archive.open(record))]
+        else:  # before PyTorch 1.6: a magic number, a version, the system, and the content
+            pickles = 4 * [stack.enter_context(open(path, 'rb'))]
+        names = (tuple(argument.split(' ', 1)) for file in pickles
+                 for opcode, argument, _ in pickletools.genops(file) if opcode.name == 'GLOBAL')
+        # Pickles of protocol 2 have Python 2's names.
+        return [*dict.fromkeys('.'.join(NAME_MAPPING.get(
+            (module, name), (IMPORT_MAPPING.get(module, module), name))) for module, name in names)]
