@@ -8,7 +8,7 @@
 
 A run is a directory with the CSV files that train.py writes. Its figures are loss, error and
 loss-error (both side by side), from train.csv and test.csv, and confusion, from the confusion.csv
-of --evaluate. They can be drawn again at any time, also during the run. The values are on
+of --evaluate. They can be drawn again at any time, also during the run. Losses and errors are on
 logarithmic axes.
 """
 
@@ -125,7 +125,7 @@ def read_confusion(path):
     row. Raises argparse.ArgumentError for any other file.
     """
     with open(path, newline='', encoding='utf-8-sig', errors='surrogateescape') as file:
-        (_, *names), *rows = list(csv.reader(file)) or [['']]
+        (_, *names), *rows = [row for row in csv.reader(file) if row] or [['']]
     try:
         counts = np.array([[int(field) for field in row] for _, *row in rows])
     except ValueError:  # not whole numbers, or rows of different lengths
@@ -175,8 +175,10 @@ def window_sums(values, first):
 
 
 def logged(epochs, values):
-    """The values as logged, except that rows covering much fewer steps than usual are averaged
-    with the row before: a last row of a few images would draw a stroke to 0.
+    """The values as logged, with rows that cover few steps averaged with the row before.
+
+    These are last rows of epochs, with less than half of the usual steps: the error on a few images
+    would draw a stroke to 0.
     """
     interval = np.median(np.diff(epochs)) if len(epochs) > 1 else 1.0
     return running_mean(epochs, values, interval / 2)
@@ -222,9 +224,9 @@ def draw_run(axes, run, column):
     if len(epochs):
         mean = running_mean(epochs, values)
         axes.plot(epochs, mean, color=COLORS[0], marker='o' if len(epochs) == 1 else '',
-                  label=f'train, mean over an epoch, final {format_value(column, mean[-1])}')
+                  label=f'train (mean over an epoch), final {format_value(column, mean[-1])}')
         axes.plot(epochs, logged(epochs, values), color=COLORS[0], alpha=0.35, linewidth=0.7,
-                  zorder=1, label='train, as logged')
+                  zorder=1, label='train (as logged)')
     draw_test(axes, run, column, 'test', color=COLORS[1],
               marker='o' if len(points(run.test, column)[0]) <= 20 else '')
 
@@ -239,7 +241,8 @@ def draw_compared_run(axes, run, column, i):
         label = '' if num_tests else f'{name}, train, final {format_value(column, mean[-1])}'
         axes.plot(epochs, mean, color=color, linewidth=0.6, alpha=0.7, label=label,
                   marker='o' if len(epochs) == 1 else '')
-    draw_test(axes, run, column, name, color=color, linestyle=['-', '--', '-.'][i // 7 % 3],
+    linestyle = ['-', '--', '-.'][i // len(COLORS) % 3]
+    draw_test(axes, run, column, name, color=color, linestyle=linestyle,
               marker=MARKERS[i % len(MARKERS)], markevery=max(1, num_tests // 10))
 
 
@@ -261,13 +264,13 @@ def set_epoch_axis(axes):
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
-def value_limits(curves, others):
-    """(low, high) with the first and last value and the quartiles of each curve.
+def value_limits(curves, behind):
+    """(low, high) for a logarithmic axis.
 
-    All values of the curves, and of other lines behind them, are inside if they are within twice
-    this range, so a spike does not squeeze the rest. Zeros have no place on a logarithmic axis.
+    Includes the first and last value and the quartiles of each curve, and other values of curves
+    and of the lines behind them up to a factor of 2 beyond: a spike must not squeeze the rest.
     """
-    values = np.concatenate([*curves, *others])
+    values = np.concatenate([*curves, *behind])
     anchors = np.concatenate([[curve[0], curve[-1],
                                *np.quantile(curve, [0.25, 0.75], method='nearest')]
                               for curve in curves])
@@ -282,9 +285,8 @@ def value_limits(curves, others):
 
 def set_value_axis(axes, column):
     """A logarithmic axis; the legend says which lines have values outside of it."""
-    lines = [line for line in axes.lines if line.get_zorder() > 1]
-    behind = [line for line in axes.lines if line not in lines]  # as logged
-    low, high = value_limits(*([line.get_ydata() for line in part] for part in (lines, behind)))
+    low, high = value_limits([line.get_ydata() for line in axes.lines if line.get_zorder() > 1],
+                             [line.get_ydata() for line in axes.lines if line.get_zorder() == 1])
     off_scale = []
     for line in axes.lines:
         least, most = line.get_ydata().min(), line.get_ydata().max()
@@ -304,7 +306,7 @@ def set_value_axis(axes, column):
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-# ---- other figures: a function of a CSV file each -------------------------------------------
+# ---- other figures: one function per CSV file ---------------------------------------------
 
 def confusion_figure(path, name):
     """The confusion matrix: colours are shares of a row, numbers are images.

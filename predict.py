@@ -78,14 +78,16 @@ def load_model(args):
 
 def find_images(name):
     """The file of that name, or all images in a folder or that a glob matches, sorted."""
-    path = Path(name)
-    if path.is_file():
-        return [path]
-    found = path.rglob('*') if path.is_dir() else map(Path, glob.glob(name, recursive=True))
-    found = sorted(file for file in found if image_files.is_image(file.name))
+    if os.path.isfile(name):
+        return [Path(name)]
+    if os.path.isdir(name):
+        found, _ = image_files.find_images(name)
+    else:
+        found = sorted(file for file in glob.glob(name, recursive=True)
+                       if image_files.is_image(file) and os.path.isfile(file))
     if not found:
         raise UserError(f'{name}: there is no such file, or no image in it')
-    return found
+    return [Path(file) for file in found]
 
 
 def read(dataset, files):
@@ -139,7 +141,7 @@ def draw_heatmap(heat, file, dataset):
     # [H, W], uncropped
     grey = image_files.read_pixels(dataset, image_files.to_tensor, file).float().mean(0)
     picture = grey[:, :, None].repeat(1, 1, 3).numpy() / 255
-    resize, _, crop = image_files.test_transform(dataset.image_size).transforms
+    resize, _, crop = image_files.test_transform(dataset).transforms
     side = round(min(grey.shape) * crop.size[0] / resize.size)  # of the crop, in pixels of the file
     top, left = ((size - side) // 2 for size in grey.shape)
     heat = F.interpolate(heat[None, None], (side, side), mode='bicubic')[0, 0].clamp(min=0)

@@ -298,7 +298,8 @@ def make_loaders(args, dataset, device):
             loaders.make_loader(dataset, 'train', args.batch_size, augment=args.augment,
                                 seed=args.seed, **common),
             # A micro-batch, so that testing needs no more memory than training.
-            loaders.make_loader(dataset, 'test', math.ceil(args.batch_size / args.grad_accum),
+            loaders.make_loader(dataset, dataset.selection_split,
+                                math.ceil(args.batch_size / args.grad_accum),
                                 ten_crop=args.ten_crop, **common))
 
 

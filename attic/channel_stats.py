@@ -41,11 +41,12 @@ def main(argv=None):
     add = parser.add_argument
     add('--dataset', choices=datasets.DATASETS, default='cifar10', help='(default: %(default)s)')
     add('--data', metavar='DIR', default='work/data', help='(default: %(default)s)')
-    add('--workers', type=int, default=0, help='that read images over 64 pixels (default: 0)')
+    add('--workers', type=int, default=0, help='that read image files (default: 0)')
     args = parser.parse_args(argv)
     try:
         dataset = datasets.describe(args.dataset, args.data)
-        raw = dataclasses.replace(dataset, mean=(0.0,) * 3, std=(1.0,) * 3)
+        raw = dataclasses.replace(dataset, mean=(0.0,) * len(dataset.mean),
+                                  std=(1.0,) * len(dataset.mean))
         loader = loaders.make_loader(raw, 'train', batch_size=100, device=torch.device('cpu'),
                                   workers=args.workers)
         rows = channel_statistics(loader).tolist()

@@ -40,11 +40,11 @@ def draw_images(axes, images, labels, probabilities, classes):
         column[0].set_title(plot.shorten(classes[label], 16), fontsize=9)
         for rows, chosen in ((column[:SHOWN], is_right), (column[SHOWN:], ~is_right)):
             here = torch.where(chosen & (labels == label))[0]
-            for axis, i in zip(rows, here[confidence[here].argsort(descending=True)]):
+            order = confidence[here].argsort(descending=True, stable=True)  # many are 1.0
+            for axis, i in zip(rows, here[order]):
                 axis.imshow(images[i].permute(1, 2, 0).numpy(), interpolation='nearest')
                 if answers[i] != label:
-                    axis.set_xlabel(plot.shorten(classes[answers[i]], 16), color=plot.COLORS[1],
-                                    fontsize=8, labelpad=2)
+                    axis.set_xlabel(plot.shorten(classes[answers[i]], 16), fontsize=8, labelpad=2)
                     lowest = min(lowest, confidence[i].item())
     axes[SHOWN // 2, 0].set_ylabel('right')
     axes[SHOWN + SHOWN // 2, 0].set_ylabel('wrong, predicted as')

@@ -4,10 +4,15 @@ import dataclasses
 import functools
 import hashlib
 import math
+import os
 import pickle
+import re
 import runpy
 import shutil
+import subprocess
+import sys
 import tarfile
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -21,7 +26,9 @@ from conftest import ROOT, SHARED, Opener, write_images
 from PIL import Image
 from torchvision import transforms
 
+import predict
 from training import datasets, image_files, loaders
+from training.console import UserError
 from training.datasets import DataError
 from training.loaders import MemoryLoader
 
@@ -267,7 +274,8 @@ def test_large_training_images_are_mirrored_and_their_colours_vary(tmp_path):
     ramp[..., 1] = 130  # a green that no crop changes
     Image.fromarray(ramp).save(tmp_path / 'ramp.png')
     read = functools.partial(image_files.read_pixels, RGB, image_files.train_transform(66))
-    dataset = image_files._ImageFiles([(tmp_path / 'ramp.png', 0)], read)
+    dataset = image_files._ImageFiles(
+        image_files.ImageList(str(tmp_path), np.array([b'ramp.png']), np.array([0])), read)
     batch = np.array([(0, seed) for seed in range(64)])
     views = dataset[batch][0].float()
     falling = (views[:, 0, :, 0] > views[:, 0, :, -1]).float().mean(1)
@@ -310,10 +318,10 @@ def test_lighting_of_8_bits_is_that_of_floats_rounded_and_clamped():
 
 
 def test_large_training_images_have_lighting_and_test_images_have_none(tmp_path):
-    for split in ('train', 'val'):
-        (tmp_path / split / 'a').mkdir(parents=True)
-        for i in range(40):
-            Image.new('RGB', (80, 80), (130, 130, 130)).save(tmp_path / split / f'a/{i}.png')
+    for folder in ('train/a', 'train/b', 'val/a', 'val/b'):
+        (tmp_path / folder).mkdir(parents=True)
+        for i in range(20):
+            Image.new('RGB', (80, 80), (130, 130, 130)).save(tmp_path / folder / f'{i}.png')
     for name in ('imagenet', 'folder'):
         _, train, test = load(tmp_path, 40, 66, name)
         (images, _), (test_images, _) = *train, *test
@@ -340,11 +348,10 @@ def test_photographs_of_cameras_and_printers_become_rgb(tmp_path):
     palette.putpalette(range(256))
     palette.save(tmp_path / 'palette.png', transparency=bytes(range(200)))
     with warnings.catch_warnings():
-        warnings.simplefilter('error')  # image_files.py, imported here, lets none through
-        imported = runpy.run_path(str(ROOT / 'training' / 'image_files.py'))
-        read = functools.partial(imported['read_pixels'], RGB, np.asarray)
-        decoded = {name: read(tmp_path / f'{name}.jpg').astype(float) for name in kinds}
-        read(tmp_path / 'palette.png')
+        warnings.simplefilter('error')  # decoding.py, imported here, lets none through
+        decode = runpy.run_path(str(ROOT / 'training' / 'decoding.py'))['decode']
+        decoded = {name: np.asarray(decode(tmp_path / f'{name}.jpg'), float) for name in kinds}
+        decode(tmp_path / 'palette.png')
     for name in ('cmyk', 'broken exif'):
         assert decoded[name].shape == (80, 80, 3)
         assert abs(decoded[name] - decoded['rgb']).mean() < 6
@@ -451,7 +458,7 @@ def test_values_without_a_range_are_refused_by_name(tmp_path, mode, values, mess
 
 
 def test_more_bits_than_the_first_training_image_has_are_refused_by_name(tmp_path):
-    write_images(tmp_path, {'train/a': 2})
+    write_images(tmp_path, {'train/a': 2, 'train/b': 1})
     scan('I;16', [0, 4095]).save(tmp_path / 'train/a/2.png')
     write_images(tmp_path, {'val/a': 1})
     with pytest.raises(DataError, match='2.png has more than 8 bits, .* --value-range LOW HIGH'):
@@ -489,6 +496,206 @@ def test_test_images_may_lack_classes(tmp_path):
         path.unlink()
     with pytest.raises(DataError, match='val has no images to test on'):
         load(tmp_path)
+
+
+# ---- odd folders -----------------------------------------------------------------------------
+
+def names(root, split='train', **options):
+    """The images of a split, relative to the root, and what is said about them."""
+    said, dataset = [], datasets.describe('folder', root, **options)
+    found = image_files.list_images(dataset, split, said.append)
+    return [str(Path(found.path(i)).relative_to(root)) for i in range(len(found))], said
+
+
+@pytest.fixture
+def plain(tmp_path):
+    root = write_images(tmp_path / 'data', {'train/a': 2, 'train/b/deep': 2, 'val/a': 1}, (9, 9))
+    return root, ['train/a/0.png', 'train/a/1.png', 'train/b/deep/0.png', 'train/b/deep/1.png']
+
+
+@pytest.mark.parametrize('links', [
+    {'a/own': 'a'}, {'a/up': '.'}, {'a/x': 'a', 'a/y': 'a'}, {'a/x': '.', 'b/y': '..'},
+    {'a/other': 'b'}, {'b/deep/again': 'b/deep'}, {'a/.hidden': '../../elsewhere'}])
+def test_links_that_lead_back_add_no_images(plain, links):
+    root, expected = plain
+    write_images(root.parent, {'elsewhere': 1}, (9, 9))
+    for link, target in links.items():
+        (root / 'train' / link).symlink_to(root / 'train' / target, target_is_directory=True)
+    assert names(root) == (expected, [])
+    files, everything = predict.find_images(str(root / 'train')), {*map(root.joinpath, expected)}
+    assert {file.resolve() for file in files} == everything and len(files) == len(everything)
+
+
+def test_linked_folders_are_followed_once(plain):
+    root, expected = plain
+    write_images(root.parent, {'elsewhere': 2}, (9, 9))
+    for link in ('linked', 'again'):
+        (root / 'train/a' / link).symlink_to(root.parent / 'elsewhere')
+    linked = ['train/a/again/0.png', 'train/a/again/1.png']
+    assert names(root)[0] == expected[:2] + linked + expected[2:]
+    assert len(predict.find_images(str(root / 'train'))) == 6
+    (root / 'train/c').symlink_to('a')
+    with pytest.raises(DataError, match='train: a and c are the same folder'):
+        names(root)
+
+
+def test_files_that_are_not_read_are_counted_in_a_line(plain, capsys):
+    root, expected = plain
+    for name in ('a/x.HEIC', 'a/y.heic', 'b/deep/notes', 'b/.DS_Store', 'b/0.png.heatmap.png',
+                 'loose.png', 'readme.txt'):
+        (root / 'train' / name).touch()
+    os.mkfifo(root / 'train/b/pipe.png')  # opening it would wait for a writer
+    (root / 'train/b/linked.png').symlink_to('pipe.png')
+    found, (said,) = names(root)
+    assert found == expected
+    assert said.startswith(f'{root}/train: 6 files are not read: ')
+    for kind in ('.heic (2)', 'no suffix (1)', 'no regular file (2)',
+                 'images outside of the folders of the classes (1)'):
+        assert kind in said
+    assert '; images are .jpg ' in said and '\n' not in said
+    dataset = datasets.describe('folder', root)
+    for rank, lines in ((0, 1), (1, 0)):
+        loaders.make_loader(dataset, 'train', 4, device=CPU, shard=(rank, 2))
+        assert capsys.readouterr().err.count(' files are not read: ') == lines
+    assert len(predict.find_images(str(root / 'train/b'))) == 2
+    with pytest.raises(UserError, match='no such file, or no image'):
+        predict.find_images(str(root / 'train/b/pipe.png'))
+
+
+@pytest.mark.parametrize('folder', ['train', 'train/b', 'train/b/deep'])
+def test_folders_that_cannot_be_listed_are_named(plain, monkeypatch, folder):
+    root, scandir = plain[0], os.scandir
+
+    def refuse(path):  # root may list everything
+        if Path(path) == root / folder:
+            raise PermissionError(13, 'Permission denied', str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, 'scandir', refuse)
+    with pytest.raises(DataError, match=f'^{root / folder}: Permission denied$'):
+        names(root)
+    with pytest.raises(DataError, match=f'^{root / folder}: Permission denied$'):
+        predict.find_images(str(root / 'train'))
+
+
+@pytest.mark.parametrize('counts, said', [
+    ({'train/flowers/rose': 2, 'train/flowers/tulip': 2, 'val/flowers/rose': 1},
+     'train has one class alone, flowers: .* --data a folder too high'),
+    ({'Training/a': 1, 'Testing/a': 1}, r'no train/ in .* \(only Testing/, Training/\)'),
+    ({'train/a': 1, 'train/b': 1, 'val/a': 1, 'valid/a': 1}, 'has val and valid: keep one'),
+    ({'train/a': 1, 'train/b': 1, 'val/a': 0}, 'val has no images to test on')])
+def test_wrong_structures_are_refused(tmp_path, counts, said):
+    with pytest.raises(DataError, match=said):
+        load(write_images(tmp_path, counts, (9, 9)))
+
+
+@pytest.mark.parametrize('counts, said', [
+    ({'flowers/train/rose': 2, 'flowers/test/rose': 2, 'trees/train/oak': 1},
+     ['all images of its 2 classes lie in deeper folders, such as .*flowers/test/rose: if']),
+    ({'train/x': 2, 'Images/x': 1}, ['classes are called Images.*too high', 'lie in deeper']),
+    ({'images': 2, 'masks': 2}, ['classes are called images: is --data a folder too high'])])
+def test_suspicious_structures_are_warned_of(tmp_path, counts, said):
+    root = write_images(tmp_path, {f'train/{name}': count for name, count in counts.items()})
+    found, lines = names(write_images(root, {'val/x': 1}) and root, 'train')
+    assert len(found) == sum(counts.values()) and len(lines) == len(said)
+    for line, expected in zip(lines, said):
+        assert re.search(expected, line)
+
+
+# ---- val and test ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize('folders, val_split, expected', [
+    ('train val', 0, {'test': 'val'}), ('train valid', 0, {'test': 'valid'}),
+    ('train test', 0, {'test': 'test'}), ('train val test', 0, {'val': 'val', 'test': 'test'}),
+    ('train valid test', 0, {'val': 'valid', 'test': 'test'}),
+    ('train', 0.25, {'test': 'train'}), ('train test', 0.25, {'val': 'train', 'test': 'test'}),
+    ('train val test', 0.25, {'val': 'train', 'test': 'test'})])
+def test_val_chooses_and_test_is_reported(tmp_path, folders, val_split, expected):
+    for folder in folders.split():
+        write_images(tmp_path, {f'{folder}/a': 4, f'{folder}/b': 4}, (9, 9))
+    dataset = datasets.describe('folder', tmp_path, val_split=val_split)
+    assert dataset.selection_split == ('val' if 'val' in expected else 'test')
+    files = {split: loaders.make_loader(dataset, split, 4, device=CPU).files
+             for split in ('train', *expected)}
+    for split, folder in expected.items():
+        assert {Path(file).parents[1].name for file in files[split]} == {folder}
+        assert len(files[split]) == (2 if folder == 'train' else 8)
+    everything = [file for found in files.values() for file in found]
+    assert len(set(everything)) == len(everything)
+    assert len(files['train']) == (6 if val_split else 8)
+    if 'val' not in expected:
+        with pytest.raises(DataError, match='no val/ beside test/'):
+            loaders.make_loader(dataset, 'val', 4, device=CPU)
+
+
+def test_the_digest_tells_whether_the_images_are_the_same(tmp_path):
+    root = write_images(tmp_path, {'train/a': 3, 'train/b': 3, 'val/a': 2}, (9, 9))
+
+    def digest(split='train'):
+        digests = {loaders.make_loader(datasets.describe('folder', root, size), split, 4,
+                                       device=CPU).digest for size in (None, 66)}
+        return digests.pop() if len(digests) == 1 else None
+
+    seen = [digest(), digest('test')]
+    assert digest() == seen[0] and len(set(seen)) == 2
+    path = root / 'train/a/2.png'
+    for change in (lambda: path.rename(root / 'train/b/9.png'),
+                   lambda: (root / 'train/b/9.png').rename(root / 'train/b/99.png'),
+                   lambda: (root / 'train/b/99.png').unlink()):
+        change()
+        seen.append(digest())
+    assert None not in seen and len(set(seen)) == 5
+    shapes = [MemoryLoader(torch.zeros(4, 3, 8, 8), torch.tensor(labels), 2, mean=(0,), std=(1,),
+                           device=CPU).digest for labels in ([0, 1, 0, 1], [0, 1, 1, 0])]
+    assert len(set(shapes)) == 2
+
+
+# ---- a data set of one's own -----------------------------------------------------------------
+
+def test_the_example_of_the_docstring_reads_stl10(tmp_path, monkeypatch):
+    """96 pixels a side: held in memory, though larger than the images of any folder that is."""
+    kind, rng, truth = torchvision.datasets.STL10, np.random.RandomState(0), {}
+    folder = tmp_path / kind.base_folder
+    folder.mkdir()
+    (folder / kind.class_names_file).write_text('\n'.join('abcdefghij'))
+    for split, count in (('train', 20), ('test', 8)):
+        pixels = rng.randint(0, 256, (count, 3, 96, 96)).astype(np.uint8)
+        (folder / f'{split}_X.bin').write_bytes(pixels.transpose(0, 1, 3, 2).tobytes())
+        (folder / f'{split}_y.bin').write_bytes(bytes(1 + i % 10 for i in range(count)))
+        truth[split] = pixels
+    (folder / 'unlabeled_X.bin').touch()
+    for listing in ('train_list', 'test_list'):
+        monkeypatch.setattr(kind, listing, [[name, md5(folder / name)]
+                                            for name, _ in getattr(kind, listing)])
+    example = re.search(r'(?m)^    def read_stl10(.*\n)+?^    +recipe=.*\n', datasets.__doc__)
+    monkeypatch.setattr(datasets, 'DATASETS', dict(datasets.DATASETS))
+    monkeypatch.setattr(loaders, 'DATASETS', datasets.DATASETS)
+    exec(textwrap.dedent(example.group()), vars(datasets))
+    monkeypatch.delattr(datasets, 'read_stl10')
+
+    dataset, train, test = load(tmp_path, name='stl10', batch_size=5)
+    assert dataset.in_memory and dataset.image_size == 96 and len(dataset.classes) == 10
+    (images, labels), = loaders.make_loader(dataset, 'test', 8, device=CPU)
+    torch.testing.assert_close(images * test.std + test.mean,
+                               torch.from_numpy(truth['test']).float(), rtol=0, atol=1e-3)
+    assert labels.tolist() == [*range(8)]
+    views = [images for images, _ in train]
+    assert [view.shape for view in views] == 4 * [(5, 3, 96, 96)]
+    padded = F.pad((torch.from_numpy(truth['train']) - train.mean) / train.std, (4,) * 4)
+    for view, index in zip(torch.cat(views), train.permutation):
+        down, right = train.offsets[index]
+        crop = padded[index, :, down:down + 96, right:right + 96]
+        assert torch.equal(view, crop.flip(-1) if train.mirrored[index] else crop)
+    # A file is prepared as the images in memory are.
+    Image.fromarray(truth['test'][0].transpose(1, 2, 0)).save(tmp_path / 'x.png')
+    torch.testing.assert_close(image_files.read_image(tmp_path / 'x.png', dataset), images[0])
+
+
+def test_names_and_recipes_are_known_without_torch():
+    code = ('import sys; import training.datasets; '
+            'print({"torch", "torchvision", "PIL"} & set(sys.modules))')
+    run = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout.strip() == 'set()'
 
 
 # ---- what several processes get --------------------------------------------------------------
@@ -647,10 +854,10 @@ def test_foreign_files_in_the_folder_of_cifar_are_not_unpickled(tmp_path, monkey
 
 
 def test_folders_that_are_not_as_they_should_be(tmp_path):
-    with pytest.raises(DataError, match='no train in .*--dataset shapes'):
+    with pytest.raises(DataError, match='no train/ in .*--dataset shapes'):
         datasets.describe('folder', tmp_path)
     write_images(tmp_path, {'train/a': 2, 'train/b': 2})
-    with pytest.raises(DataError, match='no val or test in '):
+    with pytest.raises(DataError, match=r'no test/ or val/ in .* \(only train/\)'):
         load(tmp_path)
     write_images(tmp_path, {'val/a': 1, 'val/c': 1})
     with pytest.raises(DataError, match='val: c is not among the classes trained on'):
@@ -673,17 +880,26 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path, images, image_size, 
     assert message.startswith(f'{path}: cannot be read as an image') and '\n' not in message
 
 
-def test_an_image_bomb_is_refused_by_name(tmp_path, monkeypatch):
-    Image.new('1', (50, 50)).save(tmp_path / 'bomb.png')
-    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1000)
-    with pytest.raises(DataError, match='bomb.png: cannot be read as an image .*bomb'):
-        image_files.read_image(tmp_path / 'bomb.png', datasets.describe('cifar10'))
+@pytest.mark.parametrize('image_size, workers', [(None, 0), (70, 0), (70, 2)])
+def test_all_bad_images_are_named_at_once(tmp_path, capsys, image_size, workers):
+    write_images(tmp_path, {'train/a': 9, 'train/b': 9, 'val/a': 1}, (9, 9))
+    bad = [tmp_path / name for name in ('train/a/0.png', 'train/a/3.png', 'train/b/8.png')]
+    for path in bad:
+        path.write_bytes(path.read_bytes()[:-30])
+    _, train, _ = ((None, None, None) if image_size is None else
+                   load(tmp_path, image_size=image_size, workers=workers))
+    with pytest.raises(DataError) as caught:
+        list(train) if train else load(tmp_path)
+    message, said = str(caught.value), capsys.readouterr().out
+    assert message.startswith('3 images cannot be used: ') and '\n' not in message
+    assert all(message.count(f'{path}: cannot be read') == 1 for path in bad)
+    assert said.count('\n') == 1 and said.endswith('; looking for others\n')
 
 
 def test_options_that_a_data_set_has_not(photos):
     for options in ({'image_size': 48}, {'in_channels': 1}, {'val_split': 0.1},
                     {'value_range': (0, 1)}):
-        with pytest.raises(DataError, match='^cifar10 has .* is for folder and imagenet'):
+        with pytest.raises(DataError, match='^cifar10 has .* are for folder and imagenet'):
             datasets.describe('cifar10', 'nowhere', **options)
     with pytest.raises(DataError, match='--ten-crop is for'):
         load(photos, image_size=32, ten_crop=True)

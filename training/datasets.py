@@ -3,9 +3,25 @@
     dataset = datasets.describe('cifar10', 'work/data')
     images, labels = DATASETS['cifar10'].read('train', 'work/data')   # uint8 [N, 3, 32, 32], int64
 
-To add a data set that fits in memory, write a function like `read_svhn` and an entry in `DATASETS`.
-torch and torchvision are imported by the functions that need them, so that flags.py, which needs
-the names and recipes, answers at once.
+A new data set that fits in memory is a function that reads it and an entry in `DATASETS`, of images
+of any size and any number of channels. STL-10, for example, 96 x 96 pixels, which torchvision can
+download (`python attic/channel_stats.py --dataset stl10` measures the statistics):
+
+    def read_stl10(split, root):
+        import torchvision
+
+        with _explain_download('stl10_binary.tar.gz', root, 'stl10_binary'):
+            part = torchvision.datasets.STL10(root, split, download=True)
+        return _tensors(part.data, part.labels)
+
+    DATASETS['stl10'] = Dataset(
+        classes=tuple('airplane bird car cat deer dog horse monkey ship truck'.split()),
+        image_size=96, read=read_stl10, mean=(114.0, 112.2, 103.6), std=(66.4, 65.6, 69.3),
+        recipe=dict(epochs=100))
+
+Its images are held in memory and cropped and mirrored there; the stem follows from their size
+(networks.py). torch and torchvision are imported by the functions that need them, so that flags.py,
+which needs the names and recipes, answers at once.
 """
 
 import contextlib
@@ -20,8 +36,9 @@ import numpy as np
 
 from training.console import UserError
 
-SMALL = 64       # pixels: images up to this size are held in memory and get the CIFAR stem
+SMALL = 64       # pixels: up to this size, folders are held in memory and the stem is CIFAR's
 MAX_SIZE = 4096  # pixels: the largest --image-size
+VAL_FOLDERS = ('val', 'valid', 'validation')
 
 CIFAR10_CLASSES = tuple('airplane automobile bird cat deer dog frog horse ship truck'.split())
 CIFAR100_CLASSES = tuple('''
@@ -52,12 +69,20 @@ class Description:
     mean: tuple      # of each channel, 0..255
     std: tuple
     value_range: tuple = None  # (low, high): what becomes 0 and 255 in images of more than 8 bits
-    val_split: float = 0.0     # the share of train/ that is for testing
+    val_split: float = 0.0     # the share of train/ that is held out
     split_seed: int = 1
 
     @property
     def in_memory(self):
-        return self.image_size <= SMALL
+        return DATASETS[self.name].read is not None or self.image_size <= SMALL
+
+    @property
+    def selection_split(self):
+        """The split that chooses best.pth: 'val' if there are 'val' and 'test', else 'test'."""
+        entry = DATASETS[self.name]
+        has_val = 'val' in (entry.splits if entry.read else
+                            split_folders(self.root, self.val_split))
+        return 'val' if has_val else 'test'
 
     def plain(self):
         """Everything but the folder, as plain values: what a checkpoint keeps."""
@@ -70,50 +95,87 @@ def describe(name, root='work/data', image_size=None, split='train', *, in_chann
 
     Args:
         name: a key of `DATASETS`; all other arguments but `root` are for folders of images.
-        root: where the files of the data set are or go; for imagenet and folder the folder with
-            `train/` and `val/` (or `test/`), and in each of them a folder of images a class.
+        root: where the files of the data set are or go; for imagenet and folder the folder of
+            `split_folders`, and in each of these a folder of images a class.
         image_size: by default 224 or, for a folder whose first image has at most `SMALL` pixels a
             side, that image's shorter side.
         split: 'train' or 'test', whose folders are the classes.
         in_channels: 1 for grey images, or 3.
         value_range: (low, high) of images of more than 8 bits. By default, if the first training
             image of a folder is one, the lowest and the highest value in all of them.
-        val_split: take this share of each class in `train/`, or in the root itself if it has no
-            `train/`, for testing; `seed` chooses the images.
+        val_split: hold out this share of each class in `train/`, or in the root itself if it has no
+            `train/`; `seed` chooses the images.
         workers: number of processes that look for the values.
 
     Raises:
-        DataError: no such folders, a choice that this data set does not have, or values without a
-            natural range.
-        OSError: no folders of classes.
+        DataError: no such folders, a single class to train on, a choice that this data set does not
+            have, or values without a natural range.
     """
     root, entry = Path(root), DATASETS[name]
     if entry.read is not None:
-        size = entry.image_size
-        if image_size not in (None, size) or in_channels != 3 or value_range or val_split:
-            raise DataError(f'{name} has colour images of {size} pixels: --val-split, '
-                            f'--value-range, --in-channels or another --image-size is for folder '
-                            f'and imagenet')
+        size, channels = entry.image_size, len(entry.mean)
+        if image_size not in (None, size) or in_channels != channels or value_range or val_split:
+            raise DataError(f'{name} has images of {size} pixels and {channels} channels: '
+                            f'--val-split, --value-range, and another --in-channels or '
+                            f'--image-size are for folder and imagenet')
         return Description(name, root, entry.classes, size, entry.mean, entry.std)
     from training import image_files  # imports torch
 
+    folders = split_folders(root, val_split)
+    if split not in folders:
+        raise no_split(root, split)
+    classes = image_files.class_names(folders[split])
+    if split == 'train' and len(classes) == 1:
+        raise DataError(f'{folders[split]} has one class alone, {classes[0]}: the folders in it '
+                        f'are the classes; is --data a folder too high?')
     statistics = entry.mean, entry.std
     if in_channels == 1:
         statistics = [(sum(values) / 3,) for values in statistics]
-    _, classes = image_files.class_folders(root, split, val_split)
     dataset = Description(name, root, tuple(classes), image_size or 224, *statistics,
                           value_range and tuple(value_range), val_split, seed)
     if name == 'imagenet':
         return dataset
     samples = image_files.list_images(dataset, split)
-    first = image_files.decode(samples[0][0])
-    height, width, *_ = np.shape(first)
-    if image_size is None and max(height, width) <= SMALL:
-        dataset = dataclasses.replace(dataset, image_size=min(height, width))
-    if value_range is None and split == 'train' and isinstance(first, np.ndarray):
+    first = image_files.first_readable(samples)
+    if image_size is None and max(first.size) <= SMALL:
+        dataset = dataclasses.replace(dataset, image_size=min(first.size))
+    if value_range is None and split == 'train' and isinstance(first, image_files.Levels):
         value_range = image_files.measure_range(samples, workers)
         dataset = dataclasses.replace(dataset, value_range=value_range)
     return dataset
+
+
+def split_folders(root, val_split=0.0):
+    """The folders of the splits that there are: a dictionary of 'train', 'val' and 'test'.
+
+    'val' is `val/` or `valid/`; without a `test/` beside it, it is the 'test' split. With
+    `val_split`, a share of `train/` takes its place; in a root without `train/`, whose folders are
+    the classes, there are no other splits.
+    """
+    train, test = root / 'train', root / 'test'
+    if val_split and not train.is_dir():
+        return {'train': root, 'test': root}
+    vals = [train] if val_split else [root / name for name in VAL_FOLDERS
+                                      if (root / name).is_dir()]
+    if len(vals) > 1:
+        raise DataError(f'{root} has {" and ".join(folder.name for folder in vals)}: keep one of '
+                        f'them')
+    held_out = [folder for folder in (*vals, test) if folder.is_dir()]
+    folders = dict(zip(('val', 'test') if len(held_out) == 2 else ('test',), held_out))
+    return {'train': train, **folders} if train.is_dir() else folders
+
+
+def no_split(root, split):
+    """The DataError for a folder without that split; it names the folders that are there."""
+    names = {'train': 'train/', 'val': 'val/ beside test/', 'test': 'test/ or val/'}[split]
+    try:
+        found = sorted(f'{path.name}/' for path in root.iterdir() if path.is_dir())
+    except OSError as error:
+        return DataError(f'{root}: {error.strerror}')
+    found = f' (only {", ".join(found[:5])}{", ..." if len(found) > 5 else ""})' if found else ''
+    return DataError(f'no {names} in {root}{found}: --data must name a folder with train/ and '
+                     f'val/ or test/, and in each a folder of images a class; --val-split 0.1 '
+                     f'does without val/; --dataset shapes needs no data')
 
 
 # ---- readers: uint8 images [N, C, H, W] and int64 labels [N] of 'train' or 'test' ----------------
@@ -268,6 +330,7 @@ class Dataset:
     classes: tuple = ()         # in the order of the labels; (): the sorted names of the folders
     image_size: int = None      # pixels, height and width
     read: Callable = None       # (split, root) -> images, labels; None: a folder of images
+    splits: tuple = ('train', 'test')  # that `read` knows; 'val', if there, chooses best.pth
     augment: bool = True        # crop and mirror by default
     recipe: dict = dataclasses.field(default_factory=dict)  # defaults of flags
     recipe_without_augment: dict = dataclasses.field(default_factory=dict)

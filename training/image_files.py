@@ -1,122 +1,257 @@
 """Image files: finding them, reading and transforming them, in worker processes if they are many.
 
-    samples = image_files.list_images(dataset, 'train')           # [(path, label)]
-    transform = image_files.test_transform(224)
+    images = image_files.list_images(dataset, 'train')            # an ImageList: paths and labels
+    transform = image_files.test_transform(dataset)
     pixels = image_files.read_pixels(dataset, transform, 'photo.jpg')   # [3, 224, 224]
 """
 
+import contextlib
+import dataclasses
 import hashlib
-import itertools
 import os
 import signal
 import threading
-import warnings
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
-from torchvision import datasets as torchvision_datasets
 from torchvision import transforms
 from tqdm import tqdm
 
-from training.datasets import SMALL, DataError
+from training import console
+from training.datasets import DataError, no_split, split_folders
+from training.decoding import Levels, decode
 
+SUFFIXES = ('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.tif', '.tiff', '.bmp', '.gif', '.webp',
+            '.avif', '.jp2', '.j2k', '.ppm', '.pgm', '.pbm', '.pnm')
 HEATMAP = '.heatmap.png'  # what predict.py adds to an image's name, perhaps in its folder
+# Names of classes that suggest a wrong --data.
+SPLIT_NAMES = {'train', 'training', 'test', 'testing', 'val', 'valid', 'validation', 'image',
+               'images', 'img', 'imgs', 'data', 'dataset'}
+MAX_ELONGATION = 4  # images more than 4 times as long as wide lose their ends before a centre crop
+MAX_NAMED = 50      # files in an error message
 # AlexNet's lighting noise with the constants of fb.resnet.torch, on the scale 0..1: eigenvectors
 # (columns) and eigenvalues of ImageNet's RGB values, standard deviation of the random factors.
 PCA_VECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 PCA_VALUES = (0.2175, 0.0188, 0.0045)
 LIGHTING_STD = 0.1
 
-# Many cameras write truncated EXIF data; the pixels are complete.
-warnings.filterwarnings('ignore', 'Corrupt EXIF data', UserWarning)
+
+# ---- find ------------------------------------------------------------------------------------
+
+def find_images(folder, seen=None):
+    """The paths of all images in a folder, sorted, and a Counter of its other files by suffix.
+
+    Hidden files, hidden folders and heat maps are in neither. Links are followed, but each real
+    folder is visited once: `seen` has the `folder_id` of those that are not to be visited.
+
+    Raises:
+        DataError: a folder that can't be read.
+    """
+    seen = ids_of_ancestors(folder) if seen is None else seen
+    found, others = [], Counter()
+    with explain_errors(folder):
+        with os.scandir(folder) as entries:
+            entries = sorted(entries, key=lambda entry: entry.name)
+        for entry in entries:
+            if entry.name.startswith('.') or entry.name.endswith(HEATMAP):
+                continue
+            if entry.is_dir():
+                if folder_id(entry.path) not in seen:
+                    seen.add(folder_id(entry.path))
+                    images, other_files = find_images(entry.path, seen)
+                    found += images
+                    others += other_files
+            elif not entry.is_file() and os.path.exists(entry.path):
+                others['no regular file'] += 1  # a pipe; a dangling link is an unreadable image
+            elif is_image(entry.name):
+                found.append(entry.path)
+            else:
+                others[os.path.splitext(entry.name)[1].lower() or 'no suffix'] += 1
+    return found, others
 
 
 def is_image(path):
-    """Whether a file is to be read, by its name: an image, neither hidden nor a heatmap of one."""
+    """Whether a file is to be read, by its name: an image, neither hidden nor a heat map."""
     name = os.path.basename(path)
-    return (name.lower().endswith(torchvision_datasets.folder.IMG_EXTENSIONS)
-            and not name.startswith('.') and not name.endswith(HEATMAP))
+    return (name.lower().endswith(SUFFIXES) and not name.startswith('.')
+            and not name.endswith(HEATMAP))
 
 
-def class_folders(root, split, val_split):
-    """The folder of a split, and the sorted names of the class folders in it.
+def ids_of_ancestors(folder):
+    """The ids of a folder and of those that contain it, to which no link is followed."""
+    folder = Path(folder).resolve()
+    return {folder_id(path) for path in (folder, *folder.parents)}
 
-    It is `train/` or, for 'test', `val/` or without one `test/`; where a part of `train/` is for
-    testing, `train/` or without one the root itself.
+
+def folder_id(folder):
+    """The same for one folder, by whatever links it is reached."""
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+@contextlib.contextmanager
+def explain_errors(folder):
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f'{error.filename or folder}: {error.strerror}') from error
+
+
+def describe_unread(folder, others):
+    """The line that says which files of `find_images` are not read."""
+    kinds = ', '.join(f'{kind} ({count})' for kind, count in others.most_common(5))
+    more = ', ...' if len(others) > 5 else ''
+    return (f'{folder}: {others.total()} files are not read: {kinds}{more}; images are '
+            f'{" ".join(SUFFIXES)}')
+
+
+def class_names(folder):
+    """The sorted names of the folders in a folder, without hidden ones.
+
+    Raises:
+        DataError: there are none, or the folder can't be read.
     """
-    names = ('train', '.') if val_split else ('train',) if split == 'train' else ('val', 'test')
-    folder = next((root / name for name in names if (root / name).is_dir()), None)
-    if folder is None:
-        raise DataError(f'no {" or ".join(names)} in {root}: --data must name a folder with train/ '
-                        f'and val/ (or test/), and in each a folder of images a class; --val-split '
-                        f'0.1 does without val/; --dataset shapes needs no data')
-    names = torchvision_datasets.folder.find_classes(folder)[0]
-    return folder, [name for name in names if not name.startswith('.')]  # .ipynb_checkpoints
+    with explain_errors(folder), os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries
+                       if not entry.name.startswith('.') and entry.is_dir())
+    if not names:
+        raise DataError(f'{folder} has no folders in it: it needs a folder of images a class')
+    return names
 
 
-def list_images(dataset, split):
-    """(path, label) of each image, sorted; in the test images, classes may be missing."""
-    folder, found = class_folders(dataset.root, split, dataset.val_split)
-    labels = {name: label for label, name in enumerate(dataset.classes)}
-    unknown = set(found) - set(labels)
+@dataclass(frozen=True)
+class ImageList:
+    """Image files and their labels, in arrays: the memory of a worker process stays shared.
+
+    (Of a list of paths it would get its own copy, page by page, as reference counts change.)
+    """
+
+    folder: str
+    names: np.ndarray   # bytes [N], paths in the folder
+    labels: np.ndarray  # int64 [N]
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, chosen):
+        """Those of a mask, bool [N]."""
+        return ImageList(self.folder, self.names[chosen], self.labels[chosen])
+
+    def path(self, i):
+        return os.path.join(self.folder, os.fsdecode(self.names[i]))
+
+    def digest(self):
+        """Hexadecimal; it changes with the names, the labels and their order."""
+        names = b'\0'.join(self.names.tolist())
+        return hashlib.sha256(names + b'\0' + self.labels.tobytes()).hexdigest()
+
+
+def list_images(dataset, split, warn=None):
+    """The ImageList of a split, sorted by class and name.
+
+    Args:
+        dataset: a Description of a folder of images.
+        split: 'train', or 'val' or 'test', in which classes may be missing.
+        warn: called with each line about what looks like a mistake.
+
+    Raises:
+        DataError: no such split, no images in it or in a class to train on, classes that the data
+            set doesn't have, or folders that can't be read.
+    """
+    folders = split_folders(dataset.root, dataset.val_split)
+    if split not in folders:
+        raise no_split(dataset.root, split)
+    folder, labels = str(folders[split]), {name: i for i, name in enumerate(dataset.classes)}
+    names = class_names(folder)
+    unknown = set(names) - set(labels)
     if unknown:
         raise DataError(f'{folder}: {min(unknown)} is not among the classes trained on')
-    try:
-        samples = torchvision_datasets.folder.make_dataset(folder, labels, is_valid_file=is_image,
-                                               allow_empty=split == 'test')
-    except FileNotFoundError as error:  # a class folder without images
-        raise DataError(f'{folder}: {error}') from error
-    if dataset.val_split:
-        samples = _split(samples, folder, split, dataset)
-    if not samples:
+    found, others = images_by_class(folder, names)
+    empty = [name for name in names if not found[name]]
+    if split == 'train' and empty:
+        raise DataError(f'{folder}: no images for {", ".join(empty[:5])}; images are '
+                        f'{" ".join(SUFFIXES)}')
+    if warn is not None and split == 'train':
+        warn_of_structure(folder, found, warn)
+    if warn is not None and others and (split == 'train' or folders[split] != folders['train']):
+        warn(describe_unread(folder, others))
+    start = len(os.path.join(folder, ''))
+    images = ImageList(
+        folder, np.array([os.fsencode(path[start:]) for name in names for path in found[name]],
+                         dtype=np.bytes_),
+        np.repeat(np.array([labels[name] for name in names]), [len(found[name]) for name in names]))
+    if dataset.val_split and folders[split] == folders['train']:
+        images = images[choose_held_out(images, dataset) == (split != 'train')]
+    if not len(images):
         raise DataError(f'{folder} has no images to {split} on')
-    return samples
+    return images
 
 
-def _split(samples, folder, split, dataset):
-    """Of each class a share for 'test', at least one image and never all, or the rest.
+def images_by_class(folder, names):
+    """The paths of each class's images, in a dictionary, and a Counter of other files."""
+    with explain_errors(folder):
+        ids = [folder_id(os.path.join(folder, name)) for name in names]
+        with os.scandir(folder) as entries:
+            loose = sum(is_image(entry.name) and entry.is_file() for entry in entries)
+    first = {}
+    for name, i in zip(names, ids):
+        if first.setdefault(i, name) != name:
+            raise DataError(f'{folder}: {first[i]} and {name} are the same folder')
+    seen, found, others = {*ids_of_ancestors(folder), *ids}, {}, Counter()
+    if loose:
+        others['images outside of the folders of the classes'] = loose
+    for name in names:
+        found[name], other_files = find_images(os.path.join(folder, name), seen)
+        others += other_files
+    return found, others
 
-    By hashes of their names in the folder: images that come or go move few of the others.
+
+def warn_of_structure(folder, found, warn):
+    """Warn of classes that look like splits, and of images in none but deeper folders."""
+    odd = [name for name in found if name.lower() in SPLIT_NAMES]
+    if odd:
+        warn(f'{folder}: classes are called {", ".join(odd)}: is --data a folder too high?')
+    deeper = [os.path.dirname(path) for name, paths in found.items() for path in paths
+              if os.path.dirname(path) != os.path.join(folder, name)]
+    if len(deeper) == sum(map(len, found.values())):
+        warn(f'{folder}: all images of its {len(found)} classes lie in deeper folders, such as '
+             f'{deeper[0]}: if those are the classes, --data is too high')
+
+
+def choose_held_out(images, dataset):
+    """bool [N]: a share of each class, at least one image and never all of them.
+
+    By hashes of their names: images that come or go move few of the others.
     """
-    def random_number(path):
-        name = f'{dataset.split_seed} {os.path.relpath(path, folder)}'
-        return hashlib.sha256(name.encode(errors='surrogateescape')).digest()
+    def random_number(i):
+        name = f'{dataset.split_seed} '.encode() + images.names[i]
+        return hashlib.sha256(name).digest()
 
-    chosen = set()
-    for _, images in itertools.groupby(samples, lambda sample: sample[1]):
-        paths = sorted((path for path, _ in images), key=random_number)
-        count = min(max(1, round(dataset.val_split * len(paths))), len(paths) - 1)
-        chosen.update(paths[:count])
-    return [sample for sample in samples if (sample[0] in chosen) == (split == 'test')]
+    chosen = np.zeros(len(images), bool)
+    for indices in np.split(np.arange(len(images)), np.flatnonzero(np.diff(images.labels)) + 1):
+        count = min(max(1, round(dataset.val_split * len(indices))), len(indices) - 1)
+        chosen[sorted(indices, key=random_number)[:count]] = True
+    return chosen
 
 
-def decode(path, mode='RGB'):
-    """An image file as a PIL image of that mode or, of more than 8 bits, as an array [H, W]."""
-    try:
-        with Image.open(path) as image:
-            if not image.mode.startswith(('I', 'F')):
-                if 'transparency' in image.info:
-                    image = image.convert('RGBA')
-                return image.convert(mode)
-            values = np.asarray(image)  # grey, for PIL has no others of 16 or 32 bits, or floats
-    except Exception as error:  # PIL raises anything for a broken file, or one that is too large
-        raise DataError(f'{path}: cannot be read as an image ({error})') from error
-    if not np.isfinite(values).all():
-        raise DataError(f'{path} has values that are not finite')
-    return values
-
+# ---- read ------------------------------------------------------------------------------------
 
 def read_image(path, dataset):
     """An image file as the model's input, float32 [C, H, W].
 
     Raises:
-        DataError: not an image, a broken one, or one of more than 8 bits without a range.
+        DataError: as `decode`, or more than 8 bits without a range.
     """
-    image = read_pixels(dataset, test_transform(dataset.image_size), path)
+    image = read_pixels(dataset, test_transform(dataset), path)
     return (image.float() - channels(dataset.mean, 'cpu')) / channels(dataset.std, 'cpu')
+
+
+def channels(values, device):
+    return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
 
 
 def read_pixels(dataset, transform, path):
@@ -124,45 +259,55 @@ def read_pixels(dataset, transform, path):
 
     Both are on the scale 0..255.
     """
-    channels, value_range = len(dataset.mean), dataset.value_range
-    image = decode(path, 'RGB' if channels == 3 else 'L')
-    if not isinstance(image, np.ndarray):
+    num_channels, value_range = len(dataset.mean), dataset.value_range
+    image = decode(path, 'RGB' if num_channels == 3 else 'L')
+    if not isinstance(image, Levels):
         return transform(image) if value_range is None else transform(image).float()
     if value_range is None:
         raise DataError(f'{path} has more than 8 bits, of a range that is not known: train.py is '
                         f'told it by --value-range LOW HIGH')
     low, high = value_range
-    values = ((image.astype(np.float64) - low) / (high - low)).clip(0, 1).astype(np.float32)
-    # 0..1, as the transforms expect floats.
-    return 255 * transform(torch.from_numpy(values).expand(channels, -1, -1))
+    return 255 * transform(dataclasses.replace(image, low=low, high=high, channels=num_channels))
 
 
-def measure_range(samples, workers):
+def first_readable(images):
+    """The first file of an ImageList that can be decoded; a DataError if there is none."""
+    errors = []
+    for i in range(len(images)):
+        try:
+            return decode(images.path(i))
+        except DataError as error:
+            errors.append(str(error))
+    raise unreadable(errors)
+
+
+def measure_range(images, workers):
     """The lowest and the highest value in the images of more than 8 bits."""
-    values = read_all(samples, _extremes, workers, 'measuring')
+    values = read_all(images, _extremes, workers, 'measuring')
     low, high = values.min().item(), values.max().item()
     if low == high:
-        raise DataError(f'all values in {Path(samples[0][0]).parents[1]} are {low:g}')
+        raise DataError(f'all values in {images.folder} are {low:g}')
     return low, high
 
 
 def _extremes(path):
-    values = decode(path)
-    if not isinstance(values, np.ndarray):
+    image = decode(path)
+    if not isinstance(image, Levels):
         raise DataError(f'{path} has 8 bits, and the first training image has more: give '
                         f'--value-range LOW HIGH, for those of more')
-    if values.dtype.kind == 'f' and values.min() < 0:
-        raise DataError(f'{path}: floats as low as {values.min():g} have no natural range: give '
+    low, high = image.values.min(), image.values.max()
+    if image.values.dtype.kind == 'f' and low < 0:
+        raise DataError(f'{path}: floats as low as {low:g} have no natural range: give '
                         f'--value-range LOW HIGH')
-    return torch.tensor([values.min(), values.max()], dtype=torch.float64)
+    return torch.tensor([low, high], dtype=torch.float64)
 
 
-def read_all(samples, read, workers, what):
+def read_all(images, read, workers, what):
     """What `read` makes of N files, as one tensor [N, ...]; if they are many, processes do it."""
-    count, done, result = len(samples), 0, None
+    count, done, result = len(images), 0, None
     rows = np.array([(index, 0) for index in range(count)])  # nothing is random: seed 0
-    loader = file_loader(samples, read, np.split(rows, range(100, count, 100)),
-                          num_workers=workers if count > 2000 else 0)
+    loader = file_loader(images, read, np.split(rows, range(100, count, 100)),
+                         num_workers=workers if count > 2000 else 0)
     with tqdm(desc=what, total=count, leave=False, disable=None) as bar:
         for batch, _ in checked(loader):
             if result is None:  # not a tensor: torch would start its threads for each copy
@@ -173,43 +318,63 @@ def read_all(samples, read, workers, what):
     return torch.from_numpy(result)
 
 
-def file_loader(samples, read, batches, **kwargs):
-    """A DataLoader, for `checked`, of what `read` makes of image files, and of int64 labels.
+def file_loader(images, read, batches, **kwargs):
+    """A DataLoader, for `checked`, over the files of an ImageList.
 
-    Samples are (path, label), and a batch is rows of (index, seed), int64 [B, 2].
+    It yields what `read` makes of the files, stacked, and their labels, int64 [B]. Of the list
+    `batches`, each is rows of (index, seed), int64 [B, 2].
     """
-    return DataLoader(_ImageFiles(samples, read), batch_size=None, sampler=batches,
+    return DataLoader(_ImageFiles(images, read), batch_size=None, sampler=batches,
                       worker_init_fn=_leave_signals_to_main,
                       generator=torch.Generator(),  # not the global one, which dropout draws from
                       **kwargs)
 
 
 def checked(loader):
-    """The batches of a `file_loader`; raises the DataError that stands in a batch's place."""
+    """The batches of a `file_loader`.
+
+    After an image that can't be read, the rest of the batches are only checked, so that the
+    DataError names all of these images at once.
+    """
+    errors = []
     for batch in loader:
         if isinstance(batch, DataError):
-            raise DataError(*batch.args)
-        yield batch
+            if not errors:
+                console.say(f'{batch.args[0]}; looking for others')
+            errors += batch.args
+        elif not errors:
+            yield batch
+    if errors:
+        raise unreadable(errors)
+
+
+def unreadable(errors):
+    if len(errors) == 1:
+        return DataError(errors[0])
+    more = f'; and {len(errors) - MAX_NAMED} more' if len(errors) > MAX_NAMED else ''
+    return DataError(f'{len(errors)} images cannot be used: {"; ".join(errors[:MAX_NAMED])}{more}')
 
 
 class _ImageFiles(torch.utils.data.Dataset):
-    def __init__(self, samples, read):
-        self.samples, self.read = samples, read
+    def __init__(self, images, read):
+        self.images, self.read = images, read
 
     def __getitem__(self, batch):
-        """Images and labels, or a DataError for the main process to raise.
+        """Pixels and labels or, if images can't be read, a DataError with a message for each.
 
         A worker must not raise it itself: it would arrive as the text of its traceback.
         """
-        images = []
-        try:
-            with torch.random.fork_rng(devices=[]):  # the transforms draw from the global generator
-                for index, seed in batch.tolist():
-                    torch.default_generator.manual_seed(seed)
-                    images.append(self.read(self.samples[index][0]))
-        except DataError as error:
-            return error
-        return torch.stack(images), torch.tensor([self.samples[index][1] for index in batch[:, 0]])
+        pixels, errors = [], []
+        with torch.random.fork_rng(devices=[]):  # the transforms draw from the global generator
+            for index, seed in batch.tolist():
+                torch.default_generator.manual_seed(seed)
+                try:
+                    pixels.append(self.read(self.images.path(index)))
+                except DataError as error:
+                    errors.append(str(error))
+        if errors:
+            return DataError(*errors)
+        return torch.stack(pixels), torch.from_numpy(self.images.labels[batch[:, 0]])
 
 
 def _leave_signals_to_main(_):
@@ -229,13 +394,38 @@ def _exit_when_parent_says():
     os._exit(0)
 
 
+# ---- transform -------------------------------------------------------------------------------
+
+class RandomResizedCrop(transforms.RandomResizedCrop):
+    """torchvision's, which also takes `Levels`."""
+
+    def forward(self, image):
+        return image.map(super().forward) if isinstance(image, Levels) else super().forward(image)
+
+
+class Resize(transforms.Resize):
+    """torchvision's, which also takes `Levels`. Cuts off the ends of elongated images.
+
+    Resized to 256 pixels, an image of 2 x 20,000 would have 2.6 million in the other direction.
+    """
+
+    def forward(self, image):
+        width, height = image.size
+        new_width = min(width, MAX_ELONGATION * height)
+        new_height = min(height, MAX_ELONGATION * width)
+        if (new_width, new_height) != image.size:
+            left, top = (width - new_width) // 2, (height - new_height) // 2
+            image = image.crop((left, top, left + new_width, top + new_height))
+        return image.map(super().forward) if isinstance(image, Levels) else super().forward(image)
+
+
 def train_transform(size):
     """The augmentation of fb.resnet.torch, which the official ImageNet models were trained with.
 
     Crop, resize and colour jitter are torchvision's and differ in details that
     attic/imagenet-recipe.md lists.
     """
-    return transforms.Compose([transforms.RandomResizedCrop(size),
+    return transforms.Compose([RandomResizedCrop(size),
                                transforms.RandomHorizontalFlip(),
                                transforms.ColorJitter(0.4, 0.4, 0.4),
                                to_tensor,
@@ -259,16 +449,16 @@ def add_lighting(image):
     return (image.contiguous() + steps).clamp(0, 255).to(torch.uint8)
 
 
-def test_transform(size, ten_crop=False):
-    """The centre of the image, 224/256 of its shorter side; of small images all of it."""
-    resize = transforms.Resize(size if size <= SMALL else round(size * 256 / 224))
+def test_transform(dataset, ten_crop=False):
+    """The centre of an image, 224/256 of its shorter side; all of it if held in memory."""
+    size = dataset.image_size
     crop = [transforms.TenCrop(size), torch.stack] if ten_crop else [transforms.CenterCrop(size)]
-    return transforms.Compose([resize, to_tensor, *crop])
+    return transforms.Compose([Resize(size if dataset.in_memory else round(size * 256 / 224)),
+                               to_tensor, *crop])
 
 
 def to_tensor(image):
+    """uint8 [C, H, W] of a PIL image, or float32 of `Levels`; a tensor is returned as it is."""
+    if isinstance(image, Levels):
+        return image.map(lambda channel: channel)
     return image if torch.is_tensor(image) else transforms.functional.pil_to_tensor(image)
-
-
-def channels(values, device):
-    return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)

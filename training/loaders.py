@@ -12,12 +12,14 @@ has.
 """
 
 import functools
+import hashlib
+import math
 
 import torch
 import torch.nn.functional as F
 
-from training import image_files
-from training.datasets import DATASETS, SMALL, DataError
+from training import console, image_files
+from training.datasets import DATASETS, DataError
 
 PAD = 4          # pixels: zero padding of small images before the random crop (paper, section 4.1)
 NO_LABEL = -100  # the ignore_index of F.cross_entropy
@@ -25,12 +27,15 @@ NO_LABEL = -100  # the ignore_index of F.cross_entropy
 
 def make_loader(dataset, split, batch_size, *, device, augment=False, seed=1, workers=0,
                 ten_crop=False, shard=(0, 1)):
-    """A loader of the images of 'train', which are shuffled, or 'test', which come in their order.
+    """A loader of a split: of 'train' in random order, of 'val' and 'test' in the files' order.
 
     It has `len()`, the number of batches in an epoch, of which the last may be smaller;
-    `set_epoch(epoch, start=0)`; `num_images`; and `images_in(i)`, the size of batch i.
+    `set_epoch(epoch, start=0)`; `num_images`; `images_in(i)`, the size of batch i; `files`, the
+    names of the images (or numbers); `class_counts`, int64 [classes]; and `digest`, a hexadecimal
+    string that changes with names, labels and their order.
 
     Args:
+        split: 'train', 'test', or 'val' if `dataset.selection_split` says so.
         batch_size: of all processes together.
         workers: number of processes that decode images; 0: this one does it itself.
         ten_crop: images come as [B, 10, 3, H, W], in batches of a tenth of the size, so that a
@@ -40,29 +45,30 @@ def make_loader(dataset, split, batch_size, *, device, augment=False, seed=1, wo
             all processes take the same number of steps.
 
     Raises:
-        DataError: data missing or broken, a failed download, or ten crops of small images.
+        DataError: data missing or broken, a failed download, or ten crops of images in memory.
     """
     if ten_crop and dataset.in_memory:
-        raise DataError(f'--ten-crop is for images larger than {SMALL} pixels, and '
-                        f'{dataset.name} has images of {dataset.image_size}')
+        raise DataError(f'--ten-crop is for images that are larger than the network\'s, and those '
+                        f'of {dataset.name} are held in memory in its size, '
+                        f'{dataset.image_size} pixels')
     common = dict(mean=dataset.mean, std=dataset.std, device=device, shuffle=split == 'train',
                   seed=seed, shard=shard)
     entry = DATASETS[dataset.name]
     if entry.read is not None:
         images, labels = entry.read(split, dataset.root)
         return MemoryLoader(images, labels, batch_size, augment=augment, **common)
-    samples = image_files.list_images(dataset, split)
+    found = image_files.list_images(dataset, split, console.warn if shard[0] == 0 else None)
     if dataset.in_memory:
-        files, labels = zip(*samples)
-        transform = image_files.test_transform(dataset.image_size)
+        transform = image_files.test_transform(dataset)
         read = functools.partial(image_files.read_pixels, dataset, transform)
-        images = image_files.read_all(samples, read, workers, f'reading {split}')
-        return MemoryLoader(images, torch.tensor(labels), batch_size, augment=augment, files=files,
-                            **common)
+        images = image_files.read_all(found, read, workers, f'reading {split}')
+        return MemoryLoader(images, torch.from_numpy(found.labels), batch_size, augment=augment,
+                            image_list=found, **common)
     transform = (image_files.train_transform(dataset.image_size) if augment
-                 else image_files.test_transform(dataset.image_size, ten_crop))
-    return WorkerLoader(samples, functools.partial(image_files.read_pixels, dataset, transform),
-                        -(-batch_size // 10) if ten_crop else batch_size, workers=workers, **common)
+                 else image_files.test_transform(dataset, ten_crop))
+    return WorkerLoader(found, functools.partial(image_files.read_pixels, dataset, transform),
+                        math.ceil(batch_size / 10) if ten_crop else batch_size, workers=workers,
+                        **common)
 
 
 class _Loader:
@@ -72,17 +78,26 @@ class _Loader:
 
     Args:
         labels: int64 [N].
-        files: their names, or nothing for numbers.
+        image_list: the ImageList, if the images are files.
     """
 
-    def __init__(self, labels, batch_size, *, mean, std, device, files=(), shuffle=False, seed=1,
-                 shard=(0, 1)):
+    def __init__(self, labels, batch_size, *, mean, std, device, image_list=None, shuffle=False,
+                 seed=1, shard=(0, 1)):
         self.num_images, self.batch_size, self.device = len(labels), batch_size, device
-        self.class_counts, self.files = labels.bincount(), files or range(len(labels))
+        self.class_counts, self.image_list = labels.bincount(), image_list
+        self.digest = (hashlib.sha256(labels.numpy().tobytes()).hexdigest() if image_list is None
+                       else image_list.digest())
         self.mean, self.std = image_files.channels(mean, device), image_files.channels(std, device)
         self.shuffle, self.seed = shuffle, seed
         self.rank, self.processes = shard
         self.set_epoch(1)
+
+    @property
+    def files(self):
+        """The names of the images, or numbers if they have none."""
+        if self.image_list is None:
+            return range(self.num_images)
+        return [self.image_list.path(i) for i in range(self.num_images)]
 
     def set_epoch(self, epoch, start=0):
         """Choose the epoch of the next iteration, and its first batch (counted from 0)."""
@@ -94,7 +109,7 @@ class _Loader:
         self._draw(generator)
 
     def __len__(self):
-        return -(-self.num_images // self.batch_size)
+        return math.ceil(self.num_images / self.batch_size)
 
     def images_in(self, i):
         """The number of images in batch i, of all processes together."""
@@ -164,12 +179,13 @@ class WorkerLoader(_Loader):
     They are normalised on the device: a quarter of the bytes to copy.
     """
 
-    def __init__(self, samples, read, batch_size, *, device, workers=0, **kwargs):
+    def __init__(self, image_list, read, batch_size, *, device, workers=0, **kwargs):
         self.batches = []  # filled by `_draw`
-        files, labels = zip(*samples)
-        super().__init__(torch.tensor(labels), batch_size, device=device, files=files, **kwargs)
-        self.loader = image_files.file_loader(samples, read, self.batches, num_workers=workers,
-                                   persistent_workers=workers > 0, pin_memory=device.type == 'cuda')
+        super().__init__(torch.from_numpy(image_list.labels), batch_size, device=device,
+                         image_list=image_list, **kwargs)
+        self.loader = image_files.file_loader(
+            image_list, read, self.batches, num_workers=workers, persistent_workers=workers > 0,
+            pin_memory=device.type == 'cuda')
 
     def _draw(self, generator):
         # Each image has a seed, for its random transforms; a batch is rows of (index, seed).
