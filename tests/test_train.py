@@ -813,7 +813,7 @@ def test_a_plot_that_fails_is_one_warning(small, tmp_path, capsys, monkeypatch):
     (['--freeze-features'], '--freeze-features needs a model: --resume .* or --pretrained'),
     (['--pretrained', '--arch', 'densenet264'], 'which are for --arch densenet121, densenet161'),
     (['--start-epoch', '301'], 'after the last of 300'),
-    (['--image-size', '48'], '--image-size is for folder and imagenet'),
+    (['--image-size', '48'], '--image-size are for folder and imagenet'),
     (['--evaluate', '--name', 'x'], '--evaluate needs a model: --resume for that of work/x, '),
     (['--value-range', '5', '5'], 'LOW must be less than HIGH'),
     (['--value-range', '0', 'nan'], "'nan' is not a number"),

@@ -91,7 +91,8 @@ def _lock(directory, lock):
 
 def clear(directory):
     """Delete the files of an earlier run; figures stay until they are drawn again."""
-    for path in (*(directory / name for name in RUN_FILES),
+    reports = 'confusion.csv', 'predictions.csv'
+    for path in (*(directory / name for name in (*RUN_FILES, *reports)),
                  *directory.glob('tensorboard/events.out.tfevents.*')):
         path.unlink(missing_ok=True)
 
