@@ -94,7 +94,7 @@ def test_missing_data_are_said_in_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
         channel_stats.main(['--dataset', 'imagenet', '--data', str(tmp_path)])
     error = capsys.readouterr().err
-    assert exit_.value.code == 2 and error.startswith('channel_stats.py: error: no train/ in ')
+    assert exit_.value.code == 2 and error.startswith('channel_stats.py: error: no train in ')
     assert error.count('\n') == 1
 
 

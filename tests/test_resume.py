@@ -191,7 +191,7 @@ def test_flags_win_over_the_resumed_checkpoint(small, tmp_path):
 
 
 def test_a_depth_that_names_a_model_can_be_resumed_by_the_same_command(tmp_path):
-    write_images(tmp_path, {'train/a': 4, 'val/a': 1}, (65, 65))
+    write_images(tmp_path, {'train/a': 2, 'train/b': 2, 'val/a': 1}, (65, 65))
     argv = ['--dataset', 'folder', '--data', str(tmp_path), '--depth', '121', '--batch-size', '2',
             '--growth-rate', '4', '--workers', '0', '--device', 'cpu', '--no-plot', '--save',
             str(tmp_path / 'run')]

@@ -867,7 +867,7 @@ def test_an_error_that_no_flag_mends_keeps_its_traceback(small, tmp_path, monkey
 
 
 def test_an_image_reader_that_is_killed_is_one_line(tmp_path):
-    write_images(tmp_path, {'train/a': 40, 'val/a': 1}, (66, 66))
+    write_images(tmp_path, {'train/a': 20, 'train/b': 20, 'val/a': 1}, (66, 66))
     script = interrupted('learning_rate', 3, """
         for child in open(f'/proc/self/task/{os.getpid()}/children').read().split():
             os.kill(int(child), 9)""")

@@ -22,6 +22,7 @@ from training import lua_torch, weights
 from training.console import UserError
 
 NARROW = dict(growth_rate=4, block_config=(2, 2), num_init_features=8, num_classes=5)
+DAMAGED = 'is not a checkpoint, or a damaged one'
 SMALL = dict(NARROW, small_inputs=True)
 
 
@@ -343,8 +344,8 @@ def test_models_and_programs_are_named(tmp_path):
     (b'version https://git-lfs.github.com/spec/v1\noid', 'a Git LFS pointer'),
     (b'\x89HDF\r\n\x1a\n' + bytes(99), 'an HDF5 file'), (b'\x1f\x8b\x08', 'unpack it first'),
     (b'4\n1\n3\nV 1\n', 'an ASCII file of Lua Torch'), (b'\0\0\0\4\0\0\0\1', 'big-endian'),
-    (b'', 'is damaged'), (b'nothing', 'is damaged'), (bytes(8) + b'{', '.safetensors'),
-    (pickle.dumps({'a': 1}), 'is damaged')])
+    (b'', DAMAGED), (b'nothing', DAMAGED), (bytes(8) + b'{', '.safetensors'),
+    (pickle.dumps({'a': 1}), DAMAGED)])
 def test_other_files_are_named(tmp_path, content, words):
     assert words in says(content, tmp_path, save=write_bytes)
 
@@ -357,7 +358,7 @@ def test_missing_and_damaged_files(tmp_path):
     state = densenet.DenseNet(**NARROW).state_dict()
     torch.save(state, tmp_path / 'whole.pth')
     content = bytearray((tmp_path / 'whole.pth').read_bytes())
-    assert 'is damaged' in says(content[:len(content) // 2], tmp_path, save=write_bytes)
+    assert DAMAGED in says(content[:len(content) // 2], tmp_path, save=write_bytes)
     content[content.index(state['classifier.weight'].numpy().tobytes())] ^= 1
     assert 'the CRC of' in says(content, tmp_path, save=write_bytes)
 

@@ -54,6 +54,7 @@ CIFAR100_CLASSES = tuple('''
 SHAPES = ('disk', 'ring', 'square', 'frame', 'triangle up', 'triangle down', 'plus', 'cross',
           'horizontal bars', 'vertical bars')
 
+
 class DataError(UserError):
     """Data that are missing, broken or not laid out as they should be, said in one line."""
 
@@ -167,9 +168,12 @@ def split_folders(root, val_split=0.0):
 
 def no_split(root, split):
     """The DataError for a folder without that split; it names the folders that are there."""
-    names = {'train': 'train/', 'val': 'val/ beside test/', 'test': 'test/ or val/'}[split]
+    names = {'train': 'train', 'val': 'val beside test', 'test': 'val or test'}[split]
+    found = []
     try:
         found = sorted(f'{path.name}/' for path in root.iterdir() if path.is_dir())
+    except FileNotFoundError:
+        pass
     except OSError as error:
         return DataError(f'{root}: {error.strerror}')
     found = f' (only {", ".join(found[:5])}{", ..." if len(found) > 5 else ""})' if found else ''
@@ -319,7 +323,6 @@ def _shape_depth(shape, x, y):
 
 
 # ---- the table ------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Dataset:

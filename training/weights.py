@@ -5,7 +5,7 @@
 
 Reads `.safetensors`, models of Lua Torch (`.t7`) and what `torch.save` writes, without running code
 from the file. Nested dictionaries become one with dotted keys, and the prefix of the first dense
-layer's key is that of all weights: wrappers ('net', 'state_dict') and prefixes ('module.',
+layer's key is taken for all weights: wrappers ('net', 'state_dict') and prefixes ('module.',
 'model.') need no list of names.
 """
 
@@ -391,7 +391,7 @@ def load_torch_file(path):
     except Exception as error:  # a file that is no checkpoint makes the reader fail in any way
         raise_if_pickled_model(path, names)
         reason = shortened(error) or type(error).__name__
-        raise UserError(f'{path} can\'t be read as weights, or is damaged: {reason}') from error
+        raise UserError(f'{path} is not a checkpoint, or a damaged one: {reason}') from error
 
 
 def raise_if_pickled_model(path, names):
