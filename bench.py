@@ -20,13 +20,8 @@ peak: on a CPU, the peak of a whole step (forward, loss and backward) in torch's
     the images, the weights and their gradients. The CPU kernels' scratch buffers are not counted.
 """
 
-import os
-
-# Let idle OpenMP threads sleep: beside other processes, spinning makes a step much slower.
-# The OpenMP library reads this when torch loads it.
-os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
-
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -44,7 +39,7 @@ def make_parser():
     add('--batch-size', '-b', nargs='+', help='(default: 64)')
     add = parser.add_argument_group('rows').add_argument
     add('--precision', nargs='+', choices=flags.PRECISIONS,
-        help='(default: tf32 bf16 on cuda, else fp32)')
+        help='(default: tf32 bf16 on cuda, fp32 elsewhere)')
     add('--compile', action='store_true',
         help='also torch.compile, on cuda also with mode reduce-overhead: minutes for each')
     add('--inference', action='store_true', help='evaluation instead of training')

@@ -329,7 +329,7 @@ def densenet_cifar(depth=100, growth_rate=12, *, bottleneck=True, compression=0.
     """The paper's networks for CIFAR and SVHN: three equal dense blocks (section 3).
 
     Args:
-        depth: L in the paper, the number of layers with weights: 6n+4 with bottleneck, else 3n+4.
+        depth: L in the paper, number of layers with weights: 6n+4 with bottleneck, 3n+4 without.
         num_init_features: by default `stem_width`.
         other arguments: as for `DenseNet`.
 

@@ -409,6 +409,12 @@ def report_figures(directory):
 
 # ---- command line -------------------------------------------------------------------------
 
+def save_reports(directory):
+    """Draw each of REPORTS whose file is in the run directory, as PNG."""
+    for name, figure in report_figures(directory):
+        save_figure(figure, directory / f'{name}.png')
+
+
 def save_figure(figure, path):
     """Write the figure atomically: a viewer may have the old one open."""
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')  # train.py removes old ones

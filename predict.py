@@ -8,13 +8,8 @@ A file that can't be read is a warning; the others are predicted, and the exit c
 which there is no file ends it before it begins.
 """
 
-import os
-
-# Let idle OpenMP threads sleep: beside other processes, spinning makes a step much slower.
-# The OpenMP library reads this when torch loads it.
-os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
-
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -94,7 +89,7 @@ def read(dataset, files):
     """[(file, float32 [C, H, W] or a DataError)]: what a worker process hands over."""
     batch = []
     for file in files:
-        try:  # NumPy, for tensors would come through shared memory, of which containers have little
+        try:  # NumPy, because tensors go through shared memory, which is small in containers
             batch.append((file, image_files.read_image(file, dataset).numpy()))
         except datasets.DataError as error:
             batch.append((file, error))
@@ -118,8 +113,8 @@ def classify(model, images):
     """Probabilities of the classes, and where the model looks for the first of them.
 
     That is Grad-CAM (Selvaraju et al. 2017) at the last ReLU. After it come a mean over the map and
-    a linear layer, so the gradient of a logit by channel c is weight[class, c] / (h * w) anywhere:
-    but for 1 / (h * w), Grad-CAM is the positive part of CAM (Zhou et al. 2016), with no backward.
+    a linear layer, so the gradient of a logit by channel c is weight[class, c] / (h * w) anywhere.
+    Up to that factor 1 / (h * w), Grad-CAM is the positive part of CAM (Zhou et al. 2016).
 
     Shapes: images [N, C, H, W] to, on the CPU, probabilities [N, classes] and heat [N, h, w], of
     the size of the last feature map.

@@ -11,12 +11,6 @@ A run writes args.json, train.csv, test.csv, latest.pth, best.pth and its figure
 directory, work/<name>. The defaults are the paper's: https://arxiv.org/abs/1608.06993, section 4.2.
 """
 
-import os
-
-# Let idle OpenMP threads sleep: beside other processes, spinning makes a step much slower.
-# The OpenMP library reads this when torch loads it.
-os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
-
 import argparse
 import sys
 
@@ -59,7 +53,7 @@ def prepare_model(model, args, device):
         model.features.requires_grad_(False)
     model.not_fused = networks.fuse(model, device)
     # Convolutions are faster in channels_last, on CPUs too; activations follow the weights' layout.
-    # On MPS, which nobody has tried, the default layout is safer.
+    # MPS is untested, and the default layout is safer there.
     layout = torch.contiguous_format if device.type == 'mps' else torch.channels_last
     return model.to(device, memory_format=layout)
 
@@ -190,7 +184,7 @@ def balanced_class_weights(class_counts):
 def make_step(args, state, shapes, autocast, class_weights=None):
     """The function of images and labels that trains `state`, as a CUDA graph where possible.
 
-    `shapes` are those of full and last batches, [B, C, H, W].
+    `shapes`: of full and of last batches, [B, C, H, W].
 
     Raises:
         UserError: as `CudaGraphStep`.
@@ -253,7 +247,12 @@ def main(argv=None):
             checkpoint.load_weights(model, saved['model'], args.resume)
         model = prepare_model(model, args, device)
         if args.evaluate:
-            evaluation.report_errors(model, dataset, device, autocast, args)
+            directory = evaluation.report_errors(model, dataset, device, autocast, args)
+            if distributed.rank() == 0:
+                import plot  # matplotlib is slow to import, and training doesn't need it
+
+                plot.save_reports(directory)
+                say(f'confusion.csv, confusion.png and predictions.csv are in {directory}')
             return
 
         with Run(args, stop) as run:
@@ -271,9 +270,11 @@ def main(argv=None):
             set_training_mode(model, args)  # before a graph is recorded
             image = args.in_channels, dataset.image_size, dataset.image_size
             sizes = args.batch_size, train_loader.num_images % args.batch_size  # full, last batch
-            class_weights = balanced_class_weights(train_loader.class_counts).to(device)
+            class_weights = None
+            if args.class_weights:
+                class_weights = balanced_class_weights(train_loader.class_counts).to(device)
             step = make_step(args, state, [(n, *image) for n in sizes if n], autocast,
-                             class_weights if args.class_weights else None)
+                             class_weights)
             run.start(state, dataset, train_loader, test_loader, precision, step)
             for epoch in range(state.epoch, args.epochs + 1):
                 set_training_mode(model, args)

@@ -4,10 +4,10 @@
     python attic/channel_stats.py --dataset cifar100
     python attic/channel_stats.py --dataset imagenet --data /data/imagenet --workers 16
 
-Of the training images, on the scale 0..255; ImageNet's are resized and cropped as for testing. Two
-standard deviations are in use: CIFAR is normalised by that of all pixels together, ImageNet by the
-mean over the images of each one's own. The first is larger, since it also counts how images differ
-from each other in brightness.
+Measures the training images, on the scale 0..255; ImageNet's are resized and cropped as for
+testing. Two standard deviations are in use: CIFAR is normalised by the standard deviation of all
+pixels together, ImageNet by the mean of the standard deviations of the images. The first is larger,
+because it includes how the images differ in brightness.
 """
 
 import argparse

@@ -118,7 +118,7 @@ def main(argv=None):
     add('new', metavar='NEW', help='directory of the other checkout')
     add('--arch', metavar='NAME', help='an ImageNet network')
     add('--depth', type=int, help='(default: 100)')
-    add('--growth-rate', type=int, help='(default: 12, or that of --arch)')
+    add('--growth-rate', type=int, help='(default: 12, or as --arch has it)')
     add('--image-size', type=int, metavar='PIXELS', help='(default: 32, with --arch 224)')
     add('--batch-size', type=int, default=64, help='(default: %(default)s)')
     add('--precision', choices=('fp32', 'bf16'), default='fp32', help='(default: %(default)s)')

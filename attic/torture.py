@@ -3,10 +3,10 @@
     python attic/torture.py            # in full: two minutes on two CPU cores
     python attic/torture.py --short    # each fault once, as the tests do
 
-The runs are small, on random images in a temporary directory. One has survived a fault if, resumed,
-it ends as one that nothing happened to: the same weights, optimizer, random state and test.csv to
-the bit, and the same train.csv but for the columns of speed. What was lost is kept, and the exit
-code is 1.
+The runs are small, on random images in a temporary directory. A run has survived a fault if, after
+resuming, it ends like an undisturbed one: bit-identical weights, optimizer, random state and
+test.csv, and the same train.csv except for the columns of speed. Otherwise its directory is kept,
+and the exit code is 1.
 """
 
 import argparse
@@ -100,7 +100,7 @@ class Lab:
         process.join()
         assert process.exitcode == 0, f'resuming ended with exit code {process.exitcode}'
         assert 'Traceback' not in (run.parent / 'log').read_text(), 'a traceback'
-        # But for figures, which a process that was stopped may still be drawing.
+        # Except figures, which a stopped process may still be drawing.
         left = [path.name for path in run.glob('.*') if '.png.' not in path.name]
         assert not left, f'incomplete files are left: {left}'
         check_same_run(run, self.untouched)

@@ -213,7 +213,7 @@ def _run(command):
 
 
 def _cache_directory():
-    """Where compiled libraries are kept: a directory to which nobody else can write."""
+    """Where compiled libraries are kept: a directory that only this user can write to."""
     base = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
     directory = Path(base) / 'densenet'
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)

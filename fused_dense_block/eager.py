@@ -44,7 +44,7 @@ def norm_relu_conv(maps, half, pool=False, out=None, with_statistics=False):
 
 
 def norm_relu_conv_backward(grad, maps, half, invstd, pool=False, total=None, pending=None):
-    """From the gradient of the output to those of the input and the parameters.
+    """The gradients of the input and the parameters, from the gradient of the output.
 
     Args:
         grad: the gradient of the output; if `pending` is given, before `complete`.
@@ -90,7 +90,7 @@ def _backward(grad, maps, half, invstd, pool, total):
 
 
 def complete(total, maps, a, b):
-    """total - (a + (data - mean) * b): the gradient of maps, from that of all their readers."""
+    """total - (a + (data - mean) * b): the gradient of maps, from the sum over their readers."""
     share = _affine(maps, b, a)
     return torch.sub(total, share, out=share)
 

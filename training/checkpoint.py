@@ -26,7 +26,7 @@ from training import datasets, distributed, flags
 from training.console import UserError, say, warn
 from training.datasets import DATASETS
 
-# Flags besides those of the network with which a run can't be resumed if they change.
+# A run can't be resumed if one of these flags, or one of the network's, changes.
 FIXED_FLAGS = ('optimizer', 'freeze_features', 'best_by', 'val_split', 'mean', 'std')
 
 
@@ -121,7 +121,7 @@ class TrainState:
         return {'interval': self.sums.cpu(), 'rng': self.random_state()}
 
     def state_dict(self, own_states=None):
-        """What a checkpoint holds; `own_states` are those of all processes, by rank."""
+        """What a checkpoint holds; `own_states` has the `own_state()` of each process, by rank."""
         return {
             'model': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(),
             'scaler': self.scaler.state_dict(), 'processes': own_states or [self.own_state()],
@@ -184,12 +184,12 @@ def describe_data(args, saved):
 
     Raises:
         DataError: as `datasets.describe`.
-        CheckpointError: its classes are not those of the checkpoint.
+        CheckpointError: the checkpoint was trained on other classes.
     """
     trained_on = saved['dataset'] if saved else {}
     image_size = args.image_size
     if saved and args.dataset != trained_on['name'] and DATASETS[args.dataset].read:
-        image_size = None  # args has that of the checkpoint, and this data set has its own
+        image_size = None  # args has the checkpoint's size, and this data set has its own
     dataset = datasets.describe(
         args.dataset, args.data, image_size, 'test' if args.evaluate else 'train',
         in_channels=args.in_channels, value_range=args.value_range or trained_on.get('value_range'),
@@ -221,7 +221,7 @@ def resume(state, saved, args, num_images):
     epoch also the number of training images, the batch size and the seed. All other flags may
     change; `train.warn_of_new_rate` says when that changes the learning rate. With another number
     of processes, rank 0 takes over the sums of all, and new processes keep their random state.
-    On the CPU, results are bit-identical to those of an uninterrupted run, with the same number of
+    On the CPU, a resumed run is bit-identical to an uninterrupted one, with the same number of
     threads and the same kernels.
 
     Args:
@@ -240,7 +240,7 @@ def resume(state, saved, args, num_images):
                               f'training from them')
     with explained(f'{source} can\'t be resumed'):
         load_optimizer(state.optimizer, saved['optimizer'])
-        state.scaler.load_state_dict(saved['scaler'] if state.scaler.is_enabled() else {})
+        state.scaler.load_state_dict(saved['scaler'])
         for name in state.counters():
             setattr(state, name, saved[name])
         processes = saved['processes']
@@ -260,7 +260,7 @@ def resume(state, saved, args, num_images):
 
 
 def load_optimizer(optimizer, saved):
-    """Load momenta and the like; learning rate, weight decay etc. remain those of this run.
+    """Load momenta and the like, but keep this run's learning rate, weight decay etc.
 
     Shapes and types are compared first, since torch's fused optimizers check nothing: a wrong one
     would end the process by a signal. They also walk memory whatever its strides, so that each
@@ -384,6 +384,6 @@ def first_not_finite(model):
     """The name of the first parameter or running statistic that is not finite, or None."""
     tensors = {name: value for name, value in model.state_dict().items()
                if value.is_floating_point()}
-    # Sums of absolute values: those of squares would overflow before the numbers do.
+    # Sums of absolute values, because sums of squares overflow before the numbers do.
     bad = ~torch.stack(torch._foreach_norm([*tensors.values()], 1)).isfinite()
     return [*tensors][bad.int().argmax()] if bad.any() else None

@@ -74,7 +74,7 @@ def process_group():
     if not (dist.is_torchelastic_launched() and int(os.environ['WORLD_SIZE']) > 1):
         yield
         return
-    # A store for each start: in that of torchrun, killed processes have left their addresses.
+    # A store for each start: killed processes have left their addresses in torchrun's store.
     store, own_rank, processes = next(dist.rendezvous('env://'))
     store = dist.PrefixStore(f'start {os.environ["TORCHELASTIC_RESTART_COUNT"]}', store)
     dist.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo',

@@ -1,7 +1,7 @@
 """Testing a model, and the report of `train.py --evaluate` about its errors.
 
     test = evaluation.evaluate(model, loader, autocast)                # a TestResult
-    evaluation.report_errors(model, dataset, device, autocast, args)   # text, CSV files, figures
+    evaluation.report_errors(model, dataset, device, autocast, args)   # text, CSV files
 
 A confusion matrix is an int64 tensor [C, C] of numbers of images: rows are true classes, columns
 predicted ones. `classes` holds the C names, in the order of the labels. The CSV files are in UTF-8,
@@ -17,9 +17,6 @@ import torch.nn.functional as F
 
 from training import distributed, flags, loaders
 from training.console import say
-
-# Training needs neither matplotlib nor scipy, which are slow to import: the functions that use them
-# import them.
 
 MAX_CLASSES = 20  # up to this number the table has all classes
 NUM_WORST = 10    # classes in the table if there are more
@@ -75,18 +72,15 @@ def evaluate(model, loader, autocast, stop=None, outputs=None):
             stop.check()
     loss, errors5 = (distributed.all_reduce(sums) / loader.num_images).tolist()
     images, errors = distributed.all_reduce(per_class).cpu().double()  # MPS has no float64
-    balanced_error = 100 * (errors / images).nanmean().item()
     return TestResult(loss, 100 * errors.sum().item() / loader.num_images, 100 * errors5,
-                      balanced_error, len(images))
+                      mean_class_error(errors, images), len(images))
 
 
 def report_errors(model, dataset, device, autocast, args):
-    """Print loss and errors on the test images.
+    """Print loss and errors on the test images; write predictions.csv and confusion.csv.
 
-    Writes predictions.csv and confusion.csv into the run directory, and figures of them.
+    Returns the directory of the two files (of ranks above 0: None).
     """
-    import plot
-
     loader = loaders.make_loader(dataset, 'test', args.batch_size, device=device,
                                  workers=args.workers, ten_crop=args.ten_crop,
                                  shard=(distributed.rank(), distributed.world_size()))
@@ -95,7 +89,7 @@ def report_errors(model, dataset, device, autocast, args):
     shards = zip(*distributed.all_gather(outputs))  # of each batch
     labels, probabilities = map(torch.cat, zip(*(shard for batch in shards for shard in batch)))
     if distributed.rank() > 0:
-        return
+        return None
     top5 = f', top-5 error {test.error5:.2f}%' if test.num_classes > 5 else ''
     say(f'test loss {test.loss:.4f}, error {test.error:.2f}%{top5}')
     real = labels != loaders.NO_LABEL
@@ -109,16 +103,18 @@ def report_errors(model, dataset, device, autocast, args):
     save_predictions(directory / 'predictions.csv', loader.files, labels, probabilities,
                      dataset.classes)
     save_confusion(directory / 'confusion.csv', confusion, dataset.classes)
-    for name, figure in plot.report_figures(directory):
-        plot.save_figure(figure, directory / f'{name}.png')
-    say(f'confusion.csv, confusion.png and predictions.csv are in {directory}')
+    return directory
+
+
+def mean_class_error(errors, images):
+    """Mean over the classes of their errors, in percent; classes without images do not count."""
+    return 100 * (errors / images).nanmean().item()
 
 
 def balanced_error(confusion):
-    """Mean over the classes of their errors, in percent; classes without images do not count."""
     counts = confusion.cpu().double()  # MPS has no float64
     images = counts.sum(1)
-    return 100 * ((images - counts.diagonal()) / images).nanmean().item()
+    return mean_class_error(images - counts.diagonal(), images)
 
 
 def lines(confusion, classes, scores=None, labels=None):
@@ -154,7 +150,7 @@ def lines(confusion, classes, scores=None, labels=None):
 
 def roc_auc(scores, labels):
     """Area under the ROC curve of scores [N] for class 1; nan if a class has no images."""
-    from sklearn.metrics import roc_auc_score
+    from sklearn.metrics import roc_auc_score  # slow to import
 
     if labels.unique().numel() < 2:
         return math.nan

@@ -147,7 +147,7 @@ def add_data_and_model_flags(parser):
     layers.add_argument('--block-config', type=POSITIVE, nargs='+', metavar='LAYERS',
                         help='layers of each block, instead of --depth')
     group.add_argument('--growth-rate', '--growth', '--growthRate', type=POSITIVE,
-                       help='k (default: 12, or that of the --arch)')
+                       help='k (default: 12, or as --arch has it)')
     group.add_argument('--compression', '--reduce', '--reduction', default=0.5,
                        type=number(float, '(0, 1]'),
                        help='share of channels that a transition keeps (default: %(default)s)')
@@ -189,7 +189,7 @@ def add_recipe_flags(parser):
                             '(imagenet: every 30 epochs); cosine: to 0, step by step '
                             '(default: %(default)s)')
     group.add_argument('--warmup-epochs', type=number(float, '[0, inf)'), default=0.0,
-                       metavar='EPOCHS', help='let the rate rise to that of the schedule, from a '
+                       metavar='EPOCHS', help='let the rate rise to the schedule\'s, from a '
                        'hundredth of it, step by step (default: 0)')
     group.add_argument('--momentum', type=SHARE,
                        help='of sgd and rmsprop (default: sgd 0.9, rmsprop 0)')

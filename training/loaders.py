@@ -85,8 +85,6 @@ class _Loader:
                  seed=1, shard=(0, 1)):
         self.num_images, self.batch_size, self.device = len(labels), batch_size, device
         self.class_counts, self.image_list = labels.bincount(), image_list
-        self.digest = (hashlib.sha256(labels.numpy().tobytes()).hexdigest() if image_list is None
-                       else image_list.digest())
         self.mean, self.std = image_files.channels(mean, device), image_files.channels(std, device)
         self.shuffle, self.seed = shuffle, seed
         self.rank, self.processes = shard
@@ -98,6 +96,13 @@ class _Loader:
         if self.image_list is None:
             return range(self.num_images)
         return [self.image_list.path(i) for i in range(self.num_images)]
+
+    @property
+    def digest(self):
+        """Hexadecimal; changes with the names, the labels and their order."""
+        if self.image_list is None:  # labels of a MemoryLoader
+            return hashlib.sha256(self.labels.cpu().numpy().tobytes()).hexdigest()
+        return self.image_list.digest()
 
     def set_epoch(self, epoch, start=0):
         """Choose the epoch of the next iteration, and its first batch (counted from 0)."""

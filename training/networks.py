@@ -1,4 +1,4 @@
-"""The network that the flags of train.py describe: build it, name it, load weights, fuse it.
+"""The network that the flags of train.py describe: build it, name it, fuse it.
 
     model = networks.build(args, num_classes=10, image_size=32)
     networks.fuse(model, device)
