@@ -7,6 +7,7 @@ import json
 import pickle
 import re
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -428,7 +429,7 @@ def table():
 
 
 def test_the_table_is_the_readmes():
-    readme = (train.Path(train.__file__).parent / 'README.md').read_text()
+    readme = (Path(train.__file__).parent / 'README.md').read_text()
     for row in table():
         assert '| ' + ' | '.join(row) + ' |' in readme
 

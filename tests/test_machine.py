@@ -20,6 +20,9 @@ def two_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setattr(torch.cuda, 'set_device', Mock())
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda _: (8, 6))
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda _: 'GPU')
+    monkeypatch.setattr(torch.cuda, 'get_arch_list', lambda: ['sm_80', 'sm_90', 'sm_100'])
 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch, two_gpus):
@@ -30,6 +33,25 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch, two_gpus):
     monkeypatch.setenv('LOCAL_RANK', '2')
     with pytest.raises(UserError, match='than it has GPUs: --nproc-per-node 2'):
         choose_device('cuda')
+
+
+@pytest.mark.parametrize('capability, built, runs', [
+    ((8, 6), ['sm_80', 'sm_90'], True), ((8, 0), ['sm_86'], False), ((7, 0), ['sm_80'], False),
+    ((12, 0), ['sm_90'], False), ((12, 0), ['sm_90', 'compute_90'], True),
+    ((10, 0), ['sm_100a'], True), ((9, 0), ['sm_90a', 'compute_120'], True),
+    ((9, 0), ['gfx90a'], True), ((5, 2), ['compute_75'], False)])
+def test_a_gpu_that_torch_has_no_code_for_is_one_line(monkeypatch, two_gpus, capability, built,
+                                                      runs):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda _: capability)
+    monkeypatch.setattr(torch.cuda, 'get_arch_list', lambda: built)
+    assert choose_device('cpu') == torch.device('cpu')
+    if runs:
+        assert choose_device('auto') == torch.device('cuda:0')
+        return
+    major, minor = capability
+    with pytest.raises(UserError, match=f'capability {major}.{minor}, and torch .* was built for '
+                                        f'{built[0]}'):
+        choose_device('auto')
 
 
 def test_a_driver_that_is_too_old_is_no_silent_run_on_the_cpu(monkeypatch, two_gpus):

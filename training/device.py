@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import warnings
 
 import torch
@@ -15,7 +16,7 @@ def choose_device(name):
     """The torch.device of this process; `name` is one of `flags.DEVICES`.
 
     Raises:
-        UserError: torch finds no such device.
+        UserError: torch finds no such device, or has no code for it.
     """
     available = {'cuda': cuda_is_available(name), 'mps': torch.backends.mps.is_available(),
                  'cpu': True}
@@ -31,6 +32,7 @@ def choose_device(name):
     if gpu >= count:
         raise UserError(f'torchrun started more processes on {platform.node()} than it has GPUs: '
                         f'--nproc-per-node {count}')
+    check_compute_capability(gpu)
     torch.cuda.set_device(gpu)
     return torch.device('cuda', gpu)
 
@@ -45,6 +47,22 @@ def cuda_is_available(name):
         raise UserError(f'torch {torch.__version__} can\'t use the GPU of this machine ({reason}); '
                         f'--device cpu does without')
     return available
+
+
+def check_compute_capability(gpu):
+    """Raises UserError if torch has no code for a GPU: else, its first kernel would fail."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # torch's own, a paragraph, with which it would go on
+        major, minor = torch.cuda.get_device_capability(gpu)
+    built = [re.match(r'(sm|compute)_(\d+)(\d)', arch) for arch in torch.cuda.get_arch_list()]
+    # Machine code is for its major version, from its minor one on; compute_ is compiled anew.
+    runs = [int(b[2]) == major and int(b[3]) <= minor if b[1] == 'sm'
+            else (int(b[2]), int(b[3])) <= (major, minor) for b in built if b]
+    if runs and not any(runs):
+        raise UserError(f'{torch.cuda.get_device_name(gpu)} has compute capability '
+                        f'{major}.{minor}, and torch {torch.__version__} was built for '
+                        f'{", ".join(torch.cuda.get_arch_list())}: install one that was built for '
+                        f'it (pytorch.org/get-started), or give --device cpu')
 
 
 def choose_precision(name, device):

@@ -310,7 +310,7 @@ def read(path):
         UserError: the file can't be read without running code, is damaged, or is something else.
     """
     beginning = first_bytes(path)
-    if beginning[8:9] == b'{':  # after the header's length
+    if beginning[8:9] == b'{' or str(path).endswith('.safetensors'):  # { after its length
         with explained(f'{path} can\'t be read as .safetensors'):
             from safetensors.torch import load_file
 

@@ -138,8 +138,8 @@ def test_frozen_features(tmp_path):
 def test_recording_leaves_no_trace():
     """Of a run that has begun: memory keeps its place and is restored, in order, at the end."""
     args, state, autocast = make_training(['--drop-rate', '0.2', '--optimizer', 'adam'], 'fp16')
-    args = flags.complete(flags.parse(['--no-cuda-graph']))
-    eager = train.make_step(args, state, SHAPES, autocast)
+    eager_args = flags.complete(flags.parse(['--no-cuda-graph']))
+    eager = train.make_step(eager_args, state, SHAPES, autocast)
     eager(*batch(SHAPES[0]))
     tensors = [*state.model.state_dict().values(), state.sums,
                *(value for values in state.optimizer.state.values() for value in values.values())]
