@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from training.console import UserError
-from training.datasets import DATASETS, MAX_SIZE, SMALL
+from training.datasets import DATASETS, MAX_CHANNELS, MAX_SIZE, is_small, show_size
 
 DEVICES = 'auto', 'cpu', 'cuda', 'mps'
 PRECISIONS = 'fp32', 'tf32', 'bf16', 'fp16'
@@ -100,6 +100,16 @@ def number(kind, interval):
     return parse
 
 
+class ImageSize(argparse.Action):
+    """One number or HEIGHT WIDTH: an int, or (height, width) if they differ."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if len(values) > 2:
+            raise argparse.ArgumentError(self, 'one number, or height and width')
+        size = values[0] if len(set(values)) == 1 else tuple(values)
+        setattr(namespace, self.dest, size)
+
+
 POSITIVE, SHARE = number(int, '[1, 1000000000]'), number(float, '[0, 1)')
 
 
@@ -117,10 +127,14 @@ def add_data_and_model_flags(parser):
     group.add_argument('--dataset', choices=DATASETS, default='cifar10')
     group.add_argument('--data', metavar='DIR', default='work/data',
                        help='where the data are or go (default: %(default)s)')
-    group.add_argument('--image-size', type=number(int, f'[1, {MAX_SIZE}]'), metavar='PIXELS',
-                       help='folder, imagenet (default: 224, or that of small images)')
-    group.add_argument('--in-channels', type=int, choices=(1, 3), default=3,
-                       help='folder, imagenet: 1 for grey images (default: %(default)s)')
+    group.add_argument('--image-size', type=number(int, f'[1, {MAX_SIZE}]'), nargs='+',
+                       action=ImageSize, metavar='PIXELS',
+                       help='folder, imagenet: one number, or height and width (default: 224, or '
+                            'that of small images)')
+    group.add_argument('--in-channels', type=number(int, f'[1, {MAX_CHANNELS}]'), default=3,
+                       metavar='N', help='folder, imagenet: 1 for grey images; other numbers for '
+                       '.npy, TIFF and, if 4, RGBA, whose alpha is the fourth channel (default: '
+                       '%(default)s)')
     group.add_argument('--value-range', type=number(float, '(-1e30, 1e30)'), nargs=2,
                        metavar=('LOW', 'HIGH'), help='of images of more than 8 bits '
                        '(default: that of the training images)')
@@ -323,15 +337,16 @@ def check_values(saved, parser):
 def with_network(args, image_size):
     """The flags, with depth or architecture and growth rate filled in by the size of the images."""
     chosen = {**vars(args), 'image_size': image_size}
-    small = image_size <= SMALL
+    small = is_small(image_size)
     if args.arch is None and args.block_config is None:
         if small:
             chosen['depth'] = args.depth or 100
         else:  # as the official code, which takes the depth for the name
             chosen.update(depth=None, arch=f'densenet{args.depth or 121}')
             if chosen['arch'] not in ARCHITECTURES:
-                raise UserError(f'--depth {args.depth}: for images of {image_size} pixels there '
-                                f'are --arch {", ".join(ARCHITECTURES)} and --block-config')
+                raise UserError(f'--depth {args.depth}: for images of {show_size(image_size)} '
+                                f'pixels there are --arch {", ".join(ARCHITECTURES)} and '
+                                f'--block-config')
     if args.growth_rate is None and chosen['arch'] is None:
         chosen['growth_rate'] = 12 if small else 32
     return argparse.Namespace(**chosen)

@@ -2,7 +2,7 @@
 
     loader = loaders.make_loader(dataset, 'train', batch_size=64, device=device, augment=True)
     loader.set_epoch(1)
-    for images, labels in loader: ...              # float32 [B, 3, H, W] and int64 [B]
+    for images, labels in loader: ...              # float32 [B, C, H, W] and int64 [B]
 
 Small images are decoded once, held on the device as uint8 and augmented there, a batch at a time.
 Larger ones are decoded and augmented by worker processes in each epoch. Either way, all that is
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from training import console, image_files
-from training.datasets import DATASETS, DataError
+from training.datasets import DATASETS, DataError, show_size
 
 PAD = 4          # pixels: zero padding of small images before the random crop (paper, section 4.1)
 NO_LABEL = -100  # the ignore_index of F.cross_entropy
@@ -38,7 +38,7 @@ def make_loader(dataset, split, batch_size, *, device, augment=False, seed=1, wo
         split: 'train', 'test', or 'val' if `dataset.selection_split` says so.
         batch_size: of all processes together.
         workers: number of processes that decode images; 0: this one does it itself.
-        ten_crop: images come as [B, 10, 3, H, W], in batches of a tenth of the size, so that a
+        ten_crop: images come as [B, 10, C, H, W], in batches of a tenth of the size, so that a
             batch has `batch_size` crops.
         shard: (rank, number of processes). Each batch is divided evenly over the processes. If a
             small last batch has no image for a process, it gets one labelled `NO_LABEL`, so that
@@ -50,7 +50,7 @@ def make_loader(dataset, split, batch_size, *, device, augment=False, seed=1, wo
     if ten_crop and dataset.in_memory:
         raise DataError(f'--ten-crop is for images that are larger than the network\'s, and those '
                         f'of {dataset.name} are held in memory in its size, '
-                        f'{dataset.image_size} pixels')
+                        f'{show_size(dataset.image_size)} pixels')
     common = dict(mean=dataset.mean, std=dataset.std, device=device, shuffle=split == 'train',
                   seed=seed, shard=shard)
     entry = DATASETS[dataset.name]
@@ -64,7 +64,7 @@ def make_loader(dataset, split, batch_size, *, device, augment=False, seed=1, wo
         images = image_files.read_all(found, read, workers, f'reading {split}')
         return MemoryLoader(images, torch.from_numpy(found.labels), batch_size, augment=augment,
                             image_list=found, **common)
-    transform = (image_files.train_transform(dataset.image_size) if augment
+    transform = (image_files.train_transform(dataset.image_size, len(dataset.mean)) if augment
                  else image_files.test_transform(dataset, ten_crop))
     return WorkerLoader(found, functools.partial(image_files.read_pixels, dataset, transform),
                         math.ceil(batch_size / 10) if ten_crop else batch_size, workers=workers,

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from training import checkpoint, distributed, flags, networks, runlog
+from training import checkpoint, datasets, distributed, flags, networks, runlog
 from training.console import UserError, say
 from training.cuda_graph import CudaGraphStep
 from training.distributed import Stopped
@@ -92,9 +92,14 @@ class Run:
         values = ''
         if dataset.value_range:
             values = ' with values from {:g} to {:g}'.format(*dataset.value_range)
+        if args.in_channels not in (1, 3):
+            values += f', {args.in_channels} channels'
+            if args.mean is None:
+                values += ' normalised by ImageNet\'s statistics in turn'
         say(f'{networks.name(args)}: {sum(p.numel() for p in state.model.parameters()):,} '
             f'parameters; {dataset.name}: {train_loader.num_images:,} training and '
-            f'{test_loader.num_images:,} test images of {dataset.image_size} pixels{values}, '
+            f'{test_loader.num_images:,} test images of {datasets.show_size(dataset.image_size)} '
+            f'pixels{values}, '
             f'{len(dataset.classes)} classes; {f"{processes} x " if processes > 1 else ""}'
             f'{hardware}, {precision}{", CUDA graph" if graphed else ""}')
 
