@@ -319,9 +319,11 @@ def read_bands(image, path, channels):
     refuse_what_would_be_lost(image)
     if image.format == 'PNG' and image.tile[0][3] == 'RGBA;16B':
         return colours_of_16_bits(path, 4).transpose(1, 2, 0)
-    if image.mode not in ('LA', 'RGBA') or read_levels(image, path) is not None:
+    if image.mode not in ('LA', 'RGBA'):
         raise SetupError(f'its mode is {image.mode}, and --in-channels is {channels}: save them as '
                          f'TIFF or .npy, or if they are 4 as RGBA')
+    if read_levels(image, path) is not None:
+        raise ValueError('it has more than 8 bits: save it as TIFF or .npy')
     return np.asarray(image)  # not through Pillow's transforms, which multiply by alpha
 
 
@@ -421,7 +423,10 @@ def read_dicom(path):
 
 
 def modality_values(stored, data):
-    """Stored values after the modality LUT: integers if slope and intercept are whole numbers."""
+    """Stored values after the modality LUT: integers if slope and intercept are whole numbers.
+
+    They have 32 bits if 16 are stored, to save memory.
+    """
     from pydicom.pixels import apply_modality_lut
 
     if 'ModalityLUTSequence' in data:
@@ -429,10 +434,13 @@ def modality_values(stored, data):
     slope, intercept = rescaling(data)
     if (slope, intercept) == (1, 0):
         return np.array(stored)
-    is_whole = slope.is_integer() and intercept.is_integer()
-    values = stored.astype(np.int64 if is_whole else np.float64)
-    values *= int(slope) if is_whole else slope
-    values += int(intercept) if is_whole else intercept
+    is_whole = (slope.is_integer() and intercept.is_integer()
+                and abs(slope) <= 2**14 and abs(intercept) <= 2**30)  # no overflow
+    if is_whole:
+        slope, intercept = int(slope), int(intercept)
+    values = stored.astype(f'{"i" if is_whole else "f"}{4 if stored.itemsize <= 2 else 8}')
+    values *= slope
+    values += intercept
     return values
 
 

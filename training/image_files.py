@@ -410,7 +410,8 @@ class RandomResizedCrop(transforms.RandomResizedCrop):
 
     def __init__(self, size):
         height, width = sides(size)
-        super().__init__((height, width), ratio=(3 / 4 * width / height, 4 / 3 * width / height))
+        ratio = width / height
+        super().__init__((height, width), ratio=(3 / 4 * ratio, 4 / 3 * ratio))
 
     def forward(self, image):
         return image.map(super().forward) if isinstance(image, Levels) else super().forward(image)
