@@ -24,7 +24,7 @@ from PIL import Image
 from training.datasets import DataError
 
 MAX_PIXELS = 64_000_000  # an image of so many takes up to 1 GB to read
-MAX_BYTES = 6 * MAX_PIXELS  # of arrays: as many, in three channels of 16 bits
+MAX_BYTES = 6 * MAX_PIXELS  # of an array: MAX_PIXELS in three channels of 16 bits
 STRIP = 256              # rows that are converted at a time, to save memory
 LUMA = 0.299, 0.587, 0.114  # shares of red, green and blue in grey, as in Pillow
 REDUCED, ALPHA = 1, (1, 2, 999)  # TIFF: NewSubfileType of thumbnails; ExtraSamples that are alpha
@@ -43,16 +43,15 @@ warnings.filterwarnings('ignore', module='pydicom')  # of values that don't foll
 
 
 class SetupError(DataError):
-    """A package that is not installed or other channels than --in-channels: not one image's fault.
-    """
+    """What concerns all images alike: a package is not installed, or --in-channels is wrong."""
 
 
 @dataclass(frozen=True)
 class Levels:
     """An image of more than 8 bits, or of neither 1 nor 3 channels.
 
-    Its levels from `low` to `high` are scaled to 0..1, or to 1..0 if `white_is_low`. An image of 8
-    bits has low=0 and high=255; of others, they are not known to this file.
+    Its levels from `low` to `high` are scaled to 0..1, or to 1..0 if `white_is_low`. `decode` sets
+    low=0 and high=255 for 8 bits, and None for more.
 
     It is scaled a channel at a time, within the transform that makes it small: all of it as floats
     would be 768 MB for 64 megapixels.
@@ -377,11 +376,11 @@ def read_tiff(path, channels):
 def read_dicom(path):
     """Pixels of a DICOM file: [H, W] in the units of the modality LUT, or colours [H, W, 3].
 
-    Pixels of padding become black. The window that the file suggests (VOI LUT) is not applied.
+    Padding becomes black. The window that the file suggests (VOI LUT) is not applied.
 
     Returns:
-        The array, and whether its low values are white (MONOCHROME1; PS3.3, C.7.6.3.1.2, inverts
-        after the window, so that a window's ends are in the file's units).
+        The array, and whether low values are white (MONOCHROME1). Then they are inverted after the
+        value range is applied (DICOM PS3.3, C.7.6.3.1.2), so that it is in the file's units.
     """
     try:
         from pydicom import dcmread
@@ -445,7 +444,10 @@ def modality_values(stored, data):
 
 
 def rescaling(data):
-    """Slope and intercept, of which pydicom does not know where enhanced CT and MR have them."""
+    """RescaleSlope and RescaleIntercept.
+
+    Enhanced CT and MR have them in functional groups, which pydicom's apply_modality_lut ignores.
+    """
     items = [item for groups in ('PerFrameFunctionalGroupsSequence',
                                  'SharedFunctionalGroupsSequence')
              for group in data.get(groups) or ()

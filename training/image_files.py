@@ -418,9 +418,9 @@ class RandomResizedCrop(transforms.RandomResizedCrop):
 
 
 class Resize(torch.nn.Module):
-    """To the smallest size that covers `size`, with the image's aspect ratio.
+    """Resize a PIL image or `Levels` to the smallest size that covers `size`, undistorted.
 
-    Takes a PIL image or `Levels`. Cuts off the ends of elongated images: resized to 256 pixels, an
+    Cuts off the ends of elongated images: resized to 256 pixels, an
     image of 2 x 20,000 would have 2.6 million in the other direction.
     """
 
