@@ -25,12 +25,20 @@ import signal
 import warnings
 
 import torch
-import torch.nn.functional as F
 
-from training import checkpoint, datasets, distributed, evaluation, loaders, networks, weights
+from training import (
+    checkpoint,
+    datasets,
+    distributed,
+    evaluation,
+    loaders,
+    losses,
+    networks,
+    weights,
+)
 from training.checkpoint import TrainState
 from training.console import UserError, say
-from training.cuda_graph import CudaGraphStep
+from training.cuda_graph import ONE_CLASS, CudaGraphStep
 from training.device import (
     choose_device,
     choose_precision,
@@ -39,7 +47,7 @@ from training.device import (
     set_determinism,
 )
 from training.distributed import StopSignals
-from training.evaluation import at_least_fp32, count_errors, evaluate
+from training.evaluation import at_least_fp32, evaluate
 from training.run import Run
 
 # ---- build: optimizer, learning rate ---------------------------------------------------------
@@ -147,14 +155,15 @@ def warn_of_new_rate(args, saved_flags, state):
 # ---- step -----------------------------------------------------------------------------------
 
 def train_step(state, images, labels, batch_size=None, *, autocast, grad_accum=1,
-               label_smoothing=0.0, class_weights=None, forward=None):
-    """One optimizer step on a batch, float32 [B, C, H, W] and int64 [B].
+               label_smoothing=0.0, class_weights=None, multi_label=False, forward=None):
+    """One optimizer step on a batch of images, float32 [B, C, H, W], and labels of a loader.
 
     Adds the loss and the errors of the images to `state.sums`. No GPU sync (except rmsprop with
     fp16). With several processes, images and labels are this process's shard of a batch of
     `batch_size` images, and `forward` is the model wrapped by `distributed.wrap`.
     """
     forward = state.model if forward is None else forward
+    loss_sum, error_sum = losses.choose(multi_label)
     # DDP averages gradients, so divide by the per-rank batch size.
     divisor = batch_size / distributed.world_size() if batch_size else len(images)
     state.optimizer.zero_grad()
@@ -162,29 +171,23 @@ def train_step(state, images, labels, batch_size=None, *, autocast, grad_accum=1
     for i, (part, part_labels) in enumerate(micro_batches, start=1):
         with distributed.no_sync(forward, last=i == len(micro_batches)):
             with autocast:
-                logits = forward(part)
-            loss = F.cross_entropy(at_least_fp32(logits), part_labels, class_weights,
-                                   reduction='sum', label_smoothing=label_smoothing)
+                logits = at_least_fp32(forward(part))
+            loss = loss_sum(logits, part_labels, class_weights, label_smoothing)
             state.scaler.scale(loss / divisor).backward()
         state.sums[0].add_(loss.detach())
-        state.sums[1].add_(count_errors(logits.detach().argmax(1) == part_labels, part_labels))
+        state.sums[1].add_(error_sum(logits.detach(), part_labels))
     state.scaler.step(state.optimizer)
     state.scaler.update()
 
 
-def balanced_class_weights(class_counts):
-    """Inverse class frequencies, scaled so that their mean over the images is 1.
-
-    The loss of a batch is still divided by the number of its images, so that the learning rate
-    means the same. int64 [classes] to float32.
-    """
-    return class_counts.sum() / (len(class_counts) * class_counts)
-
-
-def make_step(args, state, shapes, autocast, class_weights=None):
+def make_step(args, state, shapes, autocast, class_weights=None, multi_label=False,
+              label=ONE_CLASS):
     """The function of images and labels that trains `state`, as a CUDA graph where possible.
 
-    `shapes`: of full and of last batches, [B, C, H, W].
+    Args:
+        shapes: of full and of last batches, [B, C, H, W].
+        class_weights: float32 [classes] on the device, or None.
+        label: a tensor of the shape and type of one image's label.
 
     Raises:
         UserError: as `CudaGraphStep`.
@@ -192,9 +195,9 @@ def make_step(args, state, shapes, autocast, class_weights=None):
     step = functools.partial(
         train_step, state, autocast=autocast, grad_accum=args.grad_accum,
         label_smoothing=args.label_smoothing, class_weights=class_weights,
-        forward=distributed.wrap(state.model))
+        multi_label=multi_label, forward=distributed.wrap(state.model))
     if distributed.world_size() > 1:
-        settle_order_of_sums(step, state, shapes[0])
+        settle_order_of_sums(step, state, shapes[0], label)
     device = state.sums.device.type
     if args.cuda_graph is False or (args.cuda_graph is None and device != 'cuda'):
         return step
@@ -205,7 +208,7 @@ def make_step(args, state, shapes, autocast, class_weights=None):
     elif distributed.world_size() > 1:
         reason = 'several processes exchange gradients in it'
     else:
-        graphed = CudaGraphStep(step, state, shapes)
+        graphed = CudaGraphStep(step, state, shapes, label)
         if graphed.agrees():
             return graphed
         reason = 'it does not do what the step does; please report this'
@@ -213,7 +216,7 @@ def make_step(args, state, shapes, autocast, class_weights=None):
     return step
 
 
-def settle_order_of_sums(step, state, shape):
+def settle_order_of_sums(step, state, shape, label=ONE_CLASS):
     """Take a step and undo it, on batches of `shape`, [B, C, H, W].
 
     DDP rearranges its gradient buckets after its first step, which changes the order of the sums.
@@ -222,7 +225,8 @@ def settle_order_of_sums(step, state, shape):
     n, *image = shape
     images = torch.zeros(math.ceil(n / distributed.world_size()), *image, device=state.sums.device)
     with state.rehearsal():
-        step(images, images.new_zeros(len(images), dtype=torch.int64))
+        step(images, torch.zeros(len(images), *label.shape, dtype=label.dtype,
+                                 device=images.device))
 
 
 # ---- main ------------------------------------------------------------------------------------
@@ -247,12 +251,7 @@ def main(argv=None):
             checkpoint.load_weights(model, saved['model'], args.resume)
         model = prepare_model(model, args, device)
         if args.evaluate:
-            directory = evaluation.report_errors(model, dataset, device, autocast, args)
-            if distributed.rank() == 0:
-                import plot  # matplotlib is slow to import, and training doesn't need it
-
-                plot.save_reports(directory)
-                say(f'confusion.csv, confusion.png and predictions.csv are in {directory}')
+            report(model, dataset, device, autocast, args)
             return
 
         with Run(args, stop) as run:
@@ -260,7 +259,7 @@ def main(argv=None):
             stop.deferred = True  # from now on a signal lets the step end, and saves
             state = make_state(args, model, device, precision)
             if saved:
-                checkpoint.resume(state, saved, args, train_loader.num_images)
+                checkpoint.resume(state, saved, args, train_loader, test_loader)
                 say(f'resuming {args.resume} in epoch {state.epoch} after step {state.step}')
                 warn_of_new_rate(args, saved['args'], state)
             elif args.start_epoch:
@@ -272,9 +271,9 @@ def main(argv=None):
             sizes = args.batch_size, train_loader.num_images % args.batch_size  # full, last batch
             class_weights = None
             if args.class_weights:
-                class_weights = balanced_class_weights(train_loader.class_counts).to(device)
+                class_weights = losses.balanced_class_weights(train_loader.all_labels).to(device)
             step = make_step(args, state, [(n, *image) for n in sizes if n], autocast,
-                             class_weights)
+                             class_weights, dataset.multi_label, train_loader.all_labels[0])
             run.start(state, dataset, train_loader, test_loader, precision, step)
             for epoch in range(state.epoch, args.epochs + 1):
                 set_training_mode(model, args)
@@ -286,12 +285,32 @@ def main(argv=None):
                     step(images, labels, batch_size)
                     run.after_step(batch_size, lr)
                 distributed.share_statistics(model)
-                run.after_epoch(evaluate(model, test_loader, autocast, stop))
+                run.after_epoch(evaluate(model, test_loader, autocast, stop, auc=run.with_auc))
             run.finish()
+            if dataset.selection_split == 'val':
+                report_best(run, model, dataset, device, autocast, args)
+
+
+def report(model, dataset, device, autocast, args):
+    """Test the model, and leave tables and figures in the run directory."""
+    directory = evaluation.report_errors(model, dataset, device, autocast, args)
+    if distributed.rank() == 0:
+        import plot  # matplotlib is slow to import, and training doesn't need it
+
+        plot.save_reports(directory)
+        say(f'confusion.csv, confusion.png and predictions.csv are in {directory}')
+
+
+def report_best(run, model, dataset, device, autocast, args):
+    """Test best.pth, which the validation images have chosen, on the test images."""
+    best = distributed.from_rank_0(lambda: checkpoint.load(run.directory / 'best.pth')['model'])
+    checkpoint.load_weights(model, best, run.directory / 'best.pth')
+    say(f'testing best.pth, of epoch {run.state.best_epoch}, which val has chosen:')
+    report(model, dataset, device, autocast, args)
 
 
 def make_loaders(args, dataset, device):
-    """The loaders of the training and of the test images."""
+    """The loaders of the training images and of those that choose best.pth."""
     common = dict(device=device, workers=args.workers,
                   shard=(distributed.rank(), distributed.world_size()))
     with distributed.rank_0_first():  # it downloads the data

@@ -608,8 +608,7 @@ def test_suspicious_structures_are_warned_of(tmp_path, counts, said):
     ('train val', 0, {'test': 'val'}), ('train valid', 0, {'test': 'valid'}),
     ('train test', 0, {'test': 'test'}), ('train val test', 0, {'val': 'val', 'test': 'test'}),
     ('train valid test', 0, {'val': 'valid', 'test': 'test'}),
-    ('train', 0.25, {'test': 'train'}), ('train test', 0.25, {'val': 'train', 'test': 'test'}),
-    ('train val test', 0.25, {'val': 'train', 'test': 'test'})])
+    ('train', 0.25, {'test': 'train'}), ('train test', 0.25, {'val': 'train', 'test': 'test'})])
 def test_val_chooses_and_test_is_reported(tmp_path, folders, val_split, expected):
     for folder in folders.split():
         write_images(tmp_path, {f'{folder}/a': 4, f'{folder}/b': 4}, (9, 9))
@@ -626,6 +625,9 @@ def test_val_chooses_and_test_is_reported(tmp_path, folders, val_split, expected
     if 'val' not in expected:
         with pytest.raises(DataError, match='no val beside test in '):
             loaders.make_loader(dataset, 'val', 4, device=CPU)
+    if 'val' in folders:
+        with pytest.raises(DataError, match=' has images for validation, .*/vali?d?: leave out'):
+            datasets.describe('folder', tmp_path, fold='1/2')
 
 
 def test_the_digest_tells_whether_the_images_are_the_same(tmp_path):
@@ -897,7 +899,7 @@ def test_all_bad_images_are_named_at_once(tmp_path, capsys, image_size, workers)
 
 
 def test_options_that_a_data_set_has_not(photos):
-    for options in ({'image_size': 48}, {'in_channels': 1}, {'val_split': 0.1},
+    for options in ({'image_size': 48}, {'in_channels': 1}, {'labels_file': 'x.csv'},
                     {'value_range': (0, 1)}):
         with pytest.raises(DataError, match='^cifar10 has .* are for folder and imagenet'):
             datasets.describe('cifar10', 'nowhere', **options)

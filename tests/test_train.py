@@ -20,6 +20,7 @@ from unittest.mock import Mock
 import forked
 import numpy as np
 import pytest
+import sklearn.metrics
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -39,7 +40,7 @@ from forked import RUN, interrupted
 import densenet
 import train
 from train import evaluate, learning_rate, train_step
-from training import checkpoint, flags, networks, runlog
+from training import checkpoint, flags, losses, networks, runlog
 from training.checkpoint import TrainState
 from training.console import UserError
 from training.device import make_autocast
@@ -330,7 +331,8 @@ def test_other_processes_take_over_the_sums_of_all(monkeypatch):
             torch.manual_seed(9)
             monkeypatch.setattr(checkpoint.distributed, 'rank', lambda rank=rank: rank)
             monkeypatch.setattr(checkpoint.distributed, 'world_size', lambda n=processes: n)
-            checkpoint.resume(state, {**saved, 'args': {}}, flags_of(), 0)
+            loader = SimpleNamespace(num_images=0, digest='')
+            checkpoint.resume(state, {**saved, 'args': {}}, flags_of(), loader, loader)
             assert state.sums.tolist() == expected[rank]
             assert torch.initial_seed() == (rank if rank < 2 else 9)
 
@@ -490,8 +492,8 @@ def test_evaluation_counts_as_a_loop_over_images(crops, classes):
         batches.append((torch.randn(shape, generator=generator),
                         torch.randint(classes, (n,), generator=generator)))
     outputs = []
-    loss, error, error5, balanced_error, num_classes = evaluate(model, batches, NO_AUTOCAST,
-                                                                outputs=outputs)
+    loss, error, error5, balanced_error, num_classes, auc = evaluate(model, batches, NO_AUTOCAST,
+                                                                     outputs=outputs, auc=True)
     truth = []
     for images, labels in batches:
         for image, label in zip(images, labels):
@@ -502,6 +504,10 @@ def test_evaluation_counts_as_a_loop_over_images(crops, classes):
     expected = np.mean(truth, 0) * (1, 100, 100)
     np.testing.assert_allclose((loss, error, error5), expected, rtol=1e-5)
     labels, probabilities = map(torch.cat, zip(*outputs))
+    probabilities = probabilities.softmax(1)
+    areas = [sklearn.metrics.roc_auc_score(labels == c, probabilities[:, c])
+             for c in labels.unique()]
+    assert math.isclose(auc, np.mean(areas), rel_tol=1e-6)
     losses = -probabilities[range(11), labels].log()
     np.testing.assert_allclose(losses, [loss for loss, *_ in truth], rtol=1e-4)
     of_classes = [[wrong for (_, wrong, _), label in zip(truth, labels) if label == c]
@@ -515,10 +521,10 @@ def test_balanced_weights_count_a_rare_class_as_often_as_a_frequent_one():
     counts = torch.tensor([90, 9, 1])
     labels = torch.arange(3).repeat_interleave(counts)
     logits = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
-    weights = train.balanced_class_weights(counts)
+    weights = losses.balanced_class_weights(labels)
     ours = F.cross_entropy(logits, labels, weights, reduction='sum') / 100
-    losses = F.cross_entropy(logits, labels, reduction='none').split(counts.tolist())
-    torch.testing.assert_close(ours, torch.stack([loss.mean() for loss in losses]).mean())
+    of_classes = F.cross_entropy(logits, labels, reduction='none').split(counts.tolist())
+    torch.testing.assert_close(ours, torch.stack([loss.mean() for loss in of_classes]).mean())
 
 
 def test_a_loss_that_is_not_finite_is_noticed_when_a_row_is_written():
@@ -684,7 +690,8 @@ def test_a_run_says_where_everything_is(small, tmp_path, capsys):
     best = min(rows, key=lambda row: float(row['error']))
     errors, rest = output[-1].split(', after 0:0')
     assert errors == (f'final error {float(rows[-1]["error"]):.2f}% (epoch 2), best '
-                      f'{float(best["error"]):.2f}% (epoch {best["epoch"]})')
+                      f'{float(best["error"]):.2f}% (epoch {best["epoch"]}), chosen on the test '
+                      f'images')
     assert re.fullmatch(rf'\d:\d\d; everything is in {run}', rest)
     assert output[-2].split()[1:] == [str(run / f'{name}.png')
                                       for name in ('loss', 'error', 'loss-error')]

@@ -27,7 +27,7 @@ from training.console import UserError, say, warn
 from training.datasets import DATASETS
 
 # A run can't be resumed if one of these flags, or one of the network's, changes.
-FIXED_FLAGS = ('optimizer', 'freeze_features', 'best_by', 'val_split', 'mean', 'std')
+FIXED_FLAGS = ('optimizer', 'freeze_features', 'best_by', 'val_split', 'fold', 'mean', 'std')
 
 
 class CheckpointError(UserError):
@@ -174,7 +174,8 @@ def with_saved_flags(given, parser=None):
         raise CheckpointError(f'{found} holds no run to resume; for weights alone --pretrained')
     saved_flags = dict(saved['args'])
     if args.evaluate and 'data' in given and given.data != saved_flags.get('data'):
-        saved_flags.pop('val_split', None)  # of other data, all images are for testing
+        for flag in ('labels', 'val_split', 'fold'):  # of other data, all images are for testing
+            saved_flags.pop(flag, None)
     given = argparse.Namespace(**{**vars(given), 'resume': found})
     return flags.complete(given, saved_flags, parser), saved
 
@@ -193,10 +194,15 @@ def describe_data(args, saved):
     dataset = datasets.describe(
         args.dataset, args.data, image_size, 'test' if args.evaluate else 'train',
         in_channels=args.in_channels, value_range=args.value_range or trained_on.get('value_range'),
-        val_split=args.val_split, seed=trained_on.get('split_seed', args.seed),
-        workers=args.workers)
+        labels_file=args.labels, val_split=args.val_split, fold=args.fold,
+        seed=trained_on.get('split_seed', args.seed), workers=args.workers)
     if saved:
         known, found = tuple(trained_on['classes']), dataset.classes
+        if dataset.multi_label != trained_on.get('multi_label', False):
+            kinds = 'several labels an image', 'one class an image'
+            was, now = kinds if trained_on.get('multi_label') else reversed(kinds)
+            raise CheckpointError(f'{args.resume} was trained on {was}, and {args.dataset} in '
+                                  f'{args.data} has {now}: --labels names a table of them')
         if set(found) - set(known) or not args.evaluate and known != found:
             differing = min(set(found) ^ set(known), default=None)
             what = f'{differing} is in only one of them' if differing else 'in another order'
@@ -216,7 +222,7 @@ def describe_data(args, saved):
     return dataset
 
 
-def resume(state, saved, args, num_images):
+def resume(state, saved, args, train_loader, test_loader):
     """Continue where the checkpoint was, or at the beginning of --start-epoch.
 
     Must stay the same: the network, the classes, the normalisation, and `FIXED_FLAGS`; within an
@@ -226,9 +232,12 @@ def resume(state, saved, args, num_images):
     On the CPU, a resumed run is bit-identical to an uninterrupted one, with the same number of
     threads and the same kernels.
 
+    Other training images are a warning; with other test images, so is a new search for the best
+    epoch.
+
     Args:
         state: a new TrainState, whose optimizer is initialized.
-        num_images: of the training set.
+        test_loader: of the images that choose best.pth.
 
     Raises:
         CheckpointError: it is of another model, damaged, holds weights alone, or was saved within
@@ -252,6 +261,8 @@ def resume(state, saved, args, num_images):
         state.sums.copy_(sums[rank] if len(processes) == world_size else sums.sum(0) * (rank == 0))
     if args.start_epoch:
         state.begin_epoch(args.start_epoch)
+    warn_of_other_images(state, saved, train_loader, test_loader)
+    num_images = train_loader.num_images
     before = saved.get('num_images'), saved['args'].get('batch_size'), saved['args'].get('seed')
     if state.step and before != (num_images, args.batch_size, args.seed):
         raise CheckpointError(
@@ -259,6 +270,25 @@ def resume(state, saved, args, num_images):
             f'with --seed {before[2]}, and cannot go on in one of {num_images} in batches of '
             f'{args.batch_size} with --seed {args.seed}; --start-epoch {state.epoch} begins it '
             f'anew')
+
+
+def warn_of_other_images(state, saved, train_loader, test_loader):
+    """Compare the lists of images with those of the checkpoint; forget a best that is another's."""
+    before = saved.get('digests', digests(train_loader, test_loader))
+    for split, digest in digests(train_loader, test_loader).items():
+        if before[split] == digest:
+            continue
+        consequence = ''
+        if split == 'test':
+            state.forget_best()
+            consequence = '; best.pth is chosen anew'
+        if distributed.rank() == 0:
+            warn(f'the {split} images are not those of the checkpoint: some were added, removed, '
+                 f'renamed or relabelled{consequence}')
+
+
+def digests(train_loader, test_loader):
+    return {'train': train_loader.digest, 'test': test_loader.digest}
 
 
 def load_optimizer(optimizer, saved):

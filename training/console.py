@@ -8,6 +8,10 @@ class UserError(Exception):
     """One line that says what was wrong and what would be right; the scripts exit with code 2."""
 
 
+class DataError(UserError):
+    """Data that are missing, broken or not laid out as they should be, said in one line."""
+
+
 def say(*words, file=None):
     """Print a line, ignoring a closed pipe (`| head`)."""
     file = file or sys.stdout

@@ -5,6 +5,8 @@ import torch
 from training.console import UserError
 from training.device import ran_out_of_memory
 
+ONE_CLASS = torch.zeros((), dtype=torch.int64)  # the label of an image that has one class
+
 
 class CudaGraphStep:
     """A step recorded once as a CUDA graph, and launched as a whole for each batch.
@@ -14,17 +16,19 @@ class CudaGraphStep:
         state: what the step changes; recording leaves it as it was.
         shapes: of images, [B, C, H, W], the largest first. Each has a graph of its own, in the
             same memory.
+        label: a tensor of the shape and type of one image's label.
 
     Raises:
         UserError: the recording failed. The process can't go on: generators and allocator are
             still in the mode of recording.
     """
 
-    def __init__(self, step, state, shapes):
+    def __init__(self, step, state, shapes, label=ONE_CLASS):
         device = state.sums.device
         self.step, self.state = step, state
         self.batches = {shape: (torch.zeros(shape, device=device),
-                                torch.zeros(shape[0], dtype=torch.int64, device=device))
+                                torch.zeros(shape[0], *label.shape, dtype=label.dtype,
+                                            device=device))
                         for shape in shapes}
         self.graphs, pool = {}, torch.cuda.graph_pool_handle()
         stream, caller = torch.cuda.Stream(), torch.cuda.current_stream()

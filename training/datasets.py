@@ -34,12 +34,13 @@ from pathlib import Path
 
 import numpy as np
 
-from training.console import UserError
+from training.console import DataError
+from training.folds import hold_out
+from training.labels import VAL_FOLDERS, read_table
 
 SMALL = 64       # pixels: up to this size, folders are held in memory and the stem is CIFAR's
 MAX_SIZE = 4096  # pixels: the largest --image-size
 MAX_CHANNELS = 1024
-VAL_FOLDERS = ('val', 'valid', 'validation')
 
 CIFAR10_CLASSES = tuple('airplane automobile bird cat deer dog frog horse ship truck'.split())
 CIFAR100_CLASSES = tuple('''
@@ -56,10 +57,6 @@ SHAPES = ('disk', 'ring', 'square', 'frame', 'triangle up', 'triangle down', 'pl
           'horizontal bars', 'vertical bars')
 
 
-class DataError(UserError):
-    """Data that are missing, broken or not laid out as they should be, said in one line."""
-
-
 @dataclass(frozen=True)
 class Description:
     """What the model needs to know of a data set."""
@@ -71,24 +68,52 @@ class Description:
     mean: tuple      # of each channel, 0..255
     std: tuple
     value_range: tuple = None  # (low, high): what becomes 0 and 255 in images of more than 8 bits
-    val_split: float = 0.0     # the share of train/ that is held out
+    val_split: float = 0.0     # the share of the training images that is held out
+    fold: str = None           # 'i/k': the fold of them that is held out
     split_seed: int = 1
+    labels_file: Path = None   # the table of `labels.read_table`; None: classes are folders
+    multi_label: bool = False  # labels are float32 [N, C] of 0, 1 and NaN (unknown)
 
     @property
     def in_memory(self):
         return DATASETS[self.name].read is not None or is_small(self.image_size)
 
     @property
+    def splits(self):
+        """Where the images of each split come from: {'train': source, 'test': source, ...}.
+
+        A source is a folder or, in memory and in a labels file, a split. What is held out comes
+        from the source of 'train'.
+        """
+        return find_splits(self.root, self.name, self.labels_file, self.holds_out)
+
+    @property
+    def holds_out(self):
+        return bool(self.val_split or self.fold)
+
+    @property
     def selection_split(self):
         """The split that chooses best.pth: 'val' if there are 'val' and 'test', else 'test'."""
-        entry = DATASETS[self.name]
-        has_val = 'val' in (entry.splits if entry.read else
-                            split_folders(self.root, self.val_split))
-        return 'val' if has_val else 'test'
+        return 'val' if 'val' in self.splits else 'test'
+
+    def is_divided(self, split):
+        """Whether only a part of the source of `split` belongs to it."""
+        return self.holds_out and self.splits[split] == self.splits['train']
+
+    def choose(self, split, labels, names, groups=None):
+        """bool [N]: the images of `split` among those of a source that is divided."""
+        if self.fold:
+            i, k = map(int, self.fold.split('/'))
+            shares, part = (1 / k,) * k, i - 1
+        else:
+            shares, part = (self.val_split, 1 - self.val_split), 0
+        held_out = hold_out(labels, names, shares, part, self.split_seed, groups)
+        return held_out == (split != 'train')
 
     def plain(self):
-        """Everything but the folder, as plain values: what a checkpoint keeps."""
-        return {key: value for key, value in dataclasses.asdict(self).items() if key != 'root'}
+        """Everything but the paths, as plain values: what a checkpoint keeps."""
+        return {key: value for key, value in dataclasses.asdict(self).items()
+                if key not in ('root', 'labels_file')}
 
 
 def sides(image_size):
@@ -106,13 +131,14 @@ def show_size(image_size):
 
 
 def describe(name, root='work/data', image_size=None, split='train', *, in_channels=3,
-             value_range=None, val_split=0.0, seed=1, workers=0):
+             value_range=None, labels_file=None, val_split=0.0, fold=None, seed=1, workers=0):
     """The classes and the image size of a data set, without loading it.
 
     Args:
-        name: a key of `DATASETS`; all other arguments but `root` are for folders of images.
-        root: where the files of the data set are or go; for imagenet and folder the folder of
-            `split_folders`, and in each of these a folder of images a class.
+        name: a key of `DATASETS`.
+        root: where the files of the data set are or go; for imagenet and folder, the folder of
+            `find_splits`, and in each of those a folder of images a class.
+        image_size, in_channels, value_range, labels_file, workers: for folders of images only.
         image_size: one number or (height, width). By default 224 or, for a folder whose first image
             has at most `SMALL` pixels a side, that image's shorter side.
         split: 'train' or 'test', whose folders are the classes.
@@ -120,38 +146,47 @@ def describe(name, root='work/data', image_size=None, split='train', *, in_chann
             must have. ImageNet's statistics are averaged for 1, and repeated for more than 3.
         value_range: (low, high) of images of more than 8 bits. By default, if the first training
             image of a folder is one, the lowest and the highest value in all of them.
-        val_split: hold out this share of each class in `train/`, or in the root itself if it has no
-            `train/`; `seed` chooses the images.
+        labels_file: a CSV file of `labels.read_table`, whose files are in `root`.
+        val_split, fold: hold out this share of the training images, or fold 'i/k' of them, in
+            each class; `seed` chooses them.
         workers: number of processes that look for the values.
 
     Raises:
-        DataError: no such folders, a single class to train on, a choice that this data set does not
+        DataError: no such data, a single class to train on, a choice that this data set does not
             have, or values without a natural range.
     """
     root, entry = Path(root), DATASETS[name]
+    held_out = dict(val_split=val_split, fold=fold, split_seed=seed)
     if entry.read is not None:
         size, channels = entry.image_size, len(entry.mean)
-        if image_size not in (None, size) or in_channels != channels or value_range or val_split:
+        if image_size not in (None, size) or in_channels != channels or value_range or labels_file:
             raise DataError(f'{name} has images of {size} pixels and {channels} channels: '
-                            f'--val-split, --value-range, and another --in-channels or '
-                            f'--image-size are for folder and imagenet')
-        return Description(name, root, entry.classes, size, entry.mean, entry.std)
+                            f'--labels, --value-range, and another --in-channels or --image-size '
+                            f'are for folder and imagenet')
+        return Description(name, root, entry.classes, size, entry.mean, entry.std, **held_out)
     from training import image_files  # imports torch
 
-    folders = split_folders(root, val_split)
-    if split not in folders:
-        raise no_split(root, split)
-    classes = image_files.class_names(folders[split])
-    if split == 'train' and len(classes) == 1:
-        raise DataError(f'{folders[split]} has one class alone, {classes[0]}: the folders in it '
-                        f'are the classes; is --data a folder too high?')
+    labels_file = labels_file and Path(labels_file)
+    splits = find_splits(root, name, labels_file, bool(val_split or fold))
+    if split not in splits:
+        raise no_split(root, split, labels_file)
+    if labels_file:
+        table = read_table(labels_file).of_split(splits[split])
+        classes, multi_label = table.classes(), table.labels is None
+    else:
+        classes, multi_label = image_files.class_names(splits[split]), False
+    if split == 'train' and len(classes) == 1 and not multi_label:
+        raise DataError(f'{splits[split]} has one class alone, {classes[0]}: the folders in it '
+                        f'are the classes; is --data a folder too high?' if not labels_file else
+                        f'{labels_file} has one class alone for training, {classes[0]}')
     statistics = entry.mean, entry.std
     if in_channels == 1:
         statistics = [(sum(values) / 3,) for values in statistics]
     elif in_channels != 3:  # in turn, as weights.adapt_channels does
         statistics = [(values * in_channels)[:in_channels] for values in statistics]
     dataset = Description(name, root, tuple(classes), image_size or 224, *statistics,
-                          value_range and tuple(value_range), val_split, seed)
+                          value_range and tuple(value_range), **held_out, labels_file=labels_file,
+                          multi_label=multi_label)
     if name == 'imagenet':
         return dataset
     samples = image_files.list_images(dataset, split)
@@ -164,28 +199,44 @@ def describe(name, root='work/data', image_size=None, split='train', *, in_chann
     return dataset
 
 
-def split_folders(root, val_split=0.0):
-    """The folders of the splits that there are: a dictionary of 'train', 'val' and 'test'.
+def find_splits(root, name, labels_file=None, holds_out=False):
+    """The splits of a data set and their sources: see `Description.splits`.
 
-    'val' is `val/` or `valid/`; without a `test/` beside it, it is the 'test' split. With
-    `val_split`, a share of `train/` takes its place; in a root without `train/`, whose folders are
-    the classes, there are no other splits.
+    With 'val' and 'test', 'val' chooses best.pth and 'test' is reported at the end; a single one of
+    them is called 'test'. What is held out of 'train' takes the place of 'val'; images that are not
+    divided into splits (a root without `train/`, a table without that column) are 'train', then.
+
+    Raises:
+        DataError: validation images beside those that are to be held out.
     """
-    train, test = root / 'train', root / 'test'
-    if val_split and not train.is_dir():
-        return {'train': root, 'test': root}
-    vals = [train] if val_split else [root / name for name in VAL_FOLDERS
-                                      if (root / name).is_dir()]
-    if len(vals) > 1:
-        raise DataError(f'{root} has {" and ".join(folder.name for folder in vals)}: keep one of '
-                        f'them')
-    held_out = [folder for folder in (*vals, test) if folder.is_dir()]
-    folders = dict(zip(('val', 'test') if len(held_out) == 2 else ('test',), held_out))
-    return {'train': train, **folders} if train.is_dir() else folders
+    if DATASETS[name].read is not None:
+        sources = {split: split for split in DATASETS[name].splits}
+    elif labels_file:
+        names = read_table(labels_file).splits or ['train']
+        sources = {split: split for split in ('train', 'val', 'test') if split in names}
+    else:
+        found = [split for split in ('train', *VAL_FOLDERS, 'test') if (root / split).is_dir()]
+        vals = [split for split in found if split in VAL_FOLDERS]
+        if len(vals) > 1:
+            raise DataError(f'{root} has {" and ".join(vals)}: keep one of them')
+        sources = {'val' if split in vals else split: root / split for split in found}
+        if holds_out and 'train' not in sources:
+            sources = {'train': root}
+    if holds_out:
+        if 'val' in sources:
+            raise DataError(f'{labels_file or root} has images for validation, {sources["val"]}: '
+                            f'leave out --val-split and --fold, or move them into train')
+        sources['val'] = sources['train']
+    if 'val' in sources and 'test' not in sources:
+        sources['test'] = sources.pop('val')
+    return sources
 
 
-def no_split(root, split):
-    """The DataError for a folder without that split; it names the folders that are there."""
+def no_split(root, split, labels_file=None):
+    """The DataError for data without that split; it names the folders that are there."""
+    if labels_file:
+        return DataError(f'{labels_file} has no images to {split} on: its column split says train, '
+                         f'val or test; without one, --val-split 0.1 or --fold 1/5 divides them')
     names = {'train': 'train', 'val': 'val beside test', 'test': 'val or test'}[split]
     found = []
     try:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from training import distributed, flags, loaders
+from training import distributed, flags, loaders, losses
 from training.console import say
 
 MAX_CLASSES = 20  # up to this number the table has all classes
@@ -26,10 +26,6 @@ def at_least_fp32(logits):
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def count_errors(hit, labels):
-    return (~hit & (labels != loaders.NO_LABEL)).sum()
-
-
 def classify(model, images, autocast):
     """Logits [B, classes] of images [B, C, H, W], or means over crops [B, 10, C, H, W]."""
     with autocast:
@@ -38,42 +34,96 @@ def classify(model, images, autocast):
 
 
 class TestResult(NamedTuple):
-    """Errors in percent; the balanced error is the mean over the classes that have images."""
+    """Errors in percent; the balanced error is the mean over the classes that have images.
+
+    With multi-label data, the error is the mean over the images of the share of their known labels
+    that are decided wrongly at a probability of 0.5. The balanced error is the mean over the labels
+    of (1 - sensitivity + 1 - specificity) / 2, and there is no top-5 error (NaN).
+    """
 
     loss: float
     error: float
     error5: float
     balanced_error: float
     num_classes: int
+    auc: float = math.nan  # mean over the classes, if asked for
+
+    @property
+    def has_top5(self):
+        return self.num_classes > 5 and not math.isnan(self.error5)
 
 
 @torch.no_grad()
-def evaluate(model, loader, autocast, stop=None, outputs=None):
+def evaluate(model, loader, autocast, stop=None, outputs=None, auc=False):
     """The TestResult of a loader's images; the logits of ten crops are averaged.
 
-    `outputs`, a list, gets labels [B] and probabilities [B, C] of each batch.
+    Args:
+        outputs: a list that gets labels and logits [B, C] of each batch of this process, on the
+            CPU.
+        auc: compute the area under the ROC curve, too.
     """
     model.eval()
-    sums = 0         # of losses and of top-5 errors
-    per_class = None  # int64 [2, C]: images and errors
+    outputs = [] if auc and outputs is None else outputs
+    sums = 0          # of losses, errors and top-5 errors
+    per_class = None  # float64 [4, C]: images and errors and, multi-label, those of negative labels
     for images, labels in loader:
         logits = classify(model, images, autocast)
-        top = logits.topk(min(5, logits.shape[1])).indices
-        wrong, is_image = top[:, 0] != labels, labels != loaders.NO_LABEL
-        if per_class is None:
-            per_class = labels.new_zeros(2, logits.shape[1])
-        per_class.index_add_(1, labels.clamp(min=0),
-                             torch.stack([is_image, wrong & is_image]).long())
-        sums = sums + torch.stack([F.cross_entropy(logits, labels, reduction='sum'),
-                                   count_errors((top == labels[:, None]).any(1), labels)])
+        multi_label = labels.dim() == 2
+        loss_sum, _ = losses.choose(multi_label)
+        error_counts = _multi_label_counts if multi_label else _error_counts
+        counts, errors, errors5 = error_counts(logits, labels)
+        sums = sums + torch.stack([loss_sum(logits, labels), errors, errors5])
+        per_class = counts if per_class is None else per_class + counts
         if outputs is not None:
-            outputs.append((labels.cpu(), logits.softmax(1).cpu()))
+            outputs.append((labels.cpu(), logits.cpu()))
         if stop is not None:
             stop.check()
-    loss, errors5 = (distributed.all_reduce(sums) / loader.num_images).tolist()
-    images, errors = distributed.all_reduce(per_class).cpu().double()  # MPS has no float64
-    return TestResult(loss, 100 * errors.sum().item() / loader.num_images, 100 * errors5,
-                      mean_class_error(errors, images), len(images))
+    loss, error, error5 = (value / loader.num_images
+                           for value in distributed.all_reduce(sums).tolist())
+    counts = distributed.all_reduce(per_class).cpu().double()  # MPS has no float64
+    balanced = mean_class_error(counts[1], counts[0])
+    if multi_label:
+        balanced = 100 * (counts[1::2] / counts[::2]).mean(0).nanmean().item()
+    area = mean_auc(*gather(outputs, loader.num_images)) if auc else math.nan
+    return TestResult(loss, 100 * error, 100 * error5, balanced, counts.shape[1], area)
+
+
+def _error_counts(logits, labels):
+    """int64 [2, C], images and errors of each class; errors and top-5 errors of all."""
+    top = logits.topk(min(5, logits.shape[1])).indices
+    is_image, hit = labels != loaders.NO_LABEL, top == labels[:, None]
+    counts = labels.new_zeros(2, logits.shape[1])
+    counts.index_add_(1, labels.clamp(min=0),
+                      torch.stack([is_image, is_image & ~hit[:, 0]]).long())
+    return counts, counts[1].sum(), (is_image & ~hit.any(1)).sum()
+
+
+def _multi_label_counts(logits, labels):
+    """int64 [4, C]: of the positive labels of each class number and errors, of the negative too."""
+    positive, negative, decided = labels == 1, labels == 0, logits > 0
+    counts = torch.stack([positive, positive & ~decided, negative, negative & decided]).sum(1)
+    errors = losses.multi_label_errors(logits, labels)
+    return counts, errors, torch.full_like(errors, math.nan)
+
+
+def gather(outputs, num_images):
+    """Labels and logits of all images, in their order, from the `outputs` of all processes."""
+    shards = zip(*distributed.all_gather(outputs))  # of each batch
+    labels, logits = map(torch.cat, zip(*(shard for batch in shards for shard in batch)))
+    return labels[:num_images], logits[:num_images]  # those without a label are the last
+
+
+def mean_auc(labels, logits):
+    """The mean over the classes of the area under the ROC curve, one class against the others.
+
+    Shapes: labels int64 [N] or float [N, C] of 0, 1 and NaN (unknown); logits [N, C]. A class
+    without positive or without negative labels does not count; NaN if there is no other.
+    """
+    scores = logits if labels.dim() == 2 else logits.softmax(1)
+    truth = labels if labels.dim() == 2 else F.one_hot(labels, logits.shape[1])
+    areas = [roc_auc(scores[known, c], truth[known, c])
+             for c, known in enumerate(~truth.isnan().T)]
+    return torch.tensor(areas, dtype=torch.float64).nanmean().item()
 
 
 def report_errors(model, dataset, device, autocast, args):
@@ -86,14 +136,12 @@ def report_errors(model, dataset, device, autocast, args):
                                  shard=(distributed.rank(), distributed.world_size()))
     outputs = []
     test = evaluate(model, loader, autocast, outputs=outputs)
-    shards = zip(*distributed.all_gather(outputs))  # of each batch
-    labels, probabilities = map(torch.cat, zip(*(shard for batch in shards for shard in batch)))
+    labels, logits = gather(outputs, loader.num_images)
     if distributed.rank() > 0:
         return None
-    top5 = f', top-5 error {test.error5:.2f}%' if test.num_classes > 5 else ''
+    top5 = f', top-5 error {test.error5:.2f}%' if test.has_top5 else ''
     say(f'test loss {test.loss:.4f}, error {test.error:.2f}%{top5}')
-    real = labels != loaders.NO_LABEL
-    labels, probabilities = labels[real], probabilities[real]
+    probabilities = logits.softmax(1)
     count = len(dataset.classes)
     confusion = (labels * count + probabilities.argmax(1)).bincount(minlength=count**2)
     confusion = confusion.view(count, count)

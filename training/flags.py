@@ -143,8 +143,15 @@ def add_data_and_model_flags(parser):
                                              '(0, 1e30)'), nargs='+', metavar='VALUE',
                            help=f'{what} of each channel, of values in 0..1 (default: those of the '
                                 f'data set)')
-    group.add_argument('--val-split', type=SHARE, default=0.0, metavar='SHARE',
-                       help='take this share of each class of the training images for testing')
+    group.add_argument('--labels', metavar='FILE', help='folder: a CSV file with the columns file '
+                       'and label, or file and a column a class (1, 0 or empty), and perhaps split '
+                       'and group; the files are in --data (default: a folder a class)')
+    held_out = group.add_mutually_exclusive_group()
+    held_out.add_argument('--val-split', type=SHARE, default=0.0, metavar='SHARE',
+                          help='hold out this share of the training images, of each class, to '
+                               'choose best.pth; images of one group stay together')
+    held_out.add_argument('--fold', type=fold, metavar='I/K',
+                          help='hold out fold I, counted from 1, of K')
     group.add_argument('--augment', action=argparse.BooleanOptionalAction, default=True,
                        help='crop and mirror (default: yes, svhn: no)')
     group.add_argument('--workers', '--nThreads', type=number(int, '[0, 1024]'),
@@ -176,6 +183,14 @@ def add_data_and_model_flags(parser):
                        help='dropout (default: 0; svhn, and cifar without augmentation: 0.2)')
     group.add_argument('--memory-efficient', action='store_true',
                        help='recompute instead of storing: less memory, more time')
+
+
+def fold(text):
+    """An argparse type: 'i/k' with 1 <= i <= k and k >= 2."""
+    i, slash, k = text.partition('/')
+    if not (i.isdecimal() and k.isdecimal() and 1 <= int(i) <= int(k) >= 2):
+        raise argparse.ArgumentTypeError(f'{text!r} is not I/K, such as 1/5, with I from 1 to K')
+    return f'{int(i)}/{int(k)}'
 
 
 def default_workers():
@@ -251,9 +266,10 @@ def add_run_flags(parser):
                        help='train the classifier alone; all else stays as --pretrained has it')
     group.add_argument('--evaluate', '--testOnly', action='store_true',
                        help='only test what --resume or --pretrained names')
-    group.add_argument('--best-by', choices=('error', 'balanced-error', 'loss'), default='error',
-                       help='what best.pth has the lowest of, on the test images; balanced: the '
-                            'mean over the classes (default: %(default)s)')
+    group.add_argument('--best-by', choices=('error', 'balanced-error', 'loss', 'auc'),
+                       default='error', help='what chooses best.pth, on the images of val/ or, '
+                       'without them, of test/; balanced: the mean over the classes; auc: the mean '
+                       'area under the ROC curve (default: %(default)s)')
     group.add_argument('--ten-crop', '--tenCrop', action='store_true',
                        help='test on ten crops of each image over 64 pixels')
     group.add_argument('--print-freq', '-p', type=POSITIVE, default=50, metavar='STEPS',

@@ -24,8 +24,10 @@ from torchvision import transforms
 from tqdm import tqdm
 
 from training import console
-from training.datasets import DataError, no_split, sides, split_folders
+from training.console import DataError
+from training.datasets import no_split, sides
 from training.decoding import Levels, SetupError, decode, needs_range
+from training.labels import read_table
 
 SUFFIXES = ('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.tif', '.tiff', '.bmp', '.gif', '.webp',
             '.avif', '.jp2', '.j2k', '.ppm', '.pgm', '.pbm', '.pnm', '.npy', '.dcm', '.dicom')
@@ -134,14 +136,16 @@ class ImageList:
 
     folder: str
     names: np.ndarray   # bytes [N], paths in the folder
-    labels: np.ndarray  # int64 [N]
+    labels: np.ndarray  # int64 [N], or float32 [N, C] of 0, 1 and NaN (unknown)
+    groups: np.ndarray = None  # bytes [N]
 
     def __len__(self):
         return len(self.names)
 
     def __getitem__(self, chosen):
         """Those of a mask, bool [N]."""
-        return ImageList(self.folder, self.names[chosen], self.labels[chosen])
+        groups = None if self.groups is None else self.groups[chosen]
+        return ImageList(self.folder, self.names[chosen], self.labels[chosen], groups)
 
     def path(self, i):
         return os.path.join(self.folder, os.fsdecode(self.names[i]))
@@ -153,7 +157,7 @@ class ImageList:
 
 
 def list_images(dataset, split, warn=None):
-    """The ImageList of a split, sorted by class and name.
+    """The ImageList of a split: of folders sorted by class and name, of a labels file as it is.
 
     Args:
         dataset: a Description of a folder of images.
@@ -162,12 +166,22 @@ def list_images(dataset, split, warn=None):
 
     Raises:
         DataError: no such split, no images in it or in a class to train on, classes that the data
-            set doesn't have, or folders that can't be read.
+            set doesn't have, or files and folders that can't be read.
     """
-    folders = split_folders(dataset.root, dataset.val_split)
-    if split not in folders:
-        raise no_split(dataset.root, split)
-    folder, labels = str(folders[split]), {name: i for i, name in enumerate(dataset.classes)}
+    if split not in dataset.splits:
+        raise no_split(dataset.root, split, dataset.labels_file)
+    list_all = images_of_table if dataset.labels_file else images_of_folder
+    images = list_all(dataset, split, warn)
+    if dataset.is_divided(split):
+        images = images[dataset.choose(split, images.labels, images.names, images.groups)]
+    if not len(images):
+        raise DataError(f'{images.folder} has no images to {split} on')
+    return images
+
+
+def images_of_folder(dataset, split, warn):
+    folder = str(dataset.splits[split])
+    labels = {name: i for i, name in enumerate(dataset.classes)}
     names = class_names(folder)
     unknown = set(names) - set(labels)
     if unknown:
@@ -179,18 +193,26 @@ def list_images(dataset, split, warn=None):
                         f'{" ".join(SUFFIXES)}')
     if warn is not None and split == 'train':
         warn_of_structure(folder, found, warn)
-    if warn is not None and others and (split == 'train' or folders[split] != folders['train']):
+    if warn is not None and others and (split == 'train' or not dataset.is_divided(split)):
         warn(describe_unread(folder, others))
     start = len(os.path.join(folder, ''))
-    images = ImageList(
+    return ImageList(
         folder, np.array([os.fsencode(path[start:]) for name in names for path in found[name]],
                          dtype=np.bytes_),
         np.repeat(np.array([labels[name] for name in names]), [len(found[name]) for name in names]))
-    if dataset.val_split and folders[split] == folders['train']:
-        images = images[choose_held_out(images, dataset) == (split != 'train')]
-    if not len(images):
-        raise DataError(f'{folder} has no images to {split} on')
-    return images
+
+
+def images_of_table(dataset, split, warn):
+    """The images of a labels file: see `training/labels.py`."""
+    folder, whole = str(dataset.root), read_table(dataset.labels_file)
+    table = whole.of_split(dataset.splits[split])
+    table.check('file', [os.path.isfile(os.path.join(folder, name)) for name in table.files],
+                f'is not in --data {folder}')
+    names, groups = (column and np.array([os.fsencode(name) for name in column])
+                     for column in (table.files, table.groups))
+    if warn is not None and split == 'train':
+        whole.warn_of_shared_groups(warn)
+    return ImageList(folder, names, table.label_array(dataset.classes), groups)
 
 
 def images_by_class(folder, names):
@@ -222,22 +244,6 @@ def warn_of_structure(folder, found, warn):
     if len(deeper) == sum(map(len, found.values())):
         warn(f'{folder}: all images of its {len(found)} classes lie in deeper folders, such as '
              f'{deeper[0]}: if those are the classes, --data is too high')
-
-
-def choose_held_out(images, dataset):
-    """bool [N]: a share of each class, at least one image and never all of them.
-
-    By hashes of their names: images that come or go move few of the others.
-    """
-    def random_number(i):
-        name = f'{dataset.split_seed} '.encode() + images.names[i]
-        return hashlib.sha256(name).digest()
-
-    chosen = np.zeros(len(images), bool)
-    for indices in np.split(np.arange(len(images)), np.flatnonzero(np.diff(images.labels)) + 1):
-        count = min(max(1, round(dataset.val_split * len(indices))), len(indices) - 1)
-        chosen[sorted(indices, key=random_number)[:count]] = True
-    return chosen
 
 
 # ---- read ------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@
     loader.set_epoch(1)
     for images, labels in loader: ...              # float32 [B, C, H, W] and int64 [B]
 
+Labels are classes, int64 [B], or of multi-label data float32 [B, C] of 0, 1 and NaN (unknown).
+
 Small images are decoded once, held on the device as uint8 and augmented there, a batch at a time.
 Larger ones are decoded and augmented by worker processes in each epoch. Either way, all that is
 random in an epoch depends on nothing but the seed, the epoch and the image's index: an epoch can be
@@ -14,12 +16,15 @@ has.
 import functools
 import hashlib
 import math
+import os
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from training import console, image_files
-from training.datasets import DATASETS, DataError, show_size
+from training.console import DataError
+from training.datasets import DATASETS, show_size
 
 PAD = 4          # pixels: zero padding of small images before the random crop (paper, section 4.1)
 NO_LABEL = -100  # the ignore_index of F.cross_entropy
@@ -31,8 +36,9 @@ def make_loader(dataset, split, batch_size, *, device, augment=False, seed=1, wo
 
     It has `len()`, the number of batches in an epoch, of which the last may be smaller;
     `set_epoch(epoch, start=0)`; `num_images`; `images_in(i)`, the size of batch i; `files`, the
-    names of the images (or numbers); `class_counts`, int64 [classes]; and `digest`, a hexadecimal
-    string that changes with names, labels and their order.
+    names of the images (or numbers); `groups`, the names of their groups, or None; `all_labels`,
+    their labels on the CPU; and `digest`, a hexadecimal string that changes with names, labels and
+    their order.
 
     Args:
         split: 'train', 'test', or 'val' if `dataset.selection_split` says so.
@@ -41,8 +47,8 @@ def make_loader(dataset, split, batch_size, *, device, augment=False, seed=1, wo
         ten_crop: images come as [B, 10, C, H, W], in batches of a tenth of the size, so that a
             batch has `batch_size` crops.
         shard: (rank, number of processes). Each batch is divided evenly over the processes. If a
-            small last batch has no image for a process, it gets one labelled `NO_LABEL`, so that
-            all processes take the same number of steps.
+            small last batch has no image for a process, it gets one without a label (`NO_LABEL`
+            or NaN), so that all processes take the same number of steps.
 
     Raises:
         DataError: data missing or broken, a failed download, or ten crops of images in memory.
@@ -55,7 +61,11 @@ def make_loader(dataset, split, batch_size, *, device, augment=False, seed=1, wo
                   seed=seed, shard=shard)
     entry = DATASETS[dataset.name]
     if entry.read is not None:
-        images, labels = entry.read(split, dataset.root)
+        images, labels = entry.read(dataset.splits[split], dataset.root)
+        if dataset.is_divided(split):
+            names = np.arange(len(labels)).astype(np.bytes_)
+            chosen = torch.from_numpy(dataset.choose(split, labels.numpy(), names))
+            images, labels = images[chosen], labels[chosen]
         return MemoryLoader(images, labels, batch_size, augment=augment, **common)
     found = image_files.list_images(dataset, split, console.warn if shard[0] == 0 else None)
     if dataset.in_memory:
@@ -77,14 +87,14 @@ class _Loader:
     A subclass has `__iter__`, and `_draw` for what its augmentation needs.
 
     Args:
-        labels: int64 [N].
+        labels: of N images, on the CPU.
         image_list: the ImageList, if the images are files.
     """
 
     def __init__(self, labels, batch_size, *, mean, std, device, image_list=None, shuffle=False,
                  seed=1, shard=(0, 1)):
         self.num_images, self.batch_size, self.device = len(labels), batch_size, device
-        self.class_counts, self.image_list = labels.bincount(), image_list
+        self.all_labels, self.image_list = labels, image_list
         self.mean, self.std = image_files.channels(mean, device), image_files.channels(std, device)
         self.shuffle, self.seed = shuffle, seed
         self.rank, self.processes = shard
@@ -98,10 +108,15 @@ class _Loader:
         return [self.image_list.path(i) for i in range(self.num_images)]
 
     @property
+    def groups(self):
+        if self.image_list is None or self.image_list.groups is None:
+            return None
+        return [os.fsdecode(name) for name in self.image_list.groups]
+
+    @property
     def digest(self):
-        """Hexadecimal; changes with the names, the labels and their order."""
-        if self.image_list is None:  # labels of a MemoryLoader
-            return hashlib.sha256(self.labels.cpu().numpy().tobytes()).hexdigest()
+        if self.image_list is None:
+            return hashlib.sha256(self.all_labels.numpy().tobytes()).hexdigest()
         return self.image_list.digest()
 
     def set_epoch(self, epoch, start=0):
@@ -127,9 +142,9 @@ class _Loader:
         return shard if len(shard) else batch[:1]
 
     def _finish(self, i, images, labels):
-        """Images as float32, normalised; `NO_LABEL` for the one that stands in an empty shard."""
+        """Images as float32, normalised; the one that stands in an empty shard loses its label."""
         if self.images_in(i) <= self.rank:
-            labels = torch.full_like(labels, NO_LABEL)
+            labels = torch.full_like(labels, math.nan if labels.is_floating_point() else NO_LABEL)
         return (images.float() - self.mean) / self.std, labels
 
 

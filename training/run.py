@@ -72,6 +72,9 @@ class Run:
         """Write the record, start the log, and from now on save when a signal arrives."""
         args, device = self.args, state.sums.device
         self.state, self.dataset, self.loader = state, dataset, train_loader
+        self.split = dataset.selection_split  # that chooses best.pth
+        self.with_auc = dataset.multi_label or args.best_by == 'auc'
+        self.digests = checkpoint.digests(train_loader, test_loader)
         self.started = time.monotonic() - state.seconds
         has_best = distributed.from_rank_0((self.directory / 'best.pth').exists)
         if state.epoch <= args.epochs and not has_best:  # resumed into a new directory
@@ -88,7 +91,8 @@ class Run:
                 threads=torch.get_num_threads())
             self.log = runlog.RunLog(
                 self.directory, steps_per_epoch=len(train_loader), epochs=args.epochs,
-                start=(state.epoch, state.step), tensorboard=args.tensorboard, figures=args.plot)
+                start=(state.epoch, state.step), tensorboard=args.tensorboard, figures=args.plot,
+                split=self.split, auc=self.with_auc)
         values = ''
         if dataset.value_range:
             values = ' with values from {:g} to {:g}'.format(*dataset.value_range)
@@ -96,12 +100,13 @@ class Run:
             values += f', {args.in_channels} channels'
             if args.mean is None:
                 values += ' normalised by ImageNet\'s statistics in turn'
+        kind = 'labels' if dataset.multi_label else 'classes'
         say(f'{networks.name(args)}: {sum(p.numel() for p in state.model.parameters()):,} '
             f'parameters; {dataset.name}: {train_loader.num_images:,} training and '
-            f'{test_loader.num_images:,} test images of {datasets.show_size(dataset.image_size)} '
-            f'pixels{values}, '
-            f'{len(dataset.classes)} classes; {f"{processes} x " if processes > 1 else ""}'
-            f'{hardware}, {precision}{", CUDA graph" if graphed else ""}')
+            f'{test_loader.num_images:,} {self.split} images of '
+            f'{datasets.show_size(dataset.image_size)} pixels{values}, {len(dataset.classes)} '
+            f'{kind}; {f"{processes} x " if processes > 1 else ""}{hardware}, {precision}'
+            f'{", CUDA graph" if graphed else ""}')
 
     def batches(self, loader):
         """The batches of the rest of an epoch."""
@@ -142,9 +147,13 @@ class Run:
         """Record an epoch's evaluation.TestResult, and save latest.pth and perhaps best.pth."""
         state = self.state
         if not math.isfinite(test.loss):
-            raise self._not_finite('the test loss')
+            raise self._not_finite(f'the {self.split} loss')
         state.last_error = test.error
-        score = getattr(test, self.args.best_by.replace('-', '_'))
+        best_by = self.args.best_by
+        score = -test.auc if best_by == 'auc' else getattr(test, best_by.replace('-', '_'))
+        if math.isnan(score):
+            raise UserError(f'the {best_by} of the {self.split} images is undefined: no class has '
+                            f'images both with and without it')
         improved = score < state.best_score
         if improved:
             state.best_score, state.best_error, state.best_epoch = score, test.error, state.epoch
@@ -172,7 +181,8 @@ class Run:
             raise self._not_finite('a weight')
         checkpoint.save(self.directory / name, {
             **state.state_dict(own_states), 'args': vars(self.args),
-            'num_images': self.loader.num_images, 'dataset': self.dataset.plain(),
+            'num_images': self.loader.num_images, 'digests': self.digests,
+            'dataset': self.dataset.plain(),
             'config': state.model.config,
         }, keep_previous=name == 'latest.pth')
 
@@ -184,12 +194,14 @@ class Run:
         used = str(timedelta(seconds=round(state.seconds)))
         if state.peak_memory:
             used += f' with at most {state.peak_memory / 2**30:.2f} GiB on the GPU'
-        say(f'final error {state.last_error:.2f}% (epoch {state.epoch - 1}), '
-            f'{self._best_so_far()}, after {used}; everything is in {self.directory}')
+        which = '' if self.split == 'test' else f'{self.split} '
+        say(f'final {which}error {state.last_error:.2f}% (epoch {state.epoch - 1}), '
+            f'{self._best_so_far()}, chosen on the {self.split} images, after {used}; everything '
+            f'is in {self.directory}')
 
     def _best_so_far(self):
         state, best_by = self.state, self.args.best_by
-        by = '' if best_by == 'error' else f', by the {best_by} of {state.best_score:.4g}'
+        by = '' if best_by == 'error' else f', by the {best_by} of {abs(state.best_score):.4g}'
         return f'best {state.best_error:.2f}%{by} (epoch {state.best_epoch})'
 
     def _not_finite(self, what):

@@ -12,6 +12,7 @@
 
 import contextlib
 import json
+import math
 import os
 import platform
 import shlex
@@ -122,16 +123,20 @@ class RunLog:
         start: (epoch, step) that the run is resumed at; rows after it are taken out.
         tensorboard: also write event files, into `tensorboard/`.
         figures: redraw the figures in the background after each epoch.
+        split: 'val' or 'test', of which test.csv tells.
+        auc: test.csv has a column for it.
     """
 
     def __init__(self, directory, *, steps_per_epoch, epochs, start=(1, 0), tensorboard=False,
-                 figures=True):
+                 figures=True, split='test', auc=False):
         self.directory, self.steps_per_epoch, self.epochs = directory, steps_per_epoch, epochs
         epoch, step = start
         self.first_step, self.started = (epoch - 1) * steps_per_epoch + step, time.perf_counter()
         self.train_csv = CsvFile(directory / 'train.csv', TRAIN_COLUMNS,
                                  last_epoch=epoch - 1 + step / steps_per_epoch)
-        self.test_csv = CsvFile(directory / 'test.csv', TEST_COLUMNS, last_epoch=epoch - 1)
+        self.test_columns = (*TEST_COLUMNS, 'auc') if auc else TEST_COLUMNS
+        self.test_csv = CsvFile(directory / 'test.csv', self.test_columns, last_epoch=epoch - 1)
+        self.split = split
         self.figures = figures
         plot = Path(__file__).resolve().parents[1] / 'plot.py'
         self.plot_command = [sys.executable, str(plot), str(directory)]
@@ -193,19 +198,19 @@ class RunLog:
 
         Errors are in percent.
         """
-        loss, error, error5, balanced_error, num_classes = test
-        self.test_csv.write(self.epoch, *(f'{value:.6g}' for value in test[:4]))
+        self.test_csv.write(self.epoch, *(f'{getattr(test, name):.6g}'
+                                          for name in self.test_columns[1:]))
         self.bar.close()
-        same = abs(balanced_error - error) < 0.005
-        balanced = '' if same else f', balanced {balanced_error:.2f}%'
-        top5 = f', top-5 {error5:.2f}%' if num_classes > 5 else ''
+        same = abs(test.balanced_error - test.error) < 0.005
+        more = '' if same else f', balanced {test.balanced_error:.2f}%'
+        more += f', top-5 {test.error5:.2f}%' if test.has_top5 else ''
+        more += '' if math.isnan(test.auc) else f', AUC {test.auc:.4f}'
         say(f'epoch {self.epoch}/{self.epochs}  '
             f'train loss {train[0]:.4f}, error {train[1]:.2f}%  '
-            f'test loss {loss:.4f}, error {error:.2f}%{balanced}{top5}  '
-            f'{best}')
+            f'{self.split} loss {test.loss:.4f}, error {test.error:.2f}%{more}  {best}')
         if self.tensorboard:
             for tag, value in (('train_loss', train[0]), ('train_acc', 100 - train[1]),
-                               ('val_loss', loss), ('val_acc', 100 - error)):
+                               ('val_loss', test.loss), ('val_acc', 100 - test.error)):
                 self.tensorboard.add_scalar(tag, value, self.epoch)
         if self.figures and (self.plotting is None or self.plotting.poll() is not None):
             self.start_plot()

@@ -1,0 +1,161 @@
+"""Labels in a CSV file: one class an image, or several findings of which each is there or not.
+
+    file,label,split,group              file,effusion,nodule,split,group
+    a/1.png,cat,train,owner 3           p1/1.png,0,1,train,p1
+    a/2.png,dog,test,owner 7            p1/2.png,1,,train,p1
+
+With a column `label`, its values are the classes, and other columns are ignored. Otherwise each
+column is a class, with 1 (present), 0 (absent) or nothing (unknown). `split` (train, val, test) and
+`group` are optional; images of one group, such as a patient, belong together. The files are paths
+in the folder of --data.
+"""
+
+import collections
+import csv
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+
+from training.console import DataError
+
+VAL_FOLDERS = ('val', 'valid', 'validation')  # names that people give to folders and splits
+SPLITS = {'train': 'train', **dict.fromkeys(VAL_FOLDERS, 'val'), 'test': 'test'}
+OTHER_COLUMNS = ('file', 'label', 'split', 'group')
+FINDINGS = {'0': 0, '0.0': 0, '1': 1, '1.0': 1, '': np.nan}
+MAX_ROWS = 10  # in an error message
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of a labels file.
+
+    Either `labels` has the names of N classes, or the table is multi-label: `columns` has the names
+    of C classes, and `findings` is float32 [N, C] of 0, 1 and NaN (unknown).
+    """
+
+    path: str
+    rows: list               # numbers of the lines in the file, the header being 1
+    files: list
+    labels: list = None
+    columns: tuple = ()
+    findings: np.ndarray = None
+    splits: list = None      # 'train', 'val' or 'test'; None without that column
+    groups: list = None
+
+    def of_split(self, split):
+        """The rows of a split; all of them if there are no splits."""
+        if self.splits is None:
+            return self
+        kept = [i for i, name in enumerate(self.splits) if name == split]
+        parts = {name: [values[i] for i in kept] for name, values in vars(self).items()
+                 if isinstance(values, list)}
+        findings = None if self.findings is None else self.findings[kept]
+        return dataclasses.replace(self, **parts, findings=findings)
+
+    def classes(self):
+        """Names in the order of the columns, or of a column `label` sorted, numbers by value."""
+        if self.labels is None:
+            return self.columns
+        names = set(self.labels)
+        return tuple(sorted(names, key=int if all(map(str.isdecimal, names)) else None))
+
+    def label_array(self, classes):
+        """int64 [N] or, multi-label, float32 [N, C], in the order of `classes`.
+
+        Raises:
+            DataError: classes that are not among these.
+        """
+        index = {name: i for i, name in enumerate(classes)}
+        if self.labels is not None:
+            self.check('label', [name in index for name in self.labels], 'is no class of training')
+            return np.array([index[name] for name in self.labels], np.int64)
+        result = np.full((len(self.files), len(classes)), np.nan, np.float32)
+        for name, column in zip(self.columns, self.findings.T):
+            if name not in index:
+                raise DataError(f'{self.path}: the column {name} is no class of training')
+            result[:, index[name]] = column
+        return result
+
+    def check(self, name, is_right, what, values=None):
+        """Raises DataError if a cell of a column is wrong; names the rows."""
+        values = getattr(self, f'{name}s') if values is None else values
+        wrong = [f'row {row} ({value})' for row, value, right
+                 in zip(self.rows, values, is_right) if not right]
+        if wrong:
+            more = f' and {len(wrong) - MAX_ROWS} more' if len(wrong) > MAX_ROWS else ''
+            raise DataError(f'{self.path}, column {name}: {", ".join(wrong[:MAX_ROWS])}{more} '
+                            f'{what}')
+
+    def warn_of_shared_groups(self, warn):
+        """Call `warn` with a line if images of one group are in several splits."""
+        if not self.splits or not self.groups:
+            return
+        splits = collections.defaultdict(set)
+        for group, split in zip(self.groups, self.splits):
+            splits[group].add(split)
+        shared = [group for group, found in splits.items() if len(found) > 1]
+        if shared:
+            warn(f'{self.path}: {len(shared)} groups are in more than one split, such as '
+                 f'{shared[0]} in {" and ".join(sorted(splits[shared[0]]))}: tests on them are too '
+                 f'favourable')
+
+
+def read_table(path):
+    """The Table in a CSV file.
+
+    Raises:
+        DataError: no such file, columns or values that are not as they should be, a file that is
+            named twice; names the rows.
+    """
+    header, rows = _read_rows(path)
+    if 'file' not in header:
+        raise DataError(f'{path} has no column `file`: its header is {",".join(header)[:100]!r}; '
+                        f'it needs file,label or file and a column a class, separated by commas')
+    cells = {name: [row[i].strip() for _, row in rows] for i, name in enumerate(header)}
+    table = Table(str(path), [number for number, _ in rows], cells['file'], cells.get('label'),
+                  splits=cells.get('split'), groups=cells.get('group'))
+    table.check('file', table.files, 'names no file')
+    count = collections.Counter(table.files)
+    table.check('file', [count[name] == 1 for name in table.files], 'is named more than once')
+    if table.splits:
+        table.check('split', [name in SPLITS for name in table.splits],
+                    f'is none of {", ".join(SPLITS)}')
+        table = dataclasses.replace(table, splits=[SPLITS[name] for name in table.splits])
+    if table.groups:
+        table.check('group', table.groups, 'is empty: an image alone is a group of its own')
+    if table.labels:
+        table.check('label', table.labels, 'is empty: each image needs its class')
+        return table
+    columns = tuple(name for name in header if name not in OTHER_COLUMNS)
+    if not columns:
+        raise DataError(f'{path} has no labels: it needs a column `label`, or a column a class')
+    for name in columns:
+        table.check(name, [value in FINDINGS for value in cells[name]], 'is not 1 (present), 0 '
+                    '(absent) or empty (unknown); take out columns that are no classes',
+                    values=cells[name])
+    findings = np.array([[FINDINGS[value] for value in cells[name]] for name in columns])
+    return dataclasses.replace(table, columns=columns, findings=findings.T.astype(np.float32))
+
+
+def _read_rows(path):
+    """The names of the columns, and (number of the line, cells) of each row that is not empty."""
+    try:  # -sig: spreadsheets write a byte order mark
+        with open(path, newline='', encoding='utf-8-sig', errors='surrogateescape') as file:
+            reader = csv.reader(file, strict=True)
+            lines = [(reader.line_num, row) for row in reader if any(map(str.strip, row))]
+    except OSError as error:
+        raise DataError(f'{path}: {error.strerror}') from error
+    except csv.Error as error:
+        raise DataError(f'{path} is not a CSV file: {error}') from error
+    if len(lines) < 2:
+        raise DataError(f'{path} has no rows: it needs a header, and a row an image')
+    header = [name.strip() for name in lines[0][1]]
+    twice = [name for name in header if header.count(name) > 1]
+    if twice:
+        raise DataError(f'{path} has two columns {twice[0]!r}')
+    uneven = [f'{number} has {len(row)}' for number, row in lines if len(row) != len(header)]
+    if uneven:
+        raise DataError(f'{path}: the header has {len(header)} cells, and row {uneven[0]}; names '
+                        f'with commas need quotes')
+    return header, lines[1:]
