@@ -99,7 +99,7 @@ class Run:
         if args.in_channels not in (1, 3):
             values += f', {args.in_channels} channels'
             if args.mean is None:
-                values += ' normalised by ImageNet\'s statistics in turn'
+                values += ' normalised by ImageNet\'s statistics, repeated'
         kind = 'labels' if dataset.multi_label else 'classes'
         say(f'{networks.name(args)}: {sum(p.numel() for p in state.model.parameters()):,} '
             f'parameters; {dataset.name}: {train_loader.num_images:,} training and '
