@@ -28,6 +28,7 @@ from torchvision import transforms
 
 import predict
 from training import datasets, image_files, loaders
+from training.augmentation import Augmentation
 from training.console import UserError
 from training.datasets import DataError
 from training.loaders import MemoryLoader
@@ -64,7 +65,7 @@ def test_crop_and_mirror_equal_a_loop_over_images():
 def test_augmentation_draws_every_offset_and_side_equally_often():
     image = torch.arange(1, 65, dtype=torch.uint8).view(1, 1, 8, 8).expand(20_000, 3, 8, 8)
     loader = MemoryLoader(image, torch.zeros(20_000).long(), 20_000, mean=(0,) * 3, std=(1,) * 3,
-                          device=CPU, shuffle=True, augment=True)
+                          device=CPU, shuffle=True, augmentation=Augmentation())
     (images, _), = loader
     views, counts = images[:, 0].flatten(1).unique(dim=0, return_counts=True)
     assert len(views) == 9 * 9 * 2
@@ -89,7 +90,7 @@ def test_an_epoch_has_every_image_once_in_an_order_of_its_own():
 
 def test_augmentation_depends_neither_on_the_batch_size_nor_on_where_an_epoch_is_resumed():
     def images(batch_size, start=0):
-        loader = memory_loader(batch_size, shuffle=True, augment=True)
+        loader = memory_loader(batch_size, shuffle=True, augmentation=Augmentation())
         loader.set_epoch(7, start=start)
         return torch.cat([images for images, _ in loader])
 
@@ -110,7 +111,7 @@ def test_normalises_as_torchvision_does():
 def test_the_padding_of_the_crops_is_zero_after_the_normalisation():
     images = torch.full((20, 3, 8, 8), 7, dtype=torch.uint8)
     (images, _), = MemoryLoader(images, torch.zeros(20).long(), 20, mean=(7,) * 3, std=(2,) * 3,
-                                device=CPU, augment=True)
+                                device=CPU, augmentation=Augmentation())
     assert not images.any()
 
 
@@ -154,7 +155,8 @@ def load(root, batch_size=4, image_size=None, name='folder', augment=True, ten_c
     """The description, the training loader and the test loader."""
     dataset = datasets.describe(name, root, image_size)
     common = dict(batch_size=batch_size, device=CPU, **kwargs)
-    return (dataset, loaders.make_loader(dataset, 'train', augment=augment, **common),
+    return (dataset, loaders.make_loader(
+        dataset, 'train', augmentation=Augmentation() if augment else None, **common),
             loaders.make_loader(dataset, 'test', ten_crop=ten_crop, **common))
 
 

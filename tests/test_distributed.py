@@ -53,6 +53,7 @@ import os, sys
 import torch
 import densenet, train
 from training import distributed, flags, loaders
+from training.augmentation import Augmentation
 from fused_dense_block import fuse
 from training.checkpoint import TrainState
 from training.run import Run
@@ -102,7 +103,7 @@ def train_some(argv, batch_statistics, epochs=2):
         step.keywords['forward'].register_comm_hook(None, hook)
     run = Run(args, stop=None)
     run.state = state
-    losses, images = [], DefaultType(loader(50, 12, shuffle=True, augment=True))
+    losses, images = [], DefaultType(loader(50, 12, shuffle=True, augmentation=Augmentation()))
     for epoch in range(1, epochs + 1):
         images.loader.set_epoch(epoch)
         for i, (batch, labels) in enumerate(images):
@@ -110,9 +111,9 @@ def train_some(argv, batch_statistics, epochs=2):
             state.count_step(images.loader.images_in(i))
             losses.append(run.interval_means()[0])
     path = model.features.denseblock1.path
-    distributed.share_statistics(model)
+    distributed.share_statistics(state)
     statistics = [b.double().sum().item() for b in model.buffers()]
-    test = tuple(train.evaluate(model, DefaultType(loader(23, 5)), NO_AUTOCAST))
+    test = tuple(train.evaluate(model, DefaultType(loader(23, 5)), NO_AUTOCAST, auc=True))
     parameters = sum(p.numel() for p in model.parameters())
     return dict(losses=losses, test=test, weights=dict(model.named_parameters()), path=path,
                 sent=sum(sent) / parameters, statistics=distributed.all_gather(statistics))

@@ -13,7 +13,8 @@ from PIL import Image, TiffImagePlugin
 from torchvision import transforms
 
 from training import datasets, image_files
-from training.datasets import DataError
+from training.augmentation import Augmentation
+from training.console import DataError
 from training.decoding import Levels, convert, decode
 
 RNG = np.random.RandomState(0)
@@ -214,7 +215,8 @@ def test_levels_are_transformed_as_a_tensor_of_floats(tmp_path, channels, source
         torch.manual_seed(0)
         torch.testing.assert_close(seen, 255 * theirs(whole), rtol=1e-4, atol=0.05)
     torch.manual_seed(0)
-    seen = image_files.read_pixels(dataset, image_files.train_transform(8), tmp_path / 'x.png')
+    transform = image_files.train_transform(dataset, Augmentation(random_erasing=1))
+    seen = image_files.read_pixels(dataset, transform, tmp_path / 'x.png')
     assert seen.shape == (channels, 8, 8) and 0 <= seen.min() and seen.max() <= 255
 
 

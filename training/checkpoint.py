@@ -23,11 +23,13 @@ from pathlib import Path
 import torch
 
 from training import datasets, distributed, flags
+from training.averages import WeightAverages
 from training.console import UserError, say, warn
 from training.datasets import DATASETS
 
 # A run can't be resumed if one of these flags, or one of the network's, changes.
-FIXED_FLAGS = ('optimizer', 'freeze_features', 'best_by', 'val_split', 'fold', 'mean', 'std')
+FIXED_FLAGS = ('optimizer', 'freeze_features', 'freeze_norm', 'head_lr', 'ema', 'best_by',
+               'val_split', 'fold', 'mean', 'std')
 
 
 class CheckpointError(UserError):
@@ -46,6 +48,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     sums: torch.Tensor         # float32 [2]: loss and errors of this process in the interval
+    averages: WeightAverages = None
     interval_images: int = 0   # of all processes
     epoch_sums: tuple = (0.0, 0.0, 0)  # loss, errors, images of all processes in this epoch's rows
     epoch: int = 1             # counted from 1
@@ -60,7 +63,7 @@ class TrainState:
     def counters(self):
         """The plain values among the fields: those that have a default."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)
-                if field.default is not dataclasses.MISSING}
+                if field.default not in (dataclasses.MISSING, None)}
 
     def begin_epoch(self, epoch):
         self.epoch, self.step, self.epoch_sums = epoch, 0, (0.0, 0.0, 0)
@@ -73,6 +76,12 @@ class TrainState:
     def count_step(self, num_images):
         self.step += 1
         self.interval_images += num_images
+        if self.averages:
+            self.averages.update()
+
+    def tested_weights(self):
+        """A context in which the model has the weights to test: the averages, if there are any."""
+        return self.averages.in_use() if self.averages else contextlib.nullcontext()
 
     def random_state(self):
         """The states of the generators of the CPU and of the device, by its kind."""
@@ -122,11 +131,15 @@ class TrainState:
 
     def state_dict(self, own_states=None):
         """What a checkpoint holds; `own_states` has the `own_state()` of each process, by rank."""
-        return {
+        state = {
             'model': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(),
             'scaler': self.scaler.state_dict(), 'processes': own_states or [self.own_state()],
             **self.counters(),
         }
+        if self.averages:  # whoever loads a model wants the one that was tested
+            state.update(model=self.averages.state_dict(), trained_model=state['model'],
+                         average_updates=self.averages.updates)
+        return state
 
 
 def initialize_optimizer(optimizer):
@@ -243,13 +256,15 @@ def resume(state, saved, args, train_loader, test_loader):
     """
     source, rank, world_size = args.resume, distributed.rank(), distributed.world_size()
     check_fixed_flags(args, saved['args'], (*flags.MODEL_FLAGS, *FIXED_FLAGS))
-    load_weights(state.model, saved['model'], source)
+    load_weights(state.model, saved.get('trained_model', saved['model']), source)
     if 'optimizer' not in saved:
         raise CheckpointError(f'{source} holds weights alone: --pretrained {source} starts '
                               f'training from them')
     with explained(f'{source} can\'t be resumed'):
         load_optimizer(state.optimizer, saved['optimizer'])
         state.scaler.load_state_dict(saved['scaler'])
+        if state.averages:
+            state.averages.load(saved['model'], saved['average_updates'])
         for name in state.counters():
             setattr(state, name, saved[name])
         processes = saved['processes']

@@ -425,17 +425,21 @@ class Resize(transforms.Resize):
         return image.map(super().forward) if isinstance(image, Levels) else super().forward(image)
 
 
-def train_transform(size):
+def train_transform(dataset, augmentation):
     """The augmentation of fb.resnet.torch, which the official ImageNet models were trained with.
 
     Crop, resize and colour jitter are torchvision's and differ in details that
     attic/imagenet-recipe.md lists.
     """
-    return transforms.Compose([RandomResizedCrop(size),
-                               transforms.RandomHorizontalFlip(),
-                               transforms.ColorJitter(0.4, 0.4, 0.4),
-                               to_tensor,
-                               add_lighting])
+    steps = [RandomResizedCrop(dataset.image_size)]
+    if augmentation.mirror:
+        steps.append(transforms.RandomHorizontalFlip())
+    if augmentation.color_jitter:
+        steps += [transforms.ColorJitter(0.4, 0.4, 0.4), to_tensor, add_lighting]
+    else:
+        steps.append(to_tensor)
+    others = augmentation.of_image(dataset.mean)
+    return transforms.Compose([*steps, others] if others else steps)
 
 
 def add_lighting(image):
