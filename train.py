@@ -294,14 +294,21 @@ def make_loaders(args, dataset, device):
     """The loaders of the training and of the test images."""
     common = dict(device=device, workers=args.workers,
                   shard=(distributed.rank(), distributed.world_size()))
+    # Testing in micro-batches, so that it needs no more memory than training.
+    settings = {'train': dict(batch_size=args.batch_size, augment=args.augment, seed=args.seed),
+                dataset.selection_split: dict(
+                    batch_size=math.ceil(args.batch_size / args.grad_accum),
+                    ten_crop=args.ten_crop)}
+    made, errors = [], []
     with distributed.rank_0_first():  # it downloads the data
-        return (
-            loaders.make_loader(dataset, 'train', args.batch_size, augment=args.augment,
-                                seed=args.seed, **common),
-            # A micro-batch, so that testing needs no more memory than training.
-            loaders.make_loader(dataset, dataset.selection_split,
-                                math.ceil(args.batch_size / args.grad_accum),
-                                ten_crop=args.ten_crop, **common))
+        for split, its_settings in settings.items():
+            try:
+                made.append(loaders.make_loader(dataset, split, **its_settings, **common))
+            except datasets.BadImages as error:  # name those of both splits
+                errors.append(str(error))
+    if errors:
+        raise datasets.DataError('; '.join(errors))
+    return made
 
 
 def cli(argv=None):

@@ -59,6 +59,10 @@ class DataError(UserError):
     """Data that are missing, broken or not laid out as they should be, said in one line."""
 
 
+class BadImages(DataError):
+    """All images of a split that can't be read."""
+
+
 @dataclass(frozen=True)
 class Description:
     """What the model needs to know of a data set."""

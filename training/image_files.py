@@ -22,7 +22,7 @@ from torchvision import transforms
 from tqdm import tqdm
 
 from training import console
-from training.datasets import DataError, no_split, split_folders
+from training.datasets import BadImages, DataError, no_split, split_folders
 from training.decoding import Levels, decode
 
 SUFFIXES = ('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.tif', '.tiff', '.bmp', '.gif', '.webp',
@@ -350,9 +350,9 @@ def checked(loader):
 
 def unreadable(errors):
     if len(errors) == 1:
-        return DataError(errors[0])
+        return BadImages(errors[0])
     more = f'; and {len(errors) - MAX_NAMED} more' if len(errors) > MAX_NAMED else ''
-    return DataError(f'{len(errors)} images cannot be used: {"; ".join(errors[:MAX_NAMED])}{more}')
+    return BadImages(f'{len(errors)} images cannot be used: {"; ".join(errors[:MAX_NAMED])}{more}')
 
 
 class _ImageFiles(torch.utils.data.Dataset):
