@@ -175,7 +175,8 @@ def main(argv=None):
                     found = [(names[label], share.item()) for share, label in best]
                     print(f'{file}:', ', '.join(f'{name} {share:.2%}' for name, share in found),
                           flush=True)
-                writer.writerows((file, name, f'{share:.6f}') for name, share in found)
+                writer.writerows((image_files.no_formula(file), name, f'{share:.6f}')
+                                 for name, share in found)
                 if args.heatmap is not None:
                     name = os.path.relpath(file, root) + image_files.HEATMAP
                     path = Path(args.heatmap or root, name)

@@ -109,6 +109,12 @@ def describe_unread(folder, others):
             f'{" ".join(SUFFIXES)}')
 
 
+def no_formula(path):
+    """The path, after ./ if a spreadsheet would take it for a formula: it names the same file."""
+    path = str(path)
+    return f'./{path}' if path.startswith(('=', '+', '-', '@', '\t', '\r')) else path
+
+
 def class_names(folder):
     """The sorted names of the folders in a folder, without hidden ones.
 
