@@ -76,7 +76,12 @@ def find_images(name):
     if os.path.isfile(name):
         return [Path(name)]
     if os.path.isdir(name):
-        found, _ = image_files.find_images(name)
+        found, others = image_files.find_images(name)
+        if others:
+            unread = image_files.describe_unread(name, others)
+            if not found:
+                raise UserError(unread)
+            console.warn(unread, script='predict.py')
     else:
         found = sorted(file for file in glob.glob(name, recursive=True)
                        if image_files.is_image(file) and os.path.isfile(file))
