@@ -58,16 +58,18 @@ def load_model(args):
     """The model in eval mode and the description of what it was trained on."""
     if args.checkpoint:
         saved = checkpoint.load(args.checkpoint)
-        if not isinstance(saved.get('dataset'), dict):
-            raise UserError(f'{args.checkpoint} holds no run: its classes are unknown')
+        checkpoint.check_claims(saved, args.checkpoint)
         dataset = datasets.Description(root=None, **saved['dataset'])
-        model, weights = densenet.DenseNet(**saved['config']), saved['model']
+        build, weights = functools.partial(densenet.DenseNet, **saved['config']), saved['model']
+        checkpoint.check_network(build, weights, args.checkpoint)
+        model = build()
     else:
         dataset = datasets.Description('imagenet', None, IMAGENET_CLASSES, 224,
                                    **datasets.IMAGENET_STATISTICS)
         model = getattr(densenet, args.arch)()
         weights = torchvision_weights(args.arch)
     checkpoint.load_weights(model, weights, args.checkpoint or args.arch)
+    checkpoint.check_finite(model, args.checkpoint or args.arch)
     return model.eval(), dataset
 
 

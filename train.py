@@ -137,7 +137,9 @@ def warn_of_new_rate(args, saved_flags, state):
         console.warn(f'{state.epoch - 1} epochs are done: --epochs {args.epochs} leaves nothing to '
                      f'train')
         return
-    before = flags.with_defaults(argparse.Namespace(**saved_flags))
+    names = 'dataset', 'epochs', 'lr', 'lr_schedule', 'warmup_epochs'
+    before = argparse.Namespace(**{**vars(args), **{
+        name: saved_flags[name] for name in names if saved_flags.get(name) is not None}})
     rates = [learning_rate(f, min(state.epoch, f.epochs)) for f in (before, args)]
     if not math.isclose(*rates):
         console.warn(f'the learning rate goes on at {rates[1]:g}, and was {rates[0]:g}: it follows '
@@ -238,13 +240,18 @@ def main(argv=None):
         set_determinism(args.deterministic)
         dataset = distributed.from_rank_0(lambda: checkpoint.describe_data(args, saved))
         args = flags.with_network(args, dataset.image_size)
+        build = functools.partial(networks.build, args, len(dataset.classes), dataset.image_size)
+        if saved:
+            checkpoint.check_fixed_flags(args, saved['args'], flags.MODEL_FLAGS)
+            checkpoint.check_network(build, saved['model'], args.resume)
         torch.manual_seed(args.seed)
-        model = networks.build(args, len(dataset.classes), dataset.image_size)
+        model = build()
         if args.pretrained is not None:
             weights.load_pretrained(model, args)
         elif args.evaluate:
-            checkpoint.check_fixed_flags(args, saved['args'], flags.MODEL_FLAGS)
             checkpoint.load_weights(model, saved['model'], args.resume)
+        if args.evaluate:
+            checkpoint.check_finite(model, args.resume or args.pretrained or args.arch)
         model = prepare_model(model, args, device)
         if args.evaluate:
             directory = evaluation.report_errors(model, dataset, device, autocast, args)
