@@ -58,16 +58,18 @@ def load_model(args):
     """The model in eval mode and the description of what it was trained on."""
     if args.checkpoint:
         saved = checkpoint.load(args.checkpoint)
-        if not isinstance(saved.get('dataset'), dict):
-            raise UserError(f'{args.checkpoint} holds no run: its classes are unknown')
+        checkpoint.check_claims(saved, args.checkpoint)
         dataset = datasets.Description(root=None, **saved['dataset'])
-        model, weights = densenet.DenseNet(**saved['config']), saved['model']
+        build, weights = functools.partial(densenet.DenseNet, **saved['config']), saved['model']
+        checkpoint.check_network(build, weights, args.checkpoint)
+        model = build()
     else:
         dataset = datasets.Description('imagenet', None, IMAGENET_CLASSES, 224,
                                    **datasets.IMAGENET_STATISTICS)
         model = getattr(densenet, args.arch)()
         weights = torchvision_weights(args.arch)
     checkpoint.load_weights(model, weights, args.checkpoint or args.arch)
+    checkpoint.check_finite(model, args.checkpoint or args.arch)
     return model.eval(), dataset
 
 
@@ -76,7 +78,12 @@ def find_images(name):
     if os.path.isfile(name):
         return [Path(name)]
     if os.path.isdir(name):
-        found, _ = image_files.find_images(name)
+        found, others = image_files.find_images(name)
+        if others:
+            unread = image_files.describe_unread(name, others)
+            if not found:
+                raise UserError(unread)
+            console.warn(unread, script='predict.py')
     else:
         found = sorted(file for file in glob.glob(name, recursive=True)
                        if image_files.is_image(file) and os.path.isfile(file))
@@ -175,7 +182,8 @@ def main(argv=None):
                     found = [(names[label], share.item()) for share, label in best]
                     print(f'{file}:', ', '.join(f'{name} {share:.2%}' for name, share in found),
                           flush=True)
-                writer.writerows((file, name, f'{share:.6f}') for name, share in found)
+                writer.writerows((image_files.no_formula(file), name, f'{share:.6f}')
+                                 for name, share in found)
                 if args.heatmap is not None:
                     name = os.path.relpath(file, root) + image_files.HEATMAP
                     path = Path(args.heatmap or root, name)

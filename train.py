@@ -39,7 +39,7 @@ from training import (
 from training.augmentation import Augmentation
 from training.averages import WeightAverages
 from training.checkpoint import TrainState
-from training.console import UserError, say
+from training.console import BadImages, DataError, UserError, say
 from training.cuda_graph import ONE_CLASS, CudaGraphStep
 from training.device import (
     choose_device,
@@ -180,7 +180,9 @@ def warn_of_new_rate(args, saved_flags, state):
         console.warn(f'{state.epoch - 1} epochs are done: --epochs {args.epochs} leaves nothing to '
                      f'train')
         return
-    before = flags.with_defaults(argparse.Namespace(**saved_flags))
+    names = 'dataset', 'epochs', 'lr', 'lr_schedule', 'warmup_epochs'
+    before = argparse.Namespace(**{**vars(args), **{
+        name: saved_flags[name] for name in names if saved_flags.get(name) is not None}})
     rates = [learning_rate(f, min(state.epoch, f.epochs)) for f in (before, args)]
     if not math.isclose(*rates):
         console.warn(f'the learning rate goes on at {rates[1]:g}, and was {rates[0]:g}: it follows '
@@ -277,13 +279,18 @@ def main(argv=None):
         set_determinism(args.deterministic)
         dataset = distributed.from_rank_0(lambda: checkpoint.describe_data(args, saved))
         args = flags.with_network(args, dataset.image_size)
+        build = functools.partial(networks.build, args, len(dataset.classes), dataset.image_size)
+        if saved:
+            checkpoint.check_fixed_flags(args, saved['args'], flags.MODEL_FLAGS)
+            checkpoint.check_network(build, saved['model'], args.resume)
         torch.manual_seed(args.seed)
-        model = networks.build(args, len(dataset.classes), dataset.image_size)
+        model = build()
         if args.pretrained is not None:
             weights.load_pretrained(model, args)
         elif args.evaluate:
-            checkpoint.check_fixed_flags(args, saved['args'], flags.MODEL_FLAGS)
             checkpoint.load_weights(model, saved['model'], args.resume)
+        if args.evaluate:
+            checkpoint.check_finite(model, args.resume or args.pretrained or args.arch)
         model = prepare_model(model, args, device)
         if args.evaluate:
             report(model, dataset, device, autocast, args)
@@ -353,14 +360,22 @@ def make_loaders(args, dataset, device):
     common = dict(device=device, workers=args.workers,
                   shard=(distributed.rank(), distributed.world_size()))
     augmentation = Augmentation.of_flags(args) if args.augment else None
+    # Testing in micro-batches, so that it needs no more memory than training.
+    settings = {'train': dict(batch_size=args.batch_size, augmentation=augmentation,
+                              seed=args.seed),
+                dataset.selection_split: dict(
+                    batch_size=math.ceil(args.batch_size / args.grad_accum),
+                    ten_crop=args.ten_crop)}
+    made, errors = [], []
     with distributed.rank_0_first():  # it downloads the data
-        return (
-            loaders.make_loader(dataset, 'train', args.batch_size, seed=args.seed,
-                                augmentation=augmentation, **common),
-            # A micro-batch, so that testing needs no more memory than training.
-            loaders.make_loader(dataset, dataset.selection_split,
-                                math.ceil(args.batch_size / args.grad_accum),
-                                ten_crop=args.ten_crop, **common))
+        for split, its_settings in settings.items():
+            try:
+                made.append(loaders.make_loader(dataset, split, **its_settings, **common))
+            except BadImages as error:  # name those of both splits
+                errors.append(str(error))
+    if errors:
+        raise DataError('; '.join(errors))
+    return made
 
 
 def cli(argv=None):

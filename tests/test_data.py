@@ -22,15 +22,14 @@ import scipy.io
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import ROOT, SHARED, Opener, write_images
+from conftest import ROOT, SHARED, Opener, fails, write_images
 from PIL import Image
 from torchvision import transforms
 
 import predict
 from training import datasets, image_files, loaders
 from training.augmentation import Augmentation
-from training.console import UserError
-from training.datasets import DataError
+from training.console import DataError, UserError
 from training.loaders import MemoryLoader
 
 CPU = torch.device('cpu')
@@ -898,6 +897,17 @@ def test_all_bad_images_are_named_at_once(tmp_path, capsys, image_size, workers)
     assert message.startswith('3 images cannot be used: ') and '\n' not in message
     assert all(message.count(f'{path}: cannot be read') == 1 for path in bad)
     assert said.count('\n') == 1 and said.endswith('; looking for others\n')
+
+
+def test_bad_images_of_both_splits_are_named_at_once(tmp_path, capsys):
+    write_images(tmp_path, {f'{split}/{label}': 4 for split in ('train', 'val') for label in 'ab'},
+                 (9, 9))
+    bad = [tmp_path / name for name in ('train/a/1.png', 'train/b/0.png', 'val/b/3.png')]
+    for path in bad:
+        path.write_bytes(path.read_bytes()[:-30])
+    error = fails(capsys, '--dataset', 'folder', '--data', tmp_path, '--batch-size', 4, '--save',
+                  tmp_path / 'run', '--device', 'cpu')
+    assert all(error.count(f'{path}: cannot be read') == 1 for path in bad)
 
 
 def test_options_that_a_data_set_has_not(photos):

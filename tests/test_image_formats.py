@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, TiffImagePlugin
+from PIL import Image, TiffImagePlugin, features
 from torchvision import transforms
 
 from training import datasets, image_files
 from training.augmentation import Augmentation
 from training.console import DataError
-from training.decoding import Levels, convert, decode
+from training.decoding import Levels, convert, decode, refuse_deep_avif
 
 RNG = np.random.RandomState(0)
 GREY, COLOURS, MORE = (RNG.randint(0, 65536, (6, 5, *c)).astype(np.uint16)
@@ -30,6 +30,14 @@ JPEG2000_COLOURS = (
     '/0//UQAvAAAAAAAEAAAABAAAAAAAAAAAAAAABAAAAAQAAAAAAAAAAAADCwEBCwEBCwEB/1IADAAAAAEBAAQEAAH/'
     'XAAEQGD/ZAAlAAFDcmVhdGVkIGJ5IE9wZW5KUEVHIHZlcnNpb24gMi41LjT/kAAKAAAAAAAqAAH/k9/gXBFiNPlF'
     'DewnAC+I1+FP/KHKHKGBRcGXgID/2Q==')
+
+# 4 x 4 pixels of 10 bits, the multiples of 64, by libavif 1 (imagecodecs).
+AVIF = (
+    'AAAAHGZ0eXBhdmlmAAAAAGF2aWZtaWYxbWlhZgAAAOltZXRhAAAAAAAAACFoZGxyAAAAAAAAAABwaWN0AAAAAAAAAA'
+    'AAAAAAAAAAAA5waXRtAAAAAAABAAAAHmlsb2MAAAAARAAAAQABAAAAAQAAAQ0AAAAfAAAAKGlpbmYAAAAAAAEAAAAa'
+    'aW5mZQIAAAAAAQAAYXYwMUNvbG9yAAAAAGhpcHJwAAAASWlwY28AAAAUaXNwZQAAAAAAAAAEAAAABAAAAA5waXhpAA'
+    'AAAAEKAAAADGF2MUOBAFwAAAAAE2NvbHJuY2x4AAIAAgACgAAAABdpcG1hAAAAAAAAAAEAAQQBAoMEAAAAJ21kYXQS'
+    'AAoFGAR/nUAyFBAAhwvN97sufespUrnGuc4SUrYo')
 
 
 def png(pixels):
@@ -142,6 +150,22 @@ def test_pages_and_animations_are_refused_but_no_thumbnails(tmp_path):
         assert image.n_frames == 2
     for name in ('x.jpg', 'y.tif'):
         assert abs(np.asarray(decode(tmp_path / name), int) - 10).max() <= 1
+
+
+@pytest.mark.skipif(not features.check('avif'), reason='this Pillow reads no AVIF')
+def test_avif_of_more_than_8_bits_is_refused(tmp_path):
+    path, content = tmp_path / 'x.avif', bytearray(base64.b64decode(AVIF))
+    path.write_bytes(content)
+    with Image.open(path) as image:
+        assert image.getextrema() == (0, 239)  # of 0..960 of 1023
+    with pytest.raises(DataError, match='x.avif: .* AVIF of 10 bits.*: save it as PNG'):
+        decode(path)
+    content[content.index(b'av1C') + 6] |= 0x20
+    path.write_bytes(content)  # which Pillow would not open: the pixels have 10 bits
+    with pytest.raises(ValueError, match='AVIF of 12 bits'):
+        refuse_deep_avif(path)
+    Image.fromarray(BYTES[:, :, :3]).save(path)
+    assert decode(path).size == (5, 6)
 
 
 def test_8_bit_kinds(tmp_path):

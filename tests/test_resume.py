@@ -150,6 +150,19 @@ def test_the_scale_of_fp16_is_resumed(small, tmp_path):
     assert scalers[0] == scalers[1] and scalers[0]['_growth_tracker'] > 9
 
 
+def test_a_run_goes_on_in_fp16_or_leaves_it(small, tmp_path, capsys):
+    run = tmp_path / 'run'
+    train.main([*small, '--epochs', '1', '--precision', 'fp32', '--save', str(run)])
+    capsys.readouterr()
+    for epochs, precision in ((2, 'fp16'), (3, 'fp32')):
+        train.main(['--save', str(run), '--resume', '--epochs', str(epochs), '--precision',
+                    precision, '--lr', '0.01', '--device', 'cpu'])
+        said = 'was not trained in fp16: the scale of the loss begins at 65536'
+        assert (said in capsys.readouterr().err) == (precision == 'fp16')
+        saved = checkpoint.load(run / 'latest.pth')
+        assert saved['epoch'] == epochs + 1 and bool(saved['scaler']) == (precision == 'fp16')
+
+
 def test_rows_are_on_the_disk_before_the_checkpoint_that_counts_on_them(
         small, tmp_path, monkeypatch):
     """A power failure could otherwise leave a checkpoint without its rows."""
@@ -249,7 +262,16 @@ def damage_momentum(saved):
     (lambda saved: saved.pop('processes'), "can't be resumed: 'processes'"),
     (lambda saved: saved['args'].update(workers=10**6), '--workers/--nThreads: .* in .0, 1024'),
     (lambda saved: saved['args'].update(optimizer='sdg'), '--optimizer/--opt: invalid choice'),
-    (lambda saved: saved['model'].popitem(), 'does not fit the model')])
+    (lambda saved: saved['args'].update(lr='0.1'), "--lr/.*: invalid value: '0.1'"),
+    (lambda saved: saved['args'].update(augment='no'), "--augment.*: invalid value: 'no'"),
+    (lambda saved: saved['args'].update(depth=10**7), 'has 10000000 layers, and 56 weights'),
+    (lambda saved: saved['args'].update(growth_rate=10**9), 'does not fit the model: '),
+    (lambda saved: saved['dataset'].update(image_size=10**6), '--image-size: .* in .1, 4096'),
+    (lambda saved: saved['dataset'].update(classes=(1, 2, 3, 4)), 'its data set is .*1, 2, 3'),
+    (lambda saved: saved['model'].popitem(), 'does not fit the model'),
+    (lambda saved: saved.update(seconds=None), "can't be resumed: its counters are of other types"),
+    (lambda saved: saved.update(seconds=math.inf), 'its counters contradict each other'),
+    (lambda saved: saved.update(step=10**9), 'its counters contradict each other')])
 def test_an_altered_checkpoint_is_one_line(small, tmp_path, capsys, change, message):
     run = tmp_path / 'run'
     train.main([*small, '--epochs', '1', '--save', str(run)])

@@ -353,7 +353,7 @@ def test_other_files_are_named(tmp_path, content, words):
 def test_missing_and_damaged_files(tmp_path):
     with pytest.raises(UserError, match='gone.pth is not there'):
         weights.read(tmp_path / 'gone.pth')
-    with pytest.raises(UserError, match='Is a directory'):
+    with pytest.raises(UserError, match='is not a checkpoint, but a folder'):
         weights.read(tmp_path)
     state = densenet.DenseNet(**NARROW).state_dict()
     torch.save(state, tmp_path / 'whole.pth')

@@ -5,7 +5,8 @@
 
 A confusion matrix is an int64 tensor [C, C] of numbers of images: rows are true classes, columns
 predicted ones. `classes` holds the C names, in the order of the labels. The CSV files are in UTF-8,
-with undecodable bytes of file names written as they are.
+with undecodable bytes of file names written as they are, and ./ before file names that a
+spreadsheet would take for a formula.
 """
 
 import csv
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from training import distributed, flags, loaders, losses
+from training import distributed, flags, image_files, loaders, losses
 from training.console import say
 
 MAX_CLASSES = 20  # up to this number the table has all classes
@@ -217,10 +218,10 @@ def save_predictions(path, files, labels, probabilities, classes):
     columns = ['predicted', 'probability', 'second', 'second_probability', 'third',
                'third_probability'][:2 * len(classes)]
     with open(path, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
-        writer = csv.writer(file, lineterminator='\n')
+        writer = csv.writer(file)  # see save_confusion
         writer.writerow(['file', 'class', 'error', *columns])
         for i, (name, label) in enumerate(zip(files, labels.tolist(), strict=True)):
-            row = [name, classes[label], int(found[i][0] != label)]
+            row = [image_files.no_formula(name), classes[label], int(found[i][0] != label)]
             for other, share in zip(found[i], shares[i]):
                 row += [classes[other], f'{share:.6f}']
             writer.writerow(row)

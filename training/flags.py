@@ -14,6 +14,7 @@ import contextlib
 import difflib
 import os
 import sys
+import textwrap
 from pathlib import Path
 
 from training.console import UserError
@@ -328,8 +329,9 @@ def complete(given, saved=None, parser=None):
         new_layers = any(flag in given for flag in LAYER_FLAGS)
         fixed = {*CALL_FLAGS, *(LAYER_FLAGS if new_layers else ())}
         others = {flag: value for flag, value in saved.items()
-                  if flag in defaults and flag not in fixed}
+                  if flag in defaults and flag not in fixed and value is not None}
         check_values(others, parser)
+        others = {**recipe({**defaults, **others}), **others}
     args = argparse.Namespace(**{**defaults, **others, **given})
     check_flags(args)
     return args
@@ -346,16 +348,25 @@ def recipe(args):
 
 
 def check_values(saved, parser):
-    """Raises UserError if flags of a checkpoint have values that the command line would refuse."""
+    """Raises UserError if flags of a checkpoint have values that the command line does not give."""
     for action in parser._actions:
         value = saved.get(action.dest)
-        if value is None or action.nargs == 0:
+        if value is None:
             continue
+        is_list = isinstance(value, (list, tuple))
+        values = [*value] if is_list else [value]
         try:
-            for part in value if isinstance(value, (list, tuple)) else [value]:
-                parser._check_value(action, parser._get_value(action, str(part)))
+            if action.nargs == 0:
+                possible = isinstance(value, bool)
+            else:
+                given = [parser._get_value(action, str(part)) for part in values]
+                for part in given:
+                    parser._check_value(action, part)
+                possible = given == values and is_list == (action.nargs in (2, '+'))
+            if not possible or action.nargs == 2 and len(values) != 2:
+                raise argparse.ArgumentError(action, f'invalid value: {value!r}')
         except argparse.ArgumentError as error:
-            raise UserError(f'the checkpoint has {error}') from error
+            raise UserError(f'the checkpoint has {textwrap.shorten(str(error), 200)}') from error
 
 
 def with_network(args, image_size):

@@ -22,7 +22,7 @@ from torchvision import transforms
 from tqdm import tqdm
 
 from training import console
-from training.console import DataError
+from training.console import BadImages, DataError
 from training.datasets import no_split
 from training.decoding import Levels, decode
 from training.labels import read_table
@@ -109,6 +109,12 @@ def describe_unread(folder, others):
     more = ', ...' if len(others) > 5 else ''
     return (f'{folder}: {others.total()} files are not read: {kinds}{more}; images are '
             f'{" ".join(SUFFIXES)}')
+
+
+def no_formula(path):
+    """The path, after ./ if a spreadsheet would take it for a formula: it names the same file."""
+    path = str(path)
+    return f'./{path}' if path.startswith(('=', '+', '-', '@', '\t', '\r')) else path
 
 
 def class_names(folder):
@@ -356,9 +362,9 @@ def checked(loader):
 
 def unreadable(errors):
     if len(errors) == 1:
-        return DataError(errors[0])
+        return BadImages(errors[0])
     more = f'; and {len(errors) - MAX_NAMED} more' if len(errors) > MAX_NAMED else ''
-    return DataError(f'{len(errors)} images cannot be used: {"; ".join(errors[:MAX_NAMED])}{more}')
+    return BadImages(f'{len(errors)} images cannot be used: {"; ".join(errors[:MAX_NAMED])}{more}')
 
 
 class _ImageFiles(torch.utils.data.Dataset):
