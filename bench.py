@@ -35,7 +35,8 @@ def make_parser():
     add('--arch', metavar='NAME', help='an ImageNet network')
     add('--depth', help='(default: 100)')
     add('--growth-rate', help='(default: 12, or as --arch has it)')
-    add('--image-size', metavar='PIXELS', help='(default: 32, with --arch 224)')
+    add('--image-size', nargs='+', metavar='PIXELS', help='one number, or height and width '
+        '(default: 32, with --arch 224)')
     add('--batch-size', '-b', nargs='+', help='(default: 64)')
     add = parser.add_argument_group('rows').add_argument
     add('--precision', nargs='+', choices=flags.PRECISIONS,
@@ -146,8 +147,11 @@ def network_flags(inference=False, **given):
 
     `given` may contain more than NETWORK_FLAGS, which is ignored; None stands for the default.
     """
-    argv = [f'--{name.replace("_", "-")}={given[name]}' for name in NETWORK_FLAGS
-            if given.get(name) is not None]
+    argv = []
+    for name in NETWORK_FLAGS:
+        if given.get(name) is not None:
+            values = given[name] if isinstance(given[name], (list, tuple)) else [given[name]]
+            argv += [f'--{name.replace("_", "-")}', *map(str, values)]
     if inference:
         argv.append('--momentum=0')  # its buffers would take memory
     # A low learning rate: diverging weights would change the speed.
@@ -160,7 +164,7 @@ def make_model(row, args, device_type='cpu'):
     """The network of a row, on the CPU; the same size for all rows."""
     mode = MODES[row.mode]
     path = getattr(mode, device_type)
-    num_classes = 10 if args.image_size <= datasets.SMALL else 1000
+    num_classes = 10 if datasets.is_small(args.image_size) else 1000
     args = argparse.Namespace(**vars(args))
     # Fused blocks get it from `fuse`.
     args.memory_efficient = mode.memory_efficient and path == 'layers'
@@ -174,7 +178,7 @@ def make_model(row, args, device_type='cpu'):
         else:
             from timm.models.densenet import DenseNet  # its stem has width 2 * growth_rate
             model = DenseNet(**settings)
-        if args.image_size <= datasets.SMALL:  # the paper's stem for CIFAR instead of ImageNet's
+        if datasets.is_small(args.image_size):  # the paper's stem for CIFAR instead of ImageNet's
             model.features.conv0 = nn.Conv2d(3, width, 3, padding=1, bias=False)
             for name in ('norm0', 'relu0', 'pool0'):
                 setattr(model.features, name, nn.Identity())
@@ -265,7 +269,8 @@ class Runner:
         row, args, device = self.row, self.args, self.device
         print(f'starting {row.name}, {row.precision}, {args.batch_size}', file=sys.stderr)
         allocated = self._free_memory()
-        self.batch = (torch.randn(args.batch_size, 3, *2 * [args.image_size]).to(device),
+        size = datasets.sides(args.image_size)
+        self.batch = (torch.randn(args.batch_size, 3, *size).to(device),
                       torch.randint(10, [args.batch_size]).to(device))
         layout = torch.channels_last if row.channels_last else torch.contiguous_format
         self.model = make_model(row, args, device.type).train(not args.inference)
@@ -382,7 +387,7 @@ def convolution_flops(args):
         for module in model.modules():
             if hasattr(module, 'pool'):
                 module._modules['conv'] = module._modules.pop('conv')  # now it is the last
-        model(torch.empty(args.batch_size, 3, args.image_size, args.image_size))
+        model(torch.empty(args.batch_size, 3, *datasets.sides(args.image_size)))
     forward = counter.get_flop_counts()['Global'][torch.ops.aten.convolution]
     return forward if args.inference else 3 * forward  # backward: gradients of input and of weight
 
@@ -462,7 +467,8 @@ def describe(rows, batches, device):
     packages = dict.fromkeys(['torch', *(row.source for row in rows if row.source != 'ours')])
     versions = [f'{name} {importlib.import_module(name).__version__}' for name in packages]
     return (f'{networks.name(args)}, {"inference" if args.inference else "training"}, batches '
-            f'of {sizes} at {args.image_size} pixels; {hardware}, {", ".join(versions)}')
+            f'of {sizes} at {datasets.show_size(args.image_size)} pixels; {hardware}, '
+            f'{", ".join(versions)}')
 
 
 def run(options):

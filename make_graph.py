@@ -67,7 +67,7 @@ def block_graph(model, image_size, title):
     graph.node('images', 'images', fillcolor='white')
     graph.node('stem', '3 × 3 convolution' if model.config['small_inputs'] else
                '7 × 7 convolution, stride 2\nBN, ReLU\n3 × 3 max pool, stride 2', fillcolor=GREEN)
-    maps = torch.empty(1, model.config['in_channels'], image_size, image_size, device='meta')
+    maps = torch.empty(1, model.config['in_channels'], *datasets.sides(image_size), device='meta')
     add_edge(graph, 'images', 'stem', maps.shape[1:])
     source = 'stem'  # the node whose output the maps are
     for name, module in model.eval().features.named_children():
@@ -150,7 +150,7 @@ def autograd_graph(model, image_size, title):
     function.
     """
     networks.fuse(model, torch.device('meta'), script='make_graph.py')
-    images = torch.empty(2, model.config['in_channels'], image_size, image_size, device='meta')
+    images = torch.empty(2, model.config['in_channels'], *datasets.sides(image_size), device='meta')
     logits = model.train()(images)
     names = {parameter: name for name, parameter in model.named_parameters()}
     graph = new_graph(title + '\nAutograd functions and the parameters that they read.')
@@ -198,7 +198,8 @@ def build_model(argv):
     elif args.dataset == 'imagenet' or args.arch and not args.dataset:  # reads no images
         num_classes, image_size = 1000, args.image_size or 224
     else:
-        dataset = datasets.describe(args.dataset or 'cifar10', args.data, args.image_size)
+        dataset = datasets.describe(args.dataset or 'cifar10', args.data, args.image_size,
+                                    in_channels=args.in_channels)
         num_classes, image_size = len(dataset.classes), dataset.image_size
     args = flags.with_network(args, image_size)
     with torch.device('meta'):

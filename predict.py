@@ -144,11 +144,12 @@ def draw_heatmap(heat, file, dataset):
     grey = image_files.read_pixels(dataset, image_files.to_tensor, file).float().mean(0)
     picture = grey[:, :, None].repeat(1, 1, 3).numpy() / 255
     resize, _, crop = image_files.test_transform(dataset).transforms
-    side = round(min(grey.shape) * crop.size[0] / resize.size)  # of the crop, in pixels of the file
-    top, left = ((size - side) // 2 for size in grey.shape)
-    heat = F.interpolate(heat[None, None], (side, side), mode='bicubic')[0, 0].clamp(min=0)
+    scale = min(size / resized for size, resized in zip(grey.shape, resize.size))
+    height, width = (round(scale * size) for size in crop.size)  # pixels of the file
+    top, left = (grey.shape[0] - height) // 2, (grey.shape[1] - width) // 2
+    heat = F.interpolate(heat[None, None], (height, width), mode='bicubic')[0, 0].clamp(min=0)
     colours = colormaps['inferno']((heat / heat.max().clamp(min=1e-12)).numpy())[:, :, :3]
-    seen = picture[top:top + side, left:left + side]
+    seen = picture[top:top + height, left:left + width]
     seen += 0.5 * (colours - seen)
     return Image.fromarray((255 * picture).round().astype(np.uint8))
 

@@ -309,7 +309,7 @@ def main(argv=None):
             if args.compile:
                 model.compile(dynamic=False)  # one compilation for each batch size, as CUDA graphs
             set_training_mode(model, args)  # before a graph is recorded
-            image = args.in_channels, dataset.image_size, dataset.image_size
+            image = args.in_channels, *datasets.sides(dataset.image_size)
             sizes = args.batch_size, train_loader.num_images % args.batch_size  # full, last batch
             class_weights = None
             if args.class_weights:

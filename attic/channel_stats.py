@@ -3,6 +3,7 @@
     python attic/channel_stats.py                                    # CIFAR-10
     python attic/channel_stats.py --dataset cifar100
     python attic/channel_stats.py --dataset imagenet --data /data/imagenet --workers 16
+    python attic/channel_stats.py --dataset folder --data fields --in-channels 5
 
 Measures the training images, on the scale 0..255; ImageNet's are resized and cropped as for
 testing. Two standard deviations are in use: CIFAR is normalised by the standard deviation of all
@@ -42,9 +43,10 @@ def main(argv=None):
     add('--dataset', choices=datasets.DATASETS, default='cifar10', help='(default: %(default)s)')
     add('--data', metavar='DIR', default='work/data', help='(default: %(default)s)')
     add('--workers', type=int, default=0, help='that read image files (default: 0)')
+    add('--in-channels', type=int, default=3, help='of images in folders (default: 3)')
     args = parser.parse_args(argv)
     try:
-        dataset = datasets.describe(args.dataset, args.data)
+        dataset = datasets.describe(args.dataset, args.data, in_channels=args.in_channels)
         raw = dataclasses.replace(dataset, mean=(0.0,) * len(dataset.mean),
                                   std=(1.0,) * len(dataset.mean))
         loader = loaders.make_loader(raw, 'train', batch_size=100, device=torch.device('cpu'),
@@ -57,6 +59,8 @@ def main(argv=None):
              'std in datasets.py')
     for name, values in zip(names, [*rows, dataset.mean, dataset.std]):
         print(f'{name:<23}' + ''.join(f'{value:>10.3f}' for value in values))
+    for flag, values in zip(('--mean', '--std'), rows):
+        print(flag, *(f'{value / 255:.4f}' for value in values))
 
 
 if __name__ == '__main__':

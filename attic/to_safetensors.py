@@ -3,8 +3,8 @@
     python attic/to_safetensors.py work/x/best.pth hub/x
 
 `config.json` holds the arguments of `densenet.DenseNet` and what an image needs: class names, image
-size, mean and standard deviation of each channel in 0..1, and the value range of images of more
-than 8 bits. `export.md` shows how to load both.
+size (one number, or height and width), mean and standard deviation of each channel in 0..1, and the
+value range of images of more than 8 bits. `export.md` shows how to load both.
 """
 
 import argparse

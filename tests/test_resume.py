@@ -298,7 +298,7 @@ def test_the_normalisation_is_kept(small, tmp_path, capsys):
     train.main(['--save', str(run), '--resume', '--epochs', '2'])
     assert checkpoint.load(run / 'latest.pth')['dataset'] == saved['dataset']
     assert 'another std' in fails(capsys, '--save', run, '--resume', '--std', 1, 1, 1, lines=2)
-    assert 'a value for each of 3' in fails(capsys, *small, '--save', tmp_path, '--mean', '.1')
+    assert 'a value for each of 3' in fails(capsys, *small, '--mean', '.1', '.2')
 
 
 def test_a_torn_row_is_mended_on_resuming(small, tmp_path):

@@ -267,8 +267,10 @@ def describe_data(args, saved):
         values = getattr(args, flag)
         if values is None:
             continue
-        if len(values) != args.in_channels:
-            raise UserError(f'--{flag} takes a value for each of {args.in_channels} channels')
+        if len(values) not in (1, args.in_channels):
+            raise UserError(f'--{flag} takes a value for each of {args.in_channels} channels, or '
+                            f'one for all')
+        values = values * (args.in_channels // len(values))
         dataset = dataclasses.replace(dataset, **{flag: tuple(255 * value for value in values)})
     return dataset
 

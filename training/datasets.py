@@ -40,6 +40,7 @@ from training.labels import VAL_FOLDERS, read_table
 
 SMALL = 64       # pixels: up to this size, folders are held in memory and the stem is CIFAR's
 MAX_SIZE = 4096  # pixels: the largest --image-size
+MAX_CHANNELS = 1024
 
 CIFAR10_CLASSES = tuple('airplane automobile bird cat deer dog frog horse ship truck'.split())
 CIFAR100_CLASSES = tuple('''
@@ -63,7 +64,7 @@ class Description:
     name: str
     root: Path
     classes: tuple   # names, in the order of the labels
-    image_size: int  # pixels, height and width of the model's input
+    image_size: int  # pixels of the model's input, or (height, width) if they differ
     mean: tuple      # of each channel, 0..255
     std: tuple
     value_range: tuple = None  # (low, high): what becomes 0 and 255 in images of more than 8 bits
@@ -75,7 +76,7 @@ class Description:
 
     @property
     def in_memory(self):
-        return DATASETS[self.name].read is not None or self.image_size <= SMALL
+        return DATASETS[self.name].read is not None or is_small(self.image_size)
 
     @property
     def splits(self):
@@ -115,6 +116,20 @@ class Description:
                 if key not in ('root', 'labels_file')}
 
 
+def sides(image_size):
+    """(height, width) of an image size, which is one number or two."""
+    return (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+
+
+def is_small(image_size):
+    return max(sides(image_size)) <= SMALL
+
+
+def show_size(image_size):
+    """'224', or '320 x 256': height x width, as --image-size has them."""
+    return ' x '.join(map(str, dict.fromkeys(sides(image_size))))
+
+
 def describe(name, root='work/data', image_size=None, split='train', *, in_channels=3,
              value_range=None, labels_file=None, val_split=0.0, fold=None, seed=1, workers=0):
     """The classes and the image size of a data set, without loading it.
@@ -124,10 +139,11 @@ def describe(name, root='work/data', image_size=None, split='train', *, in_chann
         root: where the files of the data set are or go; for imagenet and folder, the folder of
             `find_splits`, and in each of those a folder of images a class.
         image_size, in_channels, value_range, labels_file, workers: for folders of images only.
-        image_size: by default 224 or, for a folder whose first image has at most `SMALL` pixels a
-            side, that image's shorter side.
+        image_size: one number or (height, width). By default 224 or, for a folder whose first image
+            has at most `SMALL` pixels a side, that image's shorter side.
         split: 'train' or 'test', whose folders are the classes.
-        in_channels: 1 for grey images, or 3.
+        in_channels: 1 for grey images, 3 for colours, or any other number, which all images then
+            must have. ImageNet's statistics are averaged for 1, and repeated for more than 3.
         value_range: (low, high) of images of more than 8 bits. By default, if the first training
             image of a folder is one, the lowest and the highest value in all of them.
         labels_file: a CSV file of `labels.read_table`, whose files are in `root`.
@@ -166,17 +182,19 @@ def describe(name, root='work/data', image_size=None, split='train', *, in_chann
     statistics = entry.mean, entry.std
     if in_channels == 1:
         statistics = [(sum(values) / 3,) for values in statistics]
+    elif in_channels != 3:  # in turn, as weights.adapt_channels does
+        statistics = [(values * in_channels)[:in_channels] for values in statistics]
     dataset = Description(name, root, tuple(classes), image_size or 224, *statistics,
                           value_range and tuple(value_range), **held_out, labels_file=labels_file,
                           multi_label=multi_label)
     if name == 'imagenet':
         return dataset
     samples = image_files.list_images(dataset, split)
-    first = image_files.first_readable(samples)
+    first = image_files.first_readable(samples, in_channels)
     if image_size is None and max(first.size) <= SMALL:
         dataset = dataclasses.replace(dataset, image_size=min(first.size))
-    if value_range is None and split == 'train' and isinstance(first, image_files.Levels):
-        value_range = image_files.measure_range(samples, workers)
+    if value_range is None and split == 'train' and image_files.needs_range(first):
+        value_range = image_files.measure_range(samples, in_channels, workers)
         dataset = dataclasses.replace(dataset, value_range=value_range)
     return dataset
 

@@ -18,7 +18,7 @@ import textwrap
 from pathlib import Path
 
 from training.console import UserError
-from training.datasets import DATASETS, MAX_SIZE, SMALL
+from training.datasets import DATASETS, MAX_CHANNELS, MAX_SIZE, is_small, show_size
 
 DEVICES = 'auto', 'cpu', 'cuda', 'mps'
 PRECISIONS = 'fp32', 'tf32', 'bf16', 'fp16'
@@ -101,6 +101,16 @@ def number(kind, interval):
     return parse
 
 
+class ImageSize(argparse.Action):
+    """One number or HEIGHT WIDTH: an int, or (height, width) if they differ."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if len(values) > 2:
+            raise argparse.ArgumentError(self, 'one number, or height and width')
+        size = values[0] if len(set(values)) == 1 else tuple(values)
+        setattr(namespace, self.dest, size)
+
+
 POSITIVE, SHARE = number(int, '[1, 1000000000]'), number(float, '[0, 1)')
 
 
@@ -118,10 +128,14 @@ def add_data_and_model_flags(parser):
     group.add_argument('--dataset', choices=DATASETS, default='cifar10')
     group.add_argument('--data', metavar='DIR', default='work/data',
                        help='where the data are or go (default: %(default)s)')
-    group.add_argument('--image-size', type=number(int, f'[1, {MAX_SIZE}]'), metavar='PIXELS',
-                       help='folder, imagenet (default: 224, or that of small images)')
-    group.add_argument('--in-channels', type=int, choices=(1, 3), default=3,
-                       help='folder, imagenet: 1 for grey images (default: %(default)s)')
+    group.add_argument('--image-size', type=number(int, f'[1, {MAX_SIZE}]'), nargs='+',
+                       action=ImageSize, metavar='PIXELS',
+                       help='folder, imagenet: one number, or height and width (default: 224, or '
+                            'that of small images)')
+    group.add_argument('--in-channels', type=number(int, f'[1, {MAX_CHANNELS}]'), default=3,
+                       metavar='N', help='folder, imagenet: 1 for grey images; other numbers for '
+                       '.npy, TIFF and, if 4, RGBA, whose alpha is the fourth channel (default: '
+                       '%(default)s)')
     group.add_argument('--value-range', type=number(float, '(-1e30, 1e30)'), nargs=2,
                        metavar=('LOW', 'HIGH'), help='of images of more than 8 bits '
                        '(default: that of the training images)')
@@ -362,8 +376,11 @@ def check_values(saved, parser):
                 given = [parser._get_value(action, str(part)) for part in values]
                 for part in given:
                     parser._check_value(action, part)
-                possible = given == values and is_list == (action.nargs in (2, '+'))
-            if not possible or action.nargs == 2 and len(values) != 2:
+                takes_two = action.nargs == 2 or is_list and isinstance(action, ImageSize)
+                takes_list = takes_two or action.nargs == '+' and not isinstance(action, ImageSize)
+                possible = given == values and is_list == takes_list and (
+                    not takes_two or len(values) == 2)
+            if not possible:
                 raise argparse.ArgumentError(action, f'invalid value: {value!r}')
         except argparse.ArgumentError as error:
             raise UserError(f'the checkpoint has {textwrap.shorten(str(error), 200)}') from error
@@ -372,15 +389,16 @@ def check_values(saved, parser):
 def with_network(args, image_size):
     """The flags, with depth or architecture and growth rate filled in by the size of the images."""
     chosen = {**vars(args), 'image_size': image_size}
-    small = image_size <= SMALL
+    small = is_small(image_size)
     if args.arch is None and args.block_config is None:
         if small:
             chosen['depth'] = args.depth or 100
         else:  # as the official code, which takes the depth for the name
             chosen.update(depth=None, arch=f'densenet{args.depth or 121}')
             if chosen['arch'] not in ARCHITECTURES:
-                raise UserError(f'--depth {args.depth}: for images of {image_size} pixels there '
-                                f'are --arch {", ".join(ARCHITECTURES)} and --block-config')
+                raise UserError(f'--depth {args.depth}: for images of {show_size(image_size)} '
+                                f'pixels there are --arch {", ".join(ARCHITECTURES)} and '
+                                f'--block-config')
     if args.growth_rate is None and chosen['arch'] is None:
         chosen['growth_rate'] = 12 if small else 32
     return argparse.Namespace(**chosen)
@@ -403,6 +421,8 @@ def check_flags(args):
         if getattr(args, flag) and not args.augment:
             raise UserError(f'--{flag.replace("_", "-")} needs --augment: without it, and by '
                             f'default for svhn, training images stay as they are')
+    if args.auto_augment and args.in_channels not in (1, 3):
+        raise UserError('--auto-augment is for images of 1 or 3 channels')
     if args.head_lr and args.freeze_features:
         raise UserError('--freeze-features trains the classifier alone: its rate is --lr')
     processes = int(os.environ.get('WORLD_SIZE', 1))  # set by torchrun

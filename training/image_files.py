@@ -7,7 +7,9 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
+import math
 import os
 import signal
 import threading
@@ -23,12 +25,12 @@ from tqdm import tqdm
 
 from training import console
 from training.console import BadImages, DataError
-from training.datasets import no_split
-from training.decoding import Levels, decode
+from training.datasets import no_split, sides
+from training.decoding import Levels, SetupError, decode, needs_range
 from training.labels import read_table
 
 SUFFIXES = ('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.tif', '.tiff', '.bmp', '.gif', '.webp',
-            '.avif', '.jp2', '.j2k', '.ppm', '.pgm', '.pbm', '.pnm')
+            '.avif', '.jp2', '.j2k', '.ppm', '.pgm', '.pbm', '.pnm', '.npy', '.dcm', '.dicom')
 HEATMAP = '.heatmap.png'  # what predict.py adds to an image's name, perhaps in its folder
 # Names of classes that suggest a wrong --data.
 SPLIT_NAMES = {'train', 'training', 'test', 'testing', 'val', 'valid', 'validation', 'image',
@@ -272,39 +274,43 @@ def read_pixels(dataset, transform, path):
     Both are on the scale 0..255.
     """
     num_channels, value_range = len(dataset.mean), dataset.value_range
-    image = decode(path, 'RGB' if num_channels == 3 else 'L')
+    image = decode(path, num_channels)
     if not isinstance(image, Levels):
         return transform(image) if value_range is None else transform(image).float()
-    if value_range is None:
-        raise DataError(f'{path} has more than 8 bits, of a range that is not known: train.py is '
-                        f'told it by --value-range LOW HIGH')
-    low, high = value_range
-    return 255 * transform(dataclasses.replace(image, low=low, high=high, channels=num_channels))
+    if needs_range(image):
+        if value_range is None:
+            raise DataError(f'{path} has more than 8 bits, of a range that is not known: train.py '
+                            f'is told it by --value-range LOW HIGH')
+        image = dataclasses.replace(image, low=value_range[0], high=value_range[1])
+    pixels = 255 * transform(dataclasses.replace(image, channels=num_channels))
+    return pixels.round().to(torch.uint8) if value_range is None else pixels
 
 
-def first_readable(images):
+def first_readable(images, channels):
     """The first file of an ImageList that can be decoded; a DataError if there is none."""
     errors = []
     for i in range(len(images)):
         try:
-            return decode(images.path(i))
+            return decode(images.path(i), channels)
+        except SetupError:
+            raise
         except DataError as error:
             errors.append(str(error))
     raise unreadable(errors)
 
 
-def measure_range(images, workers):
+def measure_range(images, channels, workers):
     """The lowest and the highest value in the images of more than 8 bits."""
-    values = read_all(images, _extremes, workers, 'measuring')
+    values = read_all(images, functools.partial(_extremes, channels), workers, 'measuring')
     low, high = values.min().item(), values.max().item()
     if low == high:
         raise DataError(f'all values in {images.folder} are {low:g}')
     return low, high
 
 
-def _extremes(path):
-    image = decode(path)
-    if not isinstance(image, Levels):
+def _extremes(channels, path):
+    image = decode(path, channels)
+    if not needs_range(image):
         raise DataError(f'{path} has 8 bits, and the first training image has more: give '
                         f'--value-range LOW HIGH, for those of more')
     low, high = image.values.min(), image.values.max()
@@ -409,30 +415,51 @@ def _exit_when_parent_says():
 # ---- transform -------------------------------------------------------------------------------
 
 class RandomResizedCrop(transforms.RandomResizedCrop):
-    """torchvision's, which also takes `Levels`."""
+    """torchvision's, which also takes `Levels`.
+
+    The aspect ratio of the crop, 3/4 to 4/3, is relative to the output's.
+    """
+
+    def __init__(self, size):
+        height, width = sides(size)
+        ratio = width / height
+        super().__init__((height, width), ratio=(3 / 4 * ratio, 4 / 3 * ratio))
 
     def forward(self, image):
         return image.map(super().forward) if isinstance(image, Levels) else super().forward(image)
 
 
-class Resize(transforms.Resize):
-    """torchvision's, which also takes `Levels`. Cuts off the ends of elongated images.
+class Resize(torch.nn.Module):
+    """Resize a PIL image or `Levels` to the smallest size that covers `size`, undistorted.
 
-    Resized to 256 pixels, an image of 2 x 20,000 would have 2.6 million in the other direction.
+    Cuts off the ends of elongated images: resized to 256 pixels, an
+    image of 2 x 20,000 would have 2.6 million in the other direction.
     """
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = sides(size)
 
     def forward(self, image):
         width, height = image.size
-        new_width = min(width, MAX_ELONGATION * height)
-        new_height = min(height, MAX_ELONGATION * width)
-        if (new_width, new_height) != image.size:
-            left, top = (width - new_width) // 2, (height - new_height) // 2
-            image = image.crop((left, top, left + new_width, top + new_height))
-        return image.map(super().forward) if isinstance(image, Levels) else super().forward(image)
+        new_height, new_width = self.size
+        kept_width = min(width, math.ceil(MAX_ELONGATION * height * new_width / new_height))
+        kept_height = min(height, math.ceil(MAX_ELONGATION * width * new_height / new_width))
+        if (kept_width, kept_height) != image.size:
+            left, top = (width - kept_width) // 2, (height - kept_height) // 2
+            image = image.crop((left, top, left + kept_width, top + kept_height))
+        if kept_width * new_height <= kept_height * new_width:
+            new_height = int(new_width * kept_height / kept_width)
+        else:
+            new_width = int(new_height * kept_width / kept_height)
+        resize = transforms.Resize((new_height, new_width))
+        return image.map(resize) if isinstance(image, Levels) else resize(image)
 
 
 def train_transform(dataset, augmentation):
     """The augmentation of fb.resnet.torch, which the official ImageNet models were trained with.
+
+    Images of neither 1 nor 3 channels are cropped, resized and mirrored only.
 
     Crop, resize and colour jitter are torchvision's and differ in details that
     attic/imagenet-recipe.md lists.
@@ -440,7 +467,7 @@ def train_transform(dataset, augmentation):
     steps = [RandomResizedCrop(dataset.image_size)]
     if augmentation.mirror:
         steps.append(transforms.RandomHorizontalFlip())
-    if augmentation.color_jitter:
+    if augmentation.color_jitter and len(dataset.mean) in (1, 3):
         steps += [transforms.ColorJitter(0.4, 0.4, 0.4), to_tensor, add_lighting]
     else:
         steps.append(to_tensor)
@@ -466,11 +493,14 @@ def add_lighting(image):
 
 
 def test_transform(dataset, ten_crop=False):
-    """The centre of an image, 224/256 of its shorter side; all of it if held in memory."""
-    size = dataset.image_size
+    """The centre of an image, 224/256 of its shorter side; all of it if held in memory.
+
+    If height and width differ, it is 224/256 of the largest part with that aspect ratio.
+    """
+    size = sides(dataset.image_size)
     crop = [transforms.TenCrop(size), torch.stack] if ten_crop else [transforms.CenterCrop(size)]
-    return transforms.Compose([Resize(size if dataset.in_memory else round(size * 256 / 224)),
-                               to_tensor, *crop])
+    larger = [round(side * 256 / 224) for side in size]
+    return transforms.Compose([Resize(size if dataset.in_memory else larger), to_tensor, *crop])
 
 
 def to_tensor(image):

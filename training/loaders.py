@@ -3,7 +3,7 @@
     loader = loaders.make_loader(dataset, 'train', batch_size=64, device=device,
                                  augmentation=Augmentation())
     loader.set_epoch(1)
-    for images, labels in loader: ...              # float32 [B, 3, H, W] and int64 [B]
+    for images, labels in loader: ...              # float32 [B, C, H, W] and int64 [B]
 
 Labels are classes, int64 [B], or of multi-label data float32 [B, C] of 0, 1 and NaN (unknown).
 
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from training import console, image_files
 from training.console import DataError
-from training.datasets import DATASETS
+from training.datasets import DATASETS, show_size
 
 PAD = 4          # pixels: zero padding of small images before the random crop (paper, section 4.1)
 NO_LABEL = -100  # the ignore_index of F.cross_entropy
@@ -46,7 +46,7 @@ def make_loader(dataset, split, batch_size, *, device, augmentation=None, seed=1
         batch_size: of all processes together.
         augmentation: an Augmentation of images that are cropped at random, or None.
         workers: number of processes that decode images; 0: this one does it itself.
-        ten_crop: images come as [B, 10, 3, H, W], in batches of a tenth of the size, so that a
+        ten_crop: images come as [B, 10, C, H, W], in batches of a tenth of the size, so that a
             batch has `batch_size` crops.
         shard: (rank, number of processes). Each batch is divided evenly over the processes. If a
             small last batch has no image for a process, it gets one without a label (`NO_LABEL`
@@ -58,7 +58,7 @@ def make_loader(dataset, split, batch_size, *, device, augmentation=None, seed=1
     if ten_crop and dataset.in_memory:
         raise DataError(f'--ten-crop is for images that are larger than the network\'s, and those '
                         f'of {dataset.name} are held in memory in its size, '
-                        f'{dataset.image_size} pixels')
+                        f'{show_size(dataset.image_size)} pixels')
     common = dict(mean=dataset.mean, std=dataset.std, device=device, shuffle=split == 'train',
                   seed=seed, shard=shard, num_classes=len(dataset.classes),
                   augmentation=augmentation)

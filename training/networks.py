@@ -16,7 +16,7 @@ def build(args, num_classes, image_size):
     Raises:
         UserError: there is no such network, or the images are too small for it.
     """
-    small = image_size <= datasets.SMALL
+    small = datasets.is_small(image_size)
     settings = dict(
         growth_rate=args.growth_rate, num_init_features=args.init_features,
         num_classes=num_classes, small_inputs=small, in_channels=args.in_channels,
@@ -35,9 +35,9 @@ def build(args, num_classes, image_size):
             model = densenet.densenet_cifar(args.depth, **settings)
     except (ValueError, RuntimeError) as error:  # RuntimeError: no memory for so many weights
         raise UserError(f'no such model: {error}') from error
-    if image_size < model.min_size:
+    if min(datasets.sides(image_size)) < model.min_size:
         raise UserError(f'this model needs images of at least {model.min_size} pixels, and these '
-                        f'have {image_size}')
+                        f'have {datasets.show_size(image_size)}')
     return model
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from training import checkpoint, distributed, flags, networks, runlog
+from training import checkpoint, datasets, distributed, flags, networks, runlog
 from training.console import UserError, say
 from training.cuda_graph import CudaGraphStep
 from training.distributed import Stopped
@@ -96,12 +96,16 @@ class Run:
         values = ''
         if dataset.value_range:
             values = ' with values from {:g} to {:g}'.format(*dataset.value_range)
+        if args.in_channels not in (1, 3):
+            values += f', {args.in_channels} channels'
+            if args.mean is None:
+                values += ' normalised by ImageNet\'s statistics in turn'
         kind = 'labels' if dataset.multi_label else 'classes'
         say(f'{networks.name(args)}: {sum(p.numel() for p in state.model.parameters()):,} '
             f'parameters; {dataset.name}: {train_loader.num_images:,} training and '
-            f'{test_loader.num_images:,} {self.split} images of {dataset.image_size} '
-            f'pixels{values}, {len(dataset.classes)} {kind}; '
-            f'{f"{processes} x " if processes > 1 else ""}{hardware}, {precision}'
+            f'{test_loader.num_images:,} {self.split} images of '
+            f'{datasets.show_size(dataset.image_size)} pixels{values}, {len(dataset.classes)} '
+            f'{kind}; {f"{processes} x " if processes > 1 else ""}{hardware}, {precision}'
             f'{", CUDA graph" if graphed else ""}')
 
     def batches(self, loader):
