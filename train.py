@@ -344,7 +344,7 @@ def report(model, dataset, device, autocast, args):
         import plot  # matplotlib is slow to import, and training doesn't need it
 
         plot.save_reports(directory)
-        say(f'confusion.csv, confusion.png and predictions.csv are in {directory}')
+        say(f'report.html, metrics.json, predictions.csv and their figures are in {directory}')
 
 
 def report_best(run, model, dataset, device, autocast, args):

@@ -503,12 +503,11 @@ def test_evaluation_counts_as_a_loop_over_images(crops, classes):
             truth.append((np.log(np.exp(logits).sum()) - logits[label], rank > 0, rank > 4))
     expected = np.mean(truth, 0) * (1, 100, 100)
     np.testing.assert_allclose((loss, error, error5), expected, rtol=1e-5)
-    labels, probabilities = map(torch.cat, zip(*outputs))
-    probabilities = probabilities.softmax(1)
-    areas = [sklearn.metrics.roc_auc_score(labels == c, probabilities[:, c])
+    labels, logits = map(torch.cat, zip(*outputs))
+    areas = [sklearn.metrics.roc_auc_score(labels == c, logits.softmax(1)[:, c])
              for c in labels.unique()]
     assert math.isclose(auc, np.mean(areas), rel_tol=1e-6)
-    losses = -probabilities[range(11), labels].log()
+    losses = -logits.log_softmax(1)[range(11), labels]
     np.testing.assert_allclose(losses, [loss for loss, *_ in truth], rtol=1e-4)
     of_classes = [[wrong for (_, wrong, _), label in zip(truth, labels) if label == c]
                   for c in range(classes)]
@@ -698,7 +697,7 @@ def test_a_run_says_where_everything_is(small, tmp_path, capsys):
     train.main(['--evaluate', '--resume', str(run / 'latest.pth'), '--device', 'cpu'])
     printed = capsys.readouterr().out
     assert f'error {float(rows[-1]["error"]):.2f}%\n' in printed
-    assert printed.endswith(f'confusion.png and predictions.csv are in {run}\n')
+    assert printed.endswith(f'predictions.csv and their figures are in {run}\n')
     wrong = [int(row['error']) for row in read_csv(run / 'predictions.csv')]
     assert math.isclose(100 * np.mean(wrong), float(rows[-1]['error']), rel_tol=1e-5)
     assert (run / 'confusion.png').stat().st_size > 5000
