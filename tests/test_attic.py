@@ -17,7 +17,7 @@ from fused_dense_block import eager, fuse
 from training import checkpoint
 
 
-def test_gradients_are_those_of_finite_differences(capsys):
+def test_gradients_agree_with_finite_differences_by_numcheck(capsys):
     numcheck_grads.main([])
     rows = capsys.readouterr().out.splitlines()
     assert len(rows) == len(list(numcheck_grads.cases())) == 14
@@ -48,7 +48,7 @@ def test_finite_differences_notice_a_wrong_backward(which, monkeypatch):
 
 
 @pytest.mark.parametrize('argv', [[], ['--memory-efficient']])
-def test_hidden_states_and_gradients_are_torchvisions(argv, capsys):
+def test_hidden_states_and_gradients_equal_torchvision(argv, capsys):
     compare_grads.main(argv)
     _, _, *rows, last = capsys.readouterr().out.splitlines()
     theirs = torchvision.models.densenet121(weights=None)
@@ -60,7 +60,7 @@ def test_hidden_states_and_gradients_are_torchvisions(argv, capsys):
     assert last.startswith('dense blocks: eager; ') and float(last.split()[-1]) < 1e-10
 
 
-def test_another_gradient_than_torchvisions_is_noticed(monkeypatch):
+def test_a_wrong_gradient_is_noticed(monkeypatch):
     def fuse_and_spoil(model):  # which fuse would notice itself
         fuse(model)
         spoil_backward(monkeypatch, 1, 1 + 1e-6)
@@ -72,7 +72,7 @@ def test_another_gradient_than_torchvisions_is_noticed(monkeypatch):
 
 
 @pytest.mark.parametrize('size', [(32, 32), (300, 260)])
-def test_channel_statistics_are_numpys(size, tmp_path, capsys):
+def test_channel_statistics_agree_with_numpy(size, tmp_path, capsys):
     root = write_images(tmp_path, {f'{split}/{label}': 3 for split in ('train', 'val')
                                    for label in 'ab'}, size)
     channel_stats.main(['--dataset', 'folder', '--data', str(root)])
@@ -90,7 +90,7 @@ def test_channel_statistics_are_numpys(size, tmp_path, capsys):
     np.testing.assert_allclose(rows, expected, atol=6e-4)
 
 
-def test_missing_data_are_said_in_one_line(tmp_path, capsys):
+def test_missing_data_are_a_one_line_error(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
         channel_stats.main(['--dataset', 'imagenet', '--data', str(tmp_path)])
     error = capsys.readouterr().err
@@ -143,7 +143,7 @@ def test_a_cleaned_checkpoint_is_small_and_keeps_statistics(cleaned):
             assert tensor.dtype == torch.float16, key
 
 
-def test_training_does_not_go_on_from_a_cleaned_checkpoint(cleaned, tmp_path, capsys):
+def test_a_cleaned_checkpoint_cannot_be_resumed(cleaned, tmp_path, capsys):
     best = cleaned[1]
     for directory in (best.parent, tmp_path / 'other'):
         with pytest.raises(SystemExit) as exit_:
@@ -157,7 +157,7 @@ def test_training_does_not_go_on_from_a_cleaned_checkpoint(cleaned, tmp_path, ca
 
 @pytest.mark.parametrize('content, reason', [
     (None, 'is not there'), ({}, 'is not a checkpoint of a run')])
-def test_what_cannot_be_cleaned_is_said_in_one_line(content, reason, tmp_path, capsys):
+def test_files_that_cannot_be_cleaned_are_a_one_line_error(content, reason, tmp_path, capsys):
     path = tmp_path / 'x.pth'
     if content is not None:
         checkpoint.save(path, content)
@@ -169,7 +169,7 @@ def test_what_cannot_be_cleaned_is_said_in_one_line(content, reason, tmp_path, c
     assert error.count('\n') == 1 and not (tmp_path / 'y.pth').exists()
 
 
-def test_cleaning_replaces_nothing(cleaned, tmp_path, capsys):
+def test_cleaning_does_not_overwrite_a_file(cleaned, tmp_path, capsys):
     (tmp_path / 'y.pth').write_text('kept')
     with pytest.raises(SystemExit) as exit_:
         clean_checkpoint.main([str(cleaned[0]), '--output', str(tmp_path / 'y.pth')])
@@ -177,7 +177,7 @@ def test_cleaning_replaces_nothing(cleaned, tmp_path, capsys):
     assert (tmp_path / 'y.pth').read_text() == 'kept'
 
 
-def test_feature_reuse_has_each_layers_weight_on_each_source(tmp_path, capsys):
+def test_feature_reuse_is_the_mean_weight_of_each_layer_on_each_source(tmp_path, capsys):
     model = densenet.densenet_cifar(22, 4)
     blocks = [module for module in model.modules() if isinstance(module, densenet.DenseBlock)]
     readers = [[*(layer.conv1.weight for layer in block.values()), follows] for block, follows in

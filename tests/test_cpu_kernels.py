@@ -215,7 +215,7 @@ def test_the_default_dtype_does_not_matter():
 
 
 @needs_kernels
-def test_what_is_not_a_map():
+def test_invalid_inputs_are_rejected():
     assert cpu.why_not(channels_last(2, 3, 4, 5)) is None
     assert cpu.why_not(channels_last(2, 9, 4, 5)[:, 2:5]) is None
     assert cpu.why_not(channels_last(2, 3, 4, 5).double()) == 'no kernels for torch.float64'
@@ -257,7 +257,7 @@ def test_a_compiler_that_fails(tmp_path):
     assert 'false -std' in out and 'fails' in out and 'Warning' in err
 
 
-def test_a_cpu_on_which_they_would_be_slower(tmp_path):
+def test_a_cpu_without_avx2(tmp_path):
     out, err = start(tmp_path, CXX=f'{compiler()} -U__AVX2__').communicate()
     assert out.count('#error the kernels need AVX2') == 2 and 'Warning' in err
 

@@ -72,7 +72,7 @@ def test_augmentation_draws_every_offset_and_side_equally_often():
     assert counts.min() > 123 - 5 * 11 and counts.max() < 123 + 5 * 11
 
 
-def test_an_epoch_has_every_image_once_in_an_order_of_its_own():
+def test_each_epoch_has_every_image_once_in_a_new_order():
     loader, orders = memory_loader(16, shuffle=True), []
     for epoch in (1, 2, 1):
         loader.set_epoch(epoch)
@@ -87,7 +87,7 @@ def test_an_epoch_has_every_image_once_in_an_order_of_its_own():
     assert torch.cat([labels for _, labels in other_seed]).tolist() != orders[0]
 
 
-def test_augmentation_depends_neither_on_the_batch_size_nor_on_where_an_epoch_is_resumed():
+def test_augmentation_does_not_depend_on_batch_size_or_resuming():
     def images(batch_size, start=0):
         loader = memory_loader(batch_size, shuffle=True, augment=True)
         loader.set_epoch(7, start=start)
@@ -200,7 +200,7 @@ def many(tmp_path_factory):
     return write_images(root, {'train/a': 2000, 'train/b': 50, 'val/a': 1, 'val/b': 1}, (5, 4))
 
 
-def test_small_images_come_the_same_from_any_number_of_workers(many):
+def test_small_images_do_not_depend_on_the_number_of_workers(many):
     state = torch.get_rng_state()
     (_, one, _), (_, other, _) = (load(many, workers=workers) for workers in (0, 2))
     assert torch.equal(torch.get_rng_state(), state)
@@ -225,7 +225,7 @@ def photos(tmp_path_factory):
                         ending='jpg')
 
 
-def test_large_images_come_the_same_from_any_number_of_workers(photos):
+def test_large_images_do_not_depend_on_the_number_of_workers(photos):
     epochs = []
     for workers in (0, 2):
         dataset, train, _ = load(photos, workers=workers, name='imagenet', image_size=66)
@@ -260,7 +260,7 @@ def test_large_test_images_are_torchvisions_centre_and_ten_crops(photos):
     torch.testing.assert_close(next(iter(test))[0][0], torch.stack(crops), rtol=1e-5, atol=1e-5)
 
 
-def test_large_training_images_without_augmentation_are_those_of_every_epoch(photos):
+def test_large_training_images_without_augmentation_are_the_same_in_every_epoch(photos):
     _, train, _ = load(photos, 9, image_size=70, augment=False)
     (first, labels), = train
     train.set_epoch(2)
@@ -432,7 +432,7 @@ def test_images_of_more_than_8_bits_keep_all_their_levels(
     assert torch.equal(image_files.read_image(tmp_path / f'val/a/1.{ending}', dataset), first)
 
 
-def test_8_bits_among_more_are_what_they_are_alone(tmp_path):
+def test_8_bit_images_in_a_deeper_data_set_keep_their_values(tmp_path):
     save_scans(tmp_path, 'I;16', [0, 4095], 'png')
     Image.fromarray(np.array([[7, 200]] * 2, np.uint8)).save(tmp_path / 'val/a/2.png')
     loader = loaders.make_loader(datasets.describe('folder', tmp_path), 'test', 3, device=CPU)
@@ -440,7 +440,7 @@ def test_8_bits_among_more_are_what_they_are_alone(tmp_path):
     assert loader.images[0, :, 0].tolist() == 3 * [[0, 255]]
 
 
-def test_8_bits_among_more_have_no_measured_range(tmp_path):
+def test_8_bit_images_in_a_deeper_data_set_have_no_measured_range(tmp_path):
     save_scans(tmp_path, 'I;16', [0, 4095], 'png')
     Image.fromarray(np.array([[7, 200]] * 2, np.uint8)).save(tmp_path / 'train/b/2.png')
     with pytest.raises(DataError, match='b/2.png has 8 bits, .* give --value-range LOW HIGH'):
@@ -457,7 +457,7 @@ def test_values_without_a_range_are_refused_by_name(tmp_path, mode, values, mess
         datasets.describe('folder', tmp_path)
 
 
-def test_more_bits_than_the_first_training_image_has_are_refused_by_name(tmp_path):
+def test_deeper_images_than_the_first_are_refused_by_name(tmp_path):
     write_images(tmp_path, {'train/a': 2, 'train/b': 1})
     scan('I;16', [0, 4095]).save(tmp_path / 'train/a/2.png')
     write_images(tmp_path, {'val/a': 1})
@@ -468,7 +468,7 @@ def test_more_bits_than_the_first_training_image_has_are_refused_by_name(tmp_pat
 # ---- one folder without a split --------------------------------------------------------------
 
 @pytest.mark.parametrize('has_train', [True, False])
-def test_a_share_of_each_class_is_for_testing(tmp_path, has_train):
+def test_val_split_takes_a_share_of_each_class(tmp_path, has_train):
     root = tmp_path / 'train' if has_train else tmp_path
     write_images(root, {'a': 40, 'b': 10, 'c': 2, 'd': 1})
 
@@ -516,7 +516,7 @@ def plain(tmp_path):
 @pytest.mark.parametrize('links', [
     {'a/own': 'a'}, {'a/up': '.'}, {'a/x': 'a', 'a/y': 'a'}, {'a/x': '.', 'b/y': '..'},
     {'a/other': 'b'}, {'b/deep/again': 'b/deep'}, {'a/.hidden': '../../elsewhere'}])
-def test_links_that_lead_back_add_no_images(plain, links):
+def test_cyclic_links_add_no_images(plain, links):
     root, expected = plain
     write_images(root.parent, {'elsewhere': 1}, (9, 9))
     for link, target in links.items():
@@ -610,7 +610,7 @@ def test_suspicious_structures_are_warned_of(tmp_path, counts, said):
     ('train valid test', 0, {'val': 'valid', 'test': 'test'}),
     ('train', 0.25, {'test': 'train'}), ('train test', 0.25, {'val': 'train', 'test': 'test'}),
     ('train val test', 0.25, {'val': 'train', 'test': 'test'})])
-def test_val_chooses_and_test_is_reported(tmp_path, folders, val_split, expected):
+def test_val_selects_the_best_and_test_is_reported(tmp_path, folders, val_split, expected):
     for folder in folders.split():
         write_images(tmp_path, {f'{folder}/a': 4, f'{folder}/b': 4}, (9, 9))
     dataset = datasets.describe('folder', tmp_path, val_split=val_split)
@@ -896,7 +896,7 @@ def test_all_bad_images_are_named_at_once(tmp_path, capsys, image_size, workers)
     assert said.count('\n') == 1 and said.endswith('; looking for others\n')
 
 
-def test_options_that_a_data_set_has_not(photos):
+def test_unsupported_options_of_a_data_set(photos):
     for options in ({'image_size': 48}, {'in_channels': 1}, {'val_split': 0.1},
                     {'value_range': (0, 1)}):
         with pytest.raises(DataError, match='^cifar10 has .* are for folder and imagenet'):

@@ -112,7 +112,7 @@ def slug(title):
     return re.sub(r'[^\w -]', '', title.lower()).replace(' ', '-')
 
 
-def test_the_papers_table_is_what_the_figure_draws():
+def test_the_figure_draws_the_published_table():
     published = PAGES[Path('attic/results.md')]
     rows = {cells[0]: cells[1:] for line in published.splitlines() if line.startswith('|')
             for cells in [[cell.strip() for cell in line.strip('|').split('|')]] if len(cells) == 8}
@@ -125,7 +125,7 @@ def test_the_papers_table_is_what_the_figure_draws():
             assert f'{size:.1f}M' == parameters
 
 
-def test_the_results_are_those_of_the_runs_that_are_here():
+def test_the_results_agree_with_the_runs_in_the_repository():
     """Each row that names a directory of a run: final and best error, and the epochs."""
     rows = re.findall(r'^\|.*\((?:\.\./)?work/([^\s)]+)\).*\| ([\d.]+)% \| ([\d.]+)% \| (\d+) \|',
                       '\n'.join(PAGES.values()), re.MULTILINE)

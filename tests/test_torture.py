@@ -6,7 +6,7 @@ import sys
 from conftest import ROOT
 
 
-def test_nothing_is_lost():
+def test_the_short_fault_campaign_loses_nothing():
     ended = subprocess.run([sys.executable, ROOT / 'attic/torture.py', '--short'],
                            capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr + ended.stdout

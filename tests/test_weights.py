@@ -169,7 +169,7 @@ def test_andreasveits_and_bamos_layouts(tmp_path, bamos, bottleneck, capsys):
     assert capsys.readouterr().out.endswith('theirs.pth: keys renamed to torchvision\'s\n')
 
 
-def test_weights_that_others_trained_have_the_error_that_they_report(tmp_path, capsys):
+def test_third_party_weights_have_their_published_error(tmp_path, capsys):
     """5.46% for the network of deeplearning-wisc/dice on the original test images of CIFAR-10."""
     file = SHARED / 'dice-densenet-bc-100-12-cifar10.pth.tar'
     data = pathlib.Path(os.environ.get('CIFAR10', ROOT / 'work/data'))
@@ -373,7 +373,7 @@ class Call:
         return self.call[0], self.call[1:]
 
 
-def test_hostile_files_run_nothing_and_take_no_memory(tmp_path):
+def test_malicious_files_run_no_code_and_take_no_memory(tmp_path):
     def zipped(content, path):
         torch.save(content, tmp_path / 'plain.pth')
         with zipfile.ZipFile(tmp_path / 'plain.pth') as plain, \

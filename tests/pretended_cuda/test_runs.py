@@ -139,7 +139,7 @@ def test_after_a_recording_that_failed_no_run_goes_on(action, reason, small, cap
             capsys, *small, '--drop-rate', '0.2', '--epochs', '1')
 
 
-def test_a_gpu_without_room_is_one_line(small, capsys, monkeypatch):
+def test_out_of_gpu_memory_is_a_one_line_error(small, capsys, monkeypatch):
     monkeypatch.setenv('PRETENDED_CUDA_GIB', '0.004')
     assert 'out of memory' in fails(capsys, *small, '--epochs', '1')
 
