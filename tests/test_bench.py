@@ -1,4 +1,4 @@
-"""What bench.py compares, and how it counts bytes and FLOPs; not how fast anything is."""
+"""bench.py: its rows, and how it counts bytes and FLOPs; no timings."""
 
 import contextlib
 import csv
@@ -143,7 +143,7 @@ def test_the_rate_of_the_matrix_product(monkeypatch):
 # ---- bytes -----------------------------------------------------------------------------------
 
 def saved_bytes(model, images):
-    """What autograd says that it saves: each storage once, the weights not counted."""
+    """Bytes that autograd saves for backward, each storage once, without the weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved = {}
 
@@ -527,7 +527,7 @@ def test_on_a_gpu_there_are_two_modes_of_compilation(argv):
         ('ours plain, compiled (default), CUDA graph', 'default')]
 
 
-# ---- what goes wrong -------------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------
 
 def test_out_of_memory_is_a_row(capsys, tmp_path, monkeypatch):
     time = bench.Runner.time

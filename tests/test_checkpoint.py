@@ -67,7 +67,7 @@ def test_a_complete_checkpoint_survives_a_kill_at_any_system_call(tmp_path):
         assert code in (0, 9)
         newest, saved = checkpoint.load_newest(path)
         found.append((newest, saved['value']))
-        for file in tmp_path.glob('latest.pth*'):  # whatever has one of the two names is whole
+        for file in tmp_path.glob('latest.pth*'):  # both files, if they are there, are complete
             checkpoint.load(file)
         checkpoint.save(path, {'value': 'resumed'}, keep_previous=True)
         assert checkpoint.load(path)['value'] == 'resumed'
@@ -124,7 +124,7 @@ def test_damage_is_always_noticed(tmp_path, way):
         except CheckpointError as error:
             assert re.match(f'{path} is (damaged|not a checkpoint).*$', str(error))
             refused += 1
-        else:  # a byte that nobody reads
+        else:  # a byte in an unused part of the file
             assert way != 'cut'
             plain = {**found, 'model': None}
             assert plain == {**content, 'model': None}

@@ -37,7 +37,7 @@ RGB = datasets.describe('cifar10')
 
 
 def numbered(n=50, size=8):
-    """Images of which each pixel is the image's number, labelled with it."""
+    """Images whose pixels and labels are the image's number."""
     numbers = torch.arange(n)
     return numbers.to(torch.uint8)[:, None, None, None].expand(n, 3, size, size), numbers
 
@@ -232,7 +232,7 @@ def test_large_images_do_not_depend_on_the_number_of_workers(photos):
         state = torch.get_rng_state()
         train.set_epoch(3)
         epochs.append(list(train))
-        assert torch.equal(torch.get_rng_state(), state)  # dropout's numbers are left alone
+        assert torch.equal(torch.get_rng_state(), state)  # dropout draws from it
         assert not dataset.in_memory and len(train) == 3
     train.set_epoch(3, start=1)
     for (images, labels), (other, other_labels) in zip(*epochs, strict=True):
@@ -279,7 +279,7 @@ def test_large_training_images_are_mirrored_and_their_colours_vary(tmp_path):
     batch = np.array([(0, seed) for seed in range(64)])
     views = dataset[batch][0].float()
     falling = (views[:, 0, :, 0] > views[:, 0, :, -1]).float().mean(1)
-    assert 16 < falling.round().sum() < 48  # half of them, but for a chance of one in 10,000
+    assert 16 < falling.round().sum() < 48  # about half; by chance it fails once in 10,000
     assert views[:, 1].mean((1, 2)).std() > 15
     assert torch.equal(dataset[batch[5:6]][0][0], views[5])
 
@@ -501,7 +501,7 @@ def test_test_images_may_lack_classes(tmp_path):
 # ---- odd folders -----------------------------------------------------------------------------
 
 def names(root, split='train', **options):
-    """The images of a split, relative to the root, and what is said about them."""
+    """The images of a split, relative to the root, and the messages about them."""
     said, dataset = [], datasets.describe('folder', root, **options)
     found = image_files.list_images(dataset, split, said.append)
     return [str(Path(found.path(i)).relative_to(root)) for i in range(len(found))], said
@@ -650,7 +650,7 @@ def test_the_digest_tells_whether_the_images_are_the_same(tmp_path):
     assert len(set(shapes)) == 2
 
 
-# ---- a data set of one's own -----------------------------------------------------------------
+# ---- a new data set --------------------------------------------------------------------------
 
 def test_the_example_of_the_docstring_reads_stl10(tmp_path, monkeypatch):
     """96 pixels a side: held in memory, though larger than the images of any folder that is."""
@@ -698,7 +698,7 @@ def test_names_and_recipes_are_known_without_torch():
     assert run.stdout.strip() == 'set()'
 
 
-# ---- what several processes get --------------------------------------------------------------
+# ---- several processes -----------------------------------------------------------------------
 
 @pytest.mark.parametrize('in_memory', [True, False])
 @pytest.mark.parametrize('processes', [2, 3, 7])
@@ -718,7 +718,7 @@ def test_the_shards_of_several_processes_make_the_batches_of_one(photos, in_memo
         for i, ((images, labels), *batches) in enumerate(zip(whole, *shards, strict=True), start=1):
             assert {shard.images_in(i) for shard in shards} == {len(images)}
             counted = [label >= 0 for _, label in batches]
-            assert all(len(label) for label in counted)  # nobody is left without a step
+            assert all(len(label) for label in counted)  # each process has a part of each batch
             found = [tensor[chosen] for pair, chosen in zip(batches, counted) for tensor in pair]
             assert torch.equal(torch.cat(found[::2]), images)
             assert torch.equal(torch.cat(found[1::2]), labels)
@@ -820,7 +820,7 @@ def test_reads_the_format_of_svhn_and_only_divides_by_255(tmp_path, monkeypatch)
     np.testing.assert_allclose(images, truth['test'] / 255, rtol=1e-6)
 
 
-# ---- what can be wrong -----------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------
 
 def no_network(*_, **__):
     raise OSError('no network')

@@ -1,4 +1,4 @@
-"""The model against the paper, torchvision's densenet.py, and what PyTorch does with modules."""
+"""The model against the paper and torchvision's, and under PyTorch's tools for modules."""
 
 import ast
 import copy
@@ -247,7 +247,7 @@ def test_initialisation_is_that_of_the_official_code():
             std = math.sqrt(2 / (k * k * module.out_channels))
             n = module.weight.numel()
             # A sample's standard deviation is within 5 / sqrt(2n) of the true one, its mean
-            # within 5 / sqrt(n), but for a chance of less than one in a million.
+            # within 5 / sqrt(n), which fails by chance less than once in a million.
             assert abs(module.weight.std() / std - 1) < 5 / math.sqrt(2 * n), name
             assert abs(module.weight.mean()) < 5 * std / math.sqrt(n), name
         elif isinstance(module, torch.nn.BatchNorm2d):
@@ -337,7 +337,7 @@ def test_any_channels_classes_and_sizes(channels, classes, size):
     assert model(torch.randn(3, channels, *size)).shape == (3, classes)
 
 
-# ---- what PyTorch does with modules ----------------------------------------------------------
+# ---- PyTorch's tools for modules --------------------------------------------------------------
 
 def test_needs_nothing_but_torch():
     tree = ast.parse(Path(densenet.__file__).read_text())

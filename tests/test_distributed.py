@@ -19,8 +19,7 @@ import train
 from fused_dense_block import cpu
 from training import checkpoint
 
-# What torchrun does with its flags, for a script given as text: processes, the script and its
-# arguments.
+# torchrun's agent for a script given as text; arguments: processes, restarts, script, its own.
 TORCHRUN = '''
 import signal, sys, uuid, torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -47,7 +46,7 @@ def full(_):
 os.fsync = full
 '''
 
-# What a run of `run_script` below does in each process; the last argument is where results go.
+# Definitions for the scripts of `run_script`; their last argument is the file for the results.
 TRAINING = '''
 import os, sys
 import torch
@@ -81,7 +80,7 @@ class DefaultType:  # images of a loader that has float32
 
 
 def train_some(argv, batch_statistics, epochs=2):
-    """Two epochs of five batches, the last of which has two images: all that came of them."""
+    """Train two epochs of five batches, the last with two images; returns losses, weights etc."""
     torch.manual_seed(0)
     model = densenet.densenet_cifar(10, 4).to(memory_format=torch.channels_last).train()
     fuse(model)
@@ -125,12 +124,12 @@ def torchrun(processes, argv, script=TRAIN, max_restarts=0):
 
 
 def complaints(ended):
-    """The lines of train.py itself; torchrun reports at length as well."""
+    """The error lines of train.py, without torchrun's report."""
     return sorted(line for line in ended.stderr.splitlines() if line.startswith('train.py: '))
 
 
 def run_script(path, body, processes):
-    """What rank 0 of some processes saved in the file path, each running TRAINING and `body`."""
+    """Run TRAINING and `body` in some processes; returns what rank 0 saved in the file path."""
     if processes == 1:
         ended = forked.run(TRAINING + body, [path])
     else:
@@ -218,7 +217,7 @@ with distributed.process_group():
 
 @pytest.fixture(scope='module')
 def recipe(tmp_path_factory):
-    """9 steps an epoch, in all of which something is random; 8 + 1 test images in batches of 4."""
+    """9 steps an epoch, with augmentation and dropout; 8 + 1 test images in batches of 4."""
     root = write_images(tmp_path_factory.mktemp('folder'), {
         'train/a': 18, 'train/b': 18, 'val/a': 5, 'val/b': 4}, (8, 8))
     return ['--dataset', 'folder', '--data', str(root), *SMALL, '--epochs', '4', '--lr', '0.05',
@@ -247,7 +246,7 @@ def test_a_signal_to_one_of_three_processes_stops_all_and_the_run_can_be_resumed
     assert ended.returncode != 0 and complaints(ended) == []
     assert 'SIGINT: saved in epoch 2 after step 5' in ended.stdout
     drawn = [process['rng']['cpu'] for process in checkpoint.load(run / 'latest.pth')['processes']]
-    assert not torch.equal(*drawn[:2])  # each has a dropout of its own
+    assert not torch.equal(*drawn[:2])  # each rank draws its own dropout masks
     assert torchrun(3, ['--save', run, '--resume']).returncode == 0
     assert_same_run(run, uninterrupted)
 

@@ -544,7 +544,7 @@ def test_dropout_of_a_transition_is_between_convolution_and_pooling():
     assert transition.reason == 'dropout between convolution and pooling'
 
 
-# ---- what PyTorch does with modules ----------------------------------------------------------
+# ---- PyTorch's tools for modules --------------------------------------------------------------
 
 @pytest.mark.parametrize('way', ['fused', 'efficient'])
 def test_compiled_training_equals_fused(way):

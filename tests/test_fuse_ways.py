@@ -1,4 +1,4 @@
-"""fuse refuses or steps aside wherever the fused way would be another function, and says why."""
+"""fuse refuses, or falls back with a reason, if the fused block would compute something else."""
 
 import copy
 import io
@@ -41,7 +41,7 @@ def fused_parts(model):
 
 @pytest.fixture
 def doubled(monkeypatch):
-    """What somebody may make of `DenseLayer.forward`."""
+    """An edited `DenseLayer.forward`."""
     forward = densenet.DenseLayer.forward
     monkeypatch.setattr(densenet.DenseLayer, 'forward',
                         lambda self, features: 2 * forward(self, features))
@@ -172,7 +172,7 @@ def set_class(cls, **tensors):
     return change
 
 
-EDITS = {  # of a layer, and what is said of it
+EDITS = {  # of a layer, by the message
     'random numbers have a relative difference': set_class(Dropped),
     'sets the attribute relu1|outputs have a relative': set_class(Clamped),
     'denselayer2.gain is not part of a norm': set_class(Scaled, gain=nn.Parameter(torch.ones(()))),

@@ -1,4 +1,4 @@
-"""What image files hold is read exactly or refused by name; written here by the formats' rules."""
+"""Image files, written here by the formats' specifications, are read exactly or refused by name."""
 
 import base64
 import dataclasses

@@ -1,4 +1,4 @@
-"""The device and its threads: what is there, what torch can use, and one line for what it can't."""
+"""Choosing the device, one-line errors for GPUs that can't be used, and OpenMP's threads."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""attic/own-images.md, command by command, and a rare class that differs by a few grey levels."""
+"""The commands of attic/own-images.md, and a rare class that differs by a few grey levels."""
 
 import functools
 import re

@@ -1,4 +1,4 @@
-"""predict.py: which files it takes, what it says of them, and where it says the model looks."""
+"""predict.py: the files it takes, its predictions, and its heat maps."""
 
 import math
 import re
@@ -138,7 +138,7 @@ def test_a_broken_file_does_not_end_the_others(model, photos, tmp_path, capsys, 
     out, errors = capsys.readouterr()
     assert exit_.value.code == 2 and [row['file'] for row in read_csv(csv)][::2] == [
         line.split(': ')[0] for line in whole]
-    for line, expected in zip(out.splitlines(), whole, strict=True):  # but for the last digit
+    for line, expected in zip(out.splitlines(), whole, strict=True):  # except for the last digit
         assert re.sub(r'\d%', '', line) == re.sub(r'\d%', '', expected)
     *warnings, last = errors.splitlines()
     for warning, name in zip(warnings, ('a/00.jpg', 'b/text.tiff', 'b/z.png'), strict=True):

@@ -1,4 +1,4 @@
-"""What the README and the pages of attic/ say: commands, flags, links and the paper's numbers."""
+"""The README and the pages of attic/: commands, flags, links, code and numbers."""
 
 import argparse
 import importlib

@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed, damaged or out of disk space, and resumed: nothing is lost."""
+"""Runs that are stopped, killed, damaged or out of disk space, and resumed without loss."""
 
 import fcntl
 import functools
@@ -144,7 +144,7 @@ def test_the_time_of_a_run_includes_the_time_before_resuming(small, tmp_path):
 
 def test_resuming_elsewhere_leaves_the_old_run_alone(two_epochs, tmp_path):
     old, new = two_epochs, tmp_path / 'new'
-    # The best of the old run is not in the new directory, which gets one of its own.
+    # The new directory has no best.pth yet, so its best error starts anew.
     checkpoint.save(old / 'latest.pth', {**checkpoint.load(old / 'latest.pth'), 'best_error': 0.0})
     before = {path.name: path.read_bytes() for path in old.iterdir()}
     train.main(['--resume', str(old), '--save', str(new), '--epochs', '4', '--start-epoch', '3',
@@ -188,7 +188,7 @@ def test_best_pth_is_not_replaced_by_a_worse_model(recipe, uninterrupted, tmp_pa
     assert math.isclose(best['best_error'], min(errors), rel_tol=1e-5)
     run = tmp_path / 'run'
     shutil.copytree(uninterrupted, run)
-    # Too small a learning rate to learn anything in, and all that was learnt is dropped.
+    # Dropout and learning rate so high that the model gets worse.
     train.main(['--save', str(run), '--resume', '--start-epoch', str(best['best_epoch']),
                 '--drop-rate', '0.99', '--lr', '1'])
     after = checkpoint.load(run / 'best.pth')

@@ -1,4 +1,4 @@
-"""Training: the recipe's numbers, a step, an evaluation, what a run leaves, and wrong input."""
+"""Training: flags and recipes, a step, an evaluation, whole runs, and wrong input."""
 
 import contextlib
 import copy
@@ -165,7 +165,7 @@ def test_learning_rate_of_the_recipes():
     assert [learning_rate(svhn, e) for e in (19, 20, 29, 30, 40)] == [0.1, 0.01, 0.01, 1e-3, 1e-3]
     imagenet = flags_of('--dataset imagenet')
     assert [learning_rate(imagenet, e) for e in (30, 31, 60, 61)] == [0.1, 0.01, 0.01, 0.001]
-    # fb.resnet.torch: a power of floor((epoch - 1) / 30), whatever the number of epochs
+    # fb.resnet.torch: a power of floor((epoch - 1) / 30), for any number of epochs
     for epochs in (20, 90, 120):
         args = flags_of(f'--dataset imagenet --epochs {epochs}')
         rates = [learning_rate(args, epoch) for epoch in range(1, epochs + 1)]
@@ -254,7 +254,7 @@ SHAPES = [(8, 3, 8, 8), (5, 3, 8, 8)]  # of the batches below
 
 
 def step_and_state(argv=(), device='cpu', precision='fp32', **model):
-    """What `train` makes of flags, but for the loop."""
+    """The step and the state that train.py makes from flags."""
     args = parse_flags([*argv, '--device', device])
     torch.manual_seed(args.seed)
     net = densenet.densenet_cifar(10, 4, **{'drop_rate': 0.2, **model}).to(device).train()
@@ -355,7 +355,7 @@ def test_the_step_has_the_flags():
 
 @pytest.fixture
 def pretended_cuda(monkeypatch):
-    """torch.cuda's graphs, in which what is recorded is run, and replaying does nothing."""
+    """A stand-in for CUDA graphs: recording runs the step, and replaying does nothing."""
     for name in ('CUDAGraph', 'Stream', 'current_stream', 'graph_pool_handle'):
         monkeypatch.setattr(torch.cuda, name, Mock(side_effect=lambda: Mock()))
     for name in ('stream', 'graph'):
@@ -448,7 +448,7 @@ def test_a_graph_is_compared_with_the_step(pretended_cuda, replay):
     first, last = (functools.partial(function, step, state, graphed.batches[shape])
                    for function, shape in zip((replays_the_step, replay), SHAPES))
     graphed.graphs[SHAPES[0]].replay.side_effect = first
-    graphed.graphs[SHAPES[1]].replay.side_effect = last  # a wrong one is found wherever it is
+    graphed.graphs[SHAPES[1]].replay.side_effect = last  # a wrong graph is found for any shape
     assert graphed.agrees() == (replay is replays_the_step)
     torch.testing.assert_close(state.state_dict(), before, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -678,7 +678,7 @@ def test_torchvisions_weights_through_its_own_cache(folder, tmp_path, monkeypatc
     assert 'balanced error' in capsys.readouterr().out
 
 
-# ---- what a run says and leaves --------------------------------------------------------------
+# ---- output of a run -------------------------------------------------------------------------
 
 def test_a_run_prints_where_its_files_are(small, tmp_path, capsys):
     run, argv = tmp_path / 'run', [flag for flag in small if flag != '--no-plot']
@@ -731,7 +731,7 @@ def test_the_time_that_the_loop_waits_for_its_loader(tmp_path, monkeypatch, caps
 
 
 class Clock:
-    """The module `time`, of which only sleeping takes any."""
+    """Stands in for the module `time`; only `sleep` advances it."""
 
     now = 0.0
 

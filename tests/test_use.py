@@ -1,4 +1,4 @@
-"""What is done with weights: fine-tuning, evaluating, torch.hub, exporting."""
+"""Uses of weights: fine-tuning, evaluating, torch.hub, exporting."""
 
 import argparse
 import json

@@ -195,7 +195,7 @@ def renamed(state, *pairs):
 
 
 class Config(dict):
-    """As a library pickles its hyperparameters: a dictionary with attributes, of its own class."""
+    """A dict subclass with attributes, as libraries pickle their hyperparameters."""
 
     def __init__(self, **values):
         super().__init__(values)
@@ -279,7 +279,7 @@ def test_averaged_weights_come_first_and_others_by_name(tmp_path, capsys):
 
 
 def test_first_convolution_for_other_channels(tmp_path, capsys):
-    """As timm: c equal channels give what they gave before."""
+    """As in timm: c equal channels give the same result as before."""
     three = randomized(densenet.DenseNet(**SMALL))
     grey = torch.randn(2, 1, 32, 32)
     with torch.no_grad():
@@ -295,7 +295,7 @@ def test_first_convolution_for_other_channels(tmp_path, capsys):
     assert 'first convolution adapted from 3 to 4 channels' in capsys.readouterr().out
 
 
-# ---- what does not fit, and what is no file of weights -------------------------------------------
+# ---- weights that do not fit, and other files ----------------------------------------------------
 
 def test_the_first_difference_is_named(tmp_path):
     state = densenet.DenseNet(**NARROW).state_dict()
