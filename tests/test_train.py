@@ -591,13 +591,13 @@ def test_memorizes_64_photographs(photographs, tmp_path):
 
 
 def test_a_small_net_learns_the_shapes(tmp_path):
-    train.main(['--dataset', 'shapes', '--depth', '10', '--growth-rate', '8', '--epochs', '2',
-                '--batch-size', '16', '--lr-schedule', 'cosine', '--save', str(tmp_path),
+    train.main(['--dataset', 'shapes', '--depth', '10', '--growth-rate', '8', '--epochs', '1',
+                '--batch-size', '32', '--lr-schedule', 'cosine', '--save', str(tmp_path),
                 '--device', 'cpu', '--no-plot'])
     row = read_csv(tmp_path / 'test.csv')[-1]
-    assert float(row['error']) < 60  # by chance 90; linear classifiers: tests/test_data.py
+    assert float(row['error']) < 70  # chance: 90; linear classifiers: over 70 (tests/test_data.py)
     rows = read_csv(tmp_path / 'train.csv')
-    assert [row['epoch'] for row in rows[:2] + rows[-1:]] == ['0.13333', '0.26667', '2.00000']
+    assert [row['epoch'] for row in rows] == ['0.26596', '0.53191', '0.79787', '1.00000']
 
 
 def test_each_step_trains_at_the_rate_of_its_moment(small, tmp_path, monkeypatch):

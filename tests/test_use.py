@@ -131,11 +131,11 @@ def test_one_crop_or_ten(trained, photos, capsys):
 
 
 def test_densenet121_at_224_pixels_trains_and_is_tested_on_ten_crops(tmp_path, capsys):
-    write_images(tmp_path / 'data', {'train/a': 2, 'train/b': 1, 'val/a': 1, 'val/b': 1}, (80, 90))
+    write_images(tmp_path / 'data', {'train/a': 2, 'train/b': 1, 'val/a': 1}, (80, 90))
     lines = run(capsys, '--dataset', 'imagenet', '--data', tmp_path / 'data', '--arch',
                 'densenet121', '--batch-size', 2, '--epochs', 1, '--print-freq', 1, '--ten-crop',
                 '--workers', 1, '--device', 'cpu', '--no-plot', '--save', tmp_path / 'run')
-    assert re.match(r'densenet121: 6,955,906 parameters; imagenet: 3 training and 2 test images '
+    assert re.match(r'densenet121: 6,955,906 parameters; imagenet: 3 training and 1 test images '
                     r'of 224 pixels, 2 classes', lines[0])
     assert [row['epoch'] for row in read_csv(tmp_path / 'run/train.csv')] == ['0.50000', '1.00000']
     assert len(read_csv(tmp_path / 'run/test.csv')) == 1
