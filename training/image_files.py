@@ -138,7 +138,7 @@ class ImageList:
         return len(self.names)
 
     def __getitem__(self, chosen):
-        """Those of a mask, bool [N]."""
+        """The images that a mask selects, bool [N]."""
         return ImageList(self.folder, self.names[chosen], self.labels[chosen])
 
     def path(self, i):
