@@ -2,7 +2,7 @@
 
     python train.py                                          # the paper's DenseNet-BC-100-12, C10+
     python train.py --depth 40 --no-bottleneck --compression 1 --name densenet-40-12
-    python train.py --name densenet-40-12 --resume           # go on where it stopped
+    python train.py --name densenet-40-12 --resume           # continue where it stopped
     python train.py --dataset imagenet --data /imagenet --arch densenet121 --workers 16
     torchrun --nproc-per-node 4 train.py --dataset imagenet --data /imagenet --arch densenet121
     python train.py --evaluate --resume work/densenet-40-12/best.pth
@@ -175,7 +175,7 @@ def set_learning_rate(optimizer, lr):
 
 
 def warn_of_new_rate(args, saved_flags, state):
-    """Say if changed flags make a resumed run go on with another learning rate, or not at all."""
+    """Warn if changed flags change a resumed run's learning rate, or leave nothing to train."""
     if state.epoch > args.epochs:
         console.warn(f'{state.epoch - 1} epochs are done: --epochs {args.epochs} leaves nothing to '
                      f'train')

@@ -1,4 +1,4 @@
-"""What image files hold is read exactly or refused by name; written here by the formats' rules."""
+"""Image files, written here by the formats' specifications, are read exactly or refused by name."""
 
 import base64
 import dataclasses
@@ -98,7 +98,7 @@ def signed(bits):
     ('12.pgm', pnm('P5', 4095, GREY >> 4), GREY >> 4), ('16.pgm', pnm('P5', 65535, GREY), GREY),
     ('plain.pgm', pnm('P2', 4095, GREY >> 4), GREY >> 4),
     ('12.j2k', base64.b64decode(JPEG2000), [[0, 1, 2047, 4095]] * 4)])
-def test_more_than_8_bits_are_read_exactly(tmp_path, name, content, expected):
+def test_images_of_more_than_8_bits_are_read_exactly(tmp_path, name, content, expected):
     (tmp_path / name).write_bytes(content)
     image = decode(tmp_path / name)
     expected = np.atleast_3d(expected).transpose(2, 0, 1)
@@ -126,7 +126,7 @@ def test_compressed_16_bit_grey_with_white_as_zero(tmp_path, compression):
     ('colours.ppm', pnm('P6', 4095, COLOURS >> 4), 'colours have more than 8 bits: save it as PNG'),
     ('colours.j2k', base64.b64decode(JPEG2000_COLOURS), 'JPEG 2000 of 12 bits.*save it as PNG'),
     ('text.png', b'no image', 'broken, or of a kind')])
-def test_what_would_be_lost_is_refused(tmp_path, name, content, message):
+def test_images_that_would_lose_information_are_refused(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=f'^{tmp_path / name}.*{message}') as caught:
         decode(tmp_path / name)
@@ -207,7 +207,7 @@ def test_more_than_64_megapixels_are_refused_with_their_size(tmp_path):
 
 @pytest.mark.parametrize('shape', [(20000, 2), (1, 40000), (100, 21), (21, 100)])
 @pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
-def test_elongated_images_lose_their_ends_before_they_are_resized(tmp_path, shape, dtype):
+def test_elongated_images_are_cropped_before_they_are_resized(tmp_path, shape, dtype):
     """Resized first, 2 x 20,000 pixels take 7 GB."""
     pixels = np.random.RandomState(0).randint(0, 256, shape).astype(dtype)
     Image.fromarray(pixels).save(tmp_path / 'x.png')

@@ -1,4 +1,4 @@
-"""predict.py: which files it takes, what it says of them, and where it says the model looks."""
+"""predict.py: the files it takes, its predictions, and its heat maps."""
 
 import math
 import os
@@ -166,7 +166,7 @@ def test_a_broken_file_does_not_end_the_others(model, photos, tmp_path, capsys, 
     out, errors = capsys.readouterr()
     assert exit_.value.code == 2 and [row['file'] for row in read_csv(csv)][::2] == [
         line.split(': ')[0] for line in whole]
-    for line, expected in zip(out.splitlines(), whole, strict=True):  # but for the last digit
+    for line, expected in zip(out.splitlines(), whole, strict=True):  # except for the last digit
         assert re.sub(r'\d%', '', line) == re.sub(r'\d%', '', expected)
     *warnings, last = errors.splitlines()
     assert 'not read: .txt (1)' in warnings.pop(0)
@@ -175,7 +175,7 @@ def test_a_broken_file_does_not_end_the_others(model, photos, tmp_path, capsys, 
     assert last == 'predict.py: error: 3 of 7 images could not be read'
 
 
-def test_what_cannot_be_predicted(model, photos, tmp_path, monkeypatch, capsys):
+def test_wrong_files_are_one_line_errors(model, photos, tmp_path, monkeypatch, capsys):
     (tmp_path / 'empty').mkdir()
     torch.save(densenet.DenseNet(**NARROW).state_dict(), tmp_path / 'weights.pth')
     monkeypatch.setattr(torch.hub, 'download_url_to_file', raise_no_network)
@@ -215,7 +215,7 @@ def test_an_altered_checkpoint_is_one_line(model, photos, tmp_path, capsys, part
                                     script=predict))
 
 
-def test_a_full_disk_is_one_line(model, photos, tmp_path, capsys):
+def test_a_full_disk_is_a_one_line_error(model, photos, tmp_path, capsys):
     csv, before = tmp_path / 'x.csv', resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
     try:
@@ -225,7 +225,7 @@ def test_a_full_disk_is_one_line(model, photos, tmp_path, capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_reader_that_leaves_is_no_error(model, photos):
+def test_a_closed_pipe_is_not_an_error(model, photos):
     command = [sys.executable, ROOT / 'predict.py', photos / 'b', '--checkpoint', model,
                '--batch-size', '1', '--device', 'cpu']
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -266,7 +266,7 @@ def test_the_heat_is_grad_cam_by_autograd(model):
 
 
 @pytest.mark.parametrize('width, height', [(300, 200), (121, 340), (50, 50)])
-def test_the_heat_lies_where_the_model_looks(tmp_path, width, height):
+def test_the_heat_map_shows_the_relevant_region(tmp_path, width, height):
     """A spot that is drawn where a cell's heat is shall reach the model in that cell."""
     dataset = datasets.Description('folder', None, ('a',), SIZE, (0.0,) * 3, (1.0,) * 3)
     path = tmp_path / 'image.png'
@@ -295,13 +295,13 @@ def test_the_heat_lies_where_the_model_looks(tmp_path, width, height):
         assert (picture[:max(0, top - 1)] == plain[:max(0, top - 1), :, None]).all()
 
 
-def test_no_heat_is_no_error(photos):
+def test_a_heat_map_of_zeros_is_drawn(photos):
     dataset = datasets.Description('folder', None, ('a',), SIZE, **datasets.IMAGENET_STATISTICS)
     picture = np.asarray(predict.draw_heatmap(torch.zeros(3, 3), photos / 'a/0.png', dataset))
     assert picture.std() > 0 and (np.ptp(picture, axis=2) <= 2).all()
 
 
-def test_heatmaps_lie_beside_the_images_or_in_a_folder_as_they_do(model, photos, tmp_path, capsys):
+def test_heat_maps_are_written_beside_the_images_or_into_a_folder(model, photos, tmp_path, capsys):
     (photos / 'a/0.png.heatmap.png').unlink()
     Image.new('RGB', (90, 80)).save(photos / 'a/1.png')
     every = ('a/0.png', 'a/1.jpg', 'a/1.png', 'b/3.PNG', 'b/c/2.png')

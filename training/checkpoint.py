@@ -37,7 +37,7 @@ class CheckpointError(UserError):
 
 @dataclasses.dataclass
 class TrainState:
-    """All that training changes, and so all that a checkpoint holds.
+    """The state of training, all of which a checkpoint holds.
 
     An interval is what has come after the last row of train.csv. Its sums stay on the device, so
     that no step synchronizes with it; sums and random state are per process.
@@ -451,7 +451,7 @@ def load(path):
 
 
 def load_newest(path):
-    """`path`, or the one before it where that is damaged or missing: its name, what it holds.
+    """Load `path`, or the previous one if it is damaged or missing; returns path and content.
 
     Raises:
         CheckpointError: neither can be loaded; says what is wrong with `path`.

@@ -149,7 +149,7 @@ class ImageList:
         return len(self.names)
 
     def __getitem__(self, chosen):
-        """Those of a mask, bool [N]."""
+        """The images that a mask selects, bool [N]."""
         groups = None if self.groups is None else self.groups[chosen]
         return ImageList(self.folder, self.names[chosen], self.labels[chosen], groups)
 

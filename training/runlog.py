@@ -1,4 +1,4 @@
-"""What a run leaves behind and says: its directory, CSV files, TensorBoard, figures, console.
+"""The files and the output of a run: directory, CSV files, TensorBoard, figures, console.
 
     with claim('work/x') as directory:
         log = RunLog(directory, steps_per_epoch=782, epochs=300)
