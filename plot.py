@@ -6,10 +6,10 @@
     python plot.py work/demo --output figures --format svg
     python plot.py bench.csv                              # bench.png, from bench.py's table
 
-A run is a directory with the CSV files that train.py writes. Its figures are loss, error and
-loss-error (both side by side), from train.csv and test.csv, and confusion, from the confusion.csv
-of --evaluate. They can be drawn again at any time, also during the run. Losses and errors are on
-logarithmic axes.
+A run is a directory with the files that train.py writes. Its figures are loss, error and loss-error
+(both side by side), from train.csv and test.csv. They can be drawn again at any time, also during
+the run. Losses and errors are on logarithmic axes. After --evaluate, there are the figures of
+training/report.py, too, and report.html, a page with all of them.
 """
 
 import argparse
@@ -23,31 +23,17 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+from training.console import UserError
+from training.figures import COLORS, GREY, MARKERS, STYLE, save_figure, shorten
 
 CURVES = {'loss': ['loss'], 'error': ['error'], 'loss-error': ['loss', 'error']}
 AXIS_LABELS = {'loss': 'cross-entropy loss (log scale)', 'error': 'error (%, log scale)'}
 COLUMNS = ['epoch', 'loss', 'error']  # in every train.csv and test.csv
 BENCH_COLUMNS = ['row', 'precision', 'batch_size', 'ms', 'ms_quartile1', 'ms_quartile3',
                  'memory_mib', 'peak_mib', 'failure', 'workload']
-
-# Okabe and Ito's palette for colour-blind readers, without its yellow, which is too pale here.
-COLORS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000']
-MARKERS = 'os^DvPX'
-GREY = '#777777'
-STYLE = {
-    'font.size': 10, 'legend.fontsize': 9, 'legend.title_fontsize': 9, 'legend.frameon': False,
-    'legend.borderaxespad': 0.2, 'axes.spines.top': False, 'axes.spines.right': False,
-    'axes.formatter.useoffset': False, 'axes.formatter.limits': [-9, 12],
-    'axes.grid': True, 'axes.grid.axis': 'y', 'axes.axisbelow': True, 'grid.color': '#e6e6e6',
-    'grid.linewidth': 0.6, 'lines.linewidth': 1.4, 'lines.markersize': 4, 'text.usetex': False,
-    'text.parse_math': False,  # names may contain dollars
-    'savefig.dpi': 200, 'pdf.fonttype': 42,  # TrueType: publishers reject Type 3 fonts
-}
-MAX_NUMBERS = 20  # classes of a confusion matrix whose cells get numbers
-MAX_NAMES = 200   # classes whose names are written on the axes
 
 
 class Run(NamedTuple):
@@ -63,13 +49,13 @@ def warn(message):
 
 
 def bad_file(path, problem):
-    return argparse.ArgumentError(None, f'{path} is not {problem}')
+    return UserError(f'{path} is not {problem}')
 
 
 def read_table(path):
     """{column: values} of a CSV file of numbers; empty columns if the file does not exist.
 
-    Incomplete rows are left out. Raises argparse.ArgumentError if columns are missing.
+    Incomplete rows are left out. Raises UserError if columns are missing.
     """
     text = path.read_text(encoding='utf-8-sig', errors='replace') if path.exists() else ''
     header, *lines = [line.split(',') for line in text.splitlines()] or [COLUMNS]
@@ -110,36 +96,12 @@ def read_runs(directories):
 
 
 def read_rows(path, columns):
-    """The rows of a CSV file as dicts of strings; argparse.ArgumentError if columns are missing."""
+    """The rows of a CSV file as dicts of strings; UserError if columns are missing."""
     with open(path, newline='', encoding='utf-8-sig', errors='surrogateescape') as file:
         rows = list(csv.DictReader(file))
     if not rows or not {*columns} <= rows[0].keys():
         raise bad_file(path, f'a table with rows and the columns {",".join(columns)}')
     return rows
-
-
-def read_confusion(path):
-    """(int64 [C, C], names of the C classes) from confusion.csv.
-
-    Rows are true classes, columns predicted ones; the names are in the header and in front of each
-    row. Raises argparse.ArgumentError for any other file.
-    """
-    with open(path, newline='', encoding='utf-8-sig', errors='surrogateescape') as file:
-        (_, *names), *rows = [row for row in csv.reader(file) if row] or [['']]
-    try:
-        counts = np.array([[int(field) for field in row] for _, *row in rows])
-    except ValueError:  # not whole numbers, or rows of different lengths
-        counts = np.empty(0)
-    if not names or counts.shape != (len(names), len(names)) or counts.sum() == 0:
-        raise bad_file(path, 'a confusion matrix: a header with the class names, then a name and '
-                             'as many numbers of images for each class')
-    return counts, names
-
-
-def shorten(name, length=40):
-    """The name, or both its ends if it is longer; undecodable bytes become question marks."""
-    name = name.encode(errors='surrogateescape').decode(errors='replace')
-    return name if len(name) <= length else f'{name[:length // 2 - 1]}…{name[-(length // 2):]}'
 
 
 # ---- training curves: values --------------------------------------------------------------
@@ -306,54 +268,7 @@ def set_value_axis(axes, column):
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-# ---- other figures: one function per CSV file ---------------------------------------------
-
-def confusion_figure(path, name):
-    """The confusion matrix: colours are shares of a row, numbers are images.
-
-    `path` is confusion.csv, `name` the run's.
-    """
-    counts, classes = read_confusion(path)
-    num_classes = len(classes)
-    with np.errstate(invalid='ignore'):
-        shares = 100 * counts / counts.sum(1, keepdims=True)  # nan, drawn grey: no images
-    names = [shorten(name) for name in classes] if num_classes <= MAX_NAMES else []
-    # Inches. Letters are as high as a cell allows, from 6 points (100 classes) to 9 (20).
-    side = max(2.5, min(0.5 * num_classes, 8), 0.11 * num_classes) if names else 11
-    cell = side / num_classes
-    font_size = min(9, 72 * cell / 1.3)
-    margin = 0.6 + 0.6 * font_size / 72 * max(map(len, names), default=0)
-    is_vertical = margin - 0.6 > 0.9 * cell
-    colors = LinearSegmentedColormap.from_list('', ['white', COLORS[0]])
-    with matplotlib.rc_context({**STYLE, 'axes.grid': False}):
-        figure = Figure((side + margin + 1, side + (margin if is_vertical else 0.8) + 0.4),
-                        layout='constrained')
-        error = 100 * (1 - counts.trace() / counts.sum())
-        figure.suptitle(f'{shorten(name)}\n{counts.sum():,} images, error {error:.2f}%',
-                        fontsize=9, color=GREY)
-        axes = figure.add_subplot(xlabel='predicted class', ylabel='true class')
-        # On a square-root scale the errors of a good model, a few percent of a row, can be seen.
-        image = axes.imshow(shares, norm=PowerNorm(0.5, 0, 100), interpolation='nearest',
-                            cmap=colors.with_extremes(bad=STYLE['grid.color']))
-        axes.set_xticks(range(len(names)), names, rotation=90 if is_vertical else 0,
-                        fontsize=font_size)
-        axes.set_yticks(range(len(names)), names, fontsize=font_size)
-        borders = np.arange(len(names) - 1) + 0.5
-        axes.set_xticks(borders, minor=True)
-        axes.set_yticks(borders, minor=True)
-        axes.grid(which='minor')
-        axes.tick_params(which='both', length=0)
-        if num_classes <= MAX_NUMBERS:
-            size = min(9, 72 * 0.9 * cell / (0.64 * len(str(counts.max()))))
-            for (i, j), count in np.ndenumerate(counts):
-                color = 'white' if shares[i, j] > 50 else 'black' if count else GREY
-                axes.text(j, i, count, ha='center', va='center', color=color, fontsize=size)
-        # An inset is as high as the axes, which keep their shape.
-        figure.colorbar(image, cax=axes.inset_axes([1 + 0.1 / side, 0, 0.15 / side, 1]),
-                        ticks=[0, 1, 5, 10, 20, 40, 60, 80, 100],
-                        label='share of the row (%, square-root scale)')
-    return figure
-
+# ---- the table of bench.py -----------------------------------------------------------------
 
 def speed_figure(rows):
     """Horizontal bars of time and memory for the rows of bench.py's table, dicts of its columns."""
@@ -394,37 +309,7 @@ def format_number(value):
     return f'{value:,.0f}' if value >= 100 else f'{value:.3g}'
 
 
-# The figures of one run with a CSV file of their own: (file, function of its path and the run's
-# name).
-REPORTS = {'confusion': ('confusion.csv', confusion_figure)}
-
-
-def report_figures(directory):
-    """Yields (name, Figure) for each of REPORTS whose file is in the run directory."""
-    name = os.path.basename(os.path.abspath(directory))
-    for figure, (file, draw) in REPORTS.items():
-        if (directory / file).exists():
-            yield figure, draw(directory / file, name)
-
-
 # ---- command line -------------------------------------------------------------------------
-
-def save_reports(directory):
-    """Draw each of REPORTS whose file is in the run directory, as PNG."""
-    for name, figure in report_figures(directory):
-        save_figure(figure, directory / f'{name}.png')
-
-
-def save_figure(figure, path):
-    """Write the figure atomically: a viewer may have the old one open."""
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')  # train.py removes old ones
-    try:
-        with matplotlib.rc_context(STYLE):
-            figure.savefig(temporary, format=path.suffix[1:])
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
 
 def all_figures(paths):
     """Yields (file name without suffix, Figure) for runs, or for a CSV file of bench.py."""
@@ -436,7 +321,33 @@ def all_figures(paths):
         if runs:
             yield prefix + name, curve_figure(runs, columns)
     if len(paths) == 1:
-        yield from report_figures(paths[0])
+        from training import report  # SciPy and scikit-learn are slow to import
+
+        yield from report.figures(paths[0])
+
+
+def draw(paths, output, formats):
+    """Write all figures into a folder and, of a run with an evaluation, report.html.
+
+    Yields the path of each file.
+    """
+    figures = {}
+    for name, figure in all_figures(paths):
+        output.mkdir(parents=True, exist_ok=True)
+        for suffix in formats:
+            save_figure(figure, output / f'{name}.{suffix}')
+            yield output / f'{name}.{suffix}'
+        figures[name] = figure
+    if len(paths) == 1 and (paths[0] / 'metrics.json').exists():
+        from training import report
+
+        report.write_page(output / 'report.html', paths[0], figures)
+        yield output / 'report.html'
+
+
+def save_reports(directory):
+    """Draw all that is in a run directory, as PNG and report.html; returns the paths."""
+    return list(draw([directory], directory, ['png']))
 
 
 def main(argv=None):
@@ -458,14 +369,10 @@ def main(argv=None):
         output = args.runs[0] if is_run else Path(common_parent(args.runs))
     is_empty = True
     try:
-        for name, figure in all_figures(args.runs):
+        for path in draw(args.runs, output, args.format):
             is_empty = False
-            output.mkdir(parents=True, exist_ok=True)
-            for suffix in args.format:
-                path = output / f'{name}.{suffix}'
-                save_figure(figure, path)
-                print(str(path).encode(errors='backslashreplace').decode())
-    except (argparse.ArgumentError, OSError) as error:
+            print(str(path).encode(errors='backslashreplace').decode())
+    except (UserError, OSError) as error:
         parser.error(error)
     if is_empty:
         parser.error(f'nothing to draw in {", ".join(map(str, args.runs))}: give run directories '

@@ -2,6 +2,7 @@
 
     python predict.py --checkpoint work/flowers/best.pth rose.jpg tulips/ 'scans/**/*.png'
     python predict.py --checkpoint work/flowers/best.pth photos/ --csv x.csv --heatmap heatmaps/
+    python predict.py --checkpoint work/scans/best.pth scans/ --heatmap --class lesion --one-scale
     python predict.py --arch densenet121 photo.jpg        # torchvision's weights for ImageNet
 
 A file that can't be read is a warning; the others are predicted, and the exit code is 2. A name of
@@ -25,6 +26,11 @@ def make_parser():
     parser.add_argument('--csv', type=Path, metavar='FILE', help='also write the classes to this')
     parser.add_argument('--heatmap', nargs='?', const='', metavar='DIR',
                         help='draw where it looks, beside each image or in this folder')
+    parser.add_argument('--class', dest='heatmap_class', metavar='NAME',
+                        help='draw what speaks for this class (default: the most probable)')
+    parser.add_argument('--one-scale', action='store_true',
+                        help='the same colours in all heat maps, up to the highest value of all '
+                             '(default: of each)')
     parser.add_argument('--batch-size', type=flags.POSITIVE, default=32, help='(default: 32)')
     parser.add_argument('--device', choices=flags.DEVICES, default='auto', help='(default: auto)')
     return parser
@@ -36,12 +42,13 @@ if __name__ == '__main__':  # --help and wrong flags answer before torch is impo
 import csv
 import functools
 import glob
+import math
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -49,8 +56,11 @@ import densenet
 from training import checkpoint, datasets, image_files, networks
 from training.console import UserError
 from training.device import choose_device
+from training.figures import shorten
 from training.weights import torchvision_weights
 
+COLORMAP = 'inferno'  # of heat; its lightness grows evenly, for colour-blind readers, too
+MIN_WIDTH = 280       # pixels: heat maps are enlarged to have room for a line of text
 IMAGENET_CLASSES = tuple(torchvision.models.DenseNet121_Weights.DEFAULT.meta['categories'])
 
 
@@ -58,16 +68,18 @@ def load_model(args):
     """The model in eval mode and the description of what it was trained on."""
     if args.checkpoint:
         saved = checkpoint.load(args.checkpoint)
-        if not isinstance(saved.get('dataset'), dict):
-            raise UserError(f'{args.checkpoint} holds no run: its classes are unknown')
+        checkpoint.check_claims(saved, args.checkpoint)
         dataset = datasets.Description(root=None, **saved['dataset'])
-        model, weights = densenet.DenseNet(**saved['config']), saved['model']
+        build, weights = functools.partial(densenet.DenseNet, **saved['config']), saved['model']
+        checkpoint.check_network(build, weights, args.checkpoint)
+        model = build()
     else:
         dataset = datasets.Description('imagenet', None, IMAGENET_CLASSES, 224,
                                    **datasets.IMAGENET_STATISTICS)
         model = getattr(densenet, args.arch)()
         weights = torchvision_weights(args.arch)
     checkpoint.load_weights(model, weights, args.checkpoint or args.arch)
+    checkpoint.check_finite(model, args.checkpoint or args.arch)
     return model.eval(), dataset
 
 
@@ -76,7 +88,12 @@ def find_images(name):
     if os.path.isfile(name):
         return [Path(name)]
     if os.path.isdir(name):
-        found, _ = image_files.find_images(name)
+        found, others = image_files.find_images(name)
+        if others:
+            unread = image_files.describe_unread(name, others)
+            if not found:
+                raise UserError(unread)
+            console.warn(unread, script='predict.py')
     else:
         found = sorted(file for file in glob.glob(name, recursive=True)
                        if image_files.is_image(file) and os.path.isfile(file))
@@ -96,40 +113,45 @@ def read(dataset, files):
     return batch
 
 
-def predict(model, dataset, files, batch_size):
+def predict(model, dataset, files, batch_size, label=None):
     """Yields (file, (probabilities [classes], heat [h, w])), or (file, DataError), in order."""
     device = next(model.parameters()).device
+    multi_label = dataset.multi_label
     for batch in DataLoader(files, batch_size, collate_fn=functools.partial(read, dataset),
                             num_workers=flags.default_workers() * (len(files) > batch_size)):
         images = [image for _, image in batch if isinstance(image, np.ndarray)]
         if images:
-            answers = zip(*classify(model, torch.from_numpy(np.stack(images)).to(device)))
+            batch_tensor = torch.from_numpy(np.stack(images)).to(device)
+            answers = zip(*classify(model, batch_tensor, label, multi_label))
         for file, image in batch:
             yield file, next(answers) if isinstance(image, np.ndarray) else image
 
 
 @torch.inference_mode()
-def classify(model, images):
-    """Probabilities of the classes, and where the model looks for the first of them.
+def classify(model, images, label=None, multi_label=False):
+    """Probabilities of the classes, and where the model looks for `label` or the most probable one.
 
     That is Grad-CAM (Selvaraju et al. 2017) at the last ReLU. After it come a mean over the map and
     a linear layer, so the gradient of a logit by channel c is weight[class, c] / (h * w) anywhere.
-    Up to that factor 1 / (h * w), Grad-CAM is the positive part of CAM (Zhou et al. 2016).
+    Up to that factor 1 / (h * w), Grad-CAM is the positive part of CAM (Zhou et al. 2016), whose
+    mean over the map is the logit without its bias: the unit of heat is that of logits.
 
     Shapes: images [N, C, H, W] to, on the CPU, probabilities [N, classes] and heat [N, h, w], of
     the size of the last feature map.
     """
     maps = F.relu(model.features(images))                        # [N, channels, h, w]
-    probabilities = model.classifier(maps.mean((2, 3))).softmax(1)
-    weight = model.classifier.weight[probabilities.argmax(1)]    # [N, channels]
+    logits = model.classifier(maps.mean((2, 3)))
+    labels = logits.argmax(1) if label is None else label
+    weight = model.classifier.weight[labels].expand(len(maps), -1)  # [N, channels]
     heat = F.relu(torch.einsum('nc,nchw->nhw', weight, maps))
+    probabilities = logits.sigmoid() if multi_label else logits.softmax(1)
     return probabilities.cpu(), heat.cpu()
 
 
-def draw_heatmap(heat, file, dataset):
+def draw_heatmap(heat, file, dataset, highest=None):
     """An image file in grey and, over the centre crop that the model sees, its heat [h, w].
 
-    The colours go from black, no heat, to the highest in this image.
+    The colours go from black, no heat, to `highest`, by default that of this image.
     """
     from matplotlib import colormaps  # here, for it is slow to import
 
@@ -141,26 +163,75 @@ def draw_heatmap(heat, file, dataset):
     height, width = (round(scale * size) for size in crop.size)  # pixels of the file
     top, left = (grey.shape[0] - height) // 2, (grey.shape[1] - width) // 2
     heat = F.interpolate(heat[None, None], (height, width), mode='bicubic')[0, 0].clamp(min=0)
-    colours = colormaps['inferno']((heat / heat.max().clamp(min=1e-12)).numpy())[:, :, :3]
+    highest = heat.max().item() if highest is None else highest
+    colours = colormaps[COLORMAP]((heat / max(highest, 1e-12)).numpy())[:, :, :3]
     seen = picture[top:top + height, left:left + width]
     seen += 0.5 * (colours - seen)
     return Image.fromarray((255 * picture).round().astype(np.uint8))
 
 
+def annotate(picture, text, highest):
+    """A heat map with a line of text above it and a colour bar from 0 to `highest` beside it.
+
+    The picture is in the lower left corner; small ones are enlarged by a whole factor.
+    """
+    import matplotlib
+
+    picture = picture.resize([math.ceil(MIN_WIDTH / picture.width) * side for side in picture.size],
+                             Image.Resampling.NEAREST)
+    width, height = picture.size
+    size = max(13, width // 28)  # of letters, pixels
+    font = ImageFont.truetype(Path(matplotlib.get_data_path(), 'fonts/ttf/DejaVuSans.ttf'), size)
+    top, bar = 2 * size, [width + size // 2, 2 * size, width + size, 2 * size + height - 1]
+    canvas = Image.new('RGB', (width + 5 * size, top + height), 'white')
+    canvas.paste(picture, (0, top))
+    levels = np.linspace(1, 0, height)[:, None].repeat(bar[2] - bar[0], 1)
+    colours = (255 * matplotlib.colormaps[COLORMAP](levels)[:, :, :3]).round().astype(np.uint8)
+    canvas.paste(Image.fromarray(colours), (bar[0], top))
+    draw = ImageDraw.Draw(canvas)
+    draw.text((size // 4, size), text, 'black', font, anchor='lm')
+    for value, y, anchor in ((highest, top, 'lt'), (0, top + height - 1, 'lb')):
+        draw.text((bar[2] + size // 4, y), f'{value:.3g}', 'black', font, anchor=anchor)
+    return canvas
+
+
+def save_heatmaps(heats, dataset, folder, root):
+    """Draw (file, heat, text) in one scale; in `folder` they lie as the files do in `root`."""
+    highest = max((heat.max().item() for _, heat, _ in heats), default=0)
+    for file, heat, text in heats:
+        path = Path(folder, os.path.relpath(file, root) + image_files.HEATMAP)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        annotate(draw_heatmap(heat, file, dataset, highest), text, highest).save(path)
+
+
+def find_class(name, names):
+    """The label of a class; a UserError that names some classes if there is none of that name."""
+    if name in names:
+        return names.index(name)
+    more = ', ...' if len(names) > 20 else ''
+    raise UserError(f'--class {name}: there is no such class; the classes are '
+                    f'{", ".join(names[:20])}{more}')
+
+
 def main(argv=None):
     try:
         args = make_parser().parse_args(argv)
+        if args.heatmap is None and (args.heatmap_class or args.one_scale):
+            raise UserError('--class and --one-scale are for --heatmap')
         files = [*dict.fromkeys(file for name in args.images for file in find_images(name))]
         root = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
         model, dataset = load_model(args)
         names, broken = dataset.classes, 0
+        multi_label = dataset.multi_label
         if len(names) == 1000 and names[0] == 'n01440764':  # ImageNet's numbers in WordNet
             names = IMAGENET_CLASSES
         device = choose_device(args.device)
         networks.fuse(model, device, script='predict.py')
         model.to(device, memory_format=torch.channels_last)
-        bar = tqdm(predict(model, dataset, files, args.batch_size), total=len(files), leave=False,
-                   disable=None)  # None: only on a terminal
+        label = None if args.heatmap_class is None else find_class(args.heatmap_class, names)
+        heats = []  # that are still to be drawn
+        bar = tqdm(predict(model, dataset, files, args.batch_size, label), total=len(files),
+                   leave=False, disable=None)  # None: only on a terminal
         # A file's name, and so a row, may be no text.
         with open(args.csv or os.devnull, 'w', newline='', errors='surrogateescape') as table:
             writer = csv.writer(table)
@@ -172,16 +243,22 @@ def main(argv=None):
                         broken += 1
                         continue
                     probabilities, heat = answer
-                    best = zip(*probabilities.topk(min(5, len(names))))
+                    # The most probable classes, or all if each is a question of its own.
+                    best = zip(*probabilities.topk(len(names) if multi_label else
+                                                   min(5, len(names))))
                     found = [(names[label], share.item()) for share, label in best]
                     print(f'{file}:', ', '.join(f'{name} {share:.2%}' for name, share in found),
                           flush=True)
-                writer.writerows((file, name, f'{share:.6f}') for name, share in found)
+                writer.writerows((image_files.no_formula(file), name, f'{share:.6f}')
+                                 for name, share in found)
                 if args.heatmap is not None:
-                    name = os.path.relpath(file, root) + image_files.HEATMAP
-                    path = Path(args.heatmap or root, name)
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    draw_heatmap(heat, file, dataset).save(path)
+                    shown = probabilities.argmax() if label is None else label
+                    text = f'{shorten(names[shown], 34)} {probabilities[shown]:.1%}'
+                    heats.append((file, heat, text))
+                if not args.one_scale:
+                    save_heatmaps(heats, dataset, args.heatmap or root, root)
+                    heats.clear()
+        save_heatmaps(heats, dataset, args.heatmap or root, root)
         if broken:
             raise UserError(f'{broken} of {len(files)} images could not be read')
     except BrokenPipeError:  # `| head`; Python would fail again at its exit

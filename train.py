@@ -2,7 +2,7 @@
 
     python train.py                                          # the paper's DenseNet-BC-100-12, C10+
     python train.py --depth 40 --no-bottleneck --compression 1 --name densenet-40-12
-    python train.py --name densenet-40-12 --resume           # go on where it stopped
+    python train.py --name densenet-40-12 --resume           # continue where it stopped
     python train.py --dataset imagenet --data /imagenet --arch densenet121 --workers 16
     torchrun --nproc-per-node 4 train.py --dataset imagenet --data /imagenet --arch densenet121
     python train.py --evaluate --resume work/densenet-40-12/best.pth
@@ -36,8 +36,10 @@ from training import (
     networks,
     weights,
 )
+from training.augmentation import Augmentation
+from training.averages import WeightAverages
 from training.checkpoint import TrainState
-from training.console import UserError, say
+from training.console import BadImages, DataError, UserError, say
 from training.cuda_graph import ONE_CLASS, CudaGraphStep
 from training.device import (
     choose_device,
@@ -59,6 +61,9 @@ def prepare_model(model, args, device):
     """
     if args.freeze_features:
         model.features.requires_grad_(False)
+    if args.freeze_norm:
+        for norm in norms(model):
+            norm.requires_grad_(False)
     model.not_fused = networks.fuse(model, device)
     # Convolutions are faster in channels_last, on CPUs too; activations follow the weights' layout.
     # MPS is untested, and the default layout is safer there.
@@ -70,24 +75,31 @@ def set_training_mode(model, args):
     model.train()
     if args.freeze_features:  # neither their weights nor their running statistics change
         model.features.eval()
+    if args.freeze_norm:
+        for norm in norms(model):
+            norm.eval()
+
+
+def norms(model):
+    return [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
 
 
 def make_optimizer(args, model):
     """A new optimizer is one more branch, and its name and learning rate in flags.py."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    on_cuda = parameters[0].is_cuda
-    fused = parameters[0].device.type in ('cpu', 'cuda')  # one pass over all parameters
-    # On CUDA the learning rate is in device memory, so that a CUDA graph follows a change of rate.
-    lr = torch.tensor(args.lr, device=parameters[0].device) if on_cuda else args.lr
-    common = dict(lr=lr, weight_decay=args.weight_decay)
+    parameters = parameter_groups(args, model)
+    first = parameters[0]['params'][0]
+    on_cuda = first.is_cuda
+    fused = first.device.type in ('cpu', 'cuda')  # one pass over all parameters
+    common = dict(lr=args.lr, weight_decay=args.weight_decay)
     if args.optimizer == 'sgd':
         optimizer = torch.optim.SGD(parameters, momentum=args.momentum, fused=fused,
                                     nesterov=args.momentum > 0, **common)
         if args.momentum:
             # torch makes it in the first step, which the fp16 scaler may skip: a CUDA graph
             # recorded in such a step would have no momentum.
-            for parameter in parameters:
-                optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
+            for group in parameters:
+                for parameter in group['params']:
+                    optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
     elif args.optimizer == 'rmsprop':
         optimizer = torch.optim.RMSprop(parameters, momentum=args.momentum, capturable=on_cuda,
                                         **common)
@@ -99,13 +111,35 @@ def make_optimizer(args, model):
     return optimizer
 
 
+def parameter_groups(args, model):
+    """One group, or with --head-lr another one for the classifier; those that are trained.
+
+    The learning rate of a group is its `lr_scale` times the schedule's.
+    """
+    head = list(model.classifier.parameters())
+    in_head = set(head)
+    body = [parameter for parameter in model.parameters() if parameter not in in_head]
+    groups = [(body + head, 1.0)] if args.head_lr is None else [
+        (body, 1.0), (head, args.head_lr / args.lr)]
+    groups = [([p for p in params if p.requires_grad], scale) for params, scale in groups]
+
+    def rate(scale, device):
+        # On CUDA it is in device memory, so that a CUDA graph follows a change of rate.
+        lr = args.lr * scale
+        return torch.tensor(lr, device=device) if device.type == 'cuda' else lr
+
+    return [dict(params=params, lr=rate(scale, params[0].device), lr_scale=scale)
+            for params, scale in groups if params]
+
+
 def make_state(args, model, device, precision):
     """A new TrainState; `model` must be on its device."""
     if distributed.rank():  # each process has its own dropout
         torch.manual_seed((args.seed + 1_000_003 * distributed.rank()) % 2**32)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == 'fp16')
     return TrainState(model, make_optimizer(args, model), scaler,
-                      sums=torch.zeros(2, device=device))
+                      sums=torch.zeros(2, device=device),
+                      averages=WeightAverages(model, args.ema) if args.ema else None)
 
 
 def learning_rate(args, epoch, done=0.0):
@@ -133,19 +167,22 @@ def learning_rate(args, epoch, done=0.0):
 
 def set_learning_rate(optimizer, lr):
     for group in optimizer.param_groups:
+        rate = lr * group.get('lr_scale', 1.0)
         if torch.is_tensor(group['lr']):
-            group['lr'].fill_(lr)
+            group['lr'].fill_(rate)
         else:
-            group['lr'] = lr
+            group['lr'] = rate
 
 
 def warn_of_new_rate(args, saved_flags, state):
-    """Say if changed flags make a resumed run go on with another learning rate, or not at all."""
+    """Warn if changed flags change a resumed run's learning rate, or leave nothing to train."""
     if state.epoch > args.epochs:
         console.warn(f'{state.epoch - 1} epochs are done: --epochs {args.epochs} leaves nothing to '
                      f'train')
         return
-    before = flags.with_defaults(argparse.Namespace(**saved_flags))
+    names = 'dataset', 'epochs', 'lr', 'lr_schedule', 'warmup_epochs'
+    before = argparse.Namespace(**{**vars(args), **{
+        name: saved_flags[name] for name in names if saved_flags.get(name) is not None}})
     rates = [learning_rate(f, min(state.epoch, f.epochs)) for f in (before, args)]
     if not math.isclose(*rates):
         console.warn(f'the learning rate goes on at {rates[1]:g}, and was {rates[0]:g}: it follows '
@@ -242,13 +279,18 @@ def main(argv=None):
         set_determinism(args.deterministic)
         dataset = distributed.from_rank_0(lambda: checkpoint.describe_data(args, saved))
         args = flags.with_network(args, dataset.image_size)
+        build = functools.partial(networks.build, args, len(dataset.classes), dataset.image_size)
+        if saved:
+            checkpoint.check_fixed_flags(args, saved['args'], flags.MODEL_FLAGS)
+            checkpoint.check_network(build, saved['model'], args.resume)
         torch.manual_seed(args.seed)
-        model = networks.build(args, len(dataset.classes), dataset.image_size)
+        model = build()
         if args.pretrained is not None:
             weights.load_pretrained(model, args)
         elif args.evaluate:
-            checkpoint.check_fixed_flags(args, saved['args'], flags.MODEL_FLAGS)
             checkpoint.load_weights(model, saved['model'], args.resume)
+        if args.evaluate:
+            checkpoint.check_finite(model, args.resume or args.pretrained or args.arch)
         model = prepare_model(model, args, device)
         if args.evaluate:
             report(model, dataset, device, autocast, args)
@@ -273,9 +315,11 @@ def main(argv=None):
             if args.class_weights:
                 class_weights = losses.balanced_class_weights(train_loader.all_labels).to(device)
             step = make_step(args, state, [(n, *image) for n in sizes if n], autocast,
-                             class_weights, dataset.multi_label, train_loader.all_labels[0])
+                             class_weights, dataset.multi_label, train_loader.label)
             run.start(state, dataset, train_loader, test_loader, precision, step)
             for epoch in range(state.epoch, args.epochs + 1):
+                if args.patience and epoch - 1 - state.best_epoch >= args.patience:
+                    break
                 set_training_mode(model, args)
                 train_loader.set_epoch(epoch, start=state.step)  # a resumed run starts mid-epoch
                 for images, labels in run.batches(train_loader):
@@ -284,8 +328,10 @@ def main(argv=None):
                     batch_size = train_loader.images_in(state.step)  # of all processes
                     step(images, labels, batch_size)
                     run.after_step(batch_size, lr)
-                distributed.share_statistics(model)
-                run.after_epoch(evaluate(model, test_loader, autocast, stop, auc=run.with_auc))
+                distributed.share_statistics(state)
+                with state.tested_weights():
+                    test = evaluate(model, test_loader, autocast, stop, auc=run.with_auc)
+                run.after_epoch(test)
             run.finish()
             if dataset.selection_split == 'val':
                 report_best(run, model, dataset, device, autocast, args)
@@ -298,7 +344,7 @@ def report(model, dataset, device, autocast, args):
         import plot  # matplotlib is slow to import, and training doesn't need it
 
         plot.save_reports(directory)
-        say(f'confusion.csv, confusion.png and predictions.csv are in {directory}')
+        say(f'report.html, metrics.json, predictions.csv and their figures are in {directory}')
 
 
 def report_best(run, model, dataset, device, autocast, args):
@@ -313,14 +359,23 @@ def make_loaders(args, dataset, device):
     """The loaders of the training images and of those that choose best.pth."""
     common = dict(device=device, workers=args.workers,
                   shard=(distributed.rank(), distributed.world_size()))
+    augmentation = Augmentation.of_flags(args) if args.augment else None
+    # Testing in micro-batches, so that it needs no more memory than training.
+    settings = {'train': dict(batch_size=args.batch_size, augmentation=augmentation,
+                              seed=args.seed),
+                dataset.selection_split: dict(
+                    batch_size=math.ceil(args.batch_size / args.grad_accum),
+                    ten_crop=args.ten_crop)}
+    made, errors = [], []
     with distributed.rank_0_first():  # it downloads the data
-        return (
-            loaders.make_loader(dataset, 'train', args.batch_size, augment=args.augment,
-                                seed=args.seed, **common),
-            # A micro-batch, so that testing needs no more memory than training.
-            loaders.make_loader(dataset, dataset.selection_split,
-                                math.ceil(args.batch_size / args.grad_accum),
-                                ten_crop=args.ten_crop, **common))
+        for split, its_settings in settings.items():
+            try:
+                made.append(loaders.make_loader(dataset, split, **its_settings, **common))
+            except BadImages as error:  # name those of both splits
+                errors.append(str(error))
+    if errors:
+        raise DataError('; '.join(errors))
+    return made
 
 
 def cli(argv=None):

@@ -70,7 +70,7 @@ print(f"torch {torch.__version__}, torchvision {tv.__version__}, {os.cpu_count()
 
 mapfile -t files < <(grep -l 'mark\.cuda' tests/test_*.py)
 tests=("$python" -m pytest "${files[@]}" -m cuda -n $workers --durations 10 -k)
-slow='test_resume or test_bench or learns_the_shapes or without_room'
+slow='test_resume or test_bench or learns_the_shapes or out_of_gpu_memory'
 part tests-fast 90 INT "${tests[@]}" "not ($slow)"
 part tests-slow 100 INT "${tests[@]}" "$slow"
 

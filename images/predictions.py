@@ -69,13 +69,13 @@ def main(argv=None):
     outputs = []
     test = evaluation.evaluate(model.to(memory_format=torch.channels_last), loader,
                                make_autocast('fp32', device), outputs=outputs)
-    labels, probabilities = map(torch.cat, zip(*outputs))
+    labels, logits = map(torch.cat, zip(*outputs))
     frames = {f'axes.spines.{side}': True for side in ('top', 'right')}
     with rc_context({**plot.STYLE, **frames}):
         figure = Figure(figsize=(10, 6.6), layout='constrained')
         axes = figure.subplots(2 * SHOWN, len(dataset.classes),
                                subplot_kw=dict(xticks=[], yticks=[]))
-        lowest = draw_images(axes, loader.images, labels, probabilities, dataset.classes)
+        lowest = draw_images(axes, loader.images, labels, logits.softmax(1), dataset.classes)
         figure.suptitle(
             f'{Path(args.checkpoint).parent.name}: {len(labels):,} test images of '
             f'{args.data.name}, error {test.error:.2f}%\nThe right and the wrong answers with the '

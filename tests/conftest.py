@@ -41,7 +41,7 @@ def small(folder):
 
 @pytest.fixture(scope='session')
 def recipe(folder):
-    """Flags of a run with all in it that is random, and all that is carried from step to step."""
+    """Flags of a run with everything random (augmentation, dropout), and micro-batches."""
     return ['--dataset', 'folder', '--data', str(folder), *SMALL, '--epochs', '4', '--lr', '0.05',
             '--drop-rate', '0.2', '--grad-accum', '2', '--lr-schedule', 'cosine']
 
@@ -71,7 +71,7 @@ def photographs(cifar10_jpeg, tmp_path_factory):
         for member in tar:
             if member.isfile() and member.name.startswith('train/'):
                 found += 1
-                # Two labels for one class of birds and planes: they can only be learned by heart.
+                # Random labels, which can only be memorized.
                 for split in ('train', 'val'):
                     path = root / split / f'label{found % 4}' / f'{found}.jpg'
                     path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def read_csv(path):
 
 
 def fails(capsys, *argv, script=train, lines=1):
-    """The one line that a wrong command ends with."""
+    """The error line of a command that fails with exit code 2."""
     call = getattr(script, 'cli', script.main)
     with pytest.raises(SystemExit) as exit_:
         call(list(map(str, argv)))
@@ -112,7 +112,7 @@ def assert_same_run(one, other):
 
 
 class Opener:
-    """Unpickled by a careless reader, this makes a directory."""
+    """Unpickling this without weights_only makes a directory."""
 
     def __init__(self, path):
         self.path = path
@@ -122,9 +122,7 @@ class Opener:
 
 
 def cache_densenet121(home, model, content=None):
-    """Put a model's weights where, with TORCH_HOME `home`, torchvision's for DenseNet-121 lie.
-
-    Or, instead of weights, some bytes.
+    """Put a model's weights (or `content`) into the cache of TORCH_HOME `home`, as DenseNet-121's.
     """
     import torchvision
     folder = home / 'hub' / 'checkpoints'

@@ -1,4 +1,4 @@
-"""Scripts in processes of their own, forked from one that has imported train.py: no waiting for it.
+"""Run scripts in processes forked from one that has imported train.py, which saves seconds.
 
     ended = forked.run(forked.RUN, ['--help'])
     ended = forked.run(forked.interrupted('evaluate', 3, 'os.kill(os.getpid(), 15)'), argv)
@@ -21,7 +21,7 @@ RUN = 'import train; train.cli(sys.argv[1:])'
 
 
 def run(script, argv, while_it_runs=lambda pid: None):
-    """`returncode`, `stdout` and `stderr` of a script, as of subprocess.run.
+    """Run a script; returns `returncode`, `stdout` and `stderr`, as subprocess.run.
 
     `while_it_runs` is called with its process id, which is that of its process group, too.
     """
@@ -52,7 +52,7 @@ def _run(script, argv, directory):
 
 
 def interrupted(function, when, action):
-    """A train.py that does something at a known moment: the `when`th call of a function of it."""
+    """A script: train.py with an `action` at the `when`th call of one of its functions."""
     return f'''
 import os, signal, sys
 import train

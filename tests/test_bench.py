@@ -1,4 +1,4 @@
-"""What bench.py compares, and how it counts bytes and FLOPs; not how fast anything is."""
+"""bench.py: its rows, and how it counts bytes and FLOPs; no timings."""
 
 import contextlib
 import csv
@@ -87,7 +87,7 @@ def test_all_networks_of_a_table_have_the_same_size(given, parameters):
 
 # ---- FLOPs -----------------------------------------------------------------------------------
 
-def test_flops_of_a_step_are_those_of_the_plain_network_in_training():
+def test_flops_of_a_step_equal_torchs_flop_counter():
     args = bench.network_flags(depth=22, growth_rate=8, batch_size=2)
     with torch.device('meta'), FlopCounterMode(display=False) as counter:
         model = bench.make_model(Row('ours', 'plain', 'fp32'), args)
@@ -112,7 +112,7 @@ def test_flops_of_a_small_network_by_hand():
     assert bench.convolution_flops(args) == by_hand
 
 
-def test_the_limit_is_the_flops_at_the_rate_of_the_matrix_product(tmp_path, monkeypatch, capsys):
+def test_the_limit_is_flops_over_the_matrix_product_rate(tmp_path, monkeypatch, capsys):
     turns, time = [], bench.Runner.time
     monkeypatch.setattr(bench, 'matrix_product_rate', lambda precision: (
         turns.append(precision), {'fp32': 2e9, 'bf16': 4e9}[precision])[1])
@@ -143,7 +143,7 @@ def test_the_rate_of_the_matrix_product(monkeypatch):
 # ---- bytes -----------------------------------------------------------------------------------
 
 def saved_bytes(model, images):
-    """What autograd says that it saves: each storage once, the weights not counted."""
+    """Bytes that autograd saves for backward, each storage once, without the weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved = {}
 
@@ -166,14 +166,14 @@ def model_and_images(source, mode, depth):
 @pytest.mark.parametrize('source, mode', [
     ('ours', 'plain'), ('ours', 'fused, eager'), ('ours', 'fused, eager, memory-efficient'),
     ('torchvision', 'plain')])
-def test_bytes_held_are_those_that_autograd_saves(source, mode):
+def test_bytes_held_equal_the_bytes_that_autograd_saves(source, mode):
     model, images = model_and_images(source, mode, depth=40)
     _, truth = saved_bytes(model, images)
     # Autograd's count includes the images.
     assert bench.bytes_held(model, images) == pytest.approx(truth - images.nbytes, rel=0.01)
 
 
-def test_a_block_holds_a_quarter_of_the_plain_bytes_and_memory_efficient_a_seventh():
+def test_fused_blocks_hold_a_quarter_and_memory_efficient_ones_a_seventh():
     held = {mode: bench.bytes_held(*model_and_images('ours', mode, depth=100))
             for mode in bench.EAGER_MODES}
     assert held['fused, eager'] <= 0.25 * held['plain']
@@ -242,7 +242,7 @@ class LiveBytes(TorchDispatchMode):
 
 @pytest.mark.parametrize('source, mode', [('torchvision', 'plain'), *(
     ('ours', mode) for mode in bench.MODES)])
-def test_the_peak_is_that_of_the_tensors_alive(source, mode):
+def test_the_peak_equals_the_bytes_of_live_tensors(source, mode):
     skip_without_kernels(mode)
     model, images = model_and_images(source, mode, depth=22)
     model.to(memory_format=torch.channels_last)
@@ -303,7 +303,7 @@ def test_a_table_has_all_rows_in_csv_and_figure(tmp_path, capsys):
     assert [line for name in NAMES for line in table if line.startswith(f'{name} ')] == table[2:-1]
 
 
-def test_rows_come_in_the_order_that_the_flags_give():
+def test_rows_keep_the_order_of_the_flags():
     options = bench.make_parser().parse_args(
         ['--precision', 'bf16', 'fp32', '--rows', 'ours plain', 'torchvision*', 'ours*'])
     rows = bench.select_rows(options, on_cuda=False)
@@ -365,7 +365,7 @@ def test_a_time_is_the_mean_of_the_steps_in_a_round(monkeypatch):
 
 
 @pytest.mark.parametrize('mode', bench.MODES)
-def test_a_row_goes_the_way_that_it_is_named_after(mode):
+def test_each_row_takes_the_path_in_its_name(mode):
     skip_without_kernels(mode)
     model = runner('ours', mode, 'fp32').model
     recomputes = mode == 'checkpointed' or 'memory-efficient' in mode
@@ -414,7 +414,7 @@ def test_on_a_gpu_the_fused_mode_is_eager_and_memory_efficient(source, monkeypat
     (['--precision', 'fp32', '--inference'], FUSED, []),
     (['--precision', 'fp16'], [], [f'{name}, memory-efficient' for name in FUSED]
      + ['ours fused, memory-efficient, CUDA graph'])])
-def test_kernels_have_rows_where_they_are(argv, on_cpu, on_cuda, monkeypatch):
+def test_rows_with_kernels_are_for_cpus(argv, on_cpu, on_cuda, monkeypatch):
     monkeypatch.setattr(bench.importlib.util, 'find_spec', lambda name: name)
     set_cpu_kernels(monkeypatch, None)
     options = bench.make_parser().parse_args(argv)
@@ -424,7 +424,7 @@ def test_kernels_have_rows_where_they_are(argv, on_cpu, on_cuda, monkeypatch):
         assert not (device_is_cuda and any('eager' in name for name in rows))
 
 
-def test_a_row_is_what_its_name_says():
+def test_rows_match_their_names():
     plain, half, checkpointed = (
         runner('torchvision', *row, depth=16, image_size=16)
         for row in (('plain', 'fp32'), ('plain', 'bf16'), ('checkpointed', 'fp32')))
@@ -527,7 +527,7 @@ def test_on_a_gpu_there_are_two_modes_of_compilation(argv):
         ('ours plain, compiled (default), CUDA graph', 'default')]
 
 
-# ---- what goes wrong -------------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------
 
 def test_out_of_memory_is_a_row(capsys, tmp_path, monkeypatch):
     time = bench.Runner.time
@@ -547,7 +547,7 @@ def test_out_of_memory_is_a_row(capsys, tmp_path, monkeypatch):
     assert capsys.readouterr().out.count('out of memory') == 1
 
 
-def test_a_failing_row_is_said_and_the_others_are_shown(capsys, monkeypatch):
+def test_a_failing_row_is_reported_and_the_others_are_shown(capsys, monkeypatch):
     def refuse(*_, **__):
         raise ValueError('not fused: features.denseblock1 computes something else')
 
@@ -559,7 +559,7 @@ def test_a_failing_row_is_said_and_the_others_are_shown(capsys, monkeypatch):
     assert 'failed: ValueError: not fused: features.denseblock1 computes something' in table
 
 
-def test_what_was_measured_before_an_interruption_is_shown(capsys, monkeypatch):
+def test_an_interrupted_benchmark_shows_what_it_has_measured(capsys, monkeypatch):
     time, calls = bench.Runner.time, []
 
     def interrupted(self, steps):
@@ -579,7 +579,7 @@ def test_what_was_measured_before_an_interruption_is_shown(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize('package', ['timm', 'onnxruntime', 'openvino', 'onnxscript'])
-def test_without_a_package_there_is_no_such_row(package, monkeypatch):
+def test_rows_of_missing_packages_are_left_out(package, monkeypatch):
     options = bench.make_parser().parse_args(['--inference', '--precision', 'fp32'])
     monkeypatch.setattr(bench.importlib.util, 'find_spec', lambda name: name)
     rows = bench.select_rows(options, on_cuda=False)
@@ -589,7 +589,7 @@ def test_without_a_package_there_is_no_such_row(package, monkeypatch):
     assert bench.select_rows(options, on_cuda=False) == expected and len(expected) < len(rows)
 
 
-def test_a_row_whose_blocks_fall_back_is_no_row(monkeypatch):
+def test_a_row_whose_blocks_fall_back_is_left_out(monkeypatch):
     make_model = bench.make_model
 
     def hooked(*args):
@@ -618,7 +618,7 @@ def test_a_row_whose_blocks_fall_back_is_no_row(monkeypatch):
     (['--image-size', '2'], 'images of at least 4 pixels'),
     (['--arch', 'densenet121', '--image-size', '65', '--precision', 'fp8'], 'invalid choice'),
     (['--arch', 'resnet50'], 'invalid choice')])
-def test_bad_input_is_one_line(argv, complaint, capsys):
+def test_bad_input_is_a_one_line_error(argv, complaint, capsys):
     with pytest.raises(SystemExit) as exit_:
         bench.main(argv)
     assert exit_.value.code == 2

@@ -24,7 +24,7 @@ def test_compares_a_checkout_with_itself(capfd):
     ('raise ValueError("two\\nlines")', ': ValueError: two'),
     ('parse_flags = None', ': LookupError: no function complete'),
     ('import os; os._exit(1)', ': the process died')])
-def test_failure_is_one_line(content, reason, tmp_path, capfd):
+def test_failures_are_one_line_errors(content, reason, tmp_path, capfd):
     if content is not None:
         (tmp_path / 'train.py').write_text(content)
     with pytest.raises(SystemExit, match='2'):

@@ -22,14 +22,14 @@ import scipy.io
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import ROOT, SHARED, Opener, write_images
+from conftest import ROOT, SHARED, Opener, fails, write_images
 from PIL import Image
 from torchvision import transforms
 
 import predict
 from training import datasets, image_files, loaders
-from training.console import UserError
-from training.datasets import DataError
+from training.augmentation import Augmentation
+from training.console import DataError, UserError
 from training.loaders import MemoryLoader
 
 CPU = torch.device('cpu')
@@ -37,7 +37,7 @@ RGB = datasets.describe('cifar10')
 
 
 def numbered(n=50, size=8):
-    """Images of which each pixel is the image's number, labelled with it."""
+    """Images whose pixels and labels are the image's number."""
     numbers = torch.arange(n)
     return numbers.to(torch.uint8)[:, None, None, None].expand(n, 3, size, size), numbers
 
@@ -64,7 +64,7 @@ def test_crop_and_mirror_equal_a_loop_over_images():
 def test_augmentation_draws_every_offset_and_side_equally_often():
     image = torch.arange(1, 65, dtype=torch.uint8).view(1, 1, 8, 8).expand(20_000, 3, 8, 8)
     loader = MemoryLoader(image, torch.zeros(20_000).long(), 20_000, mean=(0,) * 3, std=(1,) * 3,
-                          device=CPU, shuffle=True, augment=True)
+                          device=CPU, shuffle=True, augmentation=Augmentation())
     (images, _), = loader
     views, counts = images[:, 0].flatten(1).unique(dim=0, return_counts=True)
     assert len(views) == 9 * 9 * 2
@@ -72,7 +72,7 @@ def test_augmentation_draws_every_offset_and_side_equally_often():
     assert counts.min() > 123 - 5 * 11 and counts.max() < 123 + 5 * 11
 
 
-def test_an_epoch_has_every_image_once_in_an_order_of_its_own():
+def test_each_epoch_has_every_image_once_in_a_new_order():
     loader, orders = memory_loader(16, shuffle=True), []
     for epoch in (1, 2, 1):
         loader.set_epoch(epoch)
@@ -87,9 +87,9 @@ def test_an_epoch_has_every_image_once_in_an_order_of_its_own():
     assert torch.cat([labels for _, labels in other_seed]).tolist() != orders[0]
 
 
-def test_augmentation_depends_neither_on_the_batch_size_nor_on_where_an_epoch_is_resumed():
+def test_augmentation_does_not_depend_on_batch_size_or_resuming():
     def images(batch_size, start=0):
-        loader = memory_loader(batch_size, shuffle=True, augment=True)
+        loader = memory_loader(batch_size, shuffle=True, augmentation=Augmentation())
         loader.set_epoch(7, start=start)
         return torch.cat([images for images, _ in loader])
 
@@ -110,7 +110,7 @@ def test_normalises_as_torchvision_does():
 def test_the_padding_of_the_crops_is_zero_after_the_normalisation():
     images = torch.full((20, 3, 8, 8), 7, dtype=torch.uint8)
     (images, _), = MemoryLoader(images, torch.zeros(20).long(), 20, mean=(7,) * 3, std=(2,) * 3,
-                                device=CPU, augment=True)
+                                device=CPU, augmentation=Augmentation())
     assert not images.any()
 
 
@@ -154,7 +154,8 @@ def load(root, batch_size=4, image_size=None, name='folder', augment=True, ten_c
     """The description, the training loader and the test loader."""
     dataset = datasets.describe(name, root, image_size)
     common = dict(batch_size=batch_size, device=CPU, **kwargs)
-    return (dataset, loaders.make_loader(dataset, 'train', augment=augment, **common),
+    return (dataset, loaders.make_loader(
+        dataset, 'train', augmentation=Augmentation() if augment else None, **common),
             loaders.make_loader(dataset, 'test', ten_crop=ten_crop, **common))
 
 
@@ -200,7 +201,7 @@ def many(tmp_path_factory):
     return write_images(root, {'train/a': 2000, 'train/b': 50, 'val/a': 1, 'val/b': 1}, (5, 4))
 
 
-def test_small_images_come_the_same_from_any_number_of_workers(many):
+def test_small_images_do_not_depend_on_the_number_of_workers(many):
     state = torch.get_rng_state()
     (_, one, _), (_, other, _) = (load(many, workers=workers) for workers in (0, 2))
     assert torch.equal(torch.get_rng_state(), state)
@@ -225,14 +226,14 @@ def photos(tmp_path_factory):
                         ending='jpg')
 
 
-def test_large_images_come_the_same_from_any_number_of_workers(photos):
+def test_large_images_do_not_depend_on_the_number_of_workers(photos):
     epochs = []
     for workers in (0, 2):
         dataset, train, _ = load(photos, workers=workers, name='imagenet', image_size=66)
         state = torch.get_rng_state()
         train.set_epoch(3)
         epochs.append(list(train))
-        assert torch.equal(torch.get_rng_state(), state)  # dropout's numbers are left alone
+        assert torch.equal(torch.get_rng_state(), state)  # dropout draws from it
         assert not dataset.in_memory and len(train) == 3
     train.set_epoch(3, start=1)
     for (images, labels), (other, other_labels) in zip(*epochs, strict=True):
@@ -260,7 +261,7 @@ def test_large_test_images_are_torchvisions_centre_and_ten_crops(photos):
     torch.testing.assert_close(next(iter(test))[0][0], torch.stack(crops), rtol=1e-5, atol=1e-5)
 
 
-def test_large_training_images_without_augmentation_are_those_of_every_epoch(photos):
+def test_large_training_images_without_augmentation_are_the_same_in_every_epoch(photos):
     _, train, _ = load(photos, 9, image_size=70, augment=False)
     (first, labels), = train
     train.set_epoch(2)
@@ -279,7 +280,7 @@ def test_large_training_images_are_mirrored_and_their_colours_vary(tmp_path):
     batch = np.array([(0, seed) for seed in range(64)])
     views = dataset[batch][0].float()
     falling = (views[:, 0, :, 0] > views[:, 0, :, -1]).float().mean(1)
-    assert 16 < falling.round().sum() < 48  # half of them, but for a chance of one in 10,000
+    assert 16 < falling.round().sum() < 48  # about half; by chance it fails once in 10,000
     assert views[:, 1].mean((1, 2)).std() > 15
     assert torch.equal(dataset[batch[5:6]][0][0], views[5])
 
@@ -432,7 +433,7 @@ def test_images_of_more_than_8_bits_keep_all_their_levels(
     assert torch.equal(image_files.read_image(tmp_path / f'val/a/1.{ending}', dataset), first)
 
 
-def test_8_bits_among_more_are_what_they_are_alone(tmp_path):
+def test_8_bit_images_in_a_deeper_data_set_keep_their_values(tmp_path):
     save_scans(tmp_path, 'I;16', [0, 4095], 'png')
     Image.fromarray(np.array([[7, 200]] * 2, np.uint8)).save(tmp_path / 'val/a/2.png')
     loader = loaders.make_loader(datasets.describe('folder', tmp_path), 'test', 3, device=CPU)
@@ -440,7 +441,7 @@ def test_8_bits_among_more_are_what_they_are_alone(tmp_path):
     assert loader.images[0, :, 0].tolist() == 3 * [[0, 255]]
 
 
-def test_8_bits_among_more_have_no_measured_range(tmp_path):
+def test_8_bit_images_in_a_deeper_data_set_have_no_measured_range(tmp_path):
     save_scans(tmp_path, 'I;16', [0, 4095], 'png')
     Image.fromarray(np.array([[7, 200]] * 2, np.uint8)).save(tmp_path / 'train/b/2.png')
     with pytest.raises(DataError, match='b/2.png has 8 bits, .* give --value-range LOW HIGH'):
@@ -457,7 +458,7 @@ def test_values_without_a_range_are_refused_by_name(tmp_path, mode, values, mess
         datasets.describe('folder', tmp_path)
 
 
-def test_more_bits_than_the_first_training_image_has_are_refused_by_name(tmp_path):
+def test_deeper_images_than_the_first_are_refused_by_name(tmp_path):
     write_images(tmp_path, {'train/a': 2, 'train/b': 1})
     scan('I;16', [0, 4095]).save(tmp_path / 'train/a/2.png')
     write_images(tmp_path, {'val/a': 1})
@@ -468,7 +469,7 @@ def test_more_bits_than_the_first_training_image_has_are_refused_by_name(tmp_pat
 # ---- one folder without a split --------------------------------------------------------------
 
 @pytest.mark.parametrize('has_train', [True, False])
-def test_a_share_of_each_class_is_for_testing(tmp_path, has_train):
+def test_val_split_takes_a_share_of_each_class(tmp_path, has_train):
     root = tmp_path / 'train' if has_train else tmp_path
     write_images(root, {'a': 40, 'b': 10, 'c': 2, 'd': 1})
 
@@ -501,7 +502,7 @@ def test_test_images_may_lack_classes(tmp_path):
 # ---- odd folders -----------------------------------------------------------------------------
 
 def names(root, split='train', **options):
-    """The images of a split, relative to the root, and what is said about them."""
+    """The images of a split, relative to the root, and the messages about them."""
     said, dataset = [], datasets.describe('folder', root, **options)
     found = image_files.list_images(dataset, split, said.append)
     return [str(Path(found.path(i)).relative_to(root)) for i in range(len(found))], said
@@ -516,7 +517,7 @@ def plain(tmp_path):
 @pytest.mark.parametrize('links', [
     {'a/own': 'a'}, {'a/up': '.'}, {'a/x': 'a', 'a/y': 'a'}, {'a/x': '.', 'b/y': '..'},
     {'a/other': 'b'}, {'b/deep/again': 'b/deep'}, {'a/.hidden': '../../elsewhere'}])
-def test_links_that_lead_back_add_no_images(plain, links):
+def test_cyclic_links_add_no_images(plain, links):
     root, expected = plain
     write_images(root.parent, {'elsewhere': 1}, (9, 9))
     for link, target in links.items():
@@ -609,7 +610,7 @@ def test_suspicious_structures_are_warned_of(tmp_path, counts, said):
     ('train test', 0, {'test': 'test'}), ('train val test', 0, {'val': 'val', 'test': 'test'}),
     ('train valid test', 0, {'val': 'valid', 'test': 'test'}),
     ('train', 0.25, {'test': 'train'}), ('train test', 0.25, {'val': 'train', 'test': 'test'})])
-def test_val_chooses_and_test_is_reported(tmp_path, folders, val_split, expected):
+def test_val_selects_the_best_and_test_is_reported(tmp_path, folders, val_split, expected):
     for folder in folders.split():
         write_images(tmp_path, {f'{folder}/a': 4, f'{folder}/b': 4}, (9, 9))
     dataset = datasets.describe('folder', tmp_path, val_split=val_split)
@@ -652,7 +653,7 @@ def test_the_digest_tells_whether_the_images_are_the_same(tmp_path):
     assert len(set(shapes)) == 2
 
 
-# ---- a data set of one's own -----------------------------------------------------------------
+# ---- a new data set --------------------------------------------------------------------------
 
 def test_the_example_of_the_docstring_reads_stl10(tmp_path, monkeypatch):
     """96 pixels a side: held in memory, though larger than the images of any folder that is."""
@@ -700,7 +701,7 @@ def test_names_and_recipes_are_known_without_torch():
     assert run.stdout.strip() == 'set()'
 
 
-# ---- what several processes get --------------------------------------------------------------
+# ---- several processes -----------------------------------------------------------------------
 
 @pytest.mark.parametrize('in_memory', [True, False])
 @pytest.mark.parametrize('processes', [2, 3, 7])
@@ -720,7 +721,7 @@ def test_the_shards_of_several_processes_make_the_batches_of_one(photos, in_memo
         for i, ((images, labels), *batches) in enumerate(zip(whole, *shards, strict=True), start=1):
             assert {shard.images_in(i) for shard in shards} == {len(images)}
             counted = [label >= 0 for _, label in batches]
-            assert all(len(label) for label in counted)  # nobody is left without a step
+            assert all(len(label) for label in counted)  # each process has a part of each batch
             found = [tensor[chosen] for pair, chosen in zip(batches, counted) for tensor in pair]
             assert torch.equal(torch.cat(found[::2]), images)
             assert torch.equal(torch.cat(found[1::2]), labels)
@@ -822,7 +823,7 @@ def test_reads_the_format_of_svhn_and_only_divides_by_255(tmp_path, monkeypatch)
     np.testing.assert_allclose(images, truth['test'] / 255, rtol=1e-6)
 
 
-# ---- what can be wrong -----------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------
 
 def no_network(*_, **__):
     raise OSError('no network')
@@ -898,7 +899,18 @@ def test_all_bad_images_are_named_at_once(tmp_path, capsys, image_size, workers)
     assert said.count('\n') == 1 and said.endswith('; looking for others\n')
 
 
-def test_options_that_a_data_set_has_not(photos):
+def test_bad_images_of_both_splits_are_named_at_once(tmp_path, capsys):
+    write_images(tmp_path, {f'{split}/{label}': 4 for split in ('train', 'val') for label in 'ab'},
+                 (9, 9))
+    bad = [tmp_path / name for name in ('train/a/1.png', 'train/b/0.png', 'val/b/3.png')]
+    for path in bad:
+        path.write_bytes(path.read_bytes()[:-30])
+    error = fails(capsys, '--dataset', 'folder', '--data', tmp_path, '--batch-size', 4, '--save',
+                  tmp_path / 'run', '--device', 'cpu')
+    assert all(error.count(f'{path}: cannot be read') == 1 for path in bad)
+
+
+def test_unsupported_options_of_a_data_set(photos):
     for options in ({'image_size': 48}, {'in_channels': 1}, {'labels_file': 'x.csv'},
                     {'value_range': (0, 1)}):
         with pytest.raises(DataError, match='^cifar10 has .* are for folder and imagenet'):

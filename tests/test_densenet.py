@@ -1,4 +1,4 @@
-"""The model against the paper, torchvision's densenet.py, and what PyTorch does with modules."""
+"""The model against the paper and torchvision's, and under PyTorch's tools for modules."""
 
 import ast
 import copy
@@ -195,7 +195,7 @@ def test_hooks_on_relus_change_gradients_as_in_torchvision(training, efficient):
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5 * gradients[0].abs().max().item())
 
 
-def test_a_stem_for_grey_images_can_be_put_in():
+def test_the_stem_can_be_replaced_for_grey_images():
     theirs, ours = pair(training=True)
     conv0 = torch.nn.Conv2d(1, 8, 7, stride=2, padding=3, bias=False)
     theirs.features.conv0 = ours.features.conv0 = conv0
@@ -203,7 +203,7 @@ def test_a_stem_for_grey_images_can_be_put_in():
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
 
 
-def test_layers_and_transitions_take_the_place_of_torchvisions():
+def test_layers_and_transitions_can_replace_torchvisions():
     theirs, ours = pair()
     x = images(2, 8, channels=16)
     layers = [model.features.denseblock1.denselayer2 for model in (theirs, ours)]
@@ -247,7 +247,7 @@ def test_initialisation_is_that_of_the_official_code():
             std = math.sqrt(2 / (k * k * module.out_channels))
             n = module.weight.numel()
             # A sample's standard deviation is within 5 / sqrt(2n) of the true one, its mean
-            # within 5 / sqrt(n), but for a chance of less than one in a million.
+            # within 5 / sqrt(n), which fails by chance less than once in a million.
             assert abs(module.weight.std() / std - 1) < 5 / math.sqrt(2 * n), name
             assert abs(module.weight.mean()) < 5 * std / math.sqrt(n), name
         elif isinstance(module, torch.nn.BatchNorm2d):
@@ -337,7 +337,7 @@ def test_any_channels_classes_and_sizes(channels, classes, size):
     assert model(torch.randn(3, channels, *size)).shape == (3, classes)
 
 
-# ---- what PyTorch does with modules ----------------------------------------------------------
+# ---- PyTorch's tools for modules --------------------------------------------------------------
 
 def test_needs_nothing_but_torch():
     tree = ast.parse(Path(densenet.__file__).read_text())
@@ -381,7 +381,7 @@ def test_autocast_runs_in_bf16_and_stays_close():
     torch.testing.assert_close(logits.float(), model(x), rtol=0.05, atol=0.05)
 
 
-def test_channels_last_changes_the_layout_alone():
+def test_channels_last_changes_only_the_layout():
     model, x = small_net().eval(), images()
     truth = model(x)
     model.to(memory_format=torch.channels_last)

@@ -1,7 +1,7 @@
 """Several processes against one: the same losses, weights and counts; killed and broken ones.
 
-Most of these start torchrun's agent in a process forked from one that has torch
-imported, and its workers are forked from that; one test goes by the command itself.
+Most of these start torchrun's agent in a process forked from one that has torch imported, and its
+workers are forked from that. The fixture `uninterrupted` runs the command `torchrun` itself.
 """
 
 import os
@@ -19,8 +19,7 @@ import train
 from fused_dense_block import cpu
 from training import checkpoint
 
-# What torchrun does with its flags, for a script given as text: processes, the script and its
-# arguments.
+# torchrun's agent for a script given as text; arguments: processes, restarts, script, its own.
 TORCHRUN = '''
 import signal, sys, uuid, torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -30,9 +29,9 @@ def work(script, argv):
     sys.argv[1:] = argv
     exec(script, {'__name__': '__main__'})
 
-processes, script, *argv = sys.argv[1:]
+processes, restarts, script, *argv = sys.argv[1:]
 config = LaunchConfig(1, 1, int(processes), run_id=str(uuid.uuid4()), rdzv_backend='c10d',
-                      rdzv_endpoint='localhost:0', max_restarts=0,
+                      rdzv_endpoint='localhost:0', max_restarts=int(restarts),
                       monitor_interval=0.05, start_method='fork')
 elastic_launch(config, work)(script, argv)
 '''
@@ -47,12 +46,13 @@ def full(_):
 os.fsync = full
 '''
 
-# What a run of `run_script` below does in each process; the last argument is where results go.
+# Definitions for the scripts of `run_script`; their last argument is the file for the results.
 TRAINING = '''
 import os, sys
 import torch
 import densenet, train
 from training import distributed, flags, loaders
+from training.augmentation import Augmentation
 from fused_dense_block import fuse
 from training.checkpoint import TrainState
 from training.run import Run
@@ -81,7 +81,7 @@ class DefaultType:  # images of a loader that has float32
 
 
 def train_some(argv, batch_statistics, epochs=2):
-    """Two epochs of five batches, the last of which has two images: all that came of them."""
+    """Train two epochs of five batches, the last with two images; returns losses, weights etc."""
     torch.manual_seed(0)
     model = densenet.densenet_cifar(10, 4).to(memory_format=torch.channels_last).train()
     fuse(model)
@@ -102,7 +102,7 @@ def train_some(argv, batch_statistics, epochs=2):
         step.keywords['forward'].register_comm_hook(None, hook)
     run = Run(args, stop=None)
     run.state = state
-    losses, images = [], DefaultType(loader(50, 12, shuffle=True, augment=True))
+    losses, images = [], DefaultType(loader(50, 12, shuffle=True, augmentation=Augmentation()))
     for epoch in range(1, epochs + 1):
         images.loader.set_epoch(epoch)
         for i, (batch, labels) in enumerate(images):
@@ -110,27 +110,27 @@ def train_some(argv, batch_statistics, epochs=2):
             state.count_step(images.loader.images_in(i))
             losses.append(run.interval_means()[0])
     path = model.features.denseblock1.path
-    distributed.share_statistics(model)
+    distributed.share_statistics(state)
     statistics = [b.double().sum().item() for b in model.buffers()]
-    test = tuple(train.evaluate(model, DefaultType(loader(23, 5)), NO_AUTOCAST))
+    test = tuple(train.evaluate(model, DefaultType(loader(23, 5)), NO_AUTOCAST, auc=True))
     parameters = sum(p.numel() for p in model.parameters())
     return dict(losses=losses, test=test, weights=dict(model.named_parameters()), path=path,
                 sent=sum(sent) / parameters, statistics=distributed.all_gather(statistics))
 '''
 
 
-def torchrun(processes, argv, script=TRAIN):
-    """The end of some processes that run a script under torchrun: exit code and output."""
-    return forked.run(TORCHRUN, [processes, script, *argv])
+def torchrun(processes, argv, script=TRAIN, max_restarts=0):
+    """Run a script in several processes under torchrun; returns exit code and output."""
+    return forked.run(TORCHRUN, [processes, max_restarts, script, *argv])
 
 
 def complaints(ended):
-    """The lines of train.py itself; torchrun reports at length as well."""
+    """The error lines of train.py, without torchrun's report."""
     return sorted(line for line in ended.stderr.splitlines() if line.startswith('train.py: '))
 
 
 def run_script(path, body, processes):
-    """What rank 0 of some processes saved in the file path, each running TRAINING and `body`."""
+    """Run TRAINING and `body` in some processes; returns what rank 0 saved in the file path."""
     if processes == 1:
         ended = forked.run(TRAINING + body, [path])
     else:
@@ -140,7 +140,7 @@ def run_script(path, body, processes):
 
 
 @pytest.mark.parametrize('processes', [2, 4])
-def test_processes_train_and_count_as_one_does(tmp_path, processes):
+def test_several_processes_train_and_count_like_one(tmp_path, processes):
     # Each process has its own batch statistics, as each part of --grad-accum has.
     body = f'''
 alone = 'RANK' not in os.environ
@@ -164,7 +164,7 @@ with distributed.process_group():
         assert found['statistics'] == [found['statistics'][0]] * processes
 
 
-def test_the_cpu_kernels_train_in_processes_as_in_one(tmp_path):
+def test_the_cpu_kernels_train_in_several_processes_like_in_one(tmp_path):
     if reason := cpu.unavailable_reason():
         pytest.skip(f'no kernels: {reason}')
     body = '''
@@ -181,7 +181,7 @@ with distributed.process_group():
         torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=1e-5)
 
 
-def test_who_does_what_when(tmp_path):
+def test_ranks_synchronize_and_stop_together(tmp_path):
     script = '''
 import sys, time
 from training import distributed
@@ -218,7 +218,7 @@ with distributed.process_group():
 
 @pytest.fixture(scope='module')
 def recipe(tmp_path_factory):
-    """9 steps an epoch, in all of which something is random; 8 + 1 test images in batches of 4."""
+    """9 steps an epoch, with augmentation and dropout; 8 + 1 test images in batches of 4."""
     root = write_images(tmp_path_factory.mktemp('folder'), {
         'train/a': 18, 'train/b': 18, 'val/a': 5, 'val/b': 4}, (8, 8))
     return ['--dataset', 'folder', '--data', str(root), *SMALL, '--epochs', '4', '--lr', '0.05',
@@ -228,13 +228,16 @@ def recipe(tmp_path_factory):
 @pytest.fixture(scope='module')
 def uninterrupted(recipe, tmp_path_factory):
     run = tmp_path_factory.mktemp('uninterrupted')
-    ended = torchrun(3, [*recipe, '--save', run])
+    command = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 3, 'train.py',
+               *recipe, '--save', run]
+    ended = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True,
+                           text=True, timeout=120, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count('final error') == 1 and '; 3 x cpu, fp32' in ended.stdout
     return run
 
 
-def test_one_of_three_is_told_to_stop_and_all_go_on_where_they_were(
+def test_a_signal_to_one_of_three_processes_stops_all_and_the_run_can_be_resumed(
         recipe, uninterrupted, tmp_path):
     run = tmp_path / 'run'
     # Twice: a scheduler tells every process, and torchrun, which tells them again.
@@ -244,12 +247,12 @@ def test_one_of_three_is_told_to_stop_and_all_go_on_where_they_were(
     assert ended.returncode != 0 and complaints(ended) == []
     assert 'SIGINT: saved in epoch 2 after step 5' in ended.stdout
     drawn = [process['rng']['cpu'] for process in checkpoint.load(run / 'latest.pth')['processes']]
-    assert not torch.equal(*drawn[:2])  # each has a dropout of its own
+    assert not torch.equal(*drawn[:2])  # each rank draws its own dropout masks
     assert torchrun(3, ['--save', run, '--resume']).returncode == 0
     assert_same_run(run, uninterrupted)
 
 
-def test_another_number_of_processes_goes_on(recipe, uninterrupted, tmp_path):
+def test_a_run_can_be_resumed_with_fewer_processes(recipe, uninterrupted, tmp_path):
     run = tmp_path / 'run'
     script = interrupted('learning_rate', 14, (
         "os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGUSR1)"))
@@ -261,16 +264,12 @@ def test_another_number_of_processes_goes_on(recipe, uninterrupted, tmp_path):
         assert [row['epoch'] for row in found] == [row['epoch'] for row in expected]
 
 
-def test_torchrun_comes_back_from_a_killed_worker(recipe, uninterrupted, tmp_path):
-    script, run = tmp_path / 'script.py', tmp_path / 'run'
-    script.write_text(interrupted('learning_rate', 14, (
+def test_torchrun_restarts_a_killed_worker(recipe, uninterrupted, tmp_path):
+    run = tmp_path / 'run'
+    script = interrupted('learning_rate', 14, (
         "os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and os.environ['RANK'] == '1' "
-        'and os.kill(os.getpid(), signal.SIGKILL)')))
-    command = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '3',
-               '--max-restarts', '1', script, *recipe, '--save', run, '--resume']
-    ended = subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=120,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)})
+        'and os.kill(os.getpid(), signal.SIGKILL)'))
+    ended = torchrun(3, [*recipe, '--save', run, '--resume'], script, max_restarts=1)
     assert ended.returncode == 0, ended.stderr
     found = [line for line in ended.stdout.splitlines() if 'resum' in line]
     assert found == [f'nothing to resume in {run}: this run begins there',
@@ -278,7 +277,7 @@ def test_torchrun_comes_back_from_a_killed_worker(recipe, uninterrupted, tmp_pat
     assert_same_run(run, uninterrupted)
 
 
-def test_an_image_that_cannot_be_read_is_named_and_the_epoch_kept(tmp_path):
+def test_an_unreadable_image_is_named_and_the_epoch_is_kept(tmp_path):
     write_images(tmp_path, {'train/a': 8, 'train/b': 8, 'val/a': 1, 'val/b': 1}, (65, 65))
     path = tmp_path / 'val/b/0.png'  # the second process meets it
     path.write_bytes(path.read_bytes()[:500])
@@ -297,7 +296,7 @@ def test_an_image_that_cannot_be_read_is_named_and_the_epoch_kept(tmp_path):
     (['--batch-size', 2], '', 'at least --grad-accum 1 times 3 processes', 1),
     (['--lr', 1e30], '', 'the loss of steps 1 to 3 in epoch 1 is not finite', 3),
     ([], FULL_DISK, 'run/latest.pth: No space left on device', 1)])
-def test_wrong_input_to_several_is_one_line_of_each(recipe, tmp_path, flags, before, said, ranks):
+def test_errors_of_processes_are_one_line_each(recipe, tmp_path, flags, before, said, ranks):
     ended = torchrun(3, [*recipe, '--save', tmp_path / 'run', *flags], before + TRAIN)
     assert ended.returncode != 0 and 'train.py' not in ended.stdout
     lines = complaints(ended)

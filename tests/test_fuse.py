@@ -331,7 +331,7 @@ def test_changed_blocks_fall_back_and_are_right(reason, way):
     assert (changed.path, changed.reason) == ('layers', reason)
 
 
-def test_global_hooks_and_transforms_go_the_plain_way():
+def test_global_hooks_and_transforms_use_the_plain_path():
     block, x = make_block(), block_input()
     called = []
     handle = nn.modules.module.register_module_forward_hook(lambda *_: called.append(1))
@@ -364,7 +364,7 @@ def test_layers_may_differ_in_eps_and_dropout():
     torch.testing.assert_close(results, truth, rtol=1e-9, atol=1e-11)
 
 
-def test_other_precisions_go_the_plain_way():
+def test_other_precisions_use_the_plain_path():
     block, x = make_block().bfloat16(), block_input().bfloat16()
     block(x)
     assert block.path == 'layers' and 'torch.bfloat16' in block.reason
@@ -374,19 +374,19 @@ def test_other_precisions_go_the_plain_way():
     assert block.path == 'layers'
 
 
-def test_a_single_value_per_channel_is_the_norms_own_error():
+def test_a_single_value_per_channel_raises_the_norms_error():
     with pytest.raises(ValueError, match='more than 1 value per channel'):
         make_block()(block_input()[:1, :, :1, :1])
 
 
-def test_another_number_of_channels_is_the_norms_own_error():
+def test_a_wrong_number_of_channels_raises_the_norms_error():
     block = make_block()
     with pytest.raises(RuntimeError, match='running_mean should contain 5 elements'):
         block(block_input()[:, :5])
     assert block.reason == 'an input of 5 channels instead of 6'
 
 
-def test_a_convolution_that_changes_the_size_is_the_plain_ways_error():
+def test_a_convolution_that_changes_the_size_raises_the_plain_error():
     block = make_block()
     block.denselayer4.conv2 = nn.Conv2d(8, 4, 2, padding=1, bias=False).double()
     with pytest.raises(RuntimeError, match='Sizes of tensors must match'):
@@ -427,7 +427,7 @@ def test_batched_gradients_are_an_error(way):
 
 
 @pytest.mark.parametrize('way', ['fused', 'efficient'])
-def test_within_checkpoints_of_ones_own_the_statistics_are_the_plain_ones(way):
+def test_inside_torchs_checkpoint_the_statistics_equal_the_plain_ones(way):
     buffers = []
     for name in ('plain', way):
         model, (images, _) = net(name, 10).double(), batch(dtype=torch.float64)
@@ -448,7 +448,7 @@ def test_each_norm_averages_over_its_own_batches():
     torch.testing.assert_close(*buffers, rtol=1e-9, atol=1e-11)
 
 
-def test_a_rate_that_changes_before_backward_is_not_that_of_forward():
+def test_changing_the_dropout_rate_before_backward_has_no_effect():
     gradients = []
     for way in ('plain', 'fused'):
         block = make_block(way, drop_rate=0.3)
@@ -522,7 +522,7 @@ def test_gradients_of_a_transition_by_finite_differences():
 
 
 @pytest.mark.parametrize('name', ['conv', 'pool'])
-def test_hooks_in_a_transition_see_what_they_see_in_torchvisions(name):
+def test_hooks_in_a_transition_see_the_same_as_in_torchvision(name):
     transition, x, seen = make_transition(), block_input(), []
     getattr(transition, name).register_forward_hook(lambda module, inputs, _: seen.append(inputs))
     transition(x)
@@ -544,7 +544,7 @@ def test_dropout_of_a_transition_is_between_convolution_and_pooling():
     assert transition.reason == 'dropout between convolution and pooling'
 
 
-# ---- what PyTorch does with modules ----------------------------------------------------------
+# ---- PyTorch's tools for modules --------------------------------------------------------------
 
 @pytest.mark.parametrize('way', ['fused', 'efficient'])
 def test_compiled_training_equals_fused(way):

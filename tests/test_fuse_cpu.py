@@ -58,7 +58,7 @@ def errors(found, truth):
     (dict(growth_rate=12), torch.bfloat16, 40),
     (dict(growth_rate=7, memory_efficient=True), torch.bfloat16, 40),
     (dict(growth_rate=12, bottleneck=False), torch.bfloat16, 40)])
-def test_a_step_is_as_close_to_float64_as_that_of_eager_operations(settings, dtype, networks):
+def test_a_step_is_as_close_to_float64_as_with_eager_operations(settings, dtype, networks):
     images, labels = batch()
     found = {'kernels': [], 'eager': [], 'plain': []}
     for seed in range(networks):  # now and then rounding turns a ReLU on or off

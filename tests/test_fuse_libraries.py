@@ -252,7 +252,7 @@ def test_some_parameters_are_frozen():
 
 @every_library
 def test_densenet121(library):
-    """Seconds for each: the widths and depths that people use, and what they save."""
+    """Full width and depth, and the memory that they hold; takes seconds."""
     plain, images = build(library, full=True), make_images(shape=(2, 3, 64, 64))
     model = fuse(copy.deepcopy(plain), kernels=False)
     held, results = bytes_held(model, images, step)
@@ -385,7 +385,7 @@ def test_timm_intermediate_features():
         results, truth = (m.train(training).forward_intermediates(make_images())[1]
                           for m in (model, plain))
         torch.testing.assert_close(results, truth, rtol=1e-10, atol=1e-10)
-    # What create_model(..., features_only=True) makes.
+    # as create_model(..., features_only=True)
     plain, model = (models.FeatureListNet(build('timm'), (0, 1, 2), flatten_sequential=True)
                     for _ in range(2))
     fuse(model)

@@ -1,4 +1,4 @@
-"""fuse refuses or steps aside wherever the fused way would be another function, and says why."""
+"""fuse refuses, or falls back with a reason, if the fused block would compute something else."""
 
 import copy
 import io
@@ -41,7 +41,7 @@ def fused_parts(model):
 
 @pytest.fixture
 def doubled(monkeypatch):
-    """What somebody may make of `DenseLayer.forward`."""
+    """An edited `DenseLayer.forward`."""
     forward = densenet.DenseLayer.forward
     monkeypatch.setattr(densenet.DenseLayer, 'forward',
                         lambda self, features: 2 * forward(self, features))
@@ -57,7 +57,7 @@ def test_an_edited_layer_is_refused_by_name(doubled):
     assert {name: type(module) for name, module in model.named_modules()} == before
 
 
-def test_train_py_trains_what_an_edited_file_says(doubled, small, tmp_path, monkeypatch, capsys):
+def test_train_py_trains_an_edited_file_unfused(doubled, small, tmp_path, monkeypatch, capsys):
     argv = [*small, '--epochs', '1', '--save']
     train.main([*argv, str(tmp_path / 'run')])
     warning, = capsys.readouterr().err.splitlines()
@@ -72,7 +72,7 @@ def test_train_py_trains_what_an_edited_file_says(doubled, small, tmp_path, monk
     assert read_csv(tmp_path / 'run/test.csv') == read_csv(tmp_path / 'plain/test.csv')
 
 
-def test_a_run_of_the_file_as_it_is_is_fused(small, tmp_path, capsys):
+def test_train_py_fuses_an_unedited_file(small, tmp_path, capsys):
     train.main([*small, '--epochs', '1', '--save', str(tmp_path / 'run')])
     assert json.loads((tmp_path / 'run/args.json').read_text())['not_fused'] is None
     assert 'fused' not in capsys.readouterr().err
@@ -172,7 +172,7 @@ def set_class(cls, **tensors):
     return change
 
 
-EDITS = {  # of a layer, and what is said of it
+EDITS = {  # of a layer, by the message
     'random numbers have a relative difference': set_class(Dropped),
     'sets the attribute relu1|outputs have a relative': set_class(Clamped),
     'denselayer2.gain is not part of a norm': set_class(Scaled, gain=nn.Parameter(torch.ones(()))),
@@ -226,7 +226,7 @@ def test_scores_kept_on_convolutions_do_not_matter():
         assert model.features.denseblock1.path == 'eager'
 
 
-def test_maps_that_are_too_small_are_torchs_error():
+def test_maps_that_are_too_small_raise_torchs_error():
     if cpu.unavailable_reason():
         pytest.skip(f'no kernels here: {cpu.unavailable_reason()}')
     model = fuse(torchvision.models.DenseNet(4, (1, 1, 1, 1), 8, num_classes=5))
@@ -428,10 +428,10 @@ def table():
     return [re.split(r'  +', row.strip()) for row in rows]
 
 
-def test_the_table_is_the_readmes():
-    readme = (Path(train.__file__).parent / 'README.md').read_text()
+def test_the_table_equals_the_one_in_the_docs():
+    page = (Path(train.__file__).parent / 'attic/speed.md').read_text()
     for row in table():
-        assert '| ' + ' | '.join(row) + ' |' in readme
+        assert '| ' + ' | '.join(row) + ' |' in page
 
 
 LAYOUTS = {'channels_last': torch.channels_last, 'contiguous': torch.contiguous_format}

@@ -1,4 +1,4 @@
-"""What tools for heat maps see of our network, held against torchvision's with the same weights.
+"""Heat map tools on our network, compared with torchvision's with the same weights.
 
 They keep the maps of `features` by a forward hook. torchvision then rectifies these in place, and
 the tools have come to count on it.

@@ -1,4 +1,7 @@
-"""Whatever the flags of train.py and the arguments of DenseNet: a result or one clear complaint."""
+"""Random flags of train.py and arguments of DenseNet give a result or a one-line error.
+
+    EXAMPLES=1000 python -m pytest tests/test_hypothesis.py      # a longer search
+"""
 
 import argparse
 import contextlib
@@ -17,8 +20,10 @@ import densenet
 import train
 from training import flags
 
-QUICKLY = settings(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-# What people type by mistake; no slash, for it may become the name of a directory.
+EXAMPLES = int(os.environ.get('EXAMPLES', 40))
+SETTINGS = settings(deadline=None, suppress_health_check=list(HealthCheck),
+                    derandomize='EXAMPLES' not in os.environ)
+# Typing mistakes; no slash, because a word may become the name of a directory.
 WORDS = st.one_of(st.sampled_from(['', ' ', 'yes', 'nan', '-inf', '１２', '1_0', '0x10', '%s', 'π',
                                    '\udcff', 'x' * 300, '--']),
                   st.text(st.characters(exclude_characters='/\0'), max_size=8).filter(
@@ -35,7 +40,7 @@ def few(tmp_path_factory):
 
 @st.composite
 def flag_and_values(draw):
-    """One of train.py's own flags, as it is known there, with values that may or may not do."""
+    """A flag of train.py, by one of its names, with valid or invalid values."""
     action = draw(st.sampled_from([
         action for action in flags.make_parser()._actions
         if action.dest not in ('data', 'compile')]))  # compiling takes minutes
@@ -60,7 +65,7 @@ def kind_of(parse):
         return 'whole'
 
 
-@settings(QUICKLY, max_examples=100)
+@settings(SETTINGS, max_examples=EXAMPLES)
 @given(drawn=st.lists(flag_and_values(), max_size=3))
 def test_a_command_is_a_run_or_one_line(few, drawn):
     argv = ['--dataset', 'folder', '--data', str(few), '--growth-rate', '4', '--batch-size', '4',
@@ -97,7 +102,7 @@ def one_epoch(with_network):
 
 
 # Some of these are out of range.
-SETTINGS = st.fixed_dictionaries({}, optional={
+ARGUMENTS = st.fixed_dictionaries({}, optional={
     'growth_rate': st.integers(0, 8), 'num_init_features': st.integers(0, 9),
     'bn_size': st.integers(0, 4), 'num_classes': st.integers(0, 12),
     'block_config': st.lists(st.integers(0, 3), max_size=5),
@@ -106,8 +111,8 @@ SETTINGS = st.fixed_dictionaries({}, optional={
     'bottleneck': st.booleans(), 'small_inputs': st.booleans()})
 
 
-@settings(QUICKLY, max_examples=200)
-@given(arguments=SETTINGS,
+@settings(SETTINGS, max_examples=3 * EXAMPLES)
+@given(arguments=ARGUMENTS,
        build=st.sampled_from([densenet.DenseNet, densenet.densenet_cifar, densenet.densenet121]))
 def test_arguments_are_a_working_model_or_a_value_error(arguments, build):
     arguments = {'growth_rate': 4, 'block_config': (1, 2), 'num_classes': 3, **arguments}

@@ -1,4 +1,4 @@
-"""What image files hold is read exactly or refused by name; written here by the formats' rules."""
+"""Image files, written here by the formats' specifications, are read exactly or refused by name."""
 
 import base64
 import dataclasses
@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, TiffImagePlugin
+from PIL import Image, TiffImagePlugin, features
 from torchvision import transforms
 
 from training import datasets, image_files
-from training.datasets import DataError
-from training.decoding import Levels, convert, decode
+from training.augmentation import Augmentation
+from training.console import DataError
+from training.decoding import Levels, convert, decode, refuse_deep_avif
 
 RNG = np.random.RandomState(0)
 GREY, COLOURS, MORE = (RNG.randint(0, 65536, (6, 5, *c)).astype(np.uint16)
@@ -29,6 +30,14 @@ JPEG2000_COLOURS = (
     '/0//UQAvAAAAAAAEAAAABAAAAAAAAAAAAAAABAAAAAQAAAAAAAAAAAADCwEBCwEBCwEB/1IADAAAAAEBAAQEAAH/'
     'XAAEQGD/ZAAlAAFDcmVhdGVkIGJ5IE9wZW5KUEVHIHZlcnNpb24gMi41LjT/kAAKAAAAAAAqAAH/k9/gXBFiNPlF'
     'DewnAC+I1+FP/KHKHKGBRcGXgID/2Q==')
+
+# 4 x 4 pixels of 10 bits, the multiples of 64, by libavif 1 (imagecodecs).
+AVIF = (
+    'AAAAHGZ0eXBhdmlmAAAAAGF2aWZtaWYxbWlhZgAAAOltZXRhAAAAAAAAACFoZGxyAAAAAAAAAABwaWN0AAAAAAAAAA'
+    'AAAAAAAAAAAA5waXRtAAAAAAABAAAAHmlsb2MAAAAARAAAAQABAAAAAQAAAQ0AAAAfAAAAKGlpbmYAAAAAAAEAAAAa'
+    'aW5mZQIAAAAAAQAAYXYwMUNvbG9yAAAAAGhpcHJwAAAASWlwY28AAAAUaXNwZQAAAAAAAAAEAAAABAAAAA5waXhpAA'
+    'AAAAEKAAAADGF2MUOBAFwAAAAAE2NvbHJuY2x4AAIAAgACgAAAABdpcG1hAAAAAAAAAAEAAQQBAoMEAAAAJ21kYXQS'
+    'AAoFGAR/nUAyFBAAhwvN97sufespUrnGuc4SUrYo')
 
 
 def png(pixels):
@@ -89,7 +98,7 @@ def signed(bits):
     ('12.pgm', pnm('P5', 4095, GREY >> 4), GREY >> 4), ('16.pgm', pnm('P5', 65535, GREY), GREY),
     ('plain.pgm', pnm('P2', 4095, GREY >> 4), GREY >> 4),
     ('12.j2k', base64.b64decode(JPEG2000), [[0, 1, 2047, 4095]] * 4)])
-def test_more_than_8_bits_are_read_exactly(tmp_path, name, content, expected):
+def test_images_of_more_than_8_bits_are_read_exactly(tmp_path, name, content, expected):
     (tmp_path / name).write_bytes(content)
     image = decode(tmp_path / name)
     expected = np.atleast_3d(expected).transpose(2, 0, 1)
@@ -117,7 +126,7 @@ def test_compressed_16_bit_grey_with_white_as_zero(tmp_path, compression):
     ('colours.ppm', pnm('P6', 4095, COLOURS >> 4), 'colours have more than 8 bits: save it as PNG'),
     ('colours.j2k', base64.b64decode(JPEG2000_COLOURS), 'JPEG 2000 of 12 bits.*save it as PNG'),
     ('text.png', b'no image', 'broken, or of a kind')])
-def test_what_would_be_lost_is_refused(tmp_path, name, content, message):
+def test_images_that_would_lose_information_are_refused(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=f'^{tmp_path / name}.*{message}') as caught:
         decode(tmp_path / name)
@@ -141,6 +150,22 @@ def test_pages_and_animations_are_refused_but_no_thumbnails(tmp_path):
         assert image.n_frames == 2
     for name in ('x.jpg', 'y.tif'):
         assert abs(np.asarray(decode(tmp_path / name), int) - 10).max() <= 1
+
+
+@pytest.mark.skipif(not features.check('avif'), reason='this Pillow reads no AVIF')
+def test_avif_of_more_than_8_bits_is_refused(tmp_path):
+    path, content = tmp_path / 'x.avif', bytearray(base64.b64decode(AVIF))
+    path.write_bytes(content)
+    with Image.open(path) as image:
+        assert image.getextrema() == (0, 239)  # of 0..960 of 1023
+    with pytest.raises(DataError, match='x.avif: .* AVIF of 10 bits.*: save it as PNG'):
+        decode(path)
+    content[content.index(b'av1C') + 6] |= 0x20
+    path.write_bytes(content)  # which Pillow would not open: the pixels have 10 bits
+    with pytest.raises(ValueError, match='AVIF of 12 bits'):
+        refuse_deep_avif(path)
+    Image.fromarray(BYTES[:, :, :3]).save(path)
+    assert decode(path).size == (5, 6)
 
 
 def test_8_bit_kinds(tmp_path):
@@ -182,7 +207,7 @@ def test_more_than_64_megapixels_are_refused_with_their_size(tmp_path):
 
 @pytest.mark.parametrize('shape', [(20000, 2), (1, 40000), (100, 21), (21, 100)])
 @pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
-def test_elongated_images_lose_their_ends_before_they_are_resized(tmp_path, shape, dtype):
+def test_elongated_images_are_cropped_before_they_are_resized(tmp_path, shape, dtype):
     """Resized first, 2 x 20,000 pixels take 7 GB."""
     pixels = np.random.RandomState(0).randint(0, 256, shape).astype(dtype)
     Image.fromarray(pixels).save(tmp_path / 'x.png')
@@ -214,7 +239,8 @@ def test_levels_are_transformed_as_a_tensor_of_floats(tmp_path, channels, source
         torch.manual_seed(0)
         torch.testing.assert_close(seen, 255 * theirs(whole), rtol=1e-4, atol=0.05)
     torch.manual_seed(0)
-    seen = image_files.read_pixels(dataset, image_files.train_transform(8), tmp_path / 'x.png')
+    transform = image_files.train_transform(dataset, Augmentation(random_erasing=1))
+    seen = image_files.read_pixels(dataset, transform, tmp_path / 'x.png')
     assert seen.shape == (channels, 8, 8) and 0 <= seen.min() and seen.max() <= 255
 
 

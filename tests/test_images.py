@@ -1,4 +1,4 @@
-"""images/: the README's figures show what they say."""
+"""images/: the figures show the numbers that they claim to show."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""The device and its threads: what is there, what torch can use, and one line for what it can't."""
+"""Choosing the device, one-line errors for GPUs that can't be used, and OpenMP's threads."""
 
 import os
 import re
@@ -40,8 +40,8 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch, two_gpus):
     ((12, 0), ['sm_90'], False), ((12, 0), ['sm_90', 'compute_90'], True),
     ((10, 0), ['sm_100a'], True), ((9, 0), ['sm_90a', 'compute_120'], True),
     ((9, 0), ['gfx90a'], True), ((5, 2), ['compute_75'], False)])
-def test_a_gpu_that_torch_has_no_code_for_is_one_line(monkeypatch, two_gpus, capability, built,
-                                                      runs):
+def test_a_gpu_that_torch_was_not_built_for_is_a_one_line_error(
+        monkeypatch, two_gpus, capability, built, runs):
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda _: capability)
     monkeypatch.setattr(torch.cuda, 'get_arch_list', lambda: built)
     assert choose_device('cpu') == torch.device('cpu')
@@ -54,7 +54,7 @@ def test_a_gpu_that_torch_has_no_code_for_is_one_line(monkeypatch, two_gpus, cap
         choose_device('auto')
 
 
-def test_a_driver_that_is_too_old_is_no_silent_run_on_the_cpu(monkeypatch, two_gpus):
+def test_an_old_driver_is_an_error_not_a_silent_run_on_the_cpu(monkeypatch, two_gpus):
     def is_available():
         warnings.warn('CUDA initialization: The NVIDIA driver on your system is too old\n(found '
                       'version 11040).', stacklevel=2)
@@ -78,20 +78,35 @@ def test_the_gpu_of_a_mac_is_used_only_if_asked_for(monkeypatch):
     assert choose_device('mps') == torch.device('mps')
 
 
-@pytest.mark.parametrize('script, given, policy, spins', [
-    ('train', {}, 'passive', '0'), ('predict', {}, 'passive', '0'), ('bench', {}, 'passive', '0'),
-    ('predict', {'OMP_WAIT_POLICY': 'active'}, 'active', r'\d{9,}'),
-    ('train', {'GOMP_SPINCOUNT': '1234'}, 'passive', '1234')])
-def test_openmp_threads_wait_passively_unless_the_user_wants_otherwise(script, given, policy,
-                                                                       spins):
+def python(code, **given):
+    """A Python process without our own OpenMP settings, except those given."""
     env = {name: value for name, value in os.environ.items()
            if name not in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')}
-    ended = subprocess.run(
-        [sys.executable, '-c', f'import os, {script}; print(os.environ["OMP_WAIT_POLICY"])'],
-        env={**env, 'OMP_DISPLAY_ENV': 'verbose', **given}, cwd=ROOT, check=True, text=True,
-        capture_output=True)
-    assert ended.stdout == f'{policy}\n'
-    # what the OpenMP libraries say: torch's, and perhaps scikit-learn's
+    return subprocess.run([sys.executable, '-c', code], env={**env, **given}, cwd=ROOT, check=True,
+                          text=True, capture_output=True)
+
+
+def test_each_script_sets_the_wait_policy_before_torch_is_imported():
+    ended = python("""
+import importlib, os, sys
+sys.modules['torch'] = None  # importing it is an error
+for script in ('train', 'predict', 'bench', 'make_graph'):
+    os.environ.pop('OMP_WAIT_POLICY', None)
+    sys.modules.pop('training', None)
+    try:
+        importlib.import_module(script)
+    except ImportError as error:
+        print(script, error.name, os.environ['OMP_WAIT_POLICY'])
+""")
+    assert ended.stdout.splitlines() == [
+        f'{script} torch passive' for script in ('train', 'predict', 'bench', 'make_graph')]
+
+
+@pytest.mark.parametrize('given, policy, spins', [
+    ({}, 'passive', '0'), ({'OMP_WAIT_POLICY': 'active'}, 'active', r'\d{9,}'),
+    ({'GOMP_SPINCOUNT': '1234'}, 'passive', '1234')])
+def test_openmp_threads_wait_passively_unless_the_user_wants_otherwise(given, policy, spins):
+    ended = python('import training, torch', OMP_DISPLAY_ENV='verbose', **given)
     policies = re.findall(r"OMP_WAIT_POLICY ?= ?'(\w+)'", ended.stderr)
     assert policies and set(policies) == {policy.upper()}
     for count in re.findall(r"GOMP_SPINCOUNT = '(\w+)'", ended.stderr):

@@ -1,4 +1,4 @@
-"""make_graph.py: what it draws is the network that is trained."""
+"""make_graph.py draws the network that is trained."""
 
 import itertools
 import os

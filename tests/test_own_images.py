@@ -1,4 +1,4 @@
-"""attic/own-images.md, command by command, and a rare class that differs by a few grey levels."""
+"""The commands of attic/own-images.md, and a rare class that differs by a few grey levels."""
 
 import functools
 import re
@@ -74,7 +74,9 @@ def test_the_commands_of_the_page(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     torch.manual_seed(0)
-    cache_densenet121(tmp_path, torchvision.models.densenet121())
+    small = dict(growth_rate=8, block_config=(2, 2, 2, 2), num_init_features=16)
+    monkeypatch.setattr(densenet, 'densenet121', functools.partial(densenet.DenseNet, **small))
+    cache_densenet121(tmp_path, torchvision.models.DenseNet(**small))
     write_images(tmp_path, {'scans/normal': 20, 'scans/lesion': 10}, (70, 80), mode='L')
     write_images(tmp_path, {'new': 2}, (90, 70), mode='L')
     page = re.sub(r'\\\n +', '', (ROOT / 'attic/own-images.md').read_text())
@@ -93,7 +95,7 @@ def test_the_commands_of_the_page(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize('build, size', [
     (densenet.densenet121, 96), (functools.partial(densenet.densenet_cifar, 10, 4), 32)])
-def test_one_channel_gives_what_three_equal_ones_gave(tmp_path, build, size):
+def test_one_channel_gives_the_same_logits_as_three_equal_ones(tmp_path, build, size):
     torch.manual_seed(0)
     three, one = build(num_classes=3).eval(), build(num_classes=3, in_channels=1).eval()
     torch.save(three.state_dict(), tmp_path / 'three.pth')

@@ -122,7 +122,7 @@ def test_columns_are_found_by_name(tmp_path):
 
 
 @pytest.mark.parametrize('row', [b'3,0.3,5', b'3,0.3', b'3,what,4,5', b'\x00\xff'])
-def test_a_row_that_is_not_whole_is_left_out(tmp_path, capsys, row):
+def test_incomplete_rows_are_left_out(tmp_path, capsys, row):
     rows = [b'epoch,loss,error,error5', b'1,2,30,4', b'2,1,20,3', row]
     assert read(tmp_path, b'\n'.join(rows)) == {
         'epoch': [1, 2], 'loss': [2, 1], 'error': [30, 20], 'error5': [4, 3]}
@@ -132,11 +132,11 @@ def test_a_row_that_is_not_whole_is_left_out(tmp_path, capsys, row):
     assert read(tmp_path, b'\n'.join(rows))['epoch'] == [1, 2]
 
 
-def test_a_run_that_goes_on_with_a_column_more_than_its_header_has(tmp_path):
+def test_a_resumed_run_may_add_a_column(tmp_path):
     assert read(tmp_path, b'epoch,loss,error,error5\n1,2,30,4\n2,1,20,3,21\n')['error'] == [30, 20]
 
 
-def test_a_file_cut_off_anywhere_gives_its_whole_rows(tmp_path):
+def test_a_truncated_file_gives_its_complete_rows(tmp_path):
     rows = [f'{i / 3:.5f},{2 / i:.6g},{60 / i:.6g},0.1,500.0,1.5' for i in range(1, 5)]
     content = '\n'.join([TRAIN_HEADER, *rows, ''])
     for size in range(len(TRAIN_HEADER), len(content) + 1):
@@ -279,7 +279,7 @@ def test_comparison_has_a_colour_and_a_marker_for_each_run(tmp_path):
         assert len(train.get_xdata()) == 12 and len(test.get_xdata()) == 3
 
 
-def test_comparison_tells_of_a_spike_in_training_too(tmp_path):
+def test_comparison_mentions_a_spike_in_training(tmp_path):
     rows = [f'{epoch},1,50' for epoch in range(1, 31)]
     runs = plot.read_runs([write_run(tmp_path / 'a', rows, rows), some_run(tmp_path / 'b')])
     spike = [f'{epoch},{1e4 if epoch == 9 else 1},50' for epoch in range(1, 31)]

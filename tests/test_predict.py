@@ -1,6 +1,7 @@
-"""predict.py: which files it takes, what it says of them, and where it says the model looks."""
+"""predict.py: the files it takes, its predictions, and its heat maps."""
 
 import math
+import os
 import re
 import resource
 import subprocess
@@ -126,6 +127,33 @@ def test_files_folders_and_globs(model, photos, capsys):
         assert [line.split(': ')[0] for line in lines] == expected
 
 
+def test_names_with_line_breaks_or_of_formulas(model, photos, monkeypatch, capsys):
+    monkeypatch.chdir(photos)
+    names = ['=1+1.png', '-1.png', 'a\rb.png', 'a\nb.png']
+    for name in names:
+        (photos / name).hardlink_to('a/0.png')
+    predict.main(['--checkpoint', str(model), '--device', 'cpu', '--csv', 'x.csv', '--', *names])
+    files = [row['file'] for row in read_csv(photos / 'x.csv')][::2]
+    assert files == ['./=1+1.png', './-1.png', *names[2:]]
+    assert all(map(os.path.isfile, files))
+
+
+def test_files_that_are_not_read_are_said_in_a_line_a_folder(model, photos, tmp_path, capsys):
+    for name in ('scan1.dcm', 'scan2.dcm'):
+        (photos / 'a' / name).write_text('no picture')
+    (tmp_path / 'none').mkdir()
+    (tmp_path / 'none/x.heic').write_text('no picture')
+    for images, said in (([photos / 'b'], []), ([photos / 'a/0.png'], []),
+                         ([photos, photos / 'b'], [f'{photos}: 3 files are not read: .dcm (2), '
+                                                   f'.txt (1); images are .jpg '])):
+        predict.main([*map(str, images), '--checkpoint', str(model), '--device', 'cpu'])
+        lines = capsys.readouterr().err.splitlines()
+        for line, start in zip(lines, said, strict=True):
+            assert line.startswith(f'predict.py: warning: {start}')
+    assert 'none: 1 files are not read: .heic (1); images are .jpg ' in fails(
+        capsys, tmp_path / 'none', '--checkpoint', model, script=predict)
+
+
 @pytest.mark.parametrize('batch_size', [1, 3, 32])  # workers read the first two
 def test_a_broken_file_does_not_end_the_others(model, photos, tmp_path, capsys, batch_size):
     whole = predictions(capsys, photos, '--checkpoint', model)
@@ -138,15 +166,16 @@ def test_a_broken_file_does_not_end_the_others(model, photos, tmp_path, capsys, 
     out, errors = capsys.readouterr()
     assert exit_.value.code == 2 and [row['file'] for row in read_csv(csv)][::2] == [
         line.split(': ')[0] for line in whole]
-    for line, expected in zip(out.splitlines(), whole, strict=True):  # but for the last digit
+    for line, expected in zip(out.splitlines(), whole, strict=True):  # except for the last digit
         assert re.sub(r'\d%', '', line) == re.sub(r'\d%', '', expected)
     *warnings, last = errors.splitlines()
+    assert 'not read: .txt (1)' in warnings.pop(0)
     for warning, name in zip(warnings, ('a/00.jpg', 'b/text.tiff', 'b/z.png'), strict=True):
         assert warning.startswith(f'predict.py: warning: {photos / name}: cannot be read')
     assert last == 'predict.py: error: 3 of 7 images could not be read'
 
 
-def test_what_cannot_be_predicted(model, photos, tmp_path, monkeypatch, capsys):
+def test_wrong_files_are_one_line_errors(model, photos, tmp_path, monkeypatch, capsys):
     (tmp_path / 'empty').mkdir()
     torch.save(densenet.DenseNet(**NARROW).state_dict(), tmp_path / 'weights.pth')
     monkeypatch.setattr(torch.hub, 'download_url_to_file', raise_no_network)
@@ -168,19 +197,37 @@ def test_what_cannot_be_predicted(model, photos, tmp_path, monkeypatch, capsys):
         assert message in fails(capsys, *argv, script=predict, lines=1 + ('--arch' in argv))
 
 
-def test_a_full_disk_is_one_line(model, photos, tmp_path, capsys):
+@pytest.mark.parametrize('part, values, message', [
+    ('dataset', dict(image_size=10**6), '--image-size: .* not a whole number in .1, 4096'),
+    ('dataset', dict(classes=None), "'NoneType' has no len"),
+    ('dataset', dict(mean=(1.0,)), 'statistics of 1 channels, and images of 3'),
+    ('dataset', dict(extra=1), "unexpected keyword argument 'extra'"),
+    ('config', dict(block_config=(10**7, 2)), 'has 10000002 layers, and 67 weights'),
+    ('config', dict(growth_rate=10**9), 'does not fit the model: '),
+    ('config', dict(drop_rate='x'), 'does not fit the model: '),
+    ('model', {'features.norm5.weight': torch.full((16,), math.nan)},
+     'weights that are not finite, the first in features.norm5.weight: ')])
+def test_an_altered_checkpoint_is_one_line(model, photos, tmp_path, capsys, part, values, message):
+    saved = torch.load(model, weights_only=True)
+    saved[part].update(values)
+    checkpoint.save(tmp_path / 'x.pth', saved)
+    assert re.search(message, fails(capsys, photos / 'b', '--checkpoint', tmp_path / 'x.pth',
+                                    script=predict))
+
+
+def test_a_full_disk_is_a_one_line_error(model, photos, tmp_path, capsys):
     csv, before = tmp_path / 'x.csv', resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
     try:
-        assert 'too large' in fails(capsys, photos, '--checkpoint', model, '--csv', csv,
+        assert 'too large' in fails(capsys, photos / 'b', '--checkpoint', model, '--csv', csv,
                                     script=predict)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_reader_that_leaves_is_no_error(model, photos):
-    command = [sys.executable, ROOT / 'predict.py', photos, '--checkpoint', model, '--batch-size',
-               '1', '--device', 'cpu']
+def test_a_closed_pipe_is_not_an_error(model, photos):
+    command = [sys.executable, ROOT / 'predict.py', photos / 'b', '--checkpoint', model,
+               '--batch-size', '1', '--device', 'cpu']
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b''
@@ -219,7 +266,7 @@ def test_the_heat_is_grad_cam_by_autograd(model):
 
 
 @pytest.mark.parametrize('width, height', [(300, 200), (121, 340), (50, 50)])
-def test_the_heat_lies_where_the_model_looks(tmp_path, width, height):
+def test_the_heat_map_shows_the_relevant_region(tmp_path, width, height):
     """A spot that is drawn where a cell's heat is shall reach the model in that cell."""
     dataset = datasets.Description('folder', None, ('a',), SIZE, (0.0,) * 3, (1.0,) * 3)
     path = tmp_path / 'image.png'
@@ -248,13 +295,13 @@ def test_the_heat_lies_where_the_model_looks(tmp_path, width, height):
         assert (picture[:max(0, top - 1)] == plain[:max(0, top - 1), :, None]).all()
 
 
-def test_no_heat_is_no_error(photos):
+def test_a_heat_map_of_zeros_is_drawn(photos):
     dataset = datasets.Description('folder', None, ('a',), SIZE, **datasets.IMAGENET_STATISTICS)
     picture = np.asarray(predict.draw_heatmap(torch.zeros(3, 3), photos / 'a/0.png', dataset))
     assert picture.std() > 0 and (np.ptp(picture, axis=2) <= 2).all()
 
 
-def test_heatmaps_lie_beside_the_images_or_in_a_folder_as_they_do(model, photos, tmp_path, capsys):
+def test_heat_maps_are_written_beside_the_images_or_into_a_folder(model, photos, tmp_path, capsys):
     (photos / 'a/0.png.heatmap.png').unlink()
     Image.new('RGB', (90, 80)).save(photos / 'a/1.png')
     every = ('a/0.png', 'a/1.jpg', 'a/1.png', 'b/3.PNG', 'b/c/2.png')
@@ -283,6 +330,6 @@ def test_images_of_any_kind(model, tmp_path, capsys, mode):
                         '--heatmap')
     assert math.isclose(sum(map(float, re.findall(r'([\d.]+)%', line))), 100, abs_tol=0.011)
     with Image.open(tmp_path / 'image.tiff.heatmap.png') as heatmap:
-        assert heatmap.size == (90, 70) and heatmap.mode == 'RGB'
-        edge = np.asarray(heatmap)[:, :, 0].astype(int)
+        assert heatmap.mode == 'RGB'
+        edge = np.asarray(heatmap)[-4 * 70:, :4 * 90, 0].astype(int)  # enlarged, below the text
     assert edge[0, 0] < 20 and edge[-1, -1] > 235  # outside of the crop: the ramp as it was

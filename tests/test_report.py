@@ -1,8 +1,10 @@
 """The report of evaluation.py against brute-force definitions; its files, read back."""
 
 import csv
+import io
 import math
 import os
+import re
 
 import numpy as np
 import pytest
@@ -154,6 +156,19 @@ def test_a_name_that_is_not_utf_8_is_written_byte_for_byte(tmp_path):
     [row] = write_predictions(tmp_path, [[1.0, 0.0]], [0], [name, 'b'], [f'{name}/1.png'])
     assert os.fsencode(row['class']) == b'caf\xe9'
     assert b'caf\xe9/1.png,caf\xe9,0,' in (tmp_path / 'predictions.csv').read_bytes()
+
+
+def test_names_with_line_breaks_or_of_formulas(tmp_path):
+    names = ['a\rb.png', 'a\nb.png', 'a\r\nb.png', 'a"b,c.png', '=1+1.png', '+1.png', '-1.png',
+             '@x.png', 'a=b/-1.png']
+    rows = write_predictions(tmp_path, [[1.0, 0.0]] * 9, [0] * 9, ['a', 'b'], names)
+    assert [row['file'] for row in rows] == [
+        f'./{name}' if name[0] in '=+-@' else name for name in names]
+    assert [os.path.normpath(row['file']) for row in rows] == names
+    content = (tmp_path / 'predictions.csv').read_bytes().decode()
+    assert len(list(csv.reader(io.StringIO(content, newline=''), strict=True))) == 10
+    outside = re.sub('"[^"]*"', '', content)  # of quotes, where other readers count rows
+    assert outside.count('\n') == outside.count('\r') == outside.count('\r\n') == 10
 
 
 # ---- confusion.csv ------------------------------------------------------------------------

@@ -1,6 +1,7 @@
-"""Runs that are stopped, killed, damaged or out of disk space, and resumed: nothing is lost."""
+"""Runs that are stopped, killed, damaged or out of disk space, and resumed without loss."""
 
 import fcntl
+import functools
 import itertools
 import math
 import os
@@ -14,12 +15,28 @@ import forked
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_run, fails, read_csv, write_images
+from conftest import SMALL, assert_same_run, fails, read_csv, write_images
 from forked import RUN, interrupted, run_interrupted
 
 import densenet
 import train
 from training import checkpoint, runlog
+
+
+@pytest.fixture(scope='module')
+def finished(folder, tmp_path_factory):
+    """The directory of a run of two epochs with the flags of `small`."""
+    run = tmp_path_factory.mktemp('finished') / 'run'
+    train.main(['--dataset', 'folder', '--data', str(folder), *SMALL, '--epochs', '2', '--save',
+                str(run)])
+    return run
+
+
+@pytest.fixture
+def two_epochs(finished, tmp_path):
+    """A copy of `finished` that a test may change."""
+    return shutil.copytree(finished, tmp_path / 'run')
+
 
 # ---- stopped and killed ----------------------------------------------------------------------
 
@@ -93,7 +110,7 @@ def test_a_signal_to_the_whole_group_lets_the_workers_finish(large, tmp_path, si
 
 # ---- resumed ---------------------------------------------------------------------------------
 
-def test_a_run_goes_on_from_its_best_epoch_as_it_went_on_there(
+def test_resuming_from_the_best_epoch_repeats_the_rest(
         recipe, uninterrupted, tmp_path):
     run = tmp_path / 'run'
     shutil.copytree(uninterrupted, run)
@@ -102,7 +119,7 @@ def test_a_run_goes_on_from_its_best_epoch_as_it_went_on_there(
     assert_same_run(run, uninterrupted)
 
 
-def test_resuming_a_finished_run_only_says_so_and_more_epochs_go_on(small, tmp_path, capsys):
+def test_a_finished_run_can_be_resumed_for_more_epochs(small, tmp_path, capsys):
     run = ['--save', str(tmp_path / 'run')]
     train.main([*small, *run, '--epochs', '2'])
     before = (tmp_path / 'run/train.csv').read_text()
@@ -114,7 +131,7 @@ def test_resuming_a_finished_run_only_says_so_and_more_epochs_go_on(small, tmp_p
     assert [row['epoch'] for row in read_csv(tmp_path / 'run/test.csv')] == ['1', '2', '3']
 
 
-def test_the_time_of_a_run_is_that_of_all_its_stretches(small, tmp_path):
+def test_the_time_of_a_run_includes_the_time_before_resuming(small, tmp_path):
     run, before, spent = ['--save', str(tmp_path / 'run')], 0, 0
     for argv in ([*small, '--epochs', '2'], ['--resume', '--epochs', '3']):
         started = time.monotonic()
@@ -125,10 +142,9 @@ def test_the_time_of_a_run_is_that_of_all_its_stretches(small, tmp_path):
         before = saved['seconds']
 
 
-def test_resuming_elsewhere_leaves_the_old_run_alone(small, tmp_path):
-    old, new = tmp_path / 'old', tmp_path / 'new'
-    train.main([*small, '--epochs', '2', '--save', str(old)])
-    # The best of the old run is not in the new directory, which gets one of its own.
+def test_resuming_elsewhere_leaves_the_old_run_alone(two_epochs, tmp_path):
+    old, new = two_epochs, tmp_path / 'new'
+    # The new directory has no best.pth yet, so its best error starts anew.
     checkpoint.save(old / 'latest.pth', {**checkpoint.load(old / 'latest.pth'), 'best_error': 0.0})
     before = {path.name: path.read_bytes() for path in old.iterdir()}
     train.main(['--resume', str(old), '--save', str(new), '--epochs', '4', '--start-epoch', '3',
@@ -140,7 +156,7 @@ def test_resuming_elsewhere_leaves_the_old_run_alone(small, tmp_path):
     assert math.isclose(best, min(float(row['error']) for row in rows), rel_tol=1e-5)
 
 
-def test_the_scale_of_fp16_is_resumed(small, tmp_path):
+def test_the_fp16_loss_scale_is_resumed(small, tmp_path):
     argv = [*small, '--precision', 'fp16', '--save']
     train.main([*argv, str(tmp_path / 'once'), '--epochs', '2'])
     train.main([*argv, str(tmp_path / 'twice'), '--epochs', '1'])
@@ -150,7 +166,20 @@ def test_the_scale_of_fp16_is_resumed(small, tmp_path):
     assert scalers[0] == scalers[1] and scalers[0]['_growth_tracker'] > 9
 
 
-def test_rows_are_on_the_disk_before_the_checkpoint_that_counts_on_them(
+def test_a_run_goes_on_in_fp16_or_leaves_it(small, tmp_path, capsys):
+    run = tmp_path / 'run'
+    train.main([*small, '--epochs', '1', '--precision', 'fp32', '--save', str(run)])
+    capsys.readouterr()
+    for epochs, precision in ((2, 'fp16'), (3, 'fp32')):
+        train.main(['--save', str(run), '--resume', '--epochs', str(epochs), '--precision',
+                    precision, '--lr', '0.01', '--device', 'cpu'])
+        said = 'was not trained in fp16: the scale of the loss begins at 65536'
+        assert (said in capsys.readouterr().err) == (precision == 'fp16')
+        saved = checkpoint.load(run / 'latest.pth')
+        assert saved['epoch'] == epochs + 1 and bool(saved['scaler']) == (precision == 'fp16')
+
+
+def test_rows_are_flushed_before_the_checkpoint_is_saved(
         small, tmp_path, monkeypatch):
     """A power failure could otherwise leave a checkpoint without its rows."""
     def spy(owner, name, event):
@@ -165,14 +194,14 @@ def test_rows_are_on_the_disk_before_the_checkpoint_that_counts_on_them(
     assert events == ['latest.pth', 'best.pth', 'rows', 'latest.pth']
 
 
-def test_best_is_the_best_and_no_worse_model_takes_its_place(recipe, uninterrupted, tmp_path):
+def test_best_pth_is_not_replaced_by_a_worse_model(recipe, uninterrupted, tmp_path):
     errors = [float(row['error']) for row in read_csv(uninterrupted / 'test.csv')]
     best = checkpoint.load(uninterrupted / 'best.pth')
     assert best['epoch'] - 1 == best['best_epoch'] == 1 + int(np.argmin(errors))
     assert math.isclose(best['best_error'], min(errors), rel_tol=1e-5)
     run = tmp_path / 'run'
     shutil.copytree(uninterrupted, run)
-    # Too small a learning rate to learn anything in, and all that was learnt is dropped.
+    # Dropout and learning rate so high that the model gets worse.
     train.main(['--save', str(run), '--resume', '--start-epoch', str(best['best_epoch']),
                 '--drop-rate', '0.99', '--lr', '1'])
     after = checkpoint.load(run / 'best.pth')
@@ -180,17 +209,18 @@ def test_best_is_the_best_and_no_worse_model_takes_its_place(recipe, uninterrupt
     assert after['best_error'] == after['last_error']
 
 
-def test_flags_win_over_the_resumed_checkpoint(small, tmp_path):
-    run = ['--save', str(tmp_path / 'run')]
-    train.main([*small, *run, '--epochs', '1'])
-    train.main([*run, '--resume', '--epochs', '2', '--weight-decay', '0.5', '--momentum', '0.1'])
-    saved = checkpoint.load(tmp_path / 'run/latest.pth')
+def test_flags_win_over_the_resumed_checkpoint(two_epochs):
+    train.main(['--save', str(two_epochs), '--resume', '--epochs', '3', '--weight-decay', '0.5',
+                '--momentum', '0.1'])
+    saved = checkpoint.load(two_epochs / 'latest.pth')
     group, = saved['optimizer']['param_groups']
     assert (group['weight_decay'], group['momentum']) == (0.5, 0.1)
     assert (saved['args']['weight_decay'], saved['args']['batch_size']) == (0.5, 4)
 
 
-def test_a_depth_that_names_a_model_can_be_resumed_by_the_same_command(tmp_path):
+def test_a_depth_that_names_a_model_can_be_resumed_by_the_same_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(densenet, 'densenet121', functools.partial(
+        densenet.DenseNet, block_config=(1, 1, 1, 1), num_init_features=8))
     write_images(tmp_path, {'train/a': 2, 'train/b': 2, 'val/a': 1}, (65, 65))
     argv = ['--dataset', 'folder', '--data', str(tmp_path), '--depth', '121', '--batch-size', '2',
             '--growth-rate', '4', '--workers', '0', '--device', 'cpu', '--no-plot', '--save',
@@ -249,22 +279,24 @@ def damage_momentum(saved):
     (lambda saved: saved.pop('processes'), "can't be resumed: 'processes'"),
     (lambda saved: saved['args'].update(workers=10**6), '--workers/--nThreads: .* in .0, 1024'),
     (lambda saved: saved['args'].update(optimizer='sdg'), '--optimizer/--opt: invalid choice'),
-    (lambda saved: saved['model'].popitem(), 'does not fit the model')])
-def test_an_altered_checkpoint_is_one_line(small, tmp_path, capsys, change, message):
-    run = tmp_path / 'run'
-    train.main([*small, '--epochs', '1', '--save', str(run)])
-    change_checkpoint(run / 'latest.pth', change)
-    assert re.search(message, fails(capsys, '--save', run, '--resume', '--epochs', 2))
+    (lambda saved: saved['args'].update(lr='0.1'), "--lr/.*: invalid value: '0.1'"),
+    (lambda saved: saved['args'].update(augment='no'), "--augment.*: invalid value: 'no'"),
+    (lambda saved: saved['args'].update(depth=10**7), 'has 10000000 layers, and 56 weights'),
+    (lambda saved: saved['args'].update(growth_rate=10**9), 'does not fit the model: '),
+    (lambda saved: saved['dataset'].update(image_size=10**6), '--image-size: .* in .1, 4096'),
+    (lambda saved: saved['dataset'].update(classes=(1, 2, 3, 4)), 'its data set is .*1, 2, 3'),
+    (lambda saved: saved['model'].popitem(), 'does not fit the model'),
+    (lambda saved: saved.update(seconds=None), 'its counters are of other types')])
+def test_an_altered_checkpoint_is_a_one_line_error(two_epochs, capsys, change, message):
+    change_checkpoint(two_epochs / 'latest.pth', change)
+    assert re.search(message, fails(capsys, '--save', two_epochs, '--resume', '--epochs', 3))
 
 
-def test_a_changed_schedule_is_said_on_resuming(small, tmp_path, capsys):
-    run = tmp_path / 'run'
-    train.main([*small, '--epochs', '4', '--save', str(run)])
-    capsys.readouterr()
-    train.main(['--save', str(run), '--resume', '--epochs', '3'])
-    assert capsys.readouterr().err == ('train.py: warning: 4 epochs are done: --epochs 3 leaves '
+def test_a_changed_schedule_is_a_warning_on_resuming(two_epochs, capsys):
+    train.main(['--save', str(two_epochs), '--resume', '--epochs', '1'])
+    assert capsys.readouterr().err == ('train.py: warning: 2 epochs are done: --epochs 1 leaves '
                                        'nothing to train\n')
-    train.main(['--save', str(run), '--resume', '--epochs', '5', '--lr', '0.01'])
+    train.main(['--save', str(two_epochs), '--resume', '--epochs', '3', '--lr', '0.01'])
     assert 'the learning rate goes on at 0.0001, and was 0.001: ' in capsys.readouterr().err
 
 
@@ -279,9 +311,8 @@ def test_the_normalisation_is_kept(small, tmp_path, capsys):
     assert 'a value for each of 3' in fails(capsys, *small, '--mean', '.1', '.2')
 
 
-def test_a_torn_row_is_mended_on_resuming(small, tmp_path):
-    run = tmp_path / 'run'
-    train.main([*small, '--save', str(run), '--epochs', '2'])
+def test_an_incomplete_row_is_removed_on_resuming(two_epochs):
+    run = two_epochs
     whole = (run / 'train.csv').read_text()
     with open(run / 'train.csv', 'a') as file:
         file.write('2.3333,1.9')
@@ -292,17 +323,14 @@ def test_a_torn_row_is_mended_on_resuming(small, tmp_path):
 
 # ---- the run directory -----------------------------------------------------------------------
 
-def test_overwriting_begins_anew(small, tmp_path):
-    run = ['--save', str(tmp_path / 'run')]
-    train.main([*small, *run, '--epochs', '2'])
-    train.main([*small, *run, '--epochs', '1', '--overwrite'])
-    assert len(read_csv(tmp_path / 'run/test.csv')) == 1
-    assert checkpoint.load(tmp_path / 'run/latest.pth')['epoch'] == 2
+def test_overwrite_begins_a_new_run(two_epochs, small):
+    train.main([*small, '--save', str(two_epochs), '--epochs', '1', '--overwrite'])
+    assert len(read_csv(two_epochs / 'test.csv')) == 1
+    assert checkpoint.load(two_epochs / 'latest.pth')['epoch'] == 2
 
 
-def test_a_run_that_is_there_is_left_alone(small, tmp_path, capsys):
-    run = tmp_path / 'run'
-    train.main([*small, '--save', str(run), '--epochs', '1'])
+def test_an_existing_run_is_not_changed_by_an_error(two_epochs, small, tmp_path, capsys):
+    run = two_epochs
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     assert 'holds a run' in fails(capsys, *small, '--save', run)
     other = [*small, '--save', run, '--resume']
@@ -338,7 +366,7 @@ with runlog.claim({str(tmp_path)!r}):
         os.killpg(groups[0], signal.SIGKILL)  # raises if the child is not there
 
 
-def test_what_a_killed_run_has_not_completed_is_taken_out(small, tmp_path):
+def test_temporary_files_of_a_killed_run_are_removed(small, tmp_path):
     run = tmp_path / 'run'
     run.mkdir()
     for name in ('.latest.pth.tmp', '.train.csv.tmp', '.loss.png.123.tmp'):
@@ -347,11 +375,10 @@ def test_what_a_killed_run_has_not_completed_is_taken_out(small, tmp_path):
     assert not list(run.glob('.*'))
 
 
-def test_files_that_are_no_run(small, tmp_path, capsys):
+def test_files_that_cannot_be_resumed(two_epochs, small, tmp_path, capsys):
     (tmp_path / 'text.pth').write_text('not a checkpoint')
     assert 'is not a checkpoint' in fails(capsys, *small, '--resume', tmp_path / 'text.pth')
-    train.main([*small, '--epochs', '1', '--save', str(tmp_path / 'run')])
-    saved = checkpoint.load(tmp_path / 'run/latest.pth')
+    saved = checkpoint.load(two_epochs / 'latest.pth')
     for key in ('args', 'dataset', 'model'):
         torch.save({**saved, key: None}, tmp_path / 'other.pth')
         error = fails(capsys, '--resume', tmp_path / 'other.pth', '--save', tmp_path / 'new')
@@ -364,7 +391,7 @@ def test_files_that_are_no_run(small, tmp_path, capsys):
 
 # ---- damage ----------------------------------------------------------------------------------
 
-def test_a_damaged_checkpoint_costs_no_more_than_an_epoch(recipe, uninterrupted, tmp_path, capsys):
+def test_a_damaged_checkpoint_loses_at_most_an_epoch(recipe, uninterrupted, tmp_path, capsys):
     run = tmp_path / 'run'
     ended = run_interrupted([*recipe, '--save', str(run)], 'learning_rate', 23, signal.SIGKILL)
     assert ended.returncode == -signal.SIGKILL
@@ -383,7 +410,7 @@ def test_a_damaged_checkpoint_costs_no_more_than_an_epoch(recipe, uninterrupted,
     assert f'{latest} is not a checkpoint' in fails(capsys, '--save', run, '--resume')
 
 
-def test_the_checkpoint_before_the_latest_can_be_resumed(recipe, uninterrupted, tmp_path):
+def test_the_previous_checkpoint_can_be_resumed(recipe, uninterrupted, tmp_path):
     run = tmp_path / 'run'
     shutil.copytree(uninterrupted, run)
     train.main(['--resume', str(run / 'latest.pth.1'), '--device', 'cpu'])
@@ -391,7 +418,7 @@ def test_the_checkpoint_before_the_latest_can_be_resumed(recipe, uninterrupted, 
     assert checkpoint.load(run / 'latest.pth.1')['epoch'] == 4
 
 
-def test_a_run_that_goes_back_and_is_killed_goes_on_from_there(recipe, uninterrupted, tmp_path):
+def test_resuming_from_an_older_checkpoint_survives_a_kill(recipe, uninterrupted, tmp_path):
     run = tmp_path / 'run'
     shutil.copytree(uninterrupted, run)
     shutil.copy(run / 'latest.pth.1', run / 'best.pth')
@@ -434,7 +461,7 @@ def test_a_full_disk_ends_a_run_that_can_be_resumed(
 @pytest.mark.parametrize('what, message', [
     ('gone', r'run/(best|latest).pth: No such file or directory'),
     ('a folder', 'run/latest.pth: Not a directory')])
-def test_a_run_whose_files_are_taken_away(small, tmp_path, monkeypatch, capsys, what, message):
+def test_a_run_whose_files_are_removed(small, tmp_path, monkeypatch, capsys, what, message):
     directory, after_epoch = tmp_path / 'run', train.Run.after_epoch
 
     def take_away(run, test):
@@ -455,7 +482,7 @@ def test_a_run_whose_files_are_taken_away(small, tmp_path, monkeypatch, capsys, 
         assert [row['epoch'] for row in read_csv(directory / 'test.csv')] == ['1', '2', '3', '4']
 
 
-def test_a_broken_test_image_is_one_line(tmp_path, capsys):
+def test_a_broken_test_image_is_a_one_line_error(tmp_path, capsys):
     data, run = tmp_path / 'folder', tmp_path / 'run'
     write_images(data, {'train/a': 4, 'train/b': 4, 'val/a': 1, 'val/b': 1}, (66, 66))
     broken = data / 'val/b/0.png'
@@ -472,14 +499,13 @@ def test_a_broken_test_image_is_one_line(tmp_path, capsys):
 
 # ---- numbers that are not finite -------------------------------------------------------------
 
-def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(small, tmp_path, capsys):
-    run = tmp_path / 'run'
-    train.main([*small, '--save', str(run), '--epochs', '1'])
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(two_epochs, capsys):
+    run = two_epochs
     before = (run / 'latest.pth').read_bytes()
-    error = fails(capsys, '--save', run, '--resume', '--epochs', 3, '--lr', 1e30, lines=2)
-    assert re.search('the loss of steps 1 to 3 in epoch 2 is not finite', error)
+    error = fails(capsys, '--save', run, '--resume', '--epochs', 4, '--lr', 1e30, lines=2)
+    assert re.search('the loss of steps 1 to 3 in epoch 3 is not finite', error)
     assert (run / 'latest.pth').read_bytes() == before
-    assert [row['epoch'] for row in read_csv(run / 'test.csv')] == ['1']
+    assert [row['epoch'] for row in read_csv(run / 'test.csv')] == ['1', '2']
 
 
 def test_a_signal_does_not_save_a_loss_that_is_not_finite(recipe, tmp_path):
@@ -511,7 +537,7 @@ def test_a_model_that_is_not_finite_is_not_saved(small, tmp_path, monkeypatch, c
     assert checkpoint.load(run / 'latest.pth')['epoch'] == 2
 
 
-def test_a_signal_does_not_save_weights_that_have_just_gone_wrong(small, tmp_path):
+def test_a_signal_does_not_save_weights_that_are_not_finite(small, tmp_path):
     run = tmp_path / 'run'
     ended = run_interrupted([*small, '--save', str(run), '--lr', '1e15', '--weight-decay', '1e30'],
                             'learning_rate', 1, signal.SIGTERM)
@@ -523,7 +549,7 @@ def test_a_signal_does_not_save_weights_that_have_just_gone_wrong(small, tmp_pat
 # ---- CUDA ------------------------------------------------------------------------------------
 
 @pytest.mark.cuda
-def test_the_most_memory_of_a_run_is_that_of_all_its_stretches(tmp_path, capsys):
+def test_the_peak_memory_of_a_run_includes_the_time_before_resuming(tmp_path, capsys):
     run = ['--dataset', 'shapes', '--depth', '10', '--no-plot', '--save', str(tmp_path / 'run')]
     torch.cuda.reset_peak_memory_stats()
     train.main([*run, '--epochs', '1', '--batch-size', '1000'])
@@ -535,7 +561,7 @@ def test_the_most_memory_of_a_run_is_that_of_all_its_stretches(tmp_path, capsys)
 
 
 @pytest.mark.cuda
-def test_interrupted_on_cuda_goes_on_in_the_same_place(recipe, tmp_path):
+def test_interrupted_on_cuda_resumes_at_the_same_step(recipe, tmp_path):
     argv = [flag for flag in recipe if flag not in ('--device', 'cpu')]
     run = tmp_path / 'run'
     ended = run_interrupted([*argv, '--save', str(run)], 'learning_rate', 14, signal.SIGTERM)
@@ -562,7 +588,7 @@ def test_deterministic_runs_on_cuda_end_with_the_same_bits(recipe, tmp_path, fla
 
 @pytest.mark.cuda
 @pytest.mark.parametrize('optimizer', ['sgd', 'adam'])
-def test_a_run_of_the_cpu_goes_on_on_cuda(recipe, tmp_path, optimizer):
+def test_a_cpu_run_can_be_resumed_on_cuda(recipe, tmp_path, optimizer):
     argv = [*recipe, '--optimizer', optimizer, '--save', str(tmp_path / 'run')]
     train.main([*argv, '--epochs', '1'])
     train.main(['--save', str(tmp_path / 'run'), '--resume', '--epochs', '2', '--device', 'cuda'])

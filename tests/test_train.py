@@ -1,4 +1,4 @@
-"""Training: the recipe's numbers, a step, an evaluation, what a run leaves, and wrong input."""
+"""Training: flags and recipes, a step, an evaluation, whole runs, and wrong input."""
 
 import contextlib
 import copy
@@ -13,7 +13,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -56,23 +55,31 @@ def flags_of(line=''):
 
 # ---- where it runs ---------------------------------------------------------------------------
 
-def test_flags_answer_without_torch_and_scripts_import_without_unix():
-    """Wrong flags are told at once; Windows has no fcntl and no SIGUSR1."""
+def test_flags_are_parsed_without_torch():
     check = """
-import runpy, signal, sys
+import sys
+sys.modules['torch'] = None  # importing it is an error
 from training import flags
 flags.parse(['--depth', '40'])
-assert 'torch' not in sys.modules
+"""
+    subprocess.run([sys.executable, '-c', check], cwd=ROOT, check=True)
+
+
+def test_scripts_can_be_imported_without_unix(tmp_path):
+    """Windows has no fcntl and no SIGUSR1."""
+    check = """
+import signal, sys
+for name in [name for name in sys.modules if name.partition('.')[0] in ('train', 'training')]:
+    del sys.modules[name]
 sys.modules['fcntl'] = None
 del signal.SIGUSR1
 import train, predict
 from training import distributed, runlog
+assert runlog.fcntl is None
 with distributed.StopSignals(), runlog.claim(sys.argv[1]):
     pass
 """
-    with tempfile.TemporaryDirectory() as directory:
-        ended = subprocess.run([sys.executable, '-c', check, directory], cwd=ROOT, text=True,
-                               capture_output=True)
+    ended = forked.run(check, [tmp_path])
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr.count('no file locks') == 1
 
@@ -144,7 +151,7 @@ def test_the_recipes_of_the_paper():
     assert (given.epochs, given.drop_rate, given.augment) == (7, 0.0, True)
 
 
-def test_a_worker_for_each_core_that_the_process_may_use(monkeypatch):
+def test_one_worker_for_each_available_core(monkeypatch):
     monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: range(6), raising=False)
     for processes, workers in ((1, 6), (2, 3), (8, 1)):
         monkeypatch.setenv('LOCAL_WORLD_SIZE', str(processes))
@@ -159,7 +166,7 @@ def test_learning_rate_of_the_recipes():
     assert [learning_rate(svhn, e) for e in (19, 20, 29, 30, 40)] == [0.1, 0.01, 0.01, 1e-3, 1e-3]
     imagenet = flags_of('--dataset imagenet')
     assert [learning_rate(imagenet, e) for e in (30, 31, 60, 61)] == [0.1, 0.01, 0.01, 0.001]
-    # fb.resnet.torch: a power of floor((epoch - 1) / 30), whatever the number of epochs
+    # fb.resnet.torch: a power of floor((epoch - 1) / 30), for any number of epochs
     for epochs in (20, 90, 120):
         args = flags_of(f'--dataset imagenet --epochs {epochs}')
         rates = [learning_rate(args, epoch) for epoch in range(1, epochs + 1)]
@@ -209,7 +216,7 @@ def batch(n=8, seed=0):
             torch.randint(10, (n,), generator=generator))
 
 
-def test_a_step_is_the_step_written_out():
+def test_a_step_equals_the_step_written_out():
     state, (images, labels) = make_state(), batch()
     other = copy.deepcopy(state)
     for _ in range(3):
@@ -234,7 +241,7 @@ def test_a_step_is_the_step_written_out():
 
 
 @pytest.mark.parametrize('parts', [3, 8])
-def test_gradient_accumulation_is_the_gradient_of_the_batch(parts):
+def test_gradient_accumulation_equals_the_gradient_of_the_batch(parts):
     whole, accumulated = make_state(), make_state()
     for state, n in ((whole, 1), (accumulated, parts)):
         state.model.eval()  # so that the parts share their statistics
@@ -248,7 +255,7 @@ SHAPES = [(8, 3, 8, 8), (5, 3, 8, 8)]  # of the batches below
 
 
 def step_and_state(argv=(), device='cpu', precision='fp32', **model):
-    """What `train` makes of flags, but for the loop."""
+    """The step and the state that train.py makes from flags."""
     args = parse_flags([*argv, '--device', device])
     torch.manual_seed(args.seed)
     net = densenet.densenet_cifar(10, 4, **{'drop_rate': 0.2, **model}).to(device).train()
@@ -316,7 +323,7 @@ def test_the_generator_of_another_kind_of_device_is_saved_and_restored(monkeypat
     assert len(seeds) == 1
 
 
-def test_other_processes_take_over_the_sums_of_all(monkeypatch):
+def test_the_sums_survive_a_change_of_the_number_of_processes(monkeypatch):
     saved = []
     for rank, sums in enumerate(([3.0, 2.0], [4.0, 1.0])):
         state = make_state()
@@ -350,7 +357,7 @@ def test_the_step_has_the_flags():
 
 @pytest.fixture
 def pretended_cuda(monkeypatch):
-    """torch.cuda's graphs, in which what is recorded is run, and replaying does nothing."""
+    """A stand-in for CUDA graphs: recording runs the step, and replaying does nothing."""
     for name in ('CUDAGraph', 'Stream', 'current_stream', 'graph_pool_handle'):
         monkeypatch.setattr(torch.cuda, name, Mock(side_effect=lambda: Mock()))
     for name in ('stream', 'graph'):
@@ -362,7 +369,7 @@ def pretended_state_on_cuda():
                            scaler=torch.amp.GradScaler('cpu', enabled=False))
 
 
-def test_a_graph_of_each_shape_has_the_batch_in_its_own_memory(pretended_cuda):
+def test_each_shape_has_a_graph_and_a_static_batch(pretended_cuda):
     step, state = step_and_state()
     truth = train_some(*step_and_state())
     graphed = train.CudaGraphStep(step, state, SHAPES)
@@ -377,7 +384,7 @@ def test_a_graph_of_each_shape_has_the_batch_in_its_own_memory(pretended_cuda):
      r'^the step can\'t be recorded as a CUDA graph \(operation not permitted when stream is '
      r'capturing\): give --no-cuda-graph$'),
     ('CUDA out of memory.', torch.OutOfMemoryError, '^CUDA out of memory')])
-def test_a_recording_that_fails_says_what_the_first_error_was(pretended_cuda, monkeypatch, message,
+def test_a_failed_recording_reports_the_first_error(pretended_cuda, monkeypatch, message,
                                                               kind, said):
     class Graph:
         def __init__(self, *args, **kwargs):
@@ -443,13 +450,13 @@ def test_a_graph_is_compared_with_the_step(pretended_cuda, replay):
     first, last = (functools.partial(function, step, state, graphed.batches[shape])
                    for function, shape in zip((replays_the_step, replay), SHAPES))
     graphed.graphs[SHAPES[0]].replay.side_effect = first
-    graphed.graphs[SHAPES[1]].replay.side_effect = last  # a wrong one is found wherever it is
+    graphed.graphs[SHAPES[1]].replay.side_effect = last  # a wrong graph is found for any shape
     assert graphed.agrees() == (replay is replays_the_step)
     torch.testing.assert_close(state.state_dict(), before, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
-def test_a_graph_that_is_not_the_step_is_not_used(monkeypatch, capsys):
+def test_a_graph_that_differs_from_the_step_is_not_used(monkeypatch, capsys):
     for agrees in (True, False):
         graphed = Mock(agrees=Mock(return_value=agrees))
         monkeypatch.setattr(train, 'CudaGraphStep', Mock(return_value=graphed))
@@ -458,7 +465,7 @@ def test_a_graph_that_is_not_the_step_is_not_used(monkeypatch, capsys):
     assert 'is launched by itself: it does not do what the step does' in capsys.readouterr().out
 
 
-def test_without_a_graph_it_says_why_if_one_was_asked_for(capsys):
+def test_a_missing_graph_is_explained_if_one_was_requested(capsys):
     step, _ = step_and_state(['--cuda-graph'])
     assert not isinstance(step, train.CudaGraphStep)
     assert capsys.readouterr().out == ('no CUDA graph, each kernel is launched by itself: '
@@ -503,12 +510,11 @@ def test_evaluation_counts_as_a_loop_over_images(crops, classes):
             truth.append((np.log(np.exp(logits).sum()) - logits[label], rank > 0, rank > 4))
     expected = np.mean(truth, 0) * (1, 100, 100)
     np.testing.assert_allclose((loss, error, error5), expected, rtol=1e-5)
-    labels, probabilities = map(torch.cat, zip(*outputs))
-    probabilities = probabilities.softmax(1)
-    areas = [sklearn.metrics.roc_auc_score(labels == c, probabilities[:, c])
+    labels, logits = map(torch.cat, zip(*outputs))
+    areas = [sklearn.metrics.roc_auc_score(labels == c, logits.softmax(1)[:, c])
              for c in labels.unique()]
     assert math.isclose(auc, np.mean(areas), rel_tol=1e-6)
-    losses = -probabilities[range(11), labels].log()
+    losses = -logits.log_softmax(1)[range(11), labels]
     np.testing.assert_allclose(losses, [loss for loss, *_ in truth], rtol=1e-4)
     of_classes = [[wrong for (_, wrong, _), label in zip(truth, labels) if label == c]
                   for c in range(classes)]
@@ -555,7 +561,7 @@ def test_the_first_bad_parameter_is_named():
         assert checkpoint.first_not_finite(model) == name
 
 
-def test_gradients_that_overflow_in_fp16_are_the_scalers_business():
+def test_gradients_that_overflow_in_fp16_are_handled_by_the_scaler():
     state = make_state()
     state.scaler = torch.amp.GradScaler('cpu', init_scale=1024.0)
     calls = iter(range(9))
@@ -573,7 +579,7 @@ def test_gradients_that_overflow_in_fp16_are_the_scalers_business():
 # ---- whole runs ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('precision', ['bf16', 'fp16'])
-def test_precisions_that_autocast(small, tmp_path, precision):
+def test_autocast_precisions_keep_fp32_weights(small, tmp_path, precision):
     train.main([*small, '--epochs', '1', '--precision', precision, '--save', str(tmp_path / 'x')])
     saved = checkpoint.load(tmp_path / 'x/latest.pth')
     assert {p.dtype for p in saved['model'].values()} == {torch.float32, torch.int64}
@@ -581,7 +587,7 @@ def test_precisions_that_autocast(small, tmp_path, precision):
     assert json.loads((tmp_path / 'x/args.json').read_text())['precision'] == precision
 
 
-def test_learns_64_photographs_by_heart(photographs, tmp_path):
+def test_memorizes_64_photographs(photographs, tmp_path):
     train.main(['--dataset', 'folder', '--data', str(photographs), '--no-augment', '--depth', '10',
                 '--epochs', '100', '--batch-size', '16', '--save', str(tmp_path), '--no-plot',
                 '--device', 'cpu'])
@@ -590,13 +596,13 @@ def test_learns_64_photographs_by_heart(photographs, tmp_path):
 
 
 def test_a_small_net_learns_the_shapes(tmp_path):
-    train.main(['--dataset', 'shapes', '--depth', '10', '--growth-rate', '8', '--epochs', '2',
-                '--batch-size', '16', '--lr-schedule', 'cosine', '--save', str(tmp_path),
+    train.main(['--dataset', 'shapes', '--depth', '10', '--growth-rate', '8', '--epochs', '1',
+                '--batch-size', '32', '--lr-schedule', 'cosine', '--save', str(tmp_path),
                 '--device', 'cpu', '--no-plot'])
     row = read_csv(tmp_path / 'test.csv')[-1]
-    assert float(row['error']) < 60  # by chance 90; linear classifiers: tests/test_data.py
+    assert float(row['error']) < 70  # chance: 90; linear classifiers: over 70 (tests/test_data.py)
     rows = read_csv(tmp_path / 'train.csv')
-    assert [row['epoch'] for row in rows[:2] + rows[-1:]] == ['0.13333', '0.26667', '2.00000']
+    assert [row['epoch'] for row in rows] == ['0.26596', '0.53191', '0.79787', '1.00000']
 
 
 def test_each_step_trains_at_the_rate_of_its_moment(small, tmp_path, monkeypatch):
@@ -614,7 +620,7 @@ def test_each_step_trains_at_the_rate_of_its_moment(small, tmp_path, monkeypatch
         f'{rate:.6g}' for rate in rates[2::3]]
 
 
-def test_evaluation_has_batches_of_the_size_that_fits(small, tmp_path, monkeypatch):
+def test_evaluation_uses_micro_batches(small, tmp_path, monkeypatch):
     make_loader = Mock(wraps=train.loaders.make_loader)
     monkeypatch.setattr(train.loaders, 'make_loader', make_loader)
     train.main([*small, '--epochs', '1', '--grad-accum', '3', '--save', str(tmp_path / 'run')])
@@ -677,9 +683,9 @@ def test_torchvisions_weights_through_its_own_cache(folder, tmp_path, monkeypatc
     assert 'balanced error' in capsys.readouterr().out
 
 
-# ---- what a run says and leaves --------------------------------------------------------------
+# ---- output of a run -------------------------------------------------------------------------
 
-def test_a_run_says_where_everything_is(small, tmp_path, capsys):
+def test_a_run_prints_where_its_files_are(small, tmp_path, capsys):
     run, argv = tmp_path / 'run', [flag for flag in small if flag != '--no-plot']
     train.main([*argv, '--epochs', '2', '--save', str(run)])
     assert set(os.listdir(run)) == {'args.json', 'train.csv', 'test.csv', 'latest.pth',
@@ -698,7 +704,7 @@ def test_a_run_says_where_everything_is(small, tmp_path, capsys):
     train.main(['--evaluate', '--resume', str(run / 'latest.pth'), '--device', 'cpu'])
     printed = capsys.readouterr().out
     assert f'error {float(rows[-1]["error"]):.2f}%\n' in printed
-    assert printed.endswith(f'confusion.png and predictions.csv are in {run}\n')
+    assert printed.endswith(f'predictions.csv and their figures are in {run}\n')
     wrong = [int(row['error']) for row in read_csv(run / 'predictions.csv')]
     assert math.isclose(100 * np.mean(wrong), float(rows[-1]['error']), rel_tol=1e-5)
     assert (run / 'confusion.png').stat().st_size > 5000
@@ -731,7 +737,7 @@ def test_the_time_that_the_loop_waits_for_its_loader(tmp_path, monkeypatch, caps
 
 
 class Clock:
-    """The module `time`, of which only sleeping takes any."""
+    """Stands in for the module `time`; only `sleep` advances it."""
 
     now = 0.0
 
@@ -744,7 +750,7 @@ class Clock:
     monotonic = perf_counter
 
 
-def test_output_that_nobody_reads_does_not_end_a_run(small, tmp_path):
+def test_a_run_survives_a_closed_output(small, tmp_path):
     full = 'import os; os.dup2(os.open("/dev/full", os.O_WRONLY), 1); os.dup2(1, 2)\n' + RUN
     argv = [*small, '--epochs', 2, '--save', tmp_path / 'run']
     assert forked.run(full, argv).returncode == 0
@@ -782,7 +788,7 @@ def test_tensorboard_on_a_full_disk_is_one_line(small, tmp_path, monkeypatch, ca
     assert fails(capsys, *argv) == 'train.py: error: No space'
 
 
-def test_a_plot_that_fails_is_one_warning(small, tmp_path, capsys, monkeypatch):
+def test_a_failing_plot_is_one_warning(small, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(runlog, '__file__', str(tmp_path / 'training' / 'runlog.py'))
     (tmp_path / 'plot.py').write_text('raise ValueError("no ink")')
     argv = [flag for flag in small if flag != '--no-plot']
@@ -844,7 +850,7 @@ def test_cuda_where_there_is_none(capsys):
     assert '--device cuda' in fails(capsys, '--device', 'cuda')
 
 
-def test_data_that_are_not_there(tmp_path, monkeypatch, capsys):
+def test_missing_data_sets_say_what_to_do(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr('urllib.request.urlopen', raise_no_network)
     error = fails(capsys, '--dataset', 'cifar10')
@@ -867,13 +873,13 @@ def test_running_out_of_memory_names_the_flags_that_need_less(
     assert fails(capsys, *small, '--save', tmp_path / 'other') == expected
 
 
-def test_an_error_that_no_flag_mends_keeps_its_traceback(small, tmp_path, monkeypatch):
+def test_bugs_keep_their_traceback(small, tmp_path, monkeypatch):
     monkeypatch.setattr(train, 'train_step', Mock(side_effect=RuntimeError('a defect')))
     with pytest.raises(RuntimeError, match='a defect'):
         train.cli([*small, '--save', str(tmp_path / 'run')])
 
 
-def test_an_image_reader_that_is_killed_is_one_line(tmp_path):
+def test_a_killed_image_reader_is_a_one_line_error(tmp_path):
     write_images(tmp_path, {'train/a': 20, 'train/b': 20, 'val/a': 1}, (66, 66))
     script = interrupted('learning_rate', 3, """
         for child in open(f'/proc/self/task/{os.getpid()}/children').read().split():
@@ -890,14 +896,14 @@ def test_an_image_reader_that_is_killed_is_one_line(tmp_path):
 @pytest.mark.parametrize('error', [ConnectionResetError(104, 'reset by peer'), EOFError()])
 @pytest.mark.parametrize('reader', [
     'loaders.MemoryLoader.__iter__', 'image_files.checked'])  # in a step, at the start
-def test_so_is_one_that_dies_while_a_batch_is_taken_from_it(
+def test_a_reader_that_dies_during_a_read_is_a_one_line_error(
         small, tmp_path, monkeypatch, capsys, reader, error):
     monkeypatch.setattr(f'training.{reader}', Mock(side_effect=error))
     assert 'a process that reads images has died' in fails(
         capsys, *small, '--save', tmp_path / 'run')
 
 
-def test_the_next_reader_that_dies_does_not_interrupt_what_is_said_of_the_first(
+def test_a_second_dying_reader_does_not_interrupt_the_message(
         capsys, monkeypatch):
     before = signal.signal(signal.SIGCHLD, Mock(side_effect=RuntimeError('DataLoader worker')))
     monkeypatch.setattr(train, 'main', Mock(side_effect=ConnectionResetError(104, 'reset by peer')))
@@ -920,7 +926,7 @@ def test_cuda_learns_the_shapes(tmp_path, precision):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize('flag', ['--cuda-graph', '--no-cuda-graph'])
-def test_a_gpu_without_room_is_one_line(tmp_path, flag):
+def test_out_of_gpu_memory_is_a_one_line_error(tmp_path, flag):
     script = f'import torch; torch.cuda.set_per_process_memory_fraction(0.02); {RUN}'
     ended = forked.run(script, ['--dataset', 'shapes', '--batch-size', '3000', flag, '--no-plot',
                                 '--save', tmp_path / 'run'])
@@ -942,7 +948,7 @@ def repeatable_kernels():
     (['--grad-accum', '2', '--label-smoothing', '0.1'], 'fp16', {'memory_efficient': True}),
     (['--optimizer', 'adam'], 'fp32', {}), (['--optimizer', 'adamw'], 'fp16', {}),
     (['--optimizer', 'rmsprop'], 'bf16', {})])
-def test_a_cuda_graph_trains_as_the_step_does(argv, precision, model, repeatable_kernels):
+def test_a_cuda_graph_trains_like_the_eager_step(argv, precision, model, repeatable_kernels):
     results = []
     for flag in ('--cuda-graph', '--no-cuda-graph'):
         step, state = step_and_state([*argv, flag], 'cuda', precision, **model)
@@ -952,7 +958,7 @@ def test_a_cuda_graph_trains_as_the_step_does(argv, precision, model, repeatable
 
 
 @pytest.mark.cuda
-def test_a_rate_of_zero_stops_a_graph():
+def test_a_learning_rate_of_zero_stops_a_graph():
     step, state = step_and_state(device='cuda')
     assert isinstance(step, train.CudaGraphStep)
     before = copy.deepcopy(dict(state.model.named_parameters()))
@@ -963,7 +969,7 @@ def test_a_rate_of_zero_stops_a_graph():
 
 
 @pytest.mark.cuda
-def test_no_graph_where_the_optimizer_waits_for_the_host(capsys):
+def test_no_graph_if_the_optimizer_syncs_with_the_host(capsys):
     step, _ = step_and_state(['--optimizer', 'rmsprop'], 'cuda', 'fp16')
     assert not isinstance(step, train.CudaGraphStep)
     assert 'rmsprop waits for the host' in capsys.readouterr().out

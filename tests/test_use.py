@@ -1,4 +1,4 @@
-"""What is done with weights: fine-tuning, evaluating, torch.hub, exporting."""
+"""Uses of weights: fine-tuning, evaluating, torch.hub, exporting."""
 
 import argparse
 import json
@@ -23,10 +23,11 @@ from conftest import (
 from PIL import Image
 
 import densenet
+import hubconf
 import predict
 import train
 from attic import to_safetensors
-from training import checkpoint, datasets, loaders
+from training import checkpoint, datasets, flags, loaders
 
 NARROW = dict(growth_rate=4, block_config=(2, 2), num_init_features=8)
 NARROW_FLAGS = ['--growth-rate', 4, '--block-config', 2, 2, '--init-features', 8, '--workers', 0,
@@ -95,7 +96,7 @@ def test_fine_tuning_from_a_state_dict_of_torchvisions(photos, tmp_path, capsys,
     assert torch.equal(ours['features.conv0.weight'], theirs['features.conv0.weight']) == frozen
 
 
-def test_weights_of_timms_in_three_kinds_of_files(tmp_path, photos, capsys):
+def test_weights_of_timm_in_three_file_formats(tmp_path, photos, capsys):
     timm = pytest.importorskip('timm', reason='needs timm')
     safetensors = pytest.importorskip('safetensors.torch', reason='needs safetensors')
     model = timm.models.densenet.DenseNet(growth_rate=4, block_config=(2, 2), num_classes=2).eval()
@@ -130,24 +131,24 @@ def test_one_crop_or_ten(trained, photos, capsys):
 
 
 def test_densenet121_at_224_pixels_trains_and_is_tested_on_ten_crops(tmp_path, capsys):
-    write_images(tmp_path / 'data', {'train/a': 2, 'train/b': 1, 'val/a': 1, 'val/b': 1}, (80, 90))
+    write_images(tmp_path / 'data', {'train/a': 2, 'train/b': 1, 'val/a': 1}, (80, 90))
     lines = run(capsys, '--dataset', 'imagenet', '--data', tmp_path / 'data', '--arch',
                 'densenet121', '--batch-size', 2, '--epochs', 1, '--print-freq', 1, '--ten-crop',
                 '--workers', 1, '--device', 'cpu', '--no-plot', '--save', tmp_path / 'run')
-    assert re.match(r'densenet121: 6,955,906 parameters; imagenet: 3 training and 2 test images '
+    assert re.match(r'densenet121: 6,955,906 parameters; imagenet: 3 training and 1 test images '
                     r'of 224 pixels, 2 classes', lines[0])
     assert [row['epoch'] for row in read_csv(tmp_path / 'run/train.csv')] == ['0.50000', '1.00000']
     assert len(read_csv(tmp_path / 'run/test.csv')) == 1
 
 
-def test_the_weights_that_are_here_have_the_error_that_the_readme_says(
+def test_the_weights_in_the_repository_have_the_error_in_the_results(
         cifar10_jpeg, tmp_path, capsys):
     with tarfile.open(cifar10_jpeg) as tar:
         for member in tar:  # every tenth of the 10,000 test images
             if re.fullmatch(r'test/\w+/\d+0.jpg', member.name):
                 tar.extract(member, tmp_path, filter='data')
-    said, = re.findall(r'\| DenseNet-BC 40-12 .*?\(work/densenet-bc-40-12\).*% \| ([\d.]+)% \|',
-                       (ROOT / 'README.md').read_text())
+    said, = re.findall(r'\| DenseNet-BC 40-12 .*?\(../work/densenet-bc-40-12\).*% \| ([\d.]+)% \|',
+                       (ROOT / 'attic/results.md').read_text())
     line, *_ = run(capsys, '--evaluate', '--resume', ROOT / 'work/densenet-bc-40-12/best.pth',
                    '--dataset', 'folder', '--data', tmp_path, '--device', 'cpu', '--save', tmp_path)
     error, said = float(line.split('error ')[1].split('%')[0]), float(said)
@@ -165,7 +166,7 @@ def test_evaluation_needs_no_training_images(trained, photos, tmp_path, capsys):
         capsys, '--evaluate', '--resume', trained / 'latest.pth', '--data', tmp_path / 'other')
 
 
-def test_images_are_normalised_as_the_checkpoint_says(uninterrupted, folder, tmp_path, capsys):
+def test_images_are_normalised_as_in_the_checkpoint(uninterrupted, folder, tmp_path, capsys):
     saved = checkpoint.load(uninterrupted / 'latest.pth')
     saved['dataset'] |= dict(mean=(90.0, 100.0, 110.0), std=(50.0, 60.0, 70.0))
     checkpoint.save(tmp_path / 'other.pth', saved)
@@ -182,7 +183,7 @@ def test_images_are_normalised_as_the_checkpoint_says(uninterrupted, folder, tmp
 
 @pytest.mark.filterwarnings('ignore')  # torch has its doubts about the pickle's version
 @pytest.mark.parametrize('zipped', [True, False])
-def test_a_strangers_file_runs_no_code(photos, tmp_path, monkeypatch, capsys, zipped):
+def test_untrusted_files_run_no_code(photos, tmp_path, monkeypatch, capsys, zipped):
     harm, file = tmp_path / 'harm', tmp_path / 'bad.pth'
     if zipped:
         checkpoint.save(file, {'model': Opener(harm)})
@@ -208,10 +209,11 @@ def test_a_strangers_file_runs_no_code(photos, tmp_path, monkeypatch, capsys, zi
 
 def test_the_hub_has_the_networks_from_a_clone(tmp_path, monkeypatch):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
-    for name, parameters in (('densenet_cifar', 769_162), ('densenet264', 33_337_704)):
-        model = torch.hub.load(str(ROOT), name, source='local')
-        assert sum(p.numel() for p in model.parameters()) == parameters
-        assert not model.training and model.classes is None
+    for name in ('densenet_cifar', *flags.ARCHITECTURES):
+        assert getattr(hubconf, name).__wrapped__ is getattr(densenet, name)
+    model = torch.hub.load(str(ROOT), 'densenet_cifar', source='local', depth=22)
+    assert sum(p.numel() for p in model.parameters()) == 71_686
+    assert not model.training and model.classes is None
     theirs = torchvision.models.densenet121().eval()
     cache_densenet121(tmp_path, theirs)
     ours = torch.hub.load(str(ROOT), 'densenet121', source='local', pretrained=True)
@@ -222,8 +224,8 @@ def test_the_hub_has_the_networks_from_a_clone(tmp_path, monkeypatch):
     # The clone need not be on the path, nor be imported already.
     monkeypatch.setattr(sys, 'path', [path for path in sys.path if path not in ('', str(ROOT))])
     monkeypatch.delitem(sys.modules, 'densenet')
-    model = torch.hub.load(str(ROOT), 'densenet121', source='local', num_classes=7)
-    assert len(list(model.parameters())) == 364
+    model = torch.hub.load(str(ROOT), 'densenet_cifar', source='local', depth=10, num_classes=7)
+    assert model.classifier.out_features == 7
     assert sys.modules.pop('densenet') is not densenet
 
 

@@ -169,7 +169,7 @@ def test_andreasveits_and_bamos_layouts(tmp_path, bamos, bottleneck, capsys):
     assert capsys.readouterr().out.endswith('theirs.pth: keys renamed to torchvision\'s\n')
 
 
-def test_weights_that_others_trained_have_the_error_that_they_report(tmp_path, capsys):
+def test_third_party_weights_have_their_published_error(tmp_path, capsys):
     """5.46% for the network of deeplearning-wisc/dice on the original test images of CIFAR-10."""
     file = SHARED / 'dice-densenet-bc-100-12-cifar10.pth.tar'
     data = pathlib.Path(os.environ.get('CIFAR10', ROOT / 'work/data'))
@@ -195,7 +195,7 @@ def renamed(state, *pairs):
 
 
 class Config(dict):
-    """As a library pickles its hyperparameters: a dictionary with attributes, of its own class."""
+    """A dict subclass with attributes, as libraries pickle their hyperparameters."""
 
     def __init__(self, **values):
         super().__init__(values)
@@ -279,7 +279,7 @@ def test_averaged_weights_come_first_and_others_by_name(tmp_path, capsys):
 
 
 def test_first_convolution_for_other_channels(tmp_path, capsys):
-    """As timm: c equal channels give what they gave before."""
+    """As in timm: c equal channels give the same result as before."""
     three = randomized(densenet.DenseNet(**SMALL))
     grey = torch.randn(2, 1, 32, 32)
     with torch.no_grad():
@@ -295,7 +295,7 @@ def test_first_convolution_for_other_channels(tmp_path, capsys):
     assert 'first convolution adapted from 3 to 4 channels' in capsys.readouterr().out
 
 
-# ---- what does not fit, and what is no file of weights -------------------------------------------
+# ---- weights that do not fit, and other files ----------------------------------------------------
 
 def test_the_first_difference_is_named(tmp_path):
     state = densenet.DenseNet(**NARROW).state_dict()
@@ -353,7 +353,7 @@ def test_other_files_are_named(tmp_path, content, words):
 def test_missing_and_damaged_files(tmp_path):
     with pytest.raises(UserError, match='gone.pth is not there'):
         weights.read(tmp_path / 'gone.pth')
-    with pytest.raises(UserError, match='Is a directory'):
+    with pytest.raises(UserError, match='is not a checkpoint, but a folder'):
         weights.read(tmp_path)
     state = densenet.DenseNet(**NARROW).state_dict()
     torch.save(state, tmp_path / 'whole.pth')
@@ -373,7 +373,7 @@ class Call:
         return self.call[0], self.call[1:]
 
 
-def test_hostile_files_run_nothing_and_take_no_memory(tmp_path):
+def test_malicious_files_run_no_code_and_take_no_memory(tmp_path):
     def zipped(content, path):
         torch.save(content, tmp_path / 'plain.pth')
         with zipfile.ZipFile(tmp_path / 'plain.pth') as plain, \

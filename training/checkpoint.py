@@ -17,17 +17,18 @@ import io
 import math
 import os
 import textwrap
-import zipfile
 from pathlib import Path
 
 import torch
 
-from training import datasets, distributed, flags
+from training import datasets, distributed, flags, weights
+from training.averages import WeightAverages
 from training.console import UserError, say, warn
 from training.datasets import DATASETS
 
 # A run can't be resumed if one of these flags, or one of the network's, changes.
-FIXED_FLAGS = ('optimizer', 'freeze_features', 'best_by', 'val_split', 'fold', 'mean', 'std')
+FIXED_FLAGS = ('optimizer', 'freeze_features', 'freeze_norm', 'head_lr', 'ema', 'best_by',
+               'val_split', 'fold', 'mean', 'std')
 
 
 class CheckpointError(UserError):
@@ -36,7 +37,7 @@ class CheckpointError(UserError):
 
 @dataclasses.dataclass
 class TrainState:
-    """All that training changes, and so all that a checkpoint holds.
+    """The state of training, all of which a checkpoint holds.
 
     An interval is what has come after the last row of train.csv. Its sums stay on the device, so
     that no step synchronizes with it; sums and random state are per process.
@@ -46,6 +47,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     sums: torch.Tensor         # float32 [2]: loss and errors of this process in the interval
+    averages: WeightAverages = None
     interval_images: int = 0   # of all processes
     epoch_sums: tuple = (0.0, 0.0, 0)  # loss, errors, images of all processes in this epoch's rows
     epoch: int = 1             # counted from 1
@@ -60,7 +62,7 @@ class TrainState:
     def counters(self):
         """The plain values among the fields: those that have a default."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)
-                if field.default is not dataclasses.MISSING}
+                if field.default not in (dataclasses.MISSING, None)}
 
     def begin_epoch(self, epoch):
         self.epoch, self.step, self.epoch_sums = epoch, 0, (0.0, 0.0, 0)
@@ -73,6 +75,12 @@ class TrainState:
     def count_step(self, num_images):
         self.step += 1
         self.interval_images += num_images
+        if self.averages:
+            self.averages.update()
+
+    def tested_weights(self):
+        """A context in which the model has the weights to test: the averages, if there are any."""
+        return self.averages.in_use() if self.averages else contextlib.nullcontext()
 
     def random_state(self):
         """The states of the generators of the CPU and of the device, by its kind."""
@@ -122,11 +130,15 @@ class TrainState:
 
     def state_dict(self, own_states=None):
         """What a checkpoint holds; `own_states` has the `own_state()` of each process, by rank."""
-        return {
+        state = {
             'model': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(),
             'scaler': self.scaler.state_dict(), 'processes': own_states or [self.own_state()],
             **self.counters(),
         }
+        if self.averages:  # whoever loads a model wants the one that was tested
+            state.update(model=self.averages.state_dict(), trained_model=state['model'],
+                         average_updates=self.averages.updates)
+        return state
 
 
 def initialize_optimizer(optimizer):
@@ -172,12 +184,53 @@ def with_saved_flags(given, parser=None):
         warn(f'{path} is damaged or missing: going on from the one before, {found}')
     if not all(isinstance(saved.get(key), dict) for key in ('args', 'dataset', 'model')):
         raise CheckpointError(f'{found} holds no run to resume; for weights alone --pretrained')
+    check_claims(saved, found)
     saved_flags = dict(saved['args'])
     if args.evaluate and 'data' in given and given.data != saved_flags.get('data'):
         for flag in ('labels', 'val_split', 'fold'):  # of other data, all images are for testing
             saved_flags.pop(flag, None)
     given = argparse.Namespace(**{**vars(given), 'resume': found})
     return flags.complete(given, saved_flags, parser), saved
+
+
+def check_claims(saved, source):
+    """Check what a checkpoint claims of its network and its images, before they take memory.
+
+    Raises:
+        CheckpointError: it does not say what they are, has values that the command line would
+            refuse, or more layers than weights.
+    """
+    if not all(isinstance(saved.get(key), dict) for key in ('config', 'dataset', 'model')):
+        raise CheckpointError(f'{source} holds no run: its network or its classes are unknown')
+    config, model = saved['config'], saved['model']
+    with explained(f'{source} is no checkpoint of train.py, or an altered one'):
+        dataset = datasets.Description(root=None, **saved['dataset'])
+        needed = {'dataset': dataset.name, 'image_size': dataset.image_size, 'mean': dataset.mean,
+                  'std': dataset.std}
+        if (None in needed.values() or len(dataset.classes) != config['num_classes']
+                or not all(isinstance(name, str) for name in dataset.classes)):
+            raise ValueError(f'its data set is {saved["dataset"]}')
+        flags.check_values({**needed, 'val_split': dataset.val_split, 'seed': dataset.split_seed,
+                            'value_range': dataset.value_range}, flags.make_parser())
+        if not len(dataset.mean) == len(dataset.std) == config['in_channels']:
+            raise ValueError(f'it has statistics of {len(dataset.mean)} channels, and images of '
+                             f'{config["in_channels"]}')
+        args = saved.get('args') or {}
+        layers = max(args.get('depth') or 0, sum(args.get('block_config') or ()),
+                     sum(config['block_config']))
+        if layers > len(model):
+            raise ValueError(f'it has {layers} layers, and {len(model)} weights')
+
+
+def check_network(build, state_dict, source):
+    """Check that a state dict is of the network that `build()` makes, before that takes memory.
+
+    Raises:
+        CheckpointError: the two don't fit; names the first differences.
+    """
+    with explained(f'{source} does not fit the model'), torch.device('meta'):
+        # A copy, because torch would keep `assign` in the state dict's metadata for later loads.
+        build().load_state_dict(dict(state_dict), assign=True)
 
 
 def describe_data(args, saved):
@@ -244,16 +297,20 @@ def resume(state, saved, args, train_loader, test_loader):
             an epoch of other batches.
     """
     source, rank, world_size = args.resume, distributed.rank(), distributed.world_size()
-    check_fixed_flags(args, saved['args'], (*flags.MODEL_FLAGS, *FIXED_FLAGS))
-    load_weights(state.model, saved['model'], source)
+    check_fixed_flags(args, saved['args'], FIXED_FLAGS)
+    load_weights(state.model, saved.get('trained_model', saved['model']), source)
     if 'optimizer' not in saved:
         raise CheckpointError(f'{source} holds weights alone: --pretrained {source} starts '
                               f'training from them')
     with explained(f'{source} can\'t be resumed'):
         load_optimizer(state.optimizer, saved['optimizer'])
-        state.scaler.load_state_dict(saved['scaler'])
-        for name in state.counters():
-            setattr(state, name, saved[name])
+        load_scaler(state.scaler, saved['scaler'], source)
+        if state.averages:
+            state.averages.load(saved['model'], saved['average_updates'])
+        counters = {name: saved[name] for name in state.counters()}
+        if kinds(counters) != kinds(state.counters()):
+            raise CheckpointError('its counters are of other types')
+        vars(state).update(counters)
         processes = saved['processes']
         if rank < len(processes):
             state.set_random_state(processes[rank]['rng'])
@@ -270,6 +327,29 @@ def resume(state, saved, args, train_loader, test_loader):
             f'with --seed {before[2]}, and cannot go on in one of {num_images} in batches of '
             f'{args.batch_size} with --seed {args.seed}; --start-epoch {state.epoch} begins it '
             f'anew')
+
+
+def kinds(values):
+    """What has to be the same in state to load: types of values, shapes and dtypes of tensors."""
+    if isinstance(values, dict):
+        return {key: kinds(value) for key, value in values.items()}
+    if isinstance(values, tuple):
+        return [*map(kinds, values)]
+    if torch.is_tensor(values):
+        return values.shape, values.dtype, values.layout
+    return type(values)
+
+
+def load_scaler(scaler, saved, source):
+    """Load the scale of fp16, which a run in another precision does not have."""
+    new = scaler.state_dict()
+    if new and not saved:
+        warn(f'{source} was not trained in fp16: the scale of the loss begins at '
+             f'{scaler.get_scale():g}')
+        return
+    if new and (kinds(saved) != kinds(new) or not 0 < saved['scale'] < math.inf):
+        raise CheckpointError('its loss scale is not valid')
+    scaler.load_state_dict(saved)
 
 
 def warn_of_other_images(state, saved, train_loader, test_loader):
@@ -299,11 +379,6 @@ def load_optimizer(optimizer, saved):
     tensor must be laid out as its parameter.
     """
     new = optimizer.state_dict()
-
-    def kinds(state):
-        return {(index, key): (value.shape, value.dtype) if torch.is_tensor(value) else type(value)
-                for index, values in state.items() for key, value in values.items()}
-
     if kinds(saved['state']) != kinds(new['state']):
         raise CheckpointError('the state of its optimizer does not fit the network')
     optimizer.load_state_dict({'state': saved['state'], 'param_groups': new['param_groups']})
@@ -360,16 +435,12 @@ def load(path):
         CheckpointError: no such file, not a checkpoint, a damaged one, or one that would run code.
     """
     try:
-        if zipfile.is_zipfile(path):  # torch.load does not check the CRCs
-            with zipfile.ZipFile(path) as archive:
-                record = archive.testzip()
-            if record:
-                raise CheckpointError(f'{path} is damaged: the CRC of {record} is wrong')
+        weights.check_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # timm keeps its flags so
             saved = torch.load(path, map_location='cpu', weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f'{path} is not there') from error
-    except (CheckpointError, MemoryError):
+    except UserError as error:
+        raise CheckpointError(str(error)) from error
+    except MemoryError:
         raise
     except Exception as error:  # a file that is no checkpoint makes the reader fail in any way
         raise CheckpointError(f'{path} is not a checkpoint, or a damaged one '
@@ -380,7 +451,7 @@ def load(path):
 
 
 def load_newest(path):
-    """`path`, or the one before it where that is damaged or missing: its name, what it holds.
+    """Load `path`, or the previous one if it is damaged or missing; returns path and content.
 
     Raises:
         CheckpointError: neither can be loaded; says what is wrong with `path`.
@@ -402,14 +473,22 @@ def explained(what):
         raise CheckpointError(f'{what}: {textwrap.shorten(str(error), 250)}') from error
 
 
-def load_weights(model, weights, source):
+def load_weights(model, state_dict, source):
     """Load a state dict into `model`.
 
     Raises:
         CheckpointError: the two don't fit; names the first differences.
     """
     with explained(f'{source} does not fit the model'):
-        model.load_state_dict(weights)
+        model.load_state_dict(state_dict)
+
+
+def check_finite(model, source):
+    """Raises CheckpointError if a weight or running statistic is not finite."""
+    name = first_not_finite(model)
+    if name:
+        raise CheckpointError(f'{source} has weights that are not finite, the first in {name}: '
+                              f'use an earlier checkpoint')
 
 
 def first_not_finite(model):

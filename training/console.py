@@ -12,6 +12,10 @@ class DataError(UserError):
     """Data that are missing, broken or not laid out as they should be, said in one line."""
 
 
+class BadImages(DataError):
+    """All images of a split that can't be read."""
+
+
 def say(*words, file=None):
     """Print a line, ignoring a closed pipe (`| head`)."""
     file = file or sys.stdout

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from training.datasets import DataError
+from training.console import DataError
 
 MAX_PIXELS = 64_000_000  # an image of so many takes up to 1 GB to read
 MAX_BYTES = 6 * MAX_PIXELS  # of an array: MAX_PIXELS in three channels of 16 bits
@@ -217,6 +217,8 @@ def read_levels(image, path):
         return levels_of_jpeg2000(image, path)
     if image.format == 'PPM':
         return levels_of_ppm(image)
+    if image.format == 'AVIF':
+        refuse_deep_avif(path)
     return np.asarray(image) if image.mode.startswith(('I', 'F')) else None
 
 
@@ -277,6 +279,20 @@ def levels_of_jpeg2000(image, path):
     if is_signed or image.mode != 'I;16':
         raise ValueError(f'it is a JPEG 2000 of {bits} bits, in colour or signed: save it as PNG')
     return np.asarray(image) >> (16 - bits)  # Pillow shifts them up
+
+
+def refuse_deep_avif(path):
+    """Raises ValueError for an AVIF of 10 or 12 bits, which Pillow cuts to 8.
+
+    The av1C box (AV1-ISOBMFF, section 2.3.3) begins with marker and version, then profile and
+    level; the bits after the tier are high_bitdepth and twelve_bit.
+    """
+    with open(path, 'rb') as file:
+        found = re.findall(rb'av1C\x81.(.)', file.read(), re.DOTALL)
+    depths = {0x40: 10, 0x60: 12}
+    bits = max((depths.get(kind[0] & 0x60, 8) for kind in found), default=8)
+    if bits > 8:
+        raise ValueError(f'it is an AVIF of {bits} bits, of which Pillow reads 8: save it as PNG')
 
 
 def colours_of_16_bits(path, bands=3):

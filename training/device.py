@@ -50,9 +50,9 @@ def cuda_is_available(name):
 
 
 def check_compute_capability(gpu):
-    """Raises UserError if torch has no code for a GPU: else, its first kernel would fail."""
+    """Raises UserError if torch has no code for a GPU; otherwise the first kernel would fail."""
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # torch's own, a paragraph, with which it would go on
+        warnings.simplefilter('ignore')  # torch's own warning, a paragraph
         major, minor = torch.cuda.get_device_capability(gpu)
     built = [re.match(r'(sm|compute)_(\d+)(\d)', arch) for arch in torch.cuda.get_arch_list()]
     # Machine code is for its major version, from its minor one on; compute_ is compiled anew.

@@ -161,8 +161,9 @@ def no_sync(forward, last):
     return contextlib.nullcontext() if last or world_size() == 1 else forward.no_sync()
 
 
-def share_statistics(model):
-    """Broadcast the running statistics of rank 0, as DDP does by default."""
+def share_statistics(state):
+    """Broadcast the running statistics of rank 0, as DDP does by default, and their averages."""
     if world_size() > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
+        averages = state.averages.averages if state.averages else ()
+        for tensor in (*state.model.buffers(), *averages):
+            dist.broadcast(tensor, 0)

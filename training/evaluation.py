@@ -1,25 +1,24 @@
-"""Testing a model, and the report of `train.py --evaluate` about its errors.
+"""Testing a model, and the report of `train.py --evaluate`.
 
     test = evaluation.evaluate(model, loader, autocast)                # a TestResult
-    evaluation.report_errors(model, dataset, device, autocast, args)   # text, CSV files
-
-A confusion matrix is an int64 tensor [C, C] of numbers of images: rows are true classes, columns
-predicted ones. `classes` holds the C names, in the order of the labels. The CSV files are in UTF-8,
-with undecodable bytes of file names written as they are.
+    evaluation.report_errors(model, dataset, device, autocast, args)   # text, and the files of
+                                                                       # predictions.py
 """
 
-import csv
+import json
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 
-from training import distributed, flags, loaders, losses
+from training import distributed, flags, image_files, loaders, losses, metrics, predictions
 from training.console import say
+from training.predictions import Predictions
 
-MAX_CLASSES = 20  # up to this number the table has all classes
-NUM_WORST = 10    # classes in the table if there are more
+MAX_CLASSES = 20    # up to this number the table has all classes
+NUM_WORST = 10      # classes in the table if there are more
+MAX_MISTAKES = 24   # pictures of the surest mistakes
 
 
 def at_least_fp32(logits):
@@ -75,7 +74,7 @@ def evaluate(model, loader, autocast, stop=None, outputs=None, auc=False):
         sums = sums + torch.stack([loss_sum(logits, labels), errors, errors5])
         per_class = counts if per_class is None else per_class + counts
         if outputs is not None:
-            outputs.append((labels.cpu(), logits.cpu()))
+            outputs.append((labels.cpu(), logits.float().cpu()))
         if stop is not None:
             stop.check()
     loss, error, error5 = (value / loader.num_images
@@ -119,39 +118,10 @@ def mean_auc(labels, logits):
     Shapes: labels int64 [N] or float [N, C] of 0, 1 and NaN (unknown); logits [N, C]. A class
     without positive or without negative labels does not count; NaN if there is no other.
     """
-    scores = logits if labels.dim() == 2 else logits.softmax(1)
-    truth = labels if labels.dim() == 2 else F.one_hot(labels, logits.shape[1])
-    areas = [roc_auc(scores[known, c], truth[known, c])
-             for c, known in enumerate(~truth.isnan().T)]
-    return torch.tensor(areas, dtype=torch.float64).nanmean().item()
-
-
-def report_errors(model, dataset, device, autocast, args):
-    """Print loss and errors on the test images; write predictions.csv and confusion.csv.
-
-    Returns the directory of the two files (of ranks above 0: None).
-    """
-    loader = loaders.make_loader(dataset, 'test', args.batch_size, device=device,
-                                 workers=args.workers, ten_crop=args.ten_crop,
-                                 shard=(distributed.rank(), distributed.world_size()))
-    outputs = []
-    test = evaluate(model, loader, autocast, outputs=outputs)
-    labels, logits = gather(outputs, loader.num_images)
-    if distributed.rank() > 0:
-        return None
-    top5 = f', top-5 error {test.error5:.2f}%' if test.has_top5 else ''
-    say(f'test loss {test.loss:.4f}, error {test.error:.2f}%{top5}')
-    probabilities = logits.softmax(1)
-    count = len(dataset.classes)
-    confusion = (labels * count + probabilities.argmax(1)).bincount(minlength=count**2)
-    confusion = confusion.view(count, count)
-    say('\n'.join(lines(confusion, dataset.classes, probabilities[:, -1], labels)))
-    directory = flags.run_directory(args)
-    directory.mkdir(parents=True, exist_ok=True)
-    save_predictions(directory / 'predictions.csv', loader.files, labels, probabilities,
-                     dataset.classes)
-    save_confusion(directory / 'confusion.csv', confusion, dataset.classes)
-    return directory
+    found = Predictions(labels.numpy(), logits.numpy(), range(logits.shape[1]))
+    scores, ones = metrics.log_odds(found.logits, found.multi_label), np.ones((len(labels), 1))
+    areas = [metrics.rank_metrics(*columns, ones)[0] for columns in zip(scores.T, found.truth.T)]
+    return metrics.mean_over_classes(np.stack(areas)).item()
 
 
 def mean_class_error(errors, images):
@@ -159,76 +129,237 @@ def mean_class_error(errors, images):
     return 100 * (errors / images).nanmean().item()
 
 
-def balanced_error(confusion):
-    counts = confusion.cpu().double()  # MPS has no float64
-    images = counts.sum(1)
-    return mean_class_error(images - counts.diagonal(), images)
+# ---- report -------------------------------------------------------------------------------
+
+class Answers(NamedTuple):
+    """What a model says of the images of a split."""
+
+    loader: object
+    test: TestResult
+    predictions: Predictions
 
 
-def lines(confusion, classes, scores=None, labels=None):
-    """The report as a list of lines: a table of the classes, balanced error, ROC AUC.
+def report_errors(model, dataset, device, autocast, args):
+    """Print the metrics of the test images, and write the files of predictions.py.
 
-    The table has the images, recall and precision of each class, or of the NUM_WORST classes with
-    the lowest recall if there are more than MAX_CLASSES. '-' is an undefined value, such as the
-    precision of a class that was never predicted.
+    If a validation split chose best.pth, it also gives the thresholds and the temperature.
+    Returns the directory of the files (of ranks above 0: None).
+    """
+    splits = ['test', 'val'] if dataset.selection_split == 'val' else ['test']
+    answers = {split: answer(model, dataset, split, device, autocast, args) for split in splits}
+    if distributed.rank() > 0:
+        return None
+    directory = flags.run_directory(args)
+    directory.mkdir(parents=True, exist_ok=True)
+    report(answers, dataset, directory)
+    return directory
+
+
+def report(answers, dataset, directory):
+    """Print and write what is to be said about the Answers of each split, {'test': ...}."""
+    multi_label = answers['test'].predictions.multi_label
+    chosen = choose_on_val(answers['val'].predictions) if 'val' in answers else {}
+    record = {
+        'multi_label': multi_label,
+        'threshold_rule': 'youden' if chosen else '0.5' if multi_label else 'argmax',
+        'temperature': chosen.get('temperature'),
+        'intervals': {'level': metrics.LEVEL, 'resamples': metrics.RESAMPLES, 'seed': 0},
+        'splits': {split: summarize(found, **chosen) for split, found in answers.items()}}
+    for split, summary in reversed(record['splits'].items()):
+        say('\n'.join(lines(split, summary, record)))
+        save_answers(directory, split, answers[split])
+    (directory / 'metrics.json').write_text(json.dumps(record, indent=1))
+    save_mistakes(directory / 'mistakes.npz', answers['test'], dataset, chosen.get('thresholds'))
+
+
+def answer(model, dataset, split, device, autocast, args):
+    loader = loaders.make_loader(dataset, split, args.batch_size, device=device,
+                                 workers=args.workers, ten_crop=args.ten_crop,
+                                 shard=(distributed.rank(), distributed.world_size()))
+    outputs = []
+    test = evaluate(model, loader, autocast, outputs=outputs)
+    labels, logits = gather(outputs, loader.num_images)
+    return Answers(loader, test, Predictions(labels.numpy(), logits.numpy(), dataset.classes))
+
+
+def choose_on_val(val):
+    """Arguments for `metrics.summarize` from the Predictions of the validation images."""
+    scores = metrics.log_odds(val.logits, val.multi_label)
+    return {'thresholds': metrics.youden_thresholds(scores, val.truth),
+            'temperature': metrics.fit_temperature(val.truth, val.logits, val.multi_label)}
+
+
+def summarize(answers, **chosen):
+    """The metrics of a split, as in metrics.json."""
+    loader, test, found = answers
+    summary = {'loss': test.loss}
+    if not found.multi_label and len(found.classes) > 5:
+        summary['error5'] = test.error5
+    return summary | metrics.summarize(found.truth, found.logits, found.classes, found.multi_label,
+                                       groups=loader.groups, **chosen)
+
+
+def save_answers(directory, split, answers):
+    """predictions.csv and, of the test images with one label each, confusion.csv.
+
+    Before file names that a spreadsheet would take for a formula stands ./, a path to the same.
+    """
+    loader, _, found = answers
+    files = [image_files.no_formula(name) for name in loader.files]
+    predictions.save_predictions(directory, split, files, found, loader.groups)
+    if split == 'test' and not found.multi_label:
+        count = len(found.classes)
+        pairs = found.labels * count + found.logits.argmax(1)
+        confusion = np.bincount(pairs, minlength=count**2).reshape(count, count)
+        predictions.save_confusion(directory / 'confusion.csv', confusion, found.classes)
+
+
+# ---- text ---------------------------------------------------------------------------------
+
+def number(value, digits=4):
+    return '-' if value is None else f'{value:.{digits}f}'
+
+
+def interval(ends, digits=4):
+    return '-' if ends is None else f'{ends[0]:.{digits}f} to {ends[1]:.{digits}f}'
+
+
+def lines(split, summary, record):
+    """The report on a split as a list of lines; '-' is an undefined value.
 
     Args:
-        scores: float [N], probabilities of the second of two classes, for the ROC AUC.
-        labels: int64 [N], the true classes of the same images.
+        summary: of `metrics.summarize`.
+        record: the content of metrics.json.
     """
-    counts = confusion.cpu().double()
-    images = counts.sum(1)
-    recall, precision = (100 * counts.diagonal() / whole for whole in (images, counts.sum(0)))
-    output, listed = [], list(range(len(classes)))
-    if len(classes) > MAX_CLASSES:
-        output = [f'the {NUM_WORST} of {len(classes)} classes with the lowest recall:']
-        listed = recall.argsort(stable=True)[:NUM_WORST].tolist()  # nan (no images) comes last
-    width = max(len('class'), *(len(classes[label]) for label in listed))
-    output.append(f'{"class":<{width}}   images  recall %  precision %')
-    for label in listed:
-        shares = [f'{share:.2f}'.replace('nan', '-') for share in (recall[label], precision[label])]
-        output.append(f'{classes[label]:<{width}}  {images[label]:>7.0f}  {shares[0]:>8}  '
-                      f'{shares[1]:>11}')
-    output.append(f'balanced error {balanced_error(confusion):.2f}% '
-                  f'(the mean over classes of the share of errors)')
-    if len(classes) == 2 and scores is not None:
-        output.append(f'ROC AUC {roc_auc(scores, labels):.4f}'.replace('nan', '-'))
+    output = [f'{split} loss {summary["loss"]:.4f}']
+    if not record['multi_label']:
+        output[0] += f', error {summary["error"]:.2f}%'
+    if 'error5' in summary:
+        output[0] += f', top-5 error {summary["error5"]:.2f}%'
+    if split == 'val':  # it chose the model and the thresholds: the other numbers are too good
+        return output
+    output += table(summary['classes'], record['multi_label'])
+    if not record['multi_label']:
+        output.append(f'balanced error {number(summary["balanced_error"], 2)}% '
+                      f'(the mean over classes of the share of errors)')
+    output += rank_lines(summary, record['multi_label'])
+    output += threshold_lines(summary, record)
+    error = number(100 * summary['expected_calibration_error'], 2)
+    output.append(f'expected calibration error {error}%')
+    if record['temperature'] is not None:
+        after = 100 * summary['expected_calibration_error_with_temperature']
+        output[-1] += (f', {after:.2f}% with the logits divided by {record["temperature"]:.3g} '
+                       f'(fitted on val); negative log-likelihood {summary["nll"]:.4f}, '
+                       f'{summary["nll_with_temperature"]:.4f}')
+    return output + interval_lines(summary, record)
+
+
+def table(rows, multi_label):
+    """Lines with numbers of each class, or of the NUM_WORST if there are more than MAX_CLASSES.
+
+    For one label an image: images, recall, precision and, of more than two classes, the AUC. For
+    several: numbers of labels, AUC and average precision.
+    """
+    if multi_label:
+        columns = [('positive', 8, lambda row: row['positives']),
+                   ('negative', 8, lambda row: row['negatives']),
+                   ('AUC', 6, lambda row: number(row['auc'])),
+                   ('95% interval', 16, lambda row: interval(row['auc_interval'])),
+                   ('average precision', 17, lambda row: number(row['average_precision']))]
+        key, word = 'auc', 'AUC'
+    else:
+        columns = [('images', 6, lambda row: row['positives']),
+                   ('recall %', 8, lambda row: percent(row['recall'])),
+                   ('precision %', 11, lambda row: percent(row['precision']))]
+        if len(rows) > 2:
+            columns += [('AUC', 6, lambda row: number(row['auc'])),
+                        ('95% interval', 16, lambda row: interval(row['auc_interval']))]
+        key, word = 'recall', 'recall'
+    output, listed = [], rows
+    if len(rows) > MAX_CLASSES:
+        output = [f'the {NUM_WORST} of {len(rows)} classes with the lowest {word}:']
+        # A class without images, None, comes last.
+        listed = sorted(rows, key=lambda row: 2 if row[key] is None else row[key])[:NUM_WORST]
+    width = max(len('class'), *(len(row['class']) for row in listed))
+    output.append('  '.join([f'{"class":<{width}}', *(f'{name:>{size}}'
+                                                      for name, size, _ in columns)]))
+    output += ['  '.join([f'{row["class"]:<{width}}', *(f'{value(row):>{size}}'
+                                                       for _, size, value in columns)])
+               for row in listed]
     return output
 
 
-def roc_auc(scores, labels):
-    """Area under the ROC curve of scores [N] for class 1; nan if a class has no images."""
-    from sklearn.metrics import roc_auc_score  # slow to import
-
-    if labels.unique().numel() < 2:
-        return math.nan
-    return roc_auc_score(labels.cpu().numpy(), scores.cpu().numpy())
+def percent(share):
+    return number(None if share is None else 100 * share, 2)
 
 
-def save_predictions(path, files, labels, probabilities, classes):
-    """Writes a CSV file with one row per image: its class and the three most probable ones.
+def headline(summary, multi_label):
+    """(metrics, prefix of their names, words): of the second of two classes, or means over all.
 
-    Args:
-        files: names of N images.
-        labels: int64 [N].
-        probabilities: float32 [N, C].
+    (The AUC of the first of two classes is the same.)
     """
-    shares, found = (part.tolist() for part in probabilities.topk(min(3, len(classes))))
-    columns = ['predicted', 'probability', 'second', 'second_probability', 'third',
-               'third_probability'][:2 * len(classes)]
-    with open(path, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
-        writer = csv.writer(file, lineterminator='\n')
-        writer.writerow(['file', 'class', 'error', *columns])
-        for i, (name, label) in enumerate(zip(files, labels.tolist(), strict=True)):
-            row = [name, classes[label], int(found[i][0] != label)]
-            for other, share in zip(found[i], shares[i]):
-                row += [classes[other], f'{share:.6f}']
-            writer.writerow(row)
+    if not multi_label and len(summary['classes']) == 2:
+        row = summary['classes'][1]
+        return row, '', row['class']
+    return summary, 'mean_', 'mean over the classes'
 
 
-def save_confusion(path, confusion, classes):
-    """Writes a CSV file with the class names in the header and at the start of each row."""
-    with open(path, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
-        writer = csv.writer(file)  # lines end in \r\n, so that it quotes both in names
-        writer.writerow(['true / predicted', *classes])
-        writer.writerows([name, *row] for name, row in zip(classes, confusion.tolist()))
+def rank_lines(summary, multi_label):
+    found, prefix, which = headline(summary, multi_label)
+    texts = []
+    for name, word in (('auc', 'ROC AUC'), ('average_precision', 'average precision')):
+        value, ends = found[prefix + name], found[f'{prefix}{name}_interval']
+        texts.append(f'{word} {number(value)}' + (f' ({interval(ends)})' if ends else ''))
+    return [f'{", ".join(texts)} ({which})']
+
+
+def threshold_lines(summary, record):
+    """Sensitivity, specificity and F1, unless the most probable class is the decision."""
+    if record['threshold_rule'] == 'argmax':
+        return []
+    found, prefix, which = headline(summary, record['multi_label'])
+    values = ', '.join(f'{name} {number(found[prefix + name.lower()])}'
+                       for name in ('sensitivity', 'specificity', 'F1'))
+    where = 'a probability of 0.5'
+    if record['threshold_rule'] == 'youden':
+        where = f'a probability of {found["threshold"]:.3g}' if not prefix else 'thresholds'
+        where += ' chosen on val by Youden\'s J'
+    return [f'{which}, at {where}: {values}']
+
+
+def interval_lines(summary, record):
+    """What the intervals are."""
+    unit = 'images' if summary['units'] == summary['images'] else 'groups'
+    output = [f'intervals: {metrics.LEVEL:.0%}, from {metrics.RESAMPLES:,} bootstrap resamples of '
+              f'{summary["units"]:,} {unit}']
+    if not record['multi_label']:
+        output[0] += (f'; error {interval(summary["error_interval"], 2)}%, balanced error '
+                      f'{interval(summary["balanced_error_interval"], 2)}%')
+    if len(summary['classes']) > metrics.MAX_INTERVALS:
+        output.append(f'of more than {metrics.MAX_INTERVALS} classes, none have an interval of '
+                      f'their own')
+    return output
+
+
+# ---- mistakes -----------------------------------------------------------------------------
+
+def save_mistakes(path, answers, dataset, thresholds=None):
+    """The surest mistakes, with their pictures uint8 [M, H, W, C], as an npz file."""
+    loader, _, found = answers
+    mistakes = predictions.surest_mistakes(found, MAX_MISTAKES, thresholds)
+    indices, files = mistakes.pop('indices'), loader.files
+    np.savez(path, pictures=read_pictures(loader, dataset, indices),
+             files=[str(files[i]) for i in indices], **mistakes)
+
+
+def read_pictures(loader, dataset, indices):
+    """Images as the model sees them, not normalised: uint8 [M, H, W, C]."""
+    if dataset.in_memory:
+        pictures = [loader.images[i] for i in indices]
+    else:
+        transform = image_files.test_transform(dataset)
+        pictures = [image_files.read_pixels(dataset, transform, loader.files[i]) for i in indices]
+    if not pictures:
+        return np.zeros((0, 1, 1, 1), np.uint8)
+    pictures = torch.stack(pictures).cpu().float().clamp(0, 255).round().byte()
+    return pictures.permute(0, 2, 3, 1).numpy()

@@ -14,6 +14,7 @@ import contextlib
 import difflib
 import os
 import sys
+import textwrap
 from pathlib import Path
 
 from training.console import UserError
@@ -154,6 +155,20 @@ def add_data_and_model_flags(parser):
                           help='hold out fold I, counted from 1, of K')
     group.add_argument('--augment', action=argparse.BooleanOptionalAction, default=True,
                        help='crop and mirror (default: yes, svhn: no)')
+    group.add_argument('--mirror', action=argparse.BooleanOptionalAction, default=True,
+                       help='mirror half of the images, where they are augmented (default: yes); '
+                            'left and right matter in radiology')
+    group.add_argument('--color-jitter', action=argparse.BooleanOptionalAction, default=True,
+                       help='vary brightness, contrast and colours of images over 64 pixels, where '
+                            'they are augmented (default: yes)')
+    group.add_argument('--auto-augment', choices=('randaugment', 'trivialaugment'),
+                       help='torchvision\'s, image by image, in addition')
+    group.add_argument('--random-erasing', type=SHARE, default=0.0, metavar='P',
+                       help='erase a part of an image with this probability (default: 0)')
+    group.add_argument('--mixup', type=number(float, '[0, 1e3]'), default=0.0, metavar='ALPHA',
+                       help='mix pairs of images and labels (default: 0, do not)')
+    group.add_argument('--cutmix', type=number(float, '[0, 1e3]'), default=0.0, metavar='ALPHA',
+                       help='paste a part of an image into another (default: 0, do not)')
     group.add_argument('--workers', '--nThreads', type=number(int, '[0, 1024]'),
                        default=default_workers(),
                        help='processes that decode images, for each process of torchrun '
@@ -225,6 +240,12 @@ def add_recipe_flags(parser):
     group.add_argument('--weight-decay', '--wd', '--weightDecay', type=number(float, '[0, 1e30]'),
                        default=1e-4, help='on every parameter (default: %(default)s)')
     group.add_argument('--label-smoothing', type=SHARE, default=0.0, help='(default: %(default)s)')
+    group.add_argument('--head-lr', type=number(float, '(0, 1e30]'), metavar='LR',
+                       help='learning rate of the classifier (default: --lr)')
+    group.add_argument('--ema', type=number(float, '(0, 1)'), metavar='DECAY',
+                       help='test and save moving averages of the weights, such as 0.999')
+    group.add_argument('--patience', type=POSITIVE, metavar='EPOCHS',
+                       help='stop after so many epochs without a better one')
     group.add_argument('--class-weights', choices=('balanced',),
                        help='in the loss, rare classes weigh as much as frequent ones')
     group.add_argument('--seed', '--manualSeed', type=number(int, '[0, 4294967295]'), default=1,
@@ -264,6 +285,8 @@ def add_run_flags(parser):
                        help='of --pretrained take all but the classifier')
     group.add_argument('--freeze-features', action='store_true',
                        help='train the classifier alone; all else stays as --pretrained has it')
+    group.add_argument('--freeze-norm', action='store_true',
+                       help='keep statistics and weights of the norms as --pretrained has them')
     group.add_argument('--evaluate', '--testOnly', action='store_true',
                        help='only test what --resume or --pretrained names')
     group.add_argument('--best-by', choices=('error', 'balanced-error', 'loss', 'auc'),
@@ -320,8 +343,9 @@ def complete(given, saved=None, parser=None):
         new_layers = any(flag in given for flag in LAYER_FLAGS)
         fixed = {*CALL_FLAGS, *(LAYER_FLAGS if new_layers else ())}
         others = {flag: value for flag, value in saved.items()
-                  if flag in defaults and flag not in fixed}
+                  if flag in defaults and flag not in fixed and value is not None}
         check_values(others, parser)
+        others = {**recipe({**defaults, **others}), **others}
     args = argparse.Namespace(**{**defaults, **others, **given})
     check_flags(args)
     return args
@@ -338,16 +362,28 @@ def recipe(args):
 
 
 def check_values(saved, parser):
-    """Raises UserError if flags of a checkpoint have values that the command line would refuse."""
+    """Raises UserError if flags of a checkpoint have values that the command line does not give."""
     for action in parser._actions:
         value = saved.get(action.dest)
-        if value is None or action.nargs == 0:
+        if value is None:
             continue
+        is_list = isinstance(value, (list, tuple))
+        values = [*value] if is_list else [value]
         try:
-            for part in value if isinstance(value, (list, tuple)) else [value]:
-                parser._check_value(action, parser._get_value(action, str(part)))
+            if action.nargs == 0:
+                possible = isinstance(value, bool)
+            else:
+                given = [parser._get_value(action, str(part)) for part in values]
+                for part in given:
+                    parser._check_value(action, part)
+                takes_two = action.nargs == 2 or is_list and isinstance(action, ImageSize)
+                takes_list = takes_two or action.nargs == '+' and not isinstance(action, ImageSize)
+                possible = given == values and is_list == takes_list and (
+                    not takes_two or len(values) == 2)
+            if not possible:
+                raise argparse.ArgumentError(action, f'invalid value: {value!r}')
         except argparse.ArgumentError as error:
-            raise UserError(f'the checkpoint has {error}') from error
+            raise UserError(f'the checkpoint has {textwrap.shorten(str(error), 200)}') from error
 
 
 def with_network(args, image_size):
@@ -369,7 +405,7 @@ def with_network(args, image_size):
 
 
 def check_flags(args):
-    for flag in ('evaluate', 'freeze_features'):
+    for flag in ('evaluate', 'freeze_features', 'freeze_norm'):
         if getattr(args, flag) and args.resume is None and args.pretrained is None:
             raise UserError(f'--{flag.replace("_", "-")} needs a model: --resume for that of '
                             f'{run_directory(args)}, --resume CHECKPOINT or --pretrained [FILE]')
@@ -381,6 +417,14 @@ def check_flags(args):
         raise UserError('--value-range LOW HIGH: LOW must be less than HIGH')
     if args.evaluate:
         return
+    for flag in ('auto_augment', 'random_erasing', 'mixup', 'cutmix'):
+        if getattr(args, flag) and not args.augment:
+            raise UserError(f'--{flag.replace("_", "-")} needs --augment: without it, and by '
+                            f'default for svhn, training images stay as they are')
+    if args.auto_augment and args.in_channels not in (1, 3):
+        raise UserError('--auto-augment is for images of 1 or 3 channels')
+    if args.head_lr and args.freeze_features:
+        raise UserError('--freeze-features trains the classifier alone: its rate is --lr')
     processes = int(os.environ.get('WORLD_SIZE', 1))  # set by torchrun
     if args.grad_accum * processes > args.batch_size:
         raise UserError(f'--batch-size {args.batch_size} is for all processes together: it must be '

@@ -24,7 +24,7 @@ from torchvision import transforms
 from tqdm import tqdm
 
 from training import console
-from training.console import DataError
+from training.console import BadImages, DataError
 from training.datasets import no_split, sides
 from training.decoding import Levels, SetupError, decode, needs_range
 from training.labels import read_table
@@ -113,6 +113,12 @@ def describe_unread(folder, others):
             f'{" ".join(SUFFIXES)}')
 
 
+def no_formula(path):
+    """The path, after ./ if a spreadsheet would take it for a formula: it names the same file."""
+    path = str(path)
+    return f'./{path}' if path.startswith(('=', '+', '-', '@', '\t', '\r')) else path
+
+
 def class_names(folder):
     """The sorted names of the folders in a folder, without hidden ones.
 
@@ -143,7 +149,7 @@ class ImageList:
         return len(self.names)
 
     def __getitem__(self, chosen):
-        """Those of a mask, bool [N]."""
+        """The images that a mask selects, bool [N]."""
         groups = None if self.groups is None else self.groups[chosen]
         return ImageList(self.folder, self.names[chosen], self.labels[chosen], groups)
 
@@ -362,9 +368,9 @@ def checked(loader):
 
 def unreadable(errors):
     if len(errors) == 1:
-        return DataError(errors[0])
+        return BadImages(errors[0])
     more = f'; and {len(errors) - MAX_NAMED} more' if len(errors) > MAX_NAMED else ''
-    return DataError(f'{len(errors)} images cannot be used: {"; ".join(errors[:MAX_NAMED])}{more}')
+    return BadImages(f'{len(errors)} images cannot be used: {"; ".join(errors[:MAX_NAMED])}{more}')
 
 
 class _ImageFiles(torch.utils.data.Dataset):
@@ -450,7 +456,7 @@ class Resize(torch.nn.Module):
         return image.map(resize) if isinstance(image, Levels) else resize(image)
 
 
-def train_transform(size, num_channels=3):
+def train_transform(dataset, augmentation):
     """The augmentation of fb.resnet.torch, which the official ImageNet models were trained with.
 
     Images of neither 1 nor 3 channels are cropped, resized and mirrored only.
@@ -458,11 +464,15 @@ def train_transform(size, num_channels=3):
     Crop, resize and colour jitter are torchvision's and differ in details that
     attic/imagenet-recipe.md lists.
     """
-    crop = [RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
-    if num_channels not in (1, 3):
-        return transforms.Compose([*crop, to_tensor])
-    return transforms.Compose([*crop, transforms.ColorJitter(0.4, 0.4, 0.4), to_tensor,
-                               add_lighting])
+    steps = [RandomResizedCrop(dataset.image_size)]
+    if augmentation.mirror:
+        steps.append(transforms.RandomHorizontalFlip())
+    if augmentation.color_jitter and len(dataset.mean) in (1, 3):
+        steps += [transforms.ColorJitter(0.4, 0.4, 0.4), to_tensor, add_lighting]
+    else:
+        steps.append(to_tensor)
+    others = augmentation.of_image(dataset.mean)
+    return transforms.Compose([*steps, others] if others else steps)
 
 
 def add_lighting(image):

@@ -1,6 +1,7 @@
 """Loaders that yield `(images, labels)` on the device, normalised.
 
-    loader = loaders.make_loader(dataset, 'train', batch_size=64, device=device, augment=True)
+    loader = loaders.make_loader(dataset, 'train', batch_size=64, device=device,
+                                 augmentation=Augmentation())
     loader.set_epoch(1)
     for images, labels in loader: ...              # float32 [B, C, H, W] and int64 [B]
 
@@ -30,7 +31,7 @@ PAD = 4          # pixels: zero padding of small images before the random crop (
 NO_LABEL = -100  # the ignore_index of F.cross_entropy
 
 
-def make_loader(dataset, split, batch_size, *, device, augment=False, seed=1, workers=0,
+def make_loader(dataset, split, batch_size, *, device, augmentation=None, seed=1, workers=0,
                 ten_crop=False, shard=(0, 1)):
     """A loader of a split: of 'train' in random order, of 'val' and 'test' in the files' order.
 
@@ -43,6 +44,7 @@ def make_loader(dataset, split, batch_size, *, device, augment=False, seed=1, wo
     Args:
         split: 'train', 'test', or 'val' if `dataset.selection_split` says so.
         batch_size: of all processes together.
+        augmentation: an Augmentation of images that are cropped at random, or None.
         workers: number of processes that decode images; 0: this one does it itself.
         ten_crop: images come as [B, 10, C, H, W], in batches of a tenth of the size, so that a
             batch has `batch_size` crops.
@@ -58,7 +60,8 @@ def make_loader(dataset, split, batch_size, *, device, augment=False, seed=1, wo
                         f'of {dataset.name} are held in memory in its size, '
                         f'{show_size(dataset.image_size)} pixels')
     common = dict(mean=dataset.mean, std=dataset.std, device=device, shuffle=split == 'train',
-                  seed=seed, shard=shard)
+                  seed=seed, shard=shard, num_classes=len(dataset.classes),
+                  augmentation=augmentation)
     entry = DATASETS[dataset.name]
     if entry.read is not None:
         images, labels = entry.read(dataset.splits[split], dataset.root)
@@ -66,15 +69,15 @@ def make_loader(dataset, split, batch_size, *, device, augment=False, seed=1, wo
             names = np.arange(len(labels)).astype(np.bytes_)
             chosen = torch.from_numpy(dataset.choose(split, labels.numpy(), names))
             images, labels = images[chosen], labels[chosen]
-        return MemoryLoader(images, labels, batch_size, augment=augment, **common)
+        return MemoryLoader(images, labels, batch_size, **common)
     found = image_files.list_images(dataset, split, console.warn if shard[0] == 0 else None)
     if dataset.in_memory:
         transform = image_files.test_transform(dataset)
         read = functools.partial(image_files.read_pixels, dataset, transform)
         images = image_files.read_all(found, read, workers, f'reading {split}')
-        return MemoryLoader(images, torch.from_numpy(found.labels), batch_size, augment=augment,
-                            image_list=found, **common)
-    transform = (image_files.train_transform(dataset.image_size, len(dataset.mean)) if augment
+        return MemoryLoader(images, torch.from_numpy(found.labels), batch_size, image_list=found,
+                            **common)
+    transform = (image_files.train_transform(dataset, augmentation) if augmentation
                  else image_files.test_transform(dataset, ten_crop))
     return WorkerLoader(found, functools.partial(image_files.read_pixels, dataset, transform),
                         math.ceil(batch_size / 10) if ten_crop else batch_size, workers=workers,
@@ -89,14 +92,16 @@ class _Loader:
     Args:
         labels: of N images, on the CPU.
         image_list: the ImageList, if the images are files.
+        augmentation: an Augmentation, or None. Mixed labels are float32 [B, num_classes].
     """
 
     def __init__(self, labels, batch_size, *, mean, std, device, image_list=None, shuffle=False,
-                 seed=1, shard=(0, 1)):
+                 seed=1, shard=(0, 1), augmentation=None, num_classes=None):
         self.num_images, self.batch_size, self.device = len(labels), batch_size, device
         self.all_labels, self.image_list = labels, image_list
         self.mean, self.std = image_files.channels(mean, device), image_files.channels(std, device)
-        self.shuffle, self.seed = shuffle, seed
+        self.shuffle, self.seed, self.num_classes = shuffle, seed, num_classes
+        self.augmentation = augmentation
         self.rank, self.processes = shard
         self.set_epoch(1)
 
@@ -106,6 +111,12 @@ class _Loader:
         if self.image_list is None:
             return range(self.num_images)
         return [self.image_list.path(i) for i in range(self.num_images)]
+
+    @property
+    def label(self):
+        """A tensor of the shape and type of one image's label in a batch."""
+        mixes = self.augmentation and self.augmentation.mixes
+        return torch.zeros(self.num_classes) if mixes else self.all_labels[0]
 
     @property
     def groups(self):
@@ -121,7 +132,7 @@ class _Loader:
 
     def set_epoch(self, epoch, start=0):
         """Choose the epoch of the next iteration, and its first batch (counted from 0)."""
-        self.start = start
+        self.epoch, self.start = epoch, start
         # The generator uses 32 bits of its seed; the odd factor keeps different seeds different.
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**32)
         self.permutation = (torch.randperm(self.num_images, generator=generator) if self.shuffle
@@ -147,17 +158,24 @@ class _Loader:
             labels = torch.full_like(labels, math.nan if labels.is_floating_point() else NO_LABEL)
         return (images.float() - self.mean) / self.std, labels
 
+    def _mix(self, i, images, labels):
+        """MixUp or CutMix of batch i, if asked for: the same in each process."""
+        if not (self.augmentation and self.augmentation.mixes):
+            return images, labels
+        rng = np.random.default_rng((self.seed, self.epoch, i))
+        return self.augmentation.mix(images, labels, self.num_classes, rng)
+
 
 class MemoryLoader(_Loader):
     """Batches of images [N, C, H, W] that are held on the device, as uint8 or float32.
 
-    With `augment`, each image is cropped at random after zero padding, and mirrored half of the
-    time (paper, section 4.1). The padding comes after the normalisation, as in the official code.
+    With an augmentation, each image is cropped at random after zero padding, and mirrored half of
+    the time (paper, section 4.1). The padding comes after the normalisation, as in the official
+    code.
     """
 
-    def __init__(self, images, labels, batch_size, *, device, augment=False, **kwargs):
+    def __init__(self, images, labels, batch_size, *, device, **kwargs):
         self.images, self.labels = images.to(device), labels.to(device)
-        self.augment = augment
         super().__init__(labels, batch_size, device=device, **kwargs)
 
     def _draw(self, generator):
@@ -167,14 +185,37 @@ class MemoryLoader(_Loader):
         mirrored = torch.randint(2, (self.num_images,), generator=generator, dtype=torch.bool)
         self.offsets, self.mirrored = offsets.to(self.device), mirrored.to(self.device)
         self.permutation = self.permutation.to(self.device)
+        self.seeds = torch.randint(2**31, (self.num_images,), generator=generator)
 
     def __iter__(self):
         for i in range(self.start, len(self)):
             indices = self._indices(i)
-            images, labels = self._finish(i, self.images[indices], self.labels[indices])
-            if self.augment:
-                images = crop_and_mirror(images, self.offsets[indices], self.mirrored[indices])
-            yield images, labels
+            images, labels = self.images[indices], self.labels[indices]
+            augmentation = self.augmentation
+            if augmentation:
+                images = augment_each(images, self.seeds[indices.cpu()],
+                                      augmentation.of_image(self.mean.flatten().tolist()))
+            images, labels = self._finish(i, images, labels)
+            if augmentation:
+                mirrored = self.mirrored[indices] & augmentation.mirror
+                images = crop_and_mirror(images, self.offsets[indices], mirrored)
+            yield self._mix(i, images, labels)
+
+
+def augment_each(images, seeds, augment):
+    """`augment` of each image of a batch, after seeding the generator that it draws from.
+
+    Shapes: images uint8 or float32 [B, C, H, W], in 0..255; seeds int64 [B].
+    """
+    if augment is None:
+        return images
+    scale = 255 if images.is_floating_point() else 1  # torchvision's floats are in 0..1
+    with torch.random.fork_rng(devices=[]):
+        results = []
+        for image, seed in zip(images, seeds.tolist()):
+            torch.default_generator.manual_seed(seed)
+            results.append(augment(image / scale) * scale if scale > 1 else augment(image))
+    return torch.stack(results)
 
 
 def crop_and_mirror(images, offsets, mirrored):
@@ -216,4 +257,5 @@ class WorkerLoader(_Loader):
 
     def __iter__(self):
         for i, batch in enumerate(image_files.checked(self.loader), start=self.start):
-            yield self._finish(i, *(part.to(self.device, non_blocking=True) for part in batch))
+            batch = (part.to(self.device, non_blocking=True) for part in batch)
+            yield self._mix(i, *self._finish(i, *batch))

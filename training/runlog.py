@@ -1,4 +1,4 @@
-"""What a run leaves behind and says: its directory, CSV files, TensorBoard, figures, console.
+"""The files and the output of a run: directory, CSV files, TensorBoard, figures, console.
 
     with claim('work/x') as directory:
         log = RunLog(directory, steps_per_epoch=782, epochs=300)
@@ -37,7 +37,8 @@ TRAIN_COLUMNS = ('epoch', 'loss', 'error', 'lr', 'images_per_second', 'data_wait
 TEST_COLUMNS = ('epoch', 'loss', 'error', 'error5', 'balanced_error')
 FIGURES = ('loss', 'error', 'loss-error')  # that plot.py draws
 RUN_FILES = ('args.json', 'train.csv', 'test.csv', 'latest.pth', 'latest.pth.1', 'best.pth')
-REPORT_FILES = 'confusion.csv', 'predictions.csv'  # of --evaluate
+REPORT_FILES = ('metrics.json', 'confusion.csv', 'mistakes.npz', 'predictions.csv',
+                'predictions-val.csv', 'predictions.npz', 'predictions-val.npz')  # of --evaluate
 
 
 # ---- the directory ------------------------------------------------------------------------
@@ -66,8 +67,8 @@ def claim(directory, *, may_hold_run=False):
             raise UserError(f'{directory} holds a run ({", ".join(held)}): go on by --resume, '
                             f'replace it by --overwrite, or name another directory by --save or '
                             f'--name')
-        for name in (*RUN_FILES, *(f'{figure}.png' for figure in (*FIGURES, 'confusion'))):
-            for path in directory.glob(f'.{name}*.tmp'):  # not completed by a killed run
+        for pattern in (*(f'.{name}*.tmp' for name in RUN_FILES), '.*.png.*.tmp'):
+            for path in directory.glob(pattern):  # not completed by a killed run
                 path.unlink()
         yield directory
     finally:
@@ -93,9 +94,9 @@ def _lock(directory, lock):
 
 def clear(directory):
     """Delete the files of an earlier run; figures stay until they are drawn again."""
-    for path in (*(directory / name for name in (*RUN_FILES, *REPORT_FILES)),
-                 *directory.glob('tensorboard/events.out.tfevents.*')):
-        path.unlink(missing_ok=True)
+    for pattern in (*RUN_FILES, *REPORT_FILES, 'tensorboard/events.out.tfevents.*'):
+        for path in directory.glob(pattern):
+            path.unlink()
 
 
 def write_record(directory, args, **settings):

@@ -294,13 +294,19 @@ def read_lua_torch(path, model):
 # ---- files ---------------------------------------------------------------------------------------
 
 def first_bytes(path):
+    check_is_file(path)
     try:
         with open(path, 'rb') as file:
             return file.read(32)
-    except FileNotFoundError as error:
-        raise UserError(f'{path} is not there') from error
-    except OSError as error:  # a directory
+    except OSError as error:
         raise UserError(f'{path}: {error.strerror}') from error
+
+
+def check_is_file(path):
+    if not os.path.exists(path):
+        raise UserError(f'{path} is not there')
+    if not os.path.isfile(path):  # a pipe may never end
+        raise UserError(f'{path} is not a checkpoint, but a folder or a device')
 
 
 def read(path):
@@ -374,11 +380,7 @@ def load_torch_file(path):
     """
     names = []
     try:
-        if zipfile.is_zipfile(path):
-            check_archive(path)
-        names = pickled_names(path)
-        if 'builtins.bytearray' in names:  # allowed by torch, and may take any amount of memory
-            raise UserError(f'{path} holds a bytearray: save its state_dict alone')
+        names = check_file(path)
         skipped = [(_SkippedNumPy if name.startswith('numpy.') else _Skipped, name)
                    for name in names]
         with torch.serialization.safe_globals(skipped), warnings.catch_warnings():
@@ -386,8 +388,6 @@ def load_torch_file(path):
             return torch.load(path, map_location='cpu', weights_only=True), names
     except UserError:
         raise
-    except FileNotFoundError as error:
-        raise UserError(f'{path} is not there') from error
     except Exception as error:  # a file that is no checkpoint makes the reader fail in any way
         raise_if_pickled_model(path, names)
         reason = shortened(error) or type(error).__name__
@@ -400,6 +400,25 @@ def raise_if_pickled_model(path, names):
                     if not re.match(r'torch\.(_utils|\w+Storage)|collections', name))
         raise UserError(f'{path} holds a whole model or module ({name}), and loading it can run '
                         f'code: where it was made, save the state_dict() of the model alone')
+
+
+def check_file(path):
+    """Check, before torch.load reads it, that a file takes no more memory than its size.
+
+    Returns:
+        The classes and functions that its pickle refers to, in order.
+
+    Raises:
+        UserError: it is missing, no regular file, damaged, compressed, or was not written by
+            `torch.save`.
+    """
+    check_is_file(path)
+    if zipfile.is_zipfile(path):
+        check_archive(path)
+    names = pickled_names(path)
+    if 'builtins.bytearray' in names:  # allowed by torch, and may take any amount of memory
+        raise UserError(f'{path} holds a bytearray: save its state_dict alone')
+    return names
 
 
 def check_archive(path):

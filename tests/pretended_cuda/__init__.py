@@ -50,10 +50,10 @@ LIBRARY = 'PRETENDED_CUDA_LIBRARY'  # in the environment: the library that the p
 
 
 class Operation(NamedTuple):
-    """What was submitted to a stream, or what the host did: waited, or allocated device memory."""
+    """An operation on a stream, or of the host: a wait, or an allocation of device memory."""
     kind: str      # kernel, memset, copy, graph, collective; synchronize, allocate
     stream: str
-    ordered: bool  # begins after all work submitted before it, to whatever stream, has ended
+    ordered: bool  # begins after all work submitted before it, on any stream, has ended
     name: str      # of the kernel or function; of a copy '... to ...'; of a graph its number
 
 
@@ -125,7 +125,7 @@ def start_recording():
 
 
 def end_recording():
-    """The operations since `start_recording`, in their order, those of all threads."""
+    """The operations of all threads since `start_recording`, in order."""
     return _parse(_library().pretended_end_log())
 
 
@@ -146,7 +146,7 @@ def graphs():
 
 
 def problems():
-    """What broke a capture, or was left out of one, since the last call: a line each."""
+    """Errors of captures, and operations left out of them, since the last call: a line each."""
     return _library().pretended_problems().decode().splitlines()
 
 

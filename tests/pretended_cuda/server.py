@@ -28,7 +28,7 @@ class Server:
         self.answers = answers
 
     def pytest_collection(self):
-        # Whoever asks, as tests/conftest.py does, can't use the GPU after a fork.
+        # Asking for it, as tests/conftest.py does, makes the GPU unusable after a fork.
         self.original, torch.cuda.is_available = torch.cuda.is_available, lambda: True
 
     def pytest_runtestloop(self, session):
@@ -41,7 +41,7 @@ class Server:
 
 
 def run(item):
-    """In a process of its own: exit status, and the file of its output."""
+    """Run in a forked process; returns the exit status and the file of its output."""
     output, path = tempfile.mkstemp(prefix='pretended_cuda-')
     pid = os.fork()
     if pid == 0:
@@ -52,13 +52,13 @@ def run(item):
         for report in failed:
             print(report.longreprtext, *(text for _, text in report.sections), sep='\n')
         sys.stdout.flush()
-        os._exit(len(failed))  # no destructors: torch's would wait for what the test has broken
+        os._exit(len(failed))  # no destructors: torch's could hang after a broken test
     os.close(output)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), path
 
 
 if __name__ == '__main__':
-    # pytest's own output goes where that of errors goes: standard output is for the answers.
+    # pytest's output goes to stderr, because stdout is for the answers.
     answers = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)
     pytest.main(['-qqq', '-s', '--tb=short', '-p', 'no:cacheprovider', str(HERE)],

@@ -47,17 +47,17 @@ def batch(shape):
 
 
 def work(operations):
-    """What the device did, as kind and name, in its order."""
+    """The operations of the device as (kind, name), in order."""
     return [(o.kind, o.name) for o in operations if o.kind in WORK]
 
 
 def host_calls(operations):
-    """What kept the host waiting: synchronizations, allocations, copies to its memory."""
+    """Operations that block the host: synchronizations, allocations, copies to host memory."""
     return [o for o in operations if o.kind not in WORK or o.name.endswith('host')]
 
 
 def eager_operations(argv, *rest, **kwargs):
-    """Those of an eager step of each shape, after two of each."""
+    """The operations of an eager step for each shape, after two warm-up steps each."""
     step, _ = make_step([*argv, '--no-cuda-graph'], *rest, **kwargs)
     batches = [batch(shape) for shape in SHAPES]
     for images_and_labels in 2 * batches:

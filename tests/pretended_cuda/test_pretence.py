@@ -1,4 +1,4 @@
-"""The pretence itself: what breaks a capture with a GPU breaks it here, and counts are a GPU's."""
+"""The pretended GPU: it breaks captures that a GPU breaks, and has the same counts."""
 
 import collections
 import ctypes

@@ -1,4 +1,4 @@
-"""Whole runs of train.py on the pretended GPU: what they say, save and leave to the GPU."""
+"""Whole runs of train.py on the pretended GPU: their output, files and operations."""
 
 import contextlib
 import functools
@@ -108,7 +108,7 @@ def test_photographs_are_copied_from_pinned_memory_while_the_gpu_works(tmp_path)
     from_host = [o.name for o in operations if o.name.endswith('host to device')]
     assert from_host == 2 * ['pinned host to device']  # the third batch, and its labels
     assert not host_calls(operations)
-    # A stream of copies need not wait; what uses a batch comes after its copy.
+    # The stream of copies need not wait; a batch is used after its copy.
     assert all(o.ordered for o in operations if o.name not in from_host)
 
 
@@ -127,7 +127,7 @@ def test_what_is_recorded_of_compiled_code_was_compiled_for_that_batch_size(smal
     assert recorded and not any(recorded), recorded
 
 
-# ---- what a user can put right ---------------------------------------------------------------
+# ---- user mistakes ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize('action, reason', [
     (read_back, '--no-cuda-graph'), (wait, '--no-cuda-graph'),
@@ -139,7 +139,7 @@ def test_after_a_recording_that_failed_no_run_goes_on(action, reason, small, cap
             capsys, *small, '--drop-rate', '0.2', '--epochs', '1')
 
 
-def test_a_gpu_without_room_is_one_line(small, capsys, monkeypatch):
+def test_out_of_gpu_memory_is_a_one_line_error(small, capsys, monkeypatch):
     monkeypatch.setenv('PRETENDED_CUDA_GIB', '0.004')
     assert 'out of memory' in fails(capsys, *small, '--epochs', '1')
 
@@ -152,7 +152,7 @@ def test_a_gpu_that_torch_is_not_built_for_is_one_line(small, capsys, monkeypatc
 
 def test_a_driver_that_is_too_old_is_one_line(small, capsys, monkeypatch):
     monkeypatch.setenv('PRETENDED_CUDA_DRIVER', '12040')
-    monkeypatch.setattr(torch.cuda, '_device_count_nvml', lambda: 1)  # whatever the driver
+    monkeypatch.setattr(torch.cuda, '_device_count_nvml', lambda: 1)  # with any driver
     assert 'driver' in fails(capsys, *small, '--device', 'cuda')
 
 
@@ -162,7 +162,7 @@ def train_in_process(rank, port, argv, results):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2',
                       MASTER_ADDR='localhost', MASTER_PORT=str(port), TORCHELASTIC_RUN_ID='test',
                       TORCHELASTIC_RESTART_COUNT='0', PRETENDED_CUDA_DEVICES='2')
-    # Both read what processes have sent each other, which is zeros.
+    # Both read the zeros that the processes have sent each other.
     with patch('torch.nn.parallel.distributed._verify_param_shape_across_processes'), \
             patch('torch.distributed.Reducer._rebuild_buckets', lambda _: False):
         operations = pretended_cuda.record(lambda: train.main(argv))
