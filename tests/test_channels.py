@@ -208,7 +208,7 @@ def test_a_run(tmp_path, capsys, ending, size, network):
                   '--heatmap', str(tmp_path / 'maps'), '--csv', str(tmp_path / 'x.csv')])
     for row in read_csv(tmp_path / 'x.csv')[::2]:
         assert Path(row['file']).parent.name == row['class']
-    assert Image.open(tmp_path / f'maps/wet/0.{ending}.heatmap.png').size == (size, size)
+    assert (tmp_path / f'maps/wet/0.{ending}.heatmap.png').exists()
 
 
 def test_flags(tmp_path, capsys, monkeypatch):

@@ -418,7 +418,8 @@ def test_images_of_more_than_8_bits_keep_all_their_levels(
     assert dataset.value_range == (values.min(), values.max())
     expected = 255 * (values - values.min()) / (values.max() - values.min())
     for split, augment in (('train', False), ('test', False), ('train', True)):
-        loader = loaders.make_loader(dataset, split, 2, device=CPU, augment=augment)
+        loader = loaders.make_loader(dataset, split, 2, device=CPU, 
+                                    augmentation=Augmentation() if augment else None)
         (images, _), = loader
         assert images.shape == (2, in_channels, size, size) and images.dtype == torch.float32
         if augment:

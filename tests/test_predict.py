@@ -139,12 +139,12 @@ def test_names_with_line_breaks_or_of_formulas(model, photos, monkeypatch, capsy
 
 
 def test_files_that_are_not_read_are_said_in_a_line_a_folder(model, photos, tmp_path, capsys):
-    for name in ('scan1.dcm', 'scan2.dcm'):
+    for name in ('scan1.svg', 'scan2.dcm'):
         (photos / 'a' / name).write_text('no picture')
     (tmp_path / 'none').mkdir()
     (tmp_path / 'none/x.heic').write_text('no picture')
     for images, said in (([photos / 'b'], []), ([photos / 'a/0.png'], []),
-                         ([photos, photos / 'b'], [f'{photos}: 3 files are not read: .dcm (2), '
+                         ([photos, photos / 'b'], [f'{photos}: 3 files are not read: .svg (2), '
                                                    f'.txt (1); images are .jpg '])):
         predict.main([*map(str, images), '--checkpoint', str(model), '--device', 'cpu'])
         lines = capsys.readouterr().err.splitlines()
