@@ -20,7 +20,7 @@ import densenet
 import train
 from training import flags
 
-EXAMPLES = int(os.environ.get('EXAMPLES', 40))
+EXAMPLES = int(os.environ.get('EXAMPLES', 100))
 SETTINGS = settings(deadline=None, suppress_health_check=list(HealthCheck),
                     derandomize='EXAMPLES' not in os.environ)
 # Typing mistakes; no slash, because a word may become the name of a directory.
@@ -111,7 +111,7 @@ ARGUMENTS = st.fixed_dictionaries({}, optional={
     'bottleneck': st.booleans(), 'small_inputs': st.booleans()})
 
 
-@settings(SETTINGS, max_examples=3 * EXAMPLES)
+@settings(SETTINGS, max_examples=2 * EXAMPLES)
 @given(arguments=ARGUMENTS,
        build=st.sampled_from([densenet.DenseNet, densenet.densenet_cifar, densenet.densenet121]))
 def test_arguments_are_a_working_model_or_a_value_error(arguments, build):

@@ -43,7 +43,7 @@ def test_a_rare_class_that_differs_by_a_few_levels_is_learned(tmp_path, capsys, 
     write_scans(tmp_path, {'train': 24, 'val': 6}, ending)
     run = tmp_path / 'run'
     train.main(['--dataset', 'folder', '--data', str(tmp_path), '--in-channels', '1', *flags,
-                '--image-size', '24', '--depth', '10', '--growth-rate', '8', '--epochs', '10',
+                '--image-size', '24', '--depth', '10', '--growth-rate', '8', '--epochs', '8',
                 '--lr-schedule', 'cosine', '--batch-size', '32', '--class-weights', 'balanced',
                 '--best-by', 'balanced-error', '--device', 'cpu', '--no-plot', '--save', str(run)])
     rows = read_csv(run / 'test.csv')

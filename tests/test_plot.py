@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import plot
+from training import report
 
 MAGIC = {'png': b'\x89PNG\r\n\x1a\n', 'pdf': b'%PDF-', 'svg': b'<?xml'}
 TRAIN_HEADER = 'epoch,loss,error,lr,images_per_second,data_wait'
@@ -309,7 +310,7 @@ def write_confusion(directory, counts, names):
 
 
 def confusion_figure(directory, counts, names):
-    [(name, figure)] = plot.report_figures(write_confusion(directory, counts, names))
+    [(name, figure)] = report.figures(write_confusion(directory, counts, names))
     assert name == 'confusion'
     return figure
 

@@ -280,13 +280,17 @@ def mistakes_figure(path, name):
     count = len(mistakes['pictures'])
     if count == 0:
         return None
-    columns = min(COLUMNS, count)
+    columns, rows = min(COLUMNS, count), math.ceil(count / COLUMNS)
+    width, height = max(4, 1.7 * columns), 0.6 + 2.1 * rows
     with matplotlib.rc_context({**STYLE, 'axes.grid': False}):
-        figure = Figure((max(4, 1.7 * columns), 0.7 + 2.1 * math.ceil(count / columns)),
-                        layout='constrained')
+        figure = Figure((width, height))
         figure.suptitle(f'{shorten(name)}\nthe surest mistakes on the test images: true class, '
-                        f'predicted class and its probability', fontsize=9, color=GREY)
-        all_axes = figure.subplots(math.ceil(count / columns), columns, squeeze=False).ravel()
+                        f'predicted class and its probability', fontsize=9, color=GREY,
+                        y=1 - 0.05 / height)
+        # A constrained layout of so many axes is slow.
+        all_axes = figure.subplots(rows, columns, squeeze=False, gridspec_kw=dict(
+            left=0.1 / width, right=1 - 0.1 / width, bottom=0.1 / height, top=1 - 0.9 / height,
+            wspace=0.07, hspace=0.3)).ravel()
         for axes in all_axes:
             axes.set_axis_off()
         for axes, picture, true, predicted, share in zip(

@@ -74,7 +74,7 @@ def test_a_run_that_is_stopped_resumed_and_evaluated(argv, small, tmp_path, caps
 
 
 @pytest.mark.parametrize('flag', ['--cuda-graph', '--no-cuda-graph'])
-def test_between_rows_of_the_log_nothing_waits(flag, small):
+def test_no_sync_between_rows_of_the_log(flag, small):
     """From before step 3 to before step 6 no row is due, nor is anything tried out any more."""
     operations = []
     with before_step(3, pretended_cuda.start_recording), \
@@ -132,7 +132,7 @@ def test_what_is_recorded_of_compiled_code_was_compiled_for_that_batch_size(smal
 @pytest.mark.parametrize('action, reason', [
     (read_back, '--no-cuda-graph'), (wait, '--no-cuda-graph'),
     (on_the_python_side, 'a check of torch on the host'), (out_of_memory, 'out of memory: give ')])
-def test_after_a_recording_that_failed_no_run_goes_on(action, reason, small, capsys):
+def test_a_failed_recording_ends_the_run(action, reason, small, capsys):
     """With torch 2.11 dropout fails then, and memory of other streams is never free again."""
     with step_with(action):
         assert reason in fails(
