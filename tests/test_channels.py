@@ -16,6 +16,7 @@ import predict
 import train
 from attic import channel_stats
 from training import datasets, image_files, loaders
+from training.augmentation import Augmentation
 from training.datasets import DataError
 from training.decoding import Levels, decode
 
@@ -146,7 +147,8 @@ def test_channels_are_transformed_alike(tmp_path):
     assert seen.dtype == torch.uint8
     torch.testing.assert_close(seen.float(), truth, rtol=0, atol=0.51)
     torch.manual_seed(0)
-    seen = image_files.read_pixels(dataset, image_files.train_transform(66, 4), tmp_path / 'x.png')
+    transform = image_files.train_transform(dataset, Augmentation())
+    seen = image_files.read_pixels(dataset, transform, tmp_path / 'x.png')
     torch.manual_seed(0)
     crop = transforms.Compose([transforms.RandomResizedCrop(66), transforms.RandomHorizontalFlip()])
     torch.testing.assert_close(seen.float(), crop(whole), rtol=0, atol=0.51)

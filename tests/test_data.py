@@ -274,7 +274,8 @@ def test_large_training_images_are_mirrored_and_their_colours_vary(tmp_path):
     ramp = np.tile(np.linspace(60, 200, 90).astype(np.uint8)[None, :, None], (70, 1, 3))
     ramp[..., 1] = 130  # a green that no crop changes
     Image.fromarray(ramp).save(tmp_path / 'ramp.png')
-    read = functools.partial(image_files.read_pixels, RGB, image_files.train_transform(66))
+    transform = image_files.train_transform(dataclasses.replace(RGB, image_size=66), Augmentation())
+    read = functools.partial(image_files.read_pixels, RGB, transform)
     dataset = image_files._ImageFiles(
         image_files.ImageList(str(tmp_path), np.array([b'ramp.png']), np.array([0])), read)
     batch = np.array([(0, seed) for seed in range(64)])
@@ -418,7 +419,7 @@ def test_images_of_more_than_8_bits_keep_all_their_levels(
     assert dataset.value_range == (values.min(), values.max())
     expected = 255 * (values - values.min()) / (values.max() - values.min())
     for split, augment in (('train', False), ('test', False), ('train', True)):
-        loader = loaders.make_loader(dataset, split, 2, device=CPU, 
+        loader = loaders.make_loader(dataset, split, 2, device=CPU,
                                     augmentation=Augmentation() if augment else None)
         (images, _), = loader
         assert images.shape == (2, in_channels, size, size) and images.dtype == torch.float32
@@ -709,7 +710,7 @@ def test_names_and_recipes_are_known_without_torch():
 def test_the_shards_of_several_processes_make_the_batches_of_one(photos, in_memory, processes):
     def loaders(shard):
         if in_memory:
-            return [memory_loader(6, shuffle=True, augment=True, shard=shard),
+            return [memory_loader(6, shuffle=True, augmentation=Augmentation(), shard=shard),
                     memory_loader(6, shard=shard)]
         return load(photos, 6, image_size=66, shard=shard)[1:]
 
@@ -925,7 +926,8 @@ def test_batches_on_cuda_are_those_on_the_cpu(photos):
     for size in (32, 66):
         dataset = datasets.describe('folder', photos, size)
         cpu, gpu = (loaders.make_loader(dataset, 'train', 4, device=torch.device(device),
-                                        augment=True, workers=2) for device in ('cpu', 'cuda'))
+                                        augmentation=Augmentation(), workers=2)
+                    for device in ('cpu', 'cuda'))
         for (images, labels), (other, other_labels) in zip(cpu, gpu, strict=True):
             torch.testing.assert_close(other.cpu(), images, rtol=1e-6, atol=1e-6)
             assert torch.equal(other_labels.cpu(), labels) and other.is_cuda

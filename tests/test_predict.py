@@ -139,7 +139,7 @@ def test_names_with_line_breaks_or_of_formulas(model, photos, monkeypatch, capsy
 
 
 def test_files_that_are_not_read_are_said_in_a_line_a_folder(model, photos, tmp_path, capsys):
-    for name in ('scan1.svg', 'scan2.dcm'):
+    for name in ('scan1.svg', 'scan2.svg'):
         (photos / 'a' / name).write_text('no picture')
     (tmp_path / 'none').mkdir()
     (tmp_path / 'none/x.heic').write_text('no picture')
