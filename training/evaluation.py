@@ -244,11 +244,10 @@ def lines(split, summary, record):
                       f'(the mean over classes of the share of errors)')
     output += rank_lines(summary, record['multi_label'])
     output += threshold_lines(summary, record)
-    error = number(100 * summary['expected_calibration_error'], 2)
-    output.append(f'expected calibration error {error}%')
+    output.append(f'expected calibration error {percent(summary["expected_calibration_error"])}%')
     if record['temperature'] is not None:
-        after = 100 * summary['expected_calibration_error_with_temperature']
-        output[-1] += (f', {after:.2f}% with the logits divided by {record["temperature"]:.3g} '
+        after = percent(summary['expected_calibration_error_with_temperature'])
+        output[-1] += (f', {after}% with the logits divided by {record["temperature"]:.3g} '
                        f'(fitted on val); negative log-likelihood {summary["nll"]:.4f}, '
                        f'{summary["nll_with_temperature"]:.4f}')
     return output + interval_lines(summary, record)

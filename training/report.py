@@ -133,7 +133,8 @@ def class_curves(record, name, key, word, curve, note=''):
         note: a line for the legend.
     """
     drawn, summary = drawn_classes(record, key), record['splits']['test']
-    title, count = f'{word} (95% interval)', len(summary['classes'])
+    count = len(summary['classes'])
+    title = word + (' (95% interval)' if count <= metrics.MAX_INTERVALS else '')
     if len(drawn) > 1:
         title = f'{title}; mean over {count} classes {summary[f"mean_{key}"]:.4f}'
     if count > len(COLORS):
