@@ -83,7 +83,7 @@ def test_the_commands_of_the_page(tmp_path, monkeypatch, capsys):
     commands = re.findall(r'^    python (.*)$', page, re.MULTILINE)
     assert len(commands) == 6
     for command in commands:  # smaller, shorter
-        command = command.replace('--epochs 30', '--epochs 1 --image-size 65 --batch-size 9')
+        command = command.replace('--epochs 30', '--epochs 1 --no-plot --image-size 65 -b 9')
         script, *argv = shlex.split(command.replace('--epochs 60', '--epochs 2'))
         __import__(script.removesuffix('.py')).main(argv)
     assert [row['epoch'] for row in read_csv('work/scans/test.csv')] == ['1', '2']
