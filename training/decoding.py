@@ -20,6 +20,7 @@ from PIL import Image
 from training.datasets import DataError
 
 MAX_PIXELS = 64_000_000  # an image of so many takes up to 1 GB to read
+MAX_PIXELS_JPEG2000 = 48_000_000  # OpenJPEG takes 4 bytes a value
 STRIP = 256              # rows that are converted at a time, to save memory
 LUMA = 0.299, 0.587, 0.114  # shares of red, green and blue in grey, as in Pillow
 REDUCED, ALPHA = 1, (1, 2, 999)  # TIFF: NewSubfileType of thumbnails; ExtraSamples that are alpha
@@ -116,8 +117,9 @@ def convert(image, mode):
 def refuse_what_would_be_lost(image):
     """Raises ValueError for too many pixels, several pages, or bands that Pillow drops."""
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise ValueError(f'it has {width} x {height} pixels, and at most {MAX_PIXELS // 10**6} '
+    limit = MAX_PIXELS_JPEG2000 if image.format == 'JPEG2000' else MAX_PIXELS
+    if width * height > limit:
+        raise ValueError(f'it has {width} x {height} pixels, and at most {limit // 10**6} '
                          f'million can be read: make it smaller, or cut it into tiles')
     if image.format != 'TIFF':
         if getattr(image, 'is_animated', False) and image.format != 'MPO':  # MPO: photo, preview
