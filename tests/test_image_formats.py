@@ -199,10 +199,15 @@ def test_files_of_each_suffix_are_found_and_read(tmp_path, suffix):
 PHOTOS = datasets.Description('folder', None, ('a', 'b'), 224, **datasets.IMAGENET_STATISTICS)
 
 
-def test_more_than_64_megapixels_are_refused_with_their_size(tmp_path):
+def test_images_too_large_are_refused_with_their_size(tmp_path):
     Image.new('1', (8001, 8000)).save(tmp_path / 'x.png')
     with pytest.raises(DataError, match='x.png: .* 8001 x 8000 pixels, and at most 64 million'):
         decode(tmp_path / 'x.png')
+    content = bytearray(base64.b64decode(JPEG2000))
+    content[8:16] = struct.pack('>II', 8001, 6000)  # Xsiz, Ysiz
+    (tmp_path / 'x.j2k').write_bytes(content)
+    with pytest.raises(DataError, match='x.j2k: .* 8001 x 6000 pixels, and at most 48 million'):
+        decode(tmp_path / 'x.j2k')
 
 
 @pytest.mark.parametrize('shape', [(20000, 2), (1, 40000), (100, 21), (21, 100)])

@@ -205,6 +205,8 @@ def test_wrong_files_are_one_line_errors(model, photos, tmp_path, monkeypatch, c
     ('config', dict(block_config=(10**7, 2)), 'has 10000002 layers, and 67 weights'),
     ('config', dict(growth_rate=10**9), 'does not fit the model: '),
     ('config', dict(drop_rate='x'), 'does not fit the model: '),
+    ('model', {'features.norm5.weight': torch.ones(16, dtype=torch.int8)},
+     'features.norm5.weight is torch.int8 in the file and torch.float32 here'),
     ('model', {'features.norm5.weight': torch.full((16,), math.nan)},
      'weights that are not finite, the first in features.norm5.weight: ')])
 def test_an_altered_checkpoint_is_one_line(model, photos, tmp_path, capsys, part, values, message):

@@ -229,8 +229,14 @@ def check_network(build, state_dict, source):
         CheckpointError: the two don't fit; names the first differences.
     """
     with explained(f'{source} does not fit the model'), torch.device('meta'):
+        model = build()
+        own = model.state_dict()
         # A copy, because torch would keep `assign` in the state dict's metadata for later loads.
-        build().load_state_dict(dict(state_dict), assign=True)
+        model.load_state_dict(dict(state_dict), assign=True)
+        for name, tensor in own.items():
+            kind = state_dict[name].dtype if name in state_dict else tensor.dtype
+            if kind.is_floating_point != tensor.is_floating_point():  # other floats are converted
+                raise ValueError(f'{name} is {kind} in the file and {tensor.dtype} here')
 
 
 def describe_data(args, saved):

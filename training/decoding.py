@@ -24,6 +24,7 @@ from PIL import Image
 from training.console import DataError
 
 MAX_PIXELS = 64_000_000  # an image of so many takes up to 1 GB to read
+MAX_PIXELS_JPEG2000 = 48_000_000  # OpenJPEG takes 4 bytes a value
 MAX_BYTES = 6 * MAX_PIXELS  # of an array: MAX_PIXELS in three channels of 16 bits
 STRIP = 256              # rows that are converted at a time, to save memory
 LUMA = 0.299, 0.587, 0.114  # shares of red, green and blue in grey, as in Pillow
@@ -171,9 +172,9 @@ def convert(image, mode):
     return image.convert(mode)
 
 
-def refuse_large(width, height):
-    if width * height > MAX_PIXELS:
-        raise ValueError(f'it has {width} x {height} pixels, and at most {MAX_PIXELS // 10**6} '
+def refuse_large(width, height, limit=MAX_PIXELS):
+    if width * height > limit:
+        raise ValueError(f'it has {width} x {height} pixels, and at most {limit // 10**6} '
                          f'million can be read: make it smaller, or cut it into tiles')
 
 
@@ -185,7 +186,8 @@ def refuse_large_array(array):
 
 def refuse_what_would_be_lost(image):
     """Raises ValueError for too many pixels, several pages, or bands that Pillow drops."""
-    refuse_large(*image.size)
+    refuse_large(*image.size,
+                 MAX_PIXELS_JPEG2000 if image.format == 'JPEG2000' else MAX_PIXELS)
     if image.format != 'TIFF':
         if getattr(image, 'is_animated', False) and image.format != 'MPO':  # MPO: photo, preview
             raise ValueError(f'it is an animation of {image.n_frames} images: save one of them')
