@@ -15,6 +15,7 @@ training/report.py, too, and report.html, a page with all of them.
 import argparse
 import contextlib
 import csv
+import json
 import os
 import sys
 import textwrap
@@ -40,6 +41,7 @@ class Run(NamedTuple):
     name: str
     train: dict[str, np.ndarray]  # column name -> one value per row
     test: dict[str, np.ndarray]
+    split: str                    # 'test', or 'val' if test.csv is about validation images
 
 
 # ---- reading ------------------------------------------------------------------------------
@@ -72,6 +74,14 @@ def read_table(path):
     return dict(zip(header, np.array(rows).reshape(-1, len(header)).T))
 
 
+def read_split(path):
+    """The split that test.csv is about."""
+    try:
+        return json.loads(path.read_text(encoding='utf-8')).get('selection_split', 'test')
+    except (OSError, ValueError, AttributeError):  # no args.json of train.py
+        return 'test'
+
+
 def points(table, column):
     """(epochs, values) of the rows in which both are finite."""
     finite = np.isfinite(table[column]) & np.isfinite(table['epoch'])
@@ -87,8 +97,8 @@ def read_runs(directories):
     parent, runs = common_parent(directories), []
     for directory in directories:
         run = Run(os.path.relpath(directory, parent), read_table(directory / 'train.csv'),
-                  read_table(directory / 'test.csv'))
-        if any(len(points(table, column)[0]) for table in run[1:] for column in AXIS_LABELS):
+                  read_table(directory / 'test.csv'), read_split(directory / 'args.json'))
+        if any(len(points(table, column)[0]) for table in run[1:3] for column in AXIS_LABELS):
             runs.append(run)
         elif len(directories) > 1:
             warn(f'{directory}: left out, nothing to draw yet')
@@ -171,7 +181,8 @@ def draw_panel(axes, runs, column):
     if len(runs) == 1:
         draw_run(axes, runs[0], column)
     else:
-        title = 'test: thick, with markers; train (mean over an epoch): thin'
+        splits = ' and '.join(sorted({run.split for run in runs}))
+        title = f'{splits}: thick, with markers; train (mean over an epoch): thin'
         for i, run in enumerate(runs):
             draw_compared_run(axes, run, column, i)
     if axes.lines:
@@ -189,7 +200,7 @@ def draw_run(axes, run, column):
                   label=f'train (mean over an epoch), final {format_value(column, mean[-1])}')
         axes.plot(epochs, logged(epochs, values), color=COLORS[0], alpha=0.35, linewidth=0.7,
                   zorder=1, label='train (as logged)')
-    draw_test(axes, run, column, 'test', color=COLORS[1],
+    draw_test(axes, run, column, run.split, color=COLORS[1],
               marker='o' if len(points(run.test, column)[0]) <= 20 else '')
 
 

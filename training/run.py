@@ -87,8 +87,8 @@ class Run:
         if distributed.rank() == 0:
             runlog.write_record(
                 self.directory, args, precision=precision, cuda_graph=graphed,
-                not_fused=state.model.not_fused, device=hardware, processes=processes,
-                threads=torch.get_num_threads())
+                not_fused=state.model.not_fused, selection_split=self.split, device=hardware,
+                processes=processes, threads=torch.get_num_threads())
             self.log = runlog.RunLog(
                 self.directory, steps_per_epoch=len(train_loader), epochs=args.epochs,
                 start=(state.epoch, state.step), tensorboard=args.tensorboard, figures=args.plot,
