@@ -112,24 +112,22 @@ def make_optimizer(args, model):
 
 
 def parameter_groups(args, model):
-    """One group, or with --head-lr another one for the classifier; those that are trained.
+    """One group of all that is trained, or with --head-lr another one for the classifier.
 
     The learning rate of a group is its `lr_scale` times the schedule's.
     """
-    head = list(model.classifier.parameters())
-    in_head = set(head)
-    body = [parameter for parameter in model.parameters() if parameter not in in_head]
-    groups = [(body + head, 1.0)] if args.head_lr is None else [
-        (body, 1.0), (head, args.head_lr / args.lr)]
-    groups = [([p for p in params if p.requires_grad], scale) for params, scale in groups]
-
-    def rate(scale, device):
-        # On CUDA it is in device memory, so that a CUDA graph follows a change of rate.
-        lr = args.lr * scale
-        return torch.tensor(lr, device=device) if device.type == 'cuda' else lr
-
-    return [dict(params=params, lr=rate(scale, params[0].device), lr_scale=scale)
-            for params, scale in groups if params]
+    groups = [(model.parameters(), 1.0)]
+    if args.head_lr is not None:
+        groups = [(model.features.parameters(), 1.0),
+                  (model.classifier.parameters(), args.head_lr / args.lr)]
+    made = []
+    for parameters, scale in groups:
+        parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        # On CUDA the rate is in device memory, so that a CUDA graph follows a change of rate.
+        lr = torch.tensor(args.lr * scale, device=parameters[0].device)
+        made.append(dict(params=parameters, lr_scale=scale,
+                         lr=lr if lr.is_cuda else args.lr * scale))
+    return made
 
 
 def make_state(args, model, device, precision):

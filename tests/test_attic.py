@@ -205,7 +205,8 @@ def test_feature_reuse_is_the_mean_weight_of_each_layer_on_each_source(tmp_path,
         expected = expected.float().tril().T.contiguous()
         expected[torch.ones(4, 4).tril(-1).bool()] = torch.nan
         torch.testing.assert_close(reuse, expected, equal_nan=True)
-    dataset = dict(name='cifar10', classes=(), image_size=32, mean=(0,) * 3, std=(1,) * 3)
+    dataset = dict(name='cifar10', classes=tuple('abcdefghij'), image_size=32, mean=(0.0,) * 3,
+                   std=(1.0,) * 3)
     checkpoint.save(tmp_path / 'best.pth', {'config': model.config, 'model': model.state_dict(),
                                             'dataset': dataset})
     feature_reuse.main([str(tmp_path / 'best.pth'), '--output', str(tmp_path / 'reuse.png')])

@@ -1,6 +1,8 @@
 """The commands of attic/own-images.md, and a rare class that differs by a few grey levels."""
 
+import csv
 import functools
+import importlib
 import re
 import shlex
 from argparse import Namespace
@@ -78,19 +80,41 @@ def test_the_commands_of_the_page(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(densenet, 'densenet121', functools.partial(densenet.DenseNet, **small))
     cache_densenet121(tmp_path, torchvision.models.DenseNet(**small))
     write_images(tmp_path, {'scans/normal': 20, 'scans/lesion': 10}, (70, 80), mode='L')
-    write_images(tmp_path, {'new': 2}, (90, 70), mode='L')
+    write_images(tmp_path, {'new': 2, 'xrays': 40}, (90, 70), mode='L')
+    write_xray_table(tmp_path / 'xrays.csv', 40)
     page = re.sub(r'\\\n +', '', (ROOT / 'attic/own-images.md').read_text())
     commands = re.findall(r'^    python (.*)$', page, re.MULTILINE)
-    assert len(commands) == 6
-    for command in commands:  # smaller, shorter
-        command = command.replace('--epochs 30', '--epochs 1 --no-plot --image-size 65 -b 9')
-        script, *argv = shlex.split(command.replace('--epochs 60', '--epochs 2'))
-        __import__(script.removesuffix('.py')).main(argv)
+    assert len(commands) == 12
+    for command in commands:
+        if command.startswith('train.py --dataset'):  # smaller, shorter
+            command += ' --epochs 1 --no-plot --image-size 65 -b 9 --workers 0'
+        for i in '12' if '$i' in command else '1':
+            script, *argv = shlex.split(command.replace('--epochs 60', '--epochs 2')
+                                        .replace('$i', i))
+            argv = [flag for flag in argv if not re.fullmatch('work/xrays-[345]', flag)]
+            importlib.import_module(script.removesuffix('.py').replace('/', '.')).main(argv)
     assert [row['epoch'] for row in read_csv('work/scans/test.csv')] == ['1', '2']
-    for name in ('loss-error.pdf', 'confusion.png', 'predictions.csv', 'new.csv'):
-        assert (tmp_path / 'work/scans' / name).stat().st_size > 0
-    assert len(list((tmp_path / 'work/scans/heatmaps').rglob('*.heatmap.png'))) == 2
+    for run, names in (('scans', ('confusion.png', 'new.csv')), ('xrays', ('roc.pdf',))):
+        for name in ('loss-error.pdf', 'predictions.csv', 'report.html', *names):
+            assert (tmp_path / 'work' / run / name).stat().st_size > 0
+        assert len(list((tmp_path / 'work' / run / 'heatmaps').rglob('*.heatmap.png'))) == 2
     assert len(read_csv('work/scans/predictions.csv')) == 2 + 1
+    said = capsys.readouterr().out
+    assert '30 training' not in said and re.search(r'  auc +0\.\d+ \+- ', said)
+    held_out = [read_csv(f'work/xrays-{i}/test.csv') for i in '12']
+    assert held_out[0] != held_out[1]
+
+
+def write_xray_table(path, count):
+    """Two findings, of which some are unknown; two images a patient; the last ten for testing."""
+    rng = np.random.RandomState(0)
+    with open(path, 'w', newline='') as file:
+        writer = csv.writer(file)
+        writer.writerow(['file', 'effusion', 'nodule', 'split', 'group'])
+        for i in range(count):
+            found = [rng.choice(['0', '1', ''], p=(0.5, 0.4, 0.1)) for _ in range(2)]
+            split = 'train' if i < count - 10 else 'test'
+            writer.writerow([f'{i}.png', *found, split, f'p{i // 2}'])
 
 
 @pytest.mark.parametrize('build, size', [

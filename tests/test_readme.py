@@ -20,7 +20,7 @@ PAGES = {path.relative_to(ROOT): path.read_text()
 # In blocks of commands, where a backslash continues a line, and within sentences.
 COMMANDS = [(str(page), command) for page, text in PAGES.items() for command in re.findall(
     r'(?:^ {4}|`)(?:python|torchrun.*?) ((?:\w+/)?\w+\.py\b[^`#\n]*)',
-    re.sub(r'\\\n +', '', text), re.MULTILINE)]
+    re.sub(r'\\\n +', '', text.replace('$i', '1')), re.MULTILINE)]
 
 
 WITHOUT_FLAGS = {'images/dense_block.py', 'images/memory_vs_depth.py'}  # test_images.py runs them

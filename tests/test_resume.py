@@ -241,7 +241,7 @@ def test_an_epoch_is_not_continued_on_other_data(recipe, folder, tmp_path, capsy
         error = fails(capsys, '--save', run, '--resume', flag, 2)
         assert 'in batches of 4 with --seed 1, and cannot' in error
     (other / 'train/a/0.png').unlink()
-    error = fails(capsys, '--save', run, '--resume')
+    error = fails(capsys, '--save', run, '--resume', lines=2)
     assert 'an epoch of 36 images' in error and '--start-epoch 2' in error
     train.main(['--save', str(run), '--resume', '--start-epoch', '2'])
     assert [row['epoch'] for row in read_csv(run / 'test.csv')] == ['1', '2', '3', '4']
@@ -441,11 +441,11 @@ def test_a_full_disk_ends_a_run_that_can_be_resumed(
     call = getattr(owner, name)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def fill_disk(*args):
+    def fill_disk(*args, **kwargs):
         if next(calls) == when:
             size = (run / file).stat().st_size if file.endswith('csv') else 2000
             resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, before[1]))
-        return call(*args)
+        return call(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, fill_disk)
     try:
@@ -524,8 +524,8 @@ def test_a_signal_does_not_save_a_loss_that_is_not_finite(recipe, tmp_path):
 def test_a_model_that_is_not_finite_is_not_saved(small, tmp_path, monkeypatch, capsys, what):
     evaluate, run = train.evaluate, tmp_path / 'run'
 
-    def spoil(model, *args):
-        results = evaluate(model, *args)
+    def spoil(model, *args, **kwargs):
+        results = evaluate(model, *args, **kwargs)
         if model.training is False and (run / 'best.pth').exists():
             getattr(model.features.norm5, what).data[1] = math.inf
         return results

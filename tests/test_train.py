@@ -624,7 +624,8 @@ def test_evaluation_uses_micro_batches(small, tmp_path, monkeypatch):
     make_loader = Mock(wraps=train.loaders.make_loader)
     monkeypatch.setattr(train.loaders, 'make_loader', make_loader)
     train.main([*small, '--epochs', '1', '--grad-accum', '3', '--save', str(tmp_path / 'run')])
-    assert [call.args[1:] for call in make_loader.call_args_list] == [('train', 4), ('test', 2)]
+    assert [(call.args[1], call.kwargs['batch_size']) for call in make_loader.call_args_list] == [
+        ('train', 4), ('test', 2)]
 
 
 def test_the_seed_decides_the_weights_and_the_order(small, tmp_path):

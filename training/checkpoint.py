@@ -230,13 +230,12 @@ def check_network(build, state_dict, source):
     """
     with explained(f'{source} does not fit the model'), torch.device('meta'):
         model = build()
-        own = model.state_dict()
-        # A copy, because torch would keep `assign` in the state dict's metadata for later loads.
-        model.load_state_dict(dict(state_dict), assign=True)
-        for name, tensor in own.items():
+        for name, tensor in model.state_dict().items():
             kind = state_dict[name].dtype if name in state_dict else tensor.dtype
             if kind.is_floating_point != tensor.is_floating_point():  # other floats are converted
                 raise ValueError(f'{name} is {kind} in the file and {tensor.dtype} here')
+        # A copy, because torch would keep `assign` in the state dict's metadata for later loads.
+        model.load_state_dict(dict(state_dict), assign=True)
 
 
 def describe_data(args, saved):
@@ -353,7 +352,7 @@ def load_scaler(scaler, saved, source):
         warn(f'{source} was not trained in fp16: the scale of the loss begins at '
              f'{scaler.get_scale():g}')
         return
-    if new and (kinds(saved) != kinds(new) or not 0 < saved['scale'] < math.inf):
+    if kinds(saved) != kinds(new) and new:
         raise CheckpointError('its loss scale is not valid')
     scaler.load_state_dict(saved)
 

@@ -176,6 +176,8 @@ class MemoryLoader(_Loader):
 
     def __init__(self, images, labels, batch_size, *, device, **kwargs):
         self.images, self.labels = images.to(device), labels.to(device)
+        augmentation = kwargs.get('augmentation')
+        self.augment_image = augmentation and augmentation.of_image(kwargs['mean'])
         super().__init__(labels, batch_size, device=device, **kwargs)
 
     def _draw(self, generator):
@@ -192,9 +194,8 @@ class MemoryLoader(_Loader):
             indices = self._indices(i)
             images, labels = self.images[indices], self.labels[indices]
             augmentation = self.augmentation
-            if augmentation:
-                images = augment_each(images, self.seeds[indices.cpu()],
-                                      augmentation.of_image(self.mean.flatten().tolist()))
+            if self.augment_image:
+                images = augment_each(images, self.seeds[indices.cpu()], self.augment_image)
             images, labels = self._finish(i, images, labels)
             if augmentation:
                 mirrored = self.mirrored[indices] & augmentation.mirror
@@ -207,8 +208,6 @@ def augment_each(images, seeds, augment):
 
     Shapes: images uint8 or float32 [B, C, H, W], in 0..255; seeds int64 [B].
     """
-    if augment is None:
-        return images
     scale = 255 if images.is_floating_point() else 1  # torchvision's floats are in 0..1
     with torch.random.fork_rng(devices=[]):
         results = []

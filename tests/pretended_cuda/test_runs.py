@@ -69,7 +69,7 @@ def test_a_run_that_is_stopped_resumed_and_evaluated(argv, small, tmp_path, caps
     assert torch.equal(random_states[0], saved)
     assert [row['epoch'] for row in read_csv(run / 'test.csv')] == ['1', '2']
     train.main(['--evaluate', '--resume', str(run / 'best.pth')])
-    assert capsys.readouterr().out.endswith(f'predictions.csv are in {run}\n')
+    assert capsys.readouterr().out.endswith(f'predictions.csv and their figures are in {run}\n')
     assert pretended_cuda.problems() == []
 
 
