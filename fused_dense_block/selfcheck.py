@@ -121,6 +121,8 @@ class _Trial:
                     y = self._run_module(x)
                 else:
                     plan = self.make_plan(module, self.kind, drop_first_half=drop_first_half)
+                    if ops is cpu and not training:
+                        plan = plan.pack(x)
                     y = self.kind.run(module, ops, plan, x)
             if ops is not cpu:  # random numbers that only one of the two draws
                 results.append((RANDOM, '', self.generator.get_state().to(torch.float64)))
