@@ -903,16 +903,16 @@ template <class E> struct Bordered {
     }
 };
 
-// One block: a part of the runs, or all. Sums of the parts before are in `partial`.
-template <class T, int R, int NV, class Finish>
-INLINE void product_block(const uint32_t *const *rows, const Runs &runs, long first, long last,
-                          const uint32_t *kernel, long words, float *partial, Finish finish) {
-    vec sums[R][NV];
+// Adds the products of the runs from `first` to `last` to the sums [R, NV * LANES].
+template <class T, int R, int NV>
+void product_block(const uint32_t *const *rows, const Runs &runs, long first, long last,
+                   const uint32_t *kernel, long words, float *sums) {
+    vec block[R][NV];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
         for (int v = 0; v < NV; v++)
-            sums[r][v] = first ? load(partial + (r * NV + v) * LANES) : vec{};
+            block[r][v] = first ? load(sums + (r * NV + v) * LANES) : vec{};
     for (long run = first; run < last; run++) {
         const uint32_t *row[R];
 #pragma GCC unroll 8
@@ -929,17 +929,14 @@ INLINE void product_block(const uint32_t *const *rows, const Runs &runs, long fi
                 uvec word = uvec{} + row[r][k];
 #pragma GCC unroll 2
                 for (int v = 0; v < NV; v++)
-                    sums[r][v] = multiply_add<T>(sums[r][v], word, column[v]);
+                    block[r][v] = multiply_add<T>(block[r][v], word, column[v]);
             }
         }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
-        for (int v = 0; v < NV; v++) {
-            if (last == runs.count) finish(r, v, sums[r][v]);
-            else store(partial + (r * NV + v) * LANES, sums[r][v]);
-        }
+        for (int v = 0; v < NV; v++) store(sums + (r * NV + v) * LANES, block[r][v]);
 }
 
 // Calls body(constant) with the constant that equals n, 1 to N.
@@ -953,27 +950,27 @@ template <int N, class Body> INLINE void with_constant(long n, Body body) {
 template <class T, class Finish>
 INLINE void product_panels(const uint32_t *const *rows, long n, const Runs &runs, long words,
                            const PackedConv &conv, Range panels, Finish finish) {
-    float partial[EVALUATION_TILE * PANEL];
+    float sums[EVALUATION_TILE * PANEL];
     const long blocks = (n + ROWS - 1) / ROWS, at_once = std::max(1L, RUN_WORDS / runs.words);
     for (long panel = panels.begin; panel < panels.end; panel++) {
         const long column = panel * PANEL;
+        const long width = std::min<long>(PANEL, round_up(conv.outputs - column, LANES));
         const uint32_t *kernel = conv.kernel + column * words;
         for (long run = 0; run < runs.count; run += at_once)
             for (long block = 0; block < blocks; block++) {
                 // All blocks have nearly the same size: one of 6 and one of 1 would take longer.
                 const long row = n * block / blocks, end = n * (block + 1) / blocks;
-                const long last = std::min(runs.count, run + at_once);
                 with_constant<ROWS>(end - row, [&](auto r) {
-                    with_constant<VECTORS>((conv.outputs - column + LANES - 1) / LANES,
-                                           [&](auto v) {
-                        product_block<T, r, v>(
-                            rows + row, runs, run, last, kernel, words, partial + row * PANEL,
-                            [&](int i, int j, vec sums) __attribute__((always_inline)) {
-                                finish(row + i, column + j * LANES, sums);
-                            });
+                    with_constant<VECTORS>(width / LANES, [&](auto v) {
+                        product_block<T, r, v>(rows + row, runs, run,
+                                               std::min(runs.count, run + at_once), kernel, words,
+                                               sums + row * width);
                     });
                 });
             }
+        for (long r = 0; r < n; r++)
+            for (long j = 0; j < width; j += LANES)
+                finish(r, column + j, load(sums + r * width + j));
     }
 }
 
@@ -1218,7 +1215,7 @@ long pack(const float *kernel, long outputs, long taps, long channels, uint32_t 
 long sample(const uint32_t *const *arrays, const long *sizes, long n) {
     uint64_t sum = 0;
     for (long i = 0; i < n; i++)
-        for (uint64_t j = 0; j < 64; j++)
+        for (uint64_t j = 0; j < 16; j++)
             sum = (sum ^ arrays[i][j * 0x9e3779b97f4a7c15 % sizes[i]]) * 0x100000001b3;
     return sum;
 }

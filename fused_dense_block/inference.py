@@ -19,7 +19,7 @@ class Packed:
 
     What bumps the version counter of a tensor, replaces it or moves its memory is always noticed.
     Writes through `.data` or numpy and fused optimizers bump nothing: they are noticed if they
-    change one of the values that are sampled, up to 64 of each tensor.
+    change one of the 16 values of each tensor that are compared.
     """
 
     def __init__(self, tensors, eps, dtype):
