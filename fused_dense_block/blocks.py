@@ -30,10 +30,11 @@ class Fused:
     trains = kernels = True  # whether training is fused, and whether there are kernels
 
     def forward(self, x):
-        self.path, self.reason, plan = self._choose(x)
-        if self.path == 'layers':
+        path, reason, plan = self._choose(x)
+        self.path, self.reason = path, reason  # another thread may overwrite them
+        if path == 'layers':
             return super().forward(x)
-        return self.run({'kernels': cpu, 'eager': eager}.get(self.path), plan, x)
+        return self.run({'kernels': cpu, 'eager': eager}.get(path), plan, x)
 
     def _choose(self, x):
         """path, reason, and what `run` needs: a Plan, by kernels in evaluation a Packed."""
@@ -257,7 +258,7 @@ class State:
     def plan(self, module, with_kernels):
         """The plan for the present mode of the module, verified."""
         if module.training and False in self.plans:
-            self.plans[False].packed.clear()  # memory that training would have to do without
+            self.plans[False].packed.clear()  # training may need the memory
         plan = self.plans.get(module.training)
         if plan is None or not plan.snapshot.holds(module) or (
                 with_kernels and not self.with_kernels and plan.reason is None):

@@ -1,12 +1,12 @@
 // The operations of a dense block in training, as CPU kernels: norm-ReLU-convolution, its backward,
-// batch statistics, and the last step of a norm's backward. `cpu.py` compiles and calls
-// them.
+// batch statistics, and the last step of a norm's backward; and in evaluation a whole block.
+// `cpu.py` compiles and calls them.
 //
 // A feature map [N, C, H, W] lies in NHWC: a matrix with a row for each pixel and a column for each
 // channel. `ld` elements lead from a row to the next, so that some channels of a wider buffer are a
 // map, too. Elements are float or bf16; sums are float32, and statistics are combined in double.
 //
-// All convolutions are one matrix product, tile by tile of TILE pixels that stay in cache:
+// In training all convolutions are one matrix product, by tiles of TILE pixels that stay in cache:
 //
 //   1x1, forward     z = y W                          y = relu(norm(x)), computed tile by tile
 //   1x1, backward    dy = dz W', dW = dz' y           both from one visit to x
@@ -19,8 +19,8 @@
 // are here at all: around those of a library, the same would be passes over memory, which cost as
 // much as the convolutions themselves.
 //
-// Two runs give the same bits: each thread has a fixed range of rows, and partial sums are added
-// in the order of the threads.
+// Two runs give the same bits: in training each thread has a fixed range of rows, and partial sums
+// are added in the order of the threads.
 
 #ifndef __AVX2__  // with vectors of four, all is half as fast as by PyTorch's own operations
 #error the kernels need AVX2
@@ -829,7 +829,7 @@ void backward(const Gradient<T> &gradient, const Input<T> &in, const float *kern
 // depends on the shape of the kernel alone: not on threads, the batch or the place in the map.
 
 constexpr int ROWS = LANES == 16 ? 8 : 6, VECTORS = 2, PANEL = VECTORS * LANES;
-constexpr long EVALUATION_TILE = 48;  // pixels, at most TILE: with 1024 channels they fill half of L2
+constexpr long EVALUATION_TILE = 48;  // pixels, at most TILE; they stay in L2
 constexpr long RUN_WORDS = 384;       // of a pixel, at once: such a part of a panel stays in L1
 
 // A convolution and the norm and ReLU before it. The vectors are padded with zeros to whole panels.
@@ -851,24 +851,27 @@ template <class T> long words_of_pixel(long taps, long channels) {
 
 // The kernel [O, taps, C] as panel after panel of columns, in a panel a row for each word.
 template <class T>
-void pack_panels(const float *kernel, long outputs, long taps, long channels, uint32_t *packed) {
+void pack_panels(const float *kernel, long outputs, long taps, long channels, uint32_t *packed,
+                 int threads) {
     constexpr int PAIR = Product<T>::PAIR;
     const long words = words_of_pixel<T>(taps, channels), pitch = words * PAIR / taps;
-    for (long first = 0; first < outputs; first += PANEL) {
-        const long width = std::min<long>(PANEL, round_up(outputs - first, LANES));
-        for (long k = 0; k < words; k++)
-            for (long j = 0; j < width; j += LANES) {
-                float values[2][LANES] = {};
-                for (long i = 0; i < LANES * PAIR; i++) {
-                    long o = first + j + i / PAIR, at = k * PAIR + i % PAIR, c = at % pitch;
-                    if (o < outputs && c < channels)
-                        values[i % PAIR][i / PAIR] =
-                            kernel[(o * taps + at / pitch) * channels + c];
+    parallel(threads, [&](int thread, int team) {
+        Range mine = share_of_thread(words, 1, thread, team);
+        for (long first = 0; first < outputs; first += PANEL) {
+            const long n = std::min<long>(PANEL, outputs - first), width = round_up(n, LANES);
+            for (long k = mine.begin; k < mine.end; k++) {
+                float values[2][PANEL] = {};
+                for (long i = k * PAIR; i < (k + 1) * PAIR; i++) {
+                    const long tap = i / pitch, c = i % pitch;
+                    for (long o = 0; o < n && c < channels; o++)
+                        values[i % PAIR][o] = kernel[((first + o) * taps + tap) * channels + c];
                 }
-                store_bits(packed + first * words + k * width + j,
-                           as_words<T>(load(values[0]), load(values[1])));
+                for (long j = 0; j < width; j += LANES)
+                    store_bits(packed + first * words + k * width + j,
+                               as_words<T>(load(values[0] + j), load(values[1] + j)));
             }
-    }
+        }
+    });
 }
 
 // A map with a border of zeros. The channels of a pixel are padded with zeros to whole vectors.
@@ -1044,7 +1047,7 @@ struct Barrier {
             round = now + 1;
         }
         for (int i = 0; round.load() == now; i++) {
-            if (i < 4000) _mm_pause();
+            if (i < 500) _mm_pause();
             else sched_yield();
         }
     }
@@ -1206,8 +1209,9 @@ void complete(const MAP *total, long ldt, const MAP *x, long ldx, const float *m
 // ---- Evaluation ----
 
 // The kernel is [O, taps, C]. Returns how many words it takes when packed; writes them if `packed`.
-long pack(const float *kernel, long outputs, long taps, long channels, uint32_t *packed, long) {
-    if (packed) pack_panels<MAP>(kernel, outputs, taps, channels, packed);
+long pack(const float *kernel, long outputs, long taps, long channels, uint32_t *packed,
+          long threads) {
+    if (packed) pack_panels<MAP>(kernel, outputs, taps, channels, packed, threads);
     return round_up(outputs, LANES) * words_of_pixel<MAP>(taps, channels);
 }
 
@@ -1215,7 +1219,7 @@ long pack(const float *kernel, long outputs, long taps, long channels, uint32_t 
 long sample(const uint32_t *const *arrays, const long *sizes, long n) {
     uint64_t sum = 0;
     for (long i = 0; i < n; i++)
-        for (uint64_t j = 0; j < 16; j++)
+        for (uint64_t j = 0; j < 8; j++)
             sum = (sum ^ arrays[i][j * 0x9e3779b97f4a7c15 % sizes[i]]) * 0x100000001b3;
     return sum;
 }

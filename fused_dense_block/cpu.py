@@ -1,13 +1,12 @@
-"""The five operations of a fused dense block as CPU kernels, compiled at first use.
+"""A fused dense block in training (five operations) and evaluation by CPU kernels in C++.
 
-Needs a CPU with AVX2, and a C++ compiler, preferably g++. Compiling `cpu.cpp` takes 3 seconds for
-each type of map; the libraries are kept in the user's cache directory, `$XDG_CACHE_HOME/densenet`
-or `~/.cache/densenet`. Without a compiler or AVX2 a warning says so once, and eager.py takes over.
-DENSENET_CPU_KERNELS=0 turns the kernels off.
+Needs a CPU with AVX2, and a C++ compiler, preferably g++. Compiling `cpu.cpp` takes some seconds
+for each type of map; the libraries are kept in the user's cache directory,
+`$XDG_CACHE_HOME/densenet` or `~/.cache/densenet`. Without a compiler or AVX2 a warning says so
+once, and eager.py takes over. DENSENET_CPU_KERNELS=0 turns the kernels off.
 
-The first part has the operations that eager.py documents. Maps
-[N, C, H, W] are float32 or bfloat16 in channels_last and may be some channels of a wider such map;
-everything else is float32.
+The first part has the operations that eager.py documents. Maps [N, C, H, W] are float32 or bfloat16
+in channels_last and may be some channels of a wider such map; everything else is float32.
 """
 
 import ctypes

@@ -19,7 +19,7 @@ class Packed:
 
     What bumps the version counter of a tensor, replaces it or moves its memory is always noticed.
     Writes through `.data` or numpy and fused optimizers bump nothing: they are noticed if they
-    change one of the 16 values of each tensor that are compared.
+    change one of the 8 values of each tensor that are compared.
     """
 
     def __init__(self, tensors, eps, dtype):
@@ -48,8 +48,7 @@ class Packed:
 
 
 def run_block(layers, x):
-    """[N, C, H, W] -> [N, C + num_layers * growth_rate, H, W]: for the self-check, as in eager.py
-    """
+    """A dense block by eager operations, for the self-check alone."""
     for halves in layers:
         new = x
         for half in halves:
