@@ -977,7 +977,7 @@ INLINE void product_panels(const uint32_t *const *rows, long n, const Runs &runs
     }
 }
 
-// The rows and columns of one member of a team, such that the slowest has as little as possible.
+// The rows and columns of one member of a team. The grid of members minimizes the largest part.
 struct Part { Range rows, panels; };
 Part part_of_member(long rows, long panels, int member, int members) {
     auto parts = [](long n, long in) { return (n + in - 1) / in; };
@@ -1035,7 +1035,8 @@ void evaluate_3x3(const Bordered<typename Product<T>::Element> &y, const PackedC
     });
 }
 
-// All wait until all are there. Spins, as the wait is short, and yields in case it is not.
+// OpenMP's barrier sleeps with OMP_WAIT_POLICY=passive, 100 times per forward. This one spins for a
+// short time and then yields, which lets another member run that has no core of its own.
 struct Barrier {
     std::atomic<int> arrived{0};
     std::atomic<long> round{0};
@@ -1128,8 +1129,8 @@ void evaluate_layers(const Block &block, Map<const T> x, Map<T> features, long i
     }
 }
 
-// As many images as there are threads, or a multiple, are shared out: then nobody has to wait. All
-// threads together compute the others.
+// Each thread computes whole images, the same number, without waiting for others. The remaining
+// ones, fewer than there are threads, are computed by all threads together.
 template <class T>
 void evaluate_block(const Block &block, Map<const T> x, Map<T> features, long images, int threads) {
     typedef typename Product<T>::Element E;
@@ -1139,7 +1140,7 @@ void evaluate_block(const Block &block, Map<const T> x, Map<T> features, long im
         evaluate_layers<T>(block, {x.row(first * pixels), x.ld},
                            {features.row(first * pixels), features.ld}, count, buffer, team);
     };
-    // Memory for the images that are shared, if the team turns out to be as large as asked for.
+    // For the remaining images; the team may be smaller than asked for.
     E *shared = shared_buffer.get<E>(block.elements(std::min<long>(images, threads)));
     parallel(threads, [&](int thread, int team) {
         const long whole = images / team * team, own = whole / team;
