@@ -44,6 +44,10 @@ def fuse(model, *, memory_efficient=None, kernels=True):
     sizes, batches or steps is not seen. A transition or stem with other modules than DenseNet's
     stays as it is.
 
+    In evaluation the CPU kernels keep a packed copy of the weights until the next forward in
+    training. It is made again when a weight or a statistic has changed. A change of a few values
+    through `.data` or numpy, of which torch keeps no record, may be missed: call `fuse` again then.
+
     Args:
         model: contains dense blocks as described in modules.py; any mode, precision and device.
         memory_efficient: recompute the outputs of the 1x1 convolutions in backward. None: as each

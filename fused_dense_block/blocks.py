@@ -30,13 +30,14 @@ class Fused:
     trains = kernels = True  # whether training is fused, and whether there are kernels
 
     def forward(self, x):
-        self.path, self.reason, plan = self._choose(x)
-        if self.path == 'layers':
+        path, reason, plan = self._choose(x)
+        self.path, self.reason = path, reason  # another thread may overwrite them
+        if path == 'layers':
             return super().forward(x)
-        return self.run({'kernels': cpu, 'eager': eager}.get(self.path), plan, x)
+        return self.run({'kernels': cpu, 'eager': eager}.get(path), plan, x)
 
     def _choose(self, x):
-        """path, reason, and the plan unless path is 'layers'."""
+        """path, reason, and what `run` needs: a Plan, by kernels in evaluation a Packed."""
         if modules.is_traced(x):
             return 'layers', 'torch.compile, export, jit.trace or fx records a graph', None
         if self._fused is None or '_is_replica' in vars(self):
@@ -52,8 +53,13 @@ class Fused:
         if path == 'layers':
             return path, reason, None
         plan = self._fused.plan(self, path == 'kernels')
-        obstacle = plan.obstacle(x)
-        return ('layers', obstacle, None) if obstacle else (path, reason, plan)
+        evaluates = path == 'kernels' and not self.training
+        packed = plan.current_packed(x) if evaluates else None
+        if packed is None:
+            obstacle = plan.obstacle(x)
+            if obstacle:
+                return 'layers', obstacle, None
+        return path, reason, (packed or plan.pack(x)) if evaluates else plan
 
     def choose_by_table(self, x):
         """path and reason by the table of ways in __init__.py."""
@@ -110,8 +116,10 @@ class FusedBlock(Fused):
         return self._fused.memory_efficient
 
     def run(self, ops, plan, x):
+        if ops is cpu and not self.training:
+            return cpu.evaluate_block(plan.convs, plan.growth, x)
         if not self.training:
-            return inference.run_block(ops, plan.parts, x)
+            return inference.run_block(plan.parts, x)
         # Grad mode is read here: within a Function it is always off.
         layers = plan.layers if torch.is_grad_enabled() else plan.layers_without_grad
         return DenseBlockFunction.apply(ops, layers, x, *plan.parameters())
@@ -148,8 +156,10 @@ class FusedTransition(Fused):
             for module in (*norm_and_relu, pool, conv):
                 x = module(x)
             return x
+        if ops is cpu and not self.training:
+            return cpu.evaluate_transition(plan.convs, x)
         if not self.training:
-            return inference.run_norm_conv(ops, plan.parts, x, pool=True)
+            return inference.run_norm_conv(plan.parts, x, pool=True)
         return TransitionFunction.apply(ops, plan.parts.norm, x, *plan.parameters())
 
 
@@ -247,6 +257,8 @@ class State:
 
     def plan(self, module, with_kernels):
         """The plan for the present mode of the module, verified."""
+        if module.training and False in self.plans:
+            self.plans[False].packed.clear()  # training may need the memory
         plan = self.plans.get(module.training)
         if plan is None or not plan.snapshot.holds(module) or (
                 with_kernels and not self.with_kernels and plan.reason is None):
@@ -275,7 +287,7 @@ class Plan:
 
     def __init__(self, module, kind, memory_efficient=None, drop_first_half=False, reason=None):
         self.snapshot = modules.Snapshot(module, kind.watched(module))
-        self.reason = reason
+        self.reason, self.packed = reason, {}
         if reason:
             return
         self.parts = kind.read(module)
@@ -293,6 +305,11 @@ class Plan:
             (conv.out_channels, conv.in_channels, *conv.kernel_size))]
         self.shapes += [torch.Size((norm.num_features,)) for norm, _ in norm_convs for _ in '12']
         self.buffers = [norm._buffers for norm, _ in norm_convs]
+        self.packed_places = [place for norm, conv in norm_convs for place in (
+            (norm._parameters, 'weight'), (norm._parameters, 'bias'),
+            (norm._buffers, 'running_mean'), (norm._buffers, 'running_var'),
+            (conv._parameters, 'weight'), (norm._buffers, 'num_batches_tracked'))]
+        self.eps = [norm.eps for norm, _ in norm_convs]
         if kind is FusedBlock:
             self.layers = [
                 self._layer(layer, [norm for norm, _ in halves], memory_efficient, drop_first_half)
@@ -312,6 +329,28 @@ class Plan:
     def parameters(self):
         """Norm weight, norm bias and kernel of each half."""
         return [tensors[name] for tensors, name in self.parameter_places]
+
+    def current_packed(self, x):
+        """The Packed for input like x, if it was made from the present weights, else None.
+
+        Then there is no obstacle either, since there was none when it was made.
+        """
+        packed = None if self.reason else self.packed.get(self._key(x))
+        if packed and packed.is_current([t.get(name) for t, name in self.packed_places]):
+            return packed
+        return None
+
+    def pack(self, x):
+        packed = inference.Packed([tensors[name] for tensors, name in self.packed_places], self.eps,
+                                  x.dtype)
+        self.packed[self._key(x)] = packed
+        return packed
+
+    @staticmethod
+    def _key(x):
+        """All of x and the context that `obstacle` depends on: a Packed has been made on a CPU."""
+        autocast = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else None
+        return x.dtype, x.shape[1], autocast
 
     def obstacle(self, x):
         """Why the fused way is not right for x, or None."""

@@ -1,12 +1,12 @@
 // The operations of a dense block in training, as CPU kernels: norm-ReLU-convolution, its backward,
-// batch statistics, and the last step of a norm's backward. `cpu.py` compiles and calls
-// them.
+// batch statistics, and the last step of a norm's backward; and in evaluation a whole block.
+// `cpu.py` compiles and calls them.
 //
 // A feature map [N, C, H, W] lies in NHWC: a matrix with a row for each pixel and a column for each
 // channel. `ld` elements lead from a row to the next, so that some channels of a wider buffer are a
 // map, too. Elements are float or bf16; sums are float32, and statistics are combined in double.
 //
-// All convolutions are one matrix product, tile by tile of TILE pixels that stay in cache:
+// In training all convolutions are one matrix product, by tiles of TILE pixels that stay in cache:
 //
 //   1x1, forward     z = y W                          y = relu(norm(x)), computed tile by tile
 //   1x1, backward    dy = dz W', dW = dz' y           both from one visit to x
@@ -19,20 +19,22 @@
 // are here at all: around those of a library, the same would be passes over memory, which cost as
 // much as the convolutions themselves.
 //
-// Two runs give the same bits: each thread has a fixed range of rows, and partial sums are added
-// in the order of the threads.
+// Two runs give the same bits: in training each thread has a fixed range of rows, and partial sums
+// are added in the order of the threads.
 
 #ifndef __AVX2__  // with vectors of four, all is half as fast as by PyTorch's own operations
 #error the kernels need AVX2
 #endif
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <new>
 #include <type_traits>
 #include <omp.h>
+#include <sched.h>
 #include <immintrin.h>
 
 #define INLINE inline __attribute__((always_inline))
@@ -127,6 +129,12 @@ template <class... M> INLINE void store(bf16 *p, vec v, M... m) {
 // As torch's threshold: what is compared with NaN passes, so that NaN in the input stays visible.
 INLINE vec unless_negative(vec condition, vec v) { return condition <= 0 ? vec{} : v; }
 
+INLINE vec keep_lanes(vec v, long n) {  // the first n; the others become 0
+    if (n >= LANES) return v;
+    for (long i = std::max(n, 0L); i < LANES; i++) v[i] = 0;
+    return v;
+}
+
 // Up to 3 vectors of columns, from `first`.
 template <int N> struct Panel {
     static constexpr int NV = N, WIDTH = N * LANES;
@@ -167,7 +175,7 @@ struct Buffer {
 };
 // Each thread has its own; those of the second line are shared by the threads that it starts.
 thread_local Buffer input_buffer, gradient_buffer, pairs_buffer, output_buffer, tile_buffer;
-thread_local Buffer kernel_buffer, partial_buffer, statistics_buffer, padded_buffer;
+thread_local Buffer kernel_buffer, partial_buffer, statistics_buffer, padded_buffer, shared_buffer;
 
 // ---- Maps ----
 
@@ -276,6 +284,13 @@ template <int NV> INLINE void store_block(const vec (&block)[BLOCK][NV], float *
 
 INLINE uvec pair(hvec low, hvec high) { return widen(low) | (widen(high) << 16); }
 
+// Values of a kernel as a product reads them: one in a word, or a pair.
+template <class T> INLINE uvec as_words(vec low, vec high) {
+    if (Product<T>::PAIR == 2) return pair(round_to_bf16(low), round_to_bf16(high));
+    if (std::is_same_v<T, bf16>) return widen(round_to_bf16(low)) << 16;
+    return (uvec)low;
+}
+
 // The kernel [O, taps, C] as a matrix with a row for each channel and a column for each (tap, o),
 // or its transpose with the taps in reverse, as a product reads it: panel after panel of columns,
 // in a panel row after row (or pair of rows). Padded with zeros to whole pairs and vectors.
@@ -306,10 +321,7 @@ void pack_kernel(const float *kernel, const Shape &s, bool transpose, uint32_t *
             }
             for (int v = 0; v < NV; v++) {
                 vec low = load(values[0] + v * LANES), high = load(values[1] + v * LANES);
-                uvec words = (uvec)low;
-                if (PAIR == 2) words = pair(round_to_bf16(low), round_to_bf16(high));
-                else if (std::is_same_v<T, bf16>) words = widen(round_to_bf16(low)) << 16;
-                store_bits(packed + first * steps + (k * NV + v) * LANES, words);
+                store_bits(packed + first * steps + (k * NV + v) * LANES, as_words<T>(low, high));
             }
         }
     });
@@ -809,6 +821,353 @@ void backward(const Gradient<T> &gradient, const Input<T> &in, const float *kern
     });
 }
 
+// ---- Evaluation: a whole dense block, or a transition, in one call ----
+//
+// Kernels are packed beforehand. A tile of pixels is ROWS pixels by PANEL columns at a time in
+// registers. What a pixel reads is `count` runs of memory: for a 1x1 kernel the normalised input,
+// for a 3x3 kernel the three lines around it in a map with a border of zeros. The order of a sum
+// depends on the shape of the kernel alone: not on threads, the batch or the place in the map.
+
+constexpr int ROWS = LANES == 16 ? 8 : 6, VECTORS = 2, PANEL = VECTORS * LANES;
+constexpr long EVALUATION_TILE = 48;  // pixels, at most TILE; they stay in L2
+constexpr long RUN_WORDS = 384;       // of a pixel, at once: such a part of a panel stays in L1
+
+// A convolution and the norm and ReLU before it. The vectors are padded with zeros to whole panels.
+struct PackedConv {
+    const float *mean, *scale, *bias;
+    const uint32_t *kernel;  // see pack_panels
+    long channels, outputs, side;
+    Norm norm() const { return {mean, scale, bias}; }
+    long panels() const { return (outputs + PANEL - 1) / PANEL; }
+};
+
+struct Runs { long count, words, stride; };  // stride: words from a run to the next
+
+// What a convolution reads of a pixel. A 3x3 kernel reads whole vectors of channels.
+template <class T> long words_of_pixel(long taps, long channels) {
+    constexpr int PAIR = Product<T>::PAIR;
+    return taps * round_up(channels, taps == 1 ? PAIR : LANES) / PAIR;
+}
+
+// The kernel [O, taps, C] as panel after panel of columns, in a panel a row for each word.
+template <class T>
+void pack_panels(const float *kernel, long outputs, long taps, long channels, uint32_t *packed,
+                 int threads) {
+    constexpr int PAIR = Product<T>::PAIR;
+    const long words = words_of_pixel<T>(taps, channels), pitch = words * PAIR / taps;
+    parallel(threads, [&](int thread, int team) {
+        Range mine = share_of_thread(words, 1, thread, team);
+        for (long first = 0; first < outputs; first += PANEL) {
+            const long n = std::min<long>(PANEL, outputs - first), width = round_up(n, LANES);
+            for (long k = mine.begin; k < mine.end; k++) {
+                float values[2][PANEL] = {};
+                for (long i = k * PAIR; i < (k + 1) * PAIR; i++) {
+                    const long tap = i / pitch, c = i % pitch;
+                    for (long o = 0; o < n && c < channels; o++)
+                        values[i % PAIR][o] = kernel[((first + o) * taps + tap) * channels + c];
+                }
+                for (long j = 0; j < width; j += LANES)
+                    store_bits(packed + first * words + k * width + j,
+                               as_words<T>(load(values[0] + j), load(values[1] + j)));
+            }
+        }
+    });
+}
+
+// A map with a border of zeros. The channels of a pixel are padded with zeros to whole vectors.
+template <class E> struct Bordered {
+    E *data;
+    long images, height, width, pitch;
+
+    static long elements(long images, long height, long width, long channels) {
+        return images * (height + 2) * (width + 2) * round_up(channels, LANES);
+    }
+    // Pointers to n pixels, by their number without borders.
+    INLINE void pixels(long row, long n, E **at) const {
+        long x = row % width, line = row / width, y = line % height, image = line / height;
+        E *p = data + ((image * (height + 2) + y + 1) * (width + 2) + x + 1) * pitch;
+        for (long r = 0; r < n; r++, p += pitch) {
+            at[r] = p;
+            if (++x == width) x = 0, y++, p += 2 * pitch;
+            if (y == height) y = 0, p += 2 * (width + 2) * pitch;
+        }
+    }
+    void clear_border(Range lines) const {  // of images * (height + 2)
+        const long size = (width + 2) * pitch;
+        for (long line = lines.begin; line < lines.end; line++) {
+            E *p = data + line * size;
+            if (line % (height + 2) % (height + 1) == 0) {
+                memset(p, 0, size * sizeof(E));
+            } else {
+                memset(p, 0, pitch * sizeof(E));
+                memset(p + size - pitch, 0, pitch * sizeof(E));
+            }
+        }
+    }
+};
+
+// Adds the products of the runs from `first` to `last` to the sums [R, NV * LANES].
+template <class T, int R, int NV>
+void product_block(const uint32_t *const *rows, const Runs &runs, long first, long last,
+                   const uint32_t *kernel, long words, float *sums) {
+    vec block[R][NV];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; v++)
+            block[r][v] = first ? load(sums + (r * NV + v) * LANES) : vec{};
+    for (long run = first; run < last; run++) {
+        const uint32_t *row[R];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) row[r] = rows[r] + run * runs.stride;
+        const uint32_t *b = kernel + run * runs.words * NV * LANES;
+        const long count = std::min(runs.words, words - run * runs.words);
+#pragma GCC unroll 1
+        for (long k = 0; k < count; k++) {
+            uvec column[NV];
+#pragma GCC unroll 2
+            for (int v = 0; v < NV; v++) column[v] = load_bits<uvec>(b + (k * NV + v) * LANES);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) {
+                uvec word = uvec{} + row[r][k];
+#pragma GCC unroll 2
+                for (int v = 0; v < NV; v++)
+                    block[r][v] = multiply_add<T>(block[r][v], word, column[v]);
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; v++) store(sums + (r * NV + v) * LANES, block[r][v]);
+}
+
+// Calls body(constant) with the constant that equals n, 1 to N.
+template <int N, class Body> INLINE void with_constant(long n, Body body) {
+    if constexpr (N > 1)
+        if (n < N) return with_constant<N - 1>(n, body);
+    body(std::integral_constant<int, N>{});
+}
+
+// Calls finish(row, column, sums) for each vector of sums of a tile of n pixels.
+template <class T, class Finish>
+INLINE void product_panels(const uint32_t *const *rows, long n, const Runs &runs, long words,
+                           const PackedConv &conv, Range panels, Finish finish) {
+    float sums[EVALUATION_TILE * PANEL];
+    const long blocks = (n + ROWS - 1) / ROWS, at_once = std::max(1L, RUN_WORDS / runs.words);
+    for (long panel = panels.begin; panel < panels.end; panel++) {
+        const long column = panel * PANEL;
+        const long width = std::min<long>(PANEL, round_up(conv.outputs - column, LANES));
+        const uint32_t *kernel = conv.kernel + column * words;
+        for (long run = 0; run < runs.count; run += at_once)
+            for (long block = 0; block < blocks; block++) {
+                // All blocks have nearly the same size: one of 6 and one of 1 would take longer.
+                const long row = n * block / blocks, end = n * (block + 1) / blocks;
+                with_constant<ROWS>(end - row, [&](auto r) {
+                    with_constant<VECTORS>(width / LANES, [&](auto v) {
+                        product_block<T, r, v>(rows + row, runs, run,
+                                               std::min(runs.count, run + at_once), kernel, words,
+                                               sums + row * width);
+                    });
+                });
+            }
+        for (long r = 0; r < n; r++)
+            for (long j = 0; j < width; j += LANES)
+                finish(r, column + j, load(sums + r * width + j));
+    }
+}
+
+// The rows and columns of one member of a team. The grid of members minimizes the largest part.
+struct Part { Range rows, panels; };
+Part part_of_member(long rows, long panels, int member, int members) {
+    auto parts = [](long n, long in) { return (n + in - 1) / in; };
+    long best = 1, least = -1;
+    for (long across = 1; across <= std::min<long>(members, panels); across++) {
+        if (members % across) continue;
+        long blocks = parts(parts(rows, ROWS), members / across) * parts(panels, across);
+        if (least < 0 || blocks < least) best = across, least = blocks;
+    }
+    return {share_of_thread(rows, 1, member / best, members / best),
+            share_of_thread(panels, 1, member % best, best)};
+}
+
+// Calls body(row, n) for tile after tile of nearly the same size.
+template <class Body> INLINE void for_tiles(Range rows, Body body) {
+    const long n = rows.end - rows.begin, tiles = (n + EVALUATION_TILE - 1) / EVALUATION_TILE;
+    for (long i = 0; i < tiles; i++)
+        body(rows.begin + n * i / tiles, n * (i + 1) / tiles - n * i / tiles);
+}
+
+// finish(row, column, sums), as above, with start(row, n) for each tile before.
+template <class T, bool POOL, class Start, class Finish>
+void evaluate_1x1(const Input<T> &in, const PackedConv &conv, const Part &part, Start start,
+                  Finish finish) {
+    typedef typename Product<T>::Element E;
+    const long words = words_of_pixel<T>(1, conv.channels);
+    const long ld = round_up(conv.channels, LANES) + 64 / sizeof(E);
+    const Runs runs = {(words + RUN_WORDS - 1) / RUN_WORDS, RUN_WORDS, RUN_WORDS};
+    E *y = input_buffer.get<E>(EVALUATION_TILE * ld);
+    for_tiles(part.rows, [&](long row, long n) {
+        norm_relu_tile(in, Pixels<POOL>(in.shape, row), n, 0, conv.channels, y, ld);
+        const uint32_t *rows[EVALUATION_TILE];
+        for (long r = 0; r < n; r++) rows[r] = (const uint32_t *)(y + r * ld);
+        start(row, n);
+        product_panels<T>(rows, n, runs, words, conv, part.panels, finish);
+    });
+}
+
+template <class T>
+void evaluate_3x3(const Bordered<typename Product<T>::Element> &y, const PackedConv &conv,
+                  const Part &part, const Map<T> &z) {
+    typedef typename Product<T>::Element E;
+    constexpr int PAIR = Product<T>::PAIR;
+    const long line = (y.width + 2) * y.pitch;
+    const Runs runs = {3, 3 * y.pitch / PAIR, line / PAIR};
+    for_tiles(part.rows, [&](long row, long n) {
+        E *pixels[EVALUATION_TILE];
+        const uint32_t *rows[EVALUATION_TILE];
+        y.pixels(row, n, pixels);
+        for (long r = 0; r < n; r++) rows[r] = (const uint32_t *)(pixels[r] - line - y.pitch);
+        product_panels<T>(rows, n, runs, 3 * runs.words, conv, part.panels,
+                          [&](long r, long o, vec sums) __attribute__((always_inline)) {
+                              store(z.row(row + r) + o, sums, first_lanes(conv.outputs - o));
+                          });
+    });
+}
+
+// OpenMP's barrier sleeps with OMP_WAIT_POLICY=passive, 100 times per forward. This one spins for a
+// short time and then yields, which lets another member run that has no core of its own.
+struct Barrier {
+    std::atomic<int> arrived{0};
+    std::atomic<long> round{0};
+    void wait(int members) {
+        if (members == 1) return;
+        const long now = round.load();
+        if (arrived.fetch_add(1) + 1 == members) {
+            arrived = 0;
+            round = now + 1;
+        }
+        for (int i = 0; round.load() == now; i++) {
+            if (i < 500) _mm_pause();
+            else sched_yield();
+        }
+    }
+};
+
+// One or several threads that compute the same images.
+struct Team {
+    int member, members;
+    Barrier *barrier;
+    Range share(long n) const { return share_of_thread(n, 1, member, members); }
+    Part part(long rows, const PackedConv &conv) const {
+        return part_of_member(rows, conv.panels(), member, members);
+    }
+    void wait() const { if (barrier) barrier->wait(members); }
+};
+
+// The convolutions of a block: layer by layer a 3x3 one, after a 1x1 one or not.
+struct Block {
+    const PackedConv *convs;
+    long count;
+    long channels, height, width;  // of the input
+    // The most elements that Bordered needs in any layer.
+    long elements(long images) const {
+        long most = 0;
+        for (long i = 0; i < count; i++)
+            if (convs[i].side == 3) most = std::max(most, convs[i].channels);
+        return Bordered<char>::elements(images, height, width, most);
+    }
+};
+
+// features[:, :channels] = x, and each layer appends its channels.
+template <class T>
+void evaluate_layers(const Block &block, Map<const T> x, Map<T> features, long images,
+                     typename Product<T>::Element *buffer, const Team &team) {
+    typedef typename Product<T>::Element E;
+    const long rows = images * block.height * block.width;
+    Range mine = team.share(rows);
+    for (long row = mine.begin; row < mine.end; row++)
+        memcpy(features.row(row), x.row(row), block.channels * sizeof(T));
+    Bordered<E> y = {buffer, images, block.height, block.width, 0};
+    long channels = block.channels;
+    for (long i = 0; i < block.count; i++) {
+        const PackedConv &conv1 = block.convs[i];
+        const bool bottleneck = conv1.side == 1;
+        const PackedConv &last = bottleneck ? block.convs[++i] : conv1;
+        const Shape shape = {images, block.height, block.width, channels, 0, 1, false};
+        const Input<T> in = {{features.data, features.ld}, conv1.norm(), shape};
+        team.wait();  // the features are complete, and y is not read any more
+        if (y.pitch != round_up(last.channels, LANES)) {
+            y.pitch = round_up(last.channels, LANES);
+            y.clear_border(team.share(images * (block.height + 2)));
+        }
+        E *pixels[EVALUATION_TILE];
+        if (bottleneck) {
+            evaluate_1x1<T, false>(
+                in, conv1, team.part(rows, conv1),
+                [&](long row, long n) { y.pixels(row, n, pixels); },
+                [&](long r, long o, vec sums) __attribute__((always_inline)) {
+                    const Norm norm = last.norm();
+                    vec v = (sums - load(norm.mean + o)) * load(norm.scale + o)
+                            + load(norm.bias + o);
+                    store(pixels[r] + o, keep_lanes(unless_negative(v, v), last.channels - o));
+                });
+        } else {
+            for_tiles(mine, [&](long row, long n) {
+                y.pixels(row, n, pixels);
+                for (long r = 0, next; r < n; r = next) {  // the part of a line
+                    for (next = r + 1; next < n && pixels[next] == pixels[next - 1] + y.pitch;)
+                        next++;
+                    norm_relu_tile(in, Pixels<false>(shape, row + r), next - r, 0, channels,
+                                   pixels[r], y.pitch);
+                }
+            });
+        }
+        team.wait();
+        evaluate_3x3<T>(y, last, team.part(rows, last), {features.data + channels, features.ld});
+        channels += last.outputs;
+    }
+}
+
+// Each thread computes whole images, the same number, without waiting for others. The remaining
+// ones, fewer than there are threads, are computed by all threads together.
+template <class T>
+void evaluate_block(const Block &block, Map<const T> x, Map<T> features, long images, int threads) {
+    typedef typename Product<T>::Element E;
+    const long pixels = block.height * block.width;
+    Barrier barrier;
+    auto run = [&](long first, long count, E *buffer, const Team &team) {
+        evaluate_layers<T>(block, {x.row(first * pixels), x.ld},
+                           {features.row(first * pixels), features.ld}, count, buffer, team);
+    };
+    // For the remaining images; the team may be smaller than asked for.
+    E *shared = shared_buffer.get<E>(block.elements(std::min<long>(images, threads)));
+    parallel(threads, [&](int thread, int team) {
+        const long whole = images / team * team, own = whole / team;
+        if (own) {
+            // Small maps together, so that a kernel that was read serves some more pixels.
+            const long group = std::clamp(4 * EVALUATION_TILE / pixels, 1L, own);
+            E *buffer = padded_buffer.get<E>(block.elements(group));
+            for (long i = 0; i < own; i += group)
+                run(thread * own + i, std::min(group, own - i), buffer, {0, 1, nullptr});
+        }
+        if (whole < images) run(whole, images - whole, shared, {thread, team, &barrier});
+    });
+}
+
+template <class T>
+void evaluate_transition(const Input<T> &in, const PackedConv &conv, Map<T> z, int threads) {
+    parallel(threads, [&](int thread, int team) {
+        long first = 0;
+        evaluate_1x1<T, true>(
+            in, conv, part_of_member(in.shape.rows(), conv.panels(), thread, team),
+            [&](long row, long) { first = row; },
+            [&](long r, long o, vec sums) __attribute__((always_inline)) {
+                store(z.row(first + r) + o, sums, first_lanes(conv.outputs - o));
+            });
+    });
+}
+
 }  // namespace
 
 // ---- What Python calls: compiled once for each MAP, float or bf16 ----
@@ -846,6 +1205,37 @@ void norm_relu_conv_backward(const MAP *dz, long lddz, const MAP *z, long ldz, c
 void complete(const MAP *total, long ldt, const MAP *x, long ldx, const float *mean, const float *a,
               const float *b, MAP *out, long ldo, long rows, long channels, long threads) {
     complete_map<MAP>({{total, ldt}, {x, ldx}, mean, a, b}, {out, ldo}, rows, channels, threads);
+}
+
+// ---- Evaluation ----
+
+// The kernel is [O, taps, C]. Returns how many words it takes when packed; writes them if `packed`.
+long pack(const float *kernel, long outputs, long taps, long channels, uint32_t *packed,
+          long threads) {
+    if (packed) pack_panels<MAP>(kernel, outputs, taps, channels, packed, threads);
+    return round_up(outputs, LANES) * words_of_pixel<MAP>(taps, channels);
+}
+
+// Sums up some values of each of n arrays, at scattered places.
+long sample(const uint32_t *const *arrays, const long *sizes, long n) {
+    uint64_t sum = 0;
+    for (long i = 0; i < n; i++)
+        for (uint64_t j = 0; j < 8; j++)
+            sum = (sum ^ arrays[i][j * 0x9e3779b97f4a7c15 % sizes[i]]) * 0x100000001b3;
+    return sum;
+}
+
+void evaluate_dense_block(const PackedConv *convs, long count, const MAP *x, long ldx, long images,
+                          long height, long width, long channels, MAP *features, long ld,
+                          long threads) {
+    evaluate_block<MAP>({convs, count, channels, height, width}, {x, ldx}, {features, ld}, images,
+                        threads);
+}
+
+void evaluate_pooled_conv(const PackedConv *conv, const MAP *x, long ldx, long images, long height,
+                          long width, MAP *z, long ldz, long threads) {
+    Shape shape = {images, height, width, conv->channels, conv->outputs, 1, true};
+    evaluate_transition<MAP>({{x, ldx}, conv->norm(), shape}, *conv, {z, ldz}, threads);
 }
 
 }  // extern "C"

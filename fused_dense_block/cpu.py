@@ -1,13 +1,12 @@
-"""The five operations of a fused dense block as CPU kernels, compiled at first use.
+"""A fused dense block in training (five operations) and evaluation by CPU kernels in C++.
 
-Needs a CPU with AVX2, and a C++ compiler, preferably g++. Compiling `cpu.cpp` takes 3 seconds for
-each type of map; the libraries are kept in the user's cache directory, `$XDG_CACHE_HOME/densenet`
-or `~/.cache/densenet`. Without a compiler or AVX2 a warning says so once, and eager.py takes over.
-DENSENET_CPU_KERNELS=0 turns the kernels off.
+Needs a CPU with AVX2, and a C++ compiler, preferably g++. Compiling `cpu.cpp` takes some seconds
+for each type of map; the libraries are kept in the user's cache directory,
+`$XDG_CACHE_HOME/densenet` or `~/.cache/densenet`. Without a compiler or AVX2 a warning says so
+once, and eager.py takes over. DENSENET_CPU_KERNELS=0 turns the kernels off.
 
-The first part has the operations that eager.py documents. Maps
-[N, C, H, W] are float32 or bfloat16 in channels_last and may be some channels of a wider such map;
-everything else is float32.
+The first part has the operations that eager.py documents. Maps [N, C, H, W] are float32 or bfloat16
+in channels_last and may be some channels of a wider such map; everything else is float32.
 """
 
 import ctypes
@@ -111,6 +110,67 @@ def complete(total, maps, a, b):
     return out
 
 
+# ---- Evaluation ----
+
+class PackedConv(ctypes.Structure):
+    """A convolution, and the norm before it, as the library reads them: pointers and sizes."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ('mean', 'scale', 'bias', 'kernel')]
+    _fields_ += [(name, ctypes.c_long) for name in ('channels', 'outputs', 'side')]
+
+
+def pack(halves, dtype):
+    """Packs for maps of dtype.
+
+    Args:
+        halves: weight, bias, mean and variance of a norm, its eps, and the convolution's kernel.
+
+    Returns:
+        [PackedConv], and the tensors that own their memory.
+    """
+    packed, owners = [], []
+    for weight, bias, mean, var, eps, kernel in halves:
+        o, c, *_ = kernel.shape
+        vectors = torch.zeros(3, c + 64, dtype=torch.float32, device='cpu')
+        for vector, value in zip(vectors, (mean, weight * (var + eps).rsqrt(), bias)):
+            vector[:c] = value
+        kernel = kernel.contiguous(memory_format=torch.channels_last)
+        arguments = kernel, o, kernel[0, 0].numel(), c
+        words = torch.empty(_call('pack', dtype, *arguments, None), dtype=torch.int32, device='cpu')
+        _call('pack', dtype, *arguments, words)
+        owners += [vectors, words]
+        packed.append(PackedConv(*(vector.data_ptr() for vector in vectors), words.data_ptr(), c,
+                                 o, kernel.shape[-1]))
+    return (PackedConv * len(packed))(*packed), owners
+
+
+def sample(tensors):
+    """A function that returns a hash of some values of each of these float32 tensors."""
+    pointers = (ctypes.c_void_p * len(tensors))(*map(torch.Tensor.data_ptr, tensors))
+    # An expanded tensor has less memory than elements.
+    sizes = (ctypes.c_long * len(tensors))(*(
+        min(t.numel(), t.untyped_storage().nbytes() // 4 - t.storage_offset()) for t in tensors))
+    function = _load(torch.float32)[0].sample
+    return lambda: function(pointers, sizes, ctypes.c_long(len(tensors)))
+
+
+def evaluate_block(convs, growth, x):
+    """[N, C, H, W] -> [N, C + growth, H, W] by the [PackedConv] of all layers."""
+    n, c, h, w = x.shape
+    features = new_maps(x, c + growth)
+    _call('evaluate_dense_block', x.dtype, convs, len(convs), *_map(x), n, h, w, c,
+          *_map(features))
+    return features
+
+
+def evaluate_transition(conv, x):
+    """[N, C, H, W] -> [N, out_channels, H // 2, W // 2]"""
+    n, _, h, w = x.shape
+    out = new_maps(x, conv[0].outputs, (h // 2, w // 2))
+    _call('evaluate_pooled_conv', x.dtype, conv, *_map(x), n, h, w, *_map(out))
+    return out
+
+
 # ---- Tensors as arguments ----
 
 def _row_stride(x):
@@ -153,9 +213,10 @@ def _vectors(x, count, channels):
 def _call(name, dtype, *arguments):
     """Calls a function of the library with pointers (of tensors, or None) and numbers."""
     pointers = [ctypes.c_long(value) if isinstance(value, int) else
+                value if isinstance(value, ctypes.Array) else
                 ctypes.c_void_p(None if value is None else value.data_ptr())
                 for value in arguments]
-    getattr(_load(dtype)[0], name)(*pointers, ctypes.c_long(torch.get_num_threads()))
+    return getattr(_load(dtype)[0], name)(*pointers, ctypes.c_long(torch.get_num_threads()))
 
 
 # ---- Compiling ----
@@ -178,34 +239,47 @@ def _load(dtype):
 
 
 def _build(map_type):
-    """The path of the compiled library, compiled now if it is not in the cache."""
-    command = [*_find_compiler(), *FLAGS, f'-DMAP={map_type}']
+    """The path of the library, compiled now by the first compiler that can, if not in the cache."""
+    errors = []
+    for name in (os.environ.get('CXX', ''), 'g++', 'c++', 'clang++'):
+        try:
+            command = shlex.split(name)
+            if command and shutil.which(command[0]):
+                return _build_with(command, map_type)
+        except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
+            errors.append(f'CXX={name}: {error}' if isinstance(error, ValueError) else str(error))
+    raise RuntimeError(errors[0] if errors else
+                       'there is no C++ compiler (g++, c++, clang++ or $CXX)')
+
+
+def _build_with(compiler, map_type):
+    command = [*compiler, *FLAGS, f'-DMAP={map_type}']
     # They name the compiler's version and all that -march=native stands for on this machine.
     macros = _run([*command, '-dM', '-E', '-x', 'c++', os.devnull])
     key = hashlib.sha256(repr((SOURCE.read_bytes(), command, macros)).encode()).hexdigest()
-    cache = _cache_directory()
-    library = cache / f'{map_type}-{key[:32]}.so'
-    if not library.exists():
-        # Several processes may do this at once: each in its own directory, and the last one wins.
-        with tempfile.TemporaryDirectory(dir=cache) as build:
-            compiled, linked = f'{build}/kernels.o', f'{build}/kernels.so'
-            # Linked without -fopenmp: its functions are those of the library that torch has loaded.
-            _run([*command, '-c', str(SOURCE), '-o', compiled])
-            _run([command[0], '-shared', compiled, '-o', linked])
-            os.replace(linked, library)
-    return library
+    cache, name = _cache_directory(), f'{map_type}-{key[:32]}'
+    # The name ends with the digest: loading a damaged library would end the process by a signal.
+    for library in cache.glob(f'{name}-*.so'):
+        if library.stem == f'{name}-{_digest(library)}':
+            return library
+        library.unlink(missing_ok=True)
+    # Several processes may do this at once: each in its own directory, and the last one wins.
+    with tempfile.TemporaryDirectory(dir=cache) as build:
+        compiled, linked = f'{build}/kernels.o', Path(build, 'kernels.so')
+        # Linked without -fopenmp: its functions are those of the library that torch has loaded.
+        _run([*command, '-c', str(SOURCE), '-o', compiled])
+        _run([compiler[0], '-shared', compiled, '-o', str(linked)])
+        with open(linked, 'rb+') as file:
+            os.fsync(file.fileno())
+        return linked.replace(cache / f'{name}-{_digest(linked)}.so')
 
 
-def _find_compiler():
-    for name in (os.environ.get('CXX', ''), 'g++', 'c++', 'clang++'):
-        command = shlex.split(name)
-        if command and shutil.which(command[0]):
-            return command
-    raise RuntimeError('there is no C++ compiler (g++, c++, clang++ or $CXX)')
+def _digest(file):
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:32]
 
 
 def _run(command):
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, errors='replace', timeout=300)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if 'error' in line] or ['']
         raise RuntimeError(f'{" ".join(command)} fails: {lines[0]}')
@@ -229,4 +303,6 @@ def _open(library):
         maps = Path('/proc/self/maps').read_text()
         for name in set(re.findall(r'\S*/lib[gi]?omp[^/\s]*\.so\S*', maps)):
             ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
-    return ctypes.CDLL(str(library))
+    loaded = ctypes.CDLL(str(library))
+    loaded.pack.restype = loaded.sample.restype = ctypes.c_long
+    return loaded

@@ -1,35 +1,66 @@
 """A dense block, a transition and ImageNet's stem in evaluation, without gradients.
 
-`halves` are modules.NormConvModules; `ops` is the module eager.py or cpu.py.
+`halves` are modules.NormConvModules.
 """
+
+import operator
+from operator import attrgetter
 
 import torch
 
+from . import cpu, eager
 from .autograd import Maps, NormConv, no_autocast
 
+VERSION, DATA_PTR = attrgetter('_version'), torch.Tensor.data_ptr
 
-def run_block(ops, layers, x):
-    """[N, C, H, W] -> [N, C + num_layers * growth_rate, H, W]"""
-    c = x.shape[1]
-    features = ops.new_maps(x, c + sum(halves[-1].conv.out_channels for halves in layers))
-    features[:, :c].copy_(x)
-    # The same memory for all layers: fresh memory costs more than the arithmetic.
-    widest = ops.new_maps(x, max(halves[0].conv.out_channels for halves in layers))
+
+class Packed:
+    """The weights and statistics of a dense block or a transition as the CPU kernels read them.
+
+    What bumps the version counter of a tensor, replaces it or moves its memory is always noticed.
+    Writes through `.data` or numpy and fused optimizers bump nothing: they are noticed if they
+    change one of the 8 values of each tensor that are compared.
+    """
+
+    def __init__(self, tensors, eps, dtype):
+        """`tensors`: for each convolution norm weight, bias, running mean and variance, kernel and
+        num_batches_tracked: training with nn.BatchNorm2d bumps the version of this one alone.
+        """
+        self.tensors = tensors
+        # Kept, so that no other tensor can get the same address.
+        self.storages = [tensor.untyped_storage() for tensor in tensors]
+        self.pointers = [*map(DATA_PTR, tensors)]
+        # Inference tensors have no versions, and other processes may write to shared memory.
+        self.versions = None
+        if not any(tensor.is_inference() or tensor.is_shared() for tensor in tensors):
+            self.versions = [*map(VERSION, tensors)]
+        self.sample = cpu.sample([tensor for tensor in tensors if tensor.is_floating_point()])
+        self.sampled = self.sample()
+        halves = [(*half[:4], e, half[4]) for half, e in zip(zip(*[iter(tensors)] * 6), eps)]
+        with no_autocast(tensors[0]):
+            self.convs, self.owners = cpu.pack(halves, dtype)
+        self.growth = sum(conv.outputs for conv in self.convs if conv.side == 3)
+
+    def is_current(self, tensors):
+        return (self.versions is not None and all(map(operator.is_, tensors, self.tensors))
+                and [*map(VERSION, tensors)] == self.versions
+                and [*map(DATA_PTR, tensors)] == self.pointers and self.sample() == self.sampled)
+
+
+def run_block(layers, x):
+    """A dense block by eager operations, for the self-check alone."""
     for halves in layers:
-        maps, stop = features[:, :c], c + halves[-1].conv.out_channels
-        for half in halves[:-1]:
-            maps = run_norm_conv(ops, half, maps, out=widest[:, :half.conv.out_channels])
-        run_norm_conv(ops, halves[-1], maps, out=features[:, c:stop])
-        c = stop
-    return features
+        new = x
+        for half in halves:
+            new = run_norm_conv(half, new)
+        x = torch.cat([x, new], 1)
+    return x
 
 
-def run_norm_conv(ops, half, x, pool=False, out=None):
+def run_norm_conv(half, x, pool=False):
     norm, conv = half
-    maps = Maps(x, norm.running_mean, norm.running_var)
-    with no_autocast(x):
-        parameters = NormConv(norm.weight, norm.bias, conv.weight, norm.eps)
-        return ops.norm_relu_conv(maps, parameters, pool, out)[0]
+    parameters = NormConv(norm.weight, norm.bias, conv.weight, norm.eps)
+    return eager.norm_relu_conv(Maps(x, norm.running_mean, norm.running_var), parameters, pool)[0]
 
 
 def run_stem(stem, x):

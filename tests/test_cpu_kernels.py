@@ -5,8 +5,10 @@ build for AVX2: `python tests/test_cpu_kernels.py DIRECTORY 5` makes each fifth 
 libraries of that directory.
 """
 
+import contextlib
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +29,10 @@ DTYPES = torch.float32, torch.bfloat16
 SHAPES = [(2, 8, 8, 48, 1, False), (1, 7, 5, 12, 3, False), (3, 5, 7, 17, 1, True),
           (2, 1, 1, 5, 1, False), (1, 6, 6, 1, 3, False), (2, 17, 3, 32, 3, False),
           (4, 3, 1, 25, 3, False), (1, 1, 9, 40, 3, False), (2, 10, 10, 24, 1, True)]
+# images, height, width, channels, width of the bottleneck or 0, growth rate, layers
+BLOCKS = [(3, 8, 8, 64, 128, 32, 2), (1, 7, 7, 400, 128, 32, 1), (2, 5, 9, 7, 20, 5, 3),
+          (4, 6, 5, 24, 0, 12, 2), (1, 1, 1, 3, 4, 1, 2), (5, 1, 3, 17, 0, 9, 2),
+          (1, 17, 13, 33, 52, 13, 2)]
 CHANNELS = (1, 2, 3, 5, 8, 15, 16, 17, 24, 31, 48, 60, 97, 130, 200, 300)
 
 
@@ -141,18 +147,67 @@ def compare_all(dtype, every=1):
     cases = [(*shape, channels) for channels in CHANNELS for shape in SHAPES]
     for i, (*shape, channels) in enumerate(cases[::every]):
         compare(Case(*shape, channels, dtype, seed=i), dtype)
+    for i, case in enumerate(BLOCKS):
+        compare_evaluation(*case, dtype, seed=i)
+
+
+def random_half(channels, outputs, side):
+    """Weight, bias, mean, variance, eps and kernel."""
+    kernel = torch.randn(outputs, channels, side, side) / (channels * side**2) ** 0.5
+    return *torch.randn(3, channels), torch.rand(channels) + 0.1, 1e-3, kernel
+
+
+def reference_half(x, half, pool=False):
+    weight, bias, mean, var, eps, kernel = (
+        value.double() if torch.is_tensor(value) else value for value in half)
+    y = F.relu(F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps))
+    y = F.avg_pool2d(y, 2) if pool else y
+    return F.conv2d(y, kernel, padding=kernel.shape[-1] // 2)
+
+
+def compare_evaluation(n, h, w, channels, width, growth, layers, dtype, seed=0):
+    torch.manual_seed(seed)
+    near = 2e-6 if dtype == torch.float32 else 0.006
+    x = channels_last(n, channels + 8, h, w, dtype)[:, 3:3 + channels]
+    halves, expected = [], x.double()
+    for c in range(channels, channels + layers * growth, growth):
+        layer = ([random_half(c, width, 1), random_half(width, growth, 3)] if width else
+                 [random_half(c, growth, 3)])
+        new = expected
+        for half in layer:
+            new = reference_half(new, half)
+        halves, expected = halves + layer, torch.cat([expected, new], 1)
+    convs, _owners = cpu.pack(halves, dtype)
+    found = cpu.evaluate_block(convs, layers * growth, x)
+    assert torch.equal(found[:, :channels], x)
+    assert error(found, expected) < near
+    for threads in (1, 3):  # how the pixels are shared out does not matter
+        with threads_set_to(threads):
+            assert torch.equal(cpu.evaluate_block(convs, layers * growth, x), found)
+            assert torch.equal(cpu.evaluate_block(convs, layers * growth, x[-1:]), found[-1:])
+    if min(h, w) > 1:
+        half = random_half(channels, growth, 1)
+        convs, _owners = cpu.pack([half], dtype)
+        found = cpu.evaluate_transition(convs, x)
+        assert error(found, reference_half(x.double(), half, pool=True)) < near
+
+
+@contextlib.contextmanager
+def threads_set_to(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize('threads', [1, 2])
 @pytest.mark.parametrize('dtype', DTYPES)
 @needs_kernels
 def test_operations_agree_with_float64(dtype, threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with threads_set_to(threads):
         compare_all(dtype, every=2 if threads == 1 else 1)
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize('shape', [(4, 16, 16, 48, 1, False, 60), (4, 16, 16, 12, 3, False, 48),
@@ -261,13 +316,53 @@ def test_without_a_compiler(tmp_path):
     assert err.count('DenseNet goes on without its CPU kernels') == 1
 
 
+def executable(path, script):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f'#!/bin/sh\n{script}\n')
+    path.chmod(0o755)
+
+
 def test_a_compiler_that_fails(tmp_path):
-    out, err = report(tmp_path, CXX='false')
-    assert 'false -std' in out and 'fails' in out and 'Warning' in err
+    executable(tmp_path / 'bin/g++', r"printf 'error: \377\n' >&2; exit 1")  # not UTF-8
+    out, err = start(tmp_path, PATH=str(tmp_path / 'bin'), CXX='').communicate()
+    assert out.splitlines() == [out.splitlines()[0]] * 2
+    assert re.match('g[+][+] -std=.* fails: error: \ufffd$', out.splitlines()[0])
+    assert err.count('DenseNet goes on without its CPU kernels') == 1
+
+
+# The last argument of a compiler is its output.
+WRITES = 'for output; do :; done; echo library > "$output"'
+
+
+def test_the_next_compiler_is_taken_if_one_is_broken(tmp_path, monkeypatch):
+    executable(tmp_path / 'bin/g++', 'exit 1')
+    executable(tmp_path / 'bin/c++', r"printf '#define NAME \377\n'; kill $$")
+    executable(tmp_path / 'bin/clang++', rf"printf '#define NAME \377\n'; {WRITES}")
+    monkeypatch.setenv('PATH', str(tmp_path / 'bin'))
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    monkeypatch.setenv('CXX', 'g++ "')
+    assert cpu._build('float').read_text() == 'library\n'
+    (tmp_path / 'bin/clang++').unlink()
+    with pytest.raises(RuntimeError, match='^CXX=g[+][+] ": No closing quotation$'):
+        cpu._build('float')
+
+
+def test_a_damaged_library_is_built_again(tmp_path, monkeypatch):
+    executable(tmp_path / 'g++', WRITES)
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    library = cpu._build_with([str(tmp_path / 'g++')], 'float')
+    inode = library.stat().st_ino
+    assert cpu._build_with([str(tmp_path / 'g++')], 'float') == library
+    assert library.stat().st_ino == inode  # not built again
+    for damaged in ('library\n\0', 'lib'):
+        library.write_text(damaged)
+        assert cpu._build_with([str(tmp_path / 'g++')], 'float') == library
+        assert library.read_text() == 'library\n'
+        assert [*library.parent.iterdir()] == [library]
 
 
 def test_a_cpu_without_avx2(tmp_path):
-    out, err = report(tmp_path, CXX=f'{compiler()} -U__AVX2__')
+    out, err = start(tmp_path, CXX=f'{compiler()} -U__AVX2__', PATH='').communicate()
     assert out.count('#error the kernels need AVX2') == 2 and 'Warning' in err
 
 
