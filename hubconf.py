@@ -12,12 +12,12 @@ normalise each channel of an image in 0..1; otherwise these are None.
 
 import functools
 import warnings
-from pathlib import Path
+from pathlib import Path as _Path  # torch.hub.list shows all public callables
 
 import torch
 
 import densenet
-from fused_dense_block import fuse
+from fused_dense_block import fuse as _fuse
 
 dependencies = ['torch']
 
@@ -41,7 +41,7 @@ def densenet_bc_100_12(pretrained=False, **kwargs):
     model = densenet.densenet_cifar(100, 12, **kwargs)
     if not pretrained:
         return _prepared(model)
-    path = Path(__file__).parent / 'work/densenet-bc-100-12/best.pth'
+    path = _Path(__file__).parent / 'work/densenet-bc-100-12/best.pth'
     saved = torch.load(path, map_location='cpu', weights_only=True)
     model.load_state_dict(saved['model'])
     dataset = saved['dataset']
@@ -58,7 +58,7 @@ def _prepared(model, classes=None, mean=None, std=None):
     model.classes, model.mean, model.std = (
         value and list(value) for value in (classes, mean, std))
     try:
-        fuse(model)
+        _fuse(model)
     except ValueError as error:
         warnings.warn(f'{error}: it runs layer by layer, which is slower', stacklevel=3)
     return model.eval()

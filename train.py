@@ -316,7 +316,7 @@ def main(argv=None):
                              class_weights, dataset.multi_label, train_loader.label)
             run.start(state, dataset, train_loader, test_loader, precision, step)
             for epoch in range(state.epoch, args.epochs + 1):
-                if args.patience and epoch - 1 - state.best_epoch >= args.patience:
+                if run.out_of_patience():
                     break
                 set_training_mode(model, args)
                 train_loader.set_epoch(epoch, start=state.step)  # a resumed run starts mid-epoch

@@ -131,14 +131,14 @@ def add_data_and_model_flags(parser):
     group.add_argument('--image-size', type=number(int, f'[1, {MAX_SIZE}]'), nargs='+',
                        action=ImageSize, metavar='PIXELS',
                        help='folder, imagenet: one number, or height and width (default: 224, or '
-                            'that of small images)')
+                            'the size of small images)')
     group.add_argument('--in-channels', type=number(int, f'[1, {MAX_CHANNELS}]'), default=3,
                        metavar='N', help='folder, imagenet: 1 for grey images; other numbers for '
                        '.npy, TIFF and, if 4, RGBA, whose alpha is the fourth channel (default: '
                        '%(default)s)')
     group.add_argument('--value-range', type=number(float, '(-1e30, 1e30)'), nargs=2,
                        metavar=('LOW', 'HIGH'), help='of images of more than 8 bits '
-                       '(default: that of the training images)')
+                       '(default: measured on the training images)')
     for name, what in (('--mean', 'mean'), ('--std', 'standard deviation')):
         group.add_argument(name, type=number(float, '(-1e30, 1e30)' if name == '--mean' else
                                              '(0, 1e30)'), nargs='+', metavar='VALUE',
@@ -183,7 +183,7 @@ def add_data_and_model_flags(parser):
     layers.add_argument('--block-config', type=POSITIVE, nargs='+', metavar='LAYERS',
                         help='layers of each block, instead of --depth')
     group.add_argument('--growth-rate', '--growth', '--growthRate', type=POSITIVE,
-                       help='k (default: 12, or as --arch has it)')
+                       help='k (default: 12, or the one of --arch)')
     group.add_argument('--compression', '--reduce', '--reduction', default=0.5,
                        type=number(float, '(0, 1]'),
                        help='share of channels that a transition keeps (default: %(default)s)')
@@ -191,7 +191,7 @@ def add_data_and_model_flags(parser):
                        help='no 1x1 convolution before each 3x3 one')
     group.add_argument('--init-features', type=POSITIVE,
                        help='width of the first convolution (default: 2k with bottleneck and '
-                            'compression, else 16; ImageNet\'s: 2k)')
+                            'compression, otherwise 16; ImageNet\'s: 2k)')
     group.add_argument('--bn-size', type=POSITIVE, default=4,
                        help='width of the bottleneck, times k (default: %(default)s)')
     group.add_argument('--drop-rate', '--droprate', '--dropRate', type=SHARE, default=0.0,
@@ -223,7 +223,7 @@ def add_recipe_flags(parser):
                        help='of all processes together (default: %(default)s; imagenet: 256)')
     group.add_argument('--grad-accum', type=POSITIVE, default=1, metavar='N',
                        help='run each batch in N parts, for less memory (default: %(default)s)')
-    group.add_argument('--optimizer', '--opt', choices=('sgd', 'adam', 'adamw', 'rmsprop'),
+    group.add_argument('--optimizer', '--opt', choices=tuple(LEARNING_RATES),
                        default='sgd', help='sgd has Nesterov momentum (default: %(default)s)')
     group.add_argument('--lr', '--learning-rate', '--LR', type=number(float, '(0, 1e30]'),
                        help='at the start (default: sgd 0.1, adam and adamw 0.001, rmsprop 0.01)')
@@ -282,11 +282,12 @@ def add_run_flags(parser):
                             'FILE:NAME for one of several networks in it (default: torchvision\'s '
                             'for --arch)')
     group.add_argument('--reset-classifier', '--resetClassifier', action='store_true',
-                       help='of --pretrained take all but the classifier')
+                       help='load --pretrained without its classifier')
     group.add_argument('--freeze-features', action='store_true',
-                       help='train the classifier alone; all else stays as --pretrained has it')
+                       help='train only the classifier; the rest stays as in --pretrained')
     group.add_argument('--freeze-norm', action='store_true',
-                       help='keep statistics and weights of the norms as --pretrained has them')
+                       help='train all but the norms, whose statistics and weights stay as in '
+                            '--pretrained')
     group.add_argument('--evaluate', '--testOnly', action='store_true',
                        help='only test what --resume or --pretrained names')
     group.add_argument('--best-by', choices=('error', 'balanced-error', 'loss', 'auc'),

@@ -76,6 +76,7 @@ class Run:
         self.with_auc = dataset.multi_label or args.best_by == 'auc'
         self.digests = checkpoint.digests(train_loader, test_loader)
         self.started = time.monotonic() - state.seconds
+        self.first_epoch = state.epoch
         has_best = distributed.from_rank_0((self.directory / 'best.pth').exists)
         if state.epoch <= args.epochs and not has_best:  # resumed into a new directory
             state.forget_best()
@@ -107,6 +108,15 @@ class Run:
             f'{datasets.show_size(dataset.image_size)} pixels{values}, {len(dataset.classes)} '
             f'{kind}; {f"{processes} x " if processes > 1 else ""}{hardware}, {precision}'
             f'{", CUDA graph" if graphed else ""}')
+
+    def out_of_patience(self):
+        """Whether the last --patience epochs have brought no better one."""
+        state, patience = self.state, self.args.patience
+        since = state.best_epoch or self.first_epoch - 1  # 0: forgotten, or not found yet
+        if patience is None or state.epoch - 1 - since < patience:
+            return False
+        say(f'no better epoch for {state.epoch - 1 - since}: --patience {patience} ends the run')
+        return True
 
     def batches(self, loader):
         """The batches of the rest of an epoch."""
