@@ -233,7 +233,8 @@ def main(argv=None):
         bar = tqdm(predict(model, dataset, files, args.batch_size, label), total=len(files),
                    leave=False, disable=None)  # None: only on a terminal
         # A file's name, and so a row, may be no text.
-        with open(args.csv or os.devnull, 'w', newline='', errors='surrogateescape') as table:
+        with open(args.csv or os.devnull, 'w', newline='', encoding='utf-8',
+                  errors='surrogateescape') as table:
             writer = csv.writer(table)
             writer.writerow(('file', 'class', 'probability'))
             for file, answer in bar:

@@ -311,7 +311,8 @@ def main(argv=None):
             sizes = args.batch_size, train_loader.num_images % args.batch_size  # full, last batch
             class_weights = None
             if args.class_weights:
-                class_weights = losses.balanced_class_weights(train_loader.all_labels).to(device)
+                class_weights = losses.balanced_class_weights(
+                    train_loader.all_labels, len(dataset.classes)).to(device)
             step = make_step(args, state, [(n, *image) for n in sizes if n], autocast,
                              class_weights, dataset.multi_label, train_loader.label)
             run.start(state, dataset, train_loader, test_loader, precision, step)

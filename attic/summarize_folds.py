@@ -67,8 +67,8 @@ def main(argv=None):
     parser.add_argument('runs', nargs='+', type=Path, metavar='RUN', help='run directory')
     args = parser.parse_args(argv)
     try:
-        if len(args.runs) < 2:
-            raise UserError('it needs two runs or more')
+        if len({run.resolve() for run in args.runs}) < max(2, len(args.runs)):
+            raise UserError('it needs two runs or more, each named once')
         print(*summarize(args.runs), sep='\n')
     except UserError as error:
         console.warn(error, 'error', 'summarize_folds.py')

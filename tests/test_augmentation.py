@@ -54,14 +54,24 @@ def test_mixed_labels_say_how_much_of_each_image_there_is(kind, multi_label):
     assert 0 <= min(shares) < 0.3 and 0.7 < max(shares) <= 1.00001
 
 
-def test_the_shards_of_a_batch_are_mixed_as_the_whole():
-    images, labels = torch.randn(8, 3, 6, 6), torch.arange(8) % 3
-    for augmentation in (Augmentation(mixup=1, cutmix=1), Augmentation(cutmix=1)):
-        whole = augmentation.mix(images, labels, 3, rng())
-        parts = [augmentation.mix(images[half], labels[half], 3, rng())
-                 for half in (slice(4), slice(4, 8))]
-        for one, other in zip(whole, zip(*parts)):
-            assert torch.equal(one, torch.cat(other))
+@pytest.mark.parametrize('processes', [2, 3, 4])
+def test_the_shards_of_a_batch_are_mixed_as_the_whole(processes):
+    """13 images in batches of 6: shards of unequal sizes and, in the last batch, empty ones."""
+    images, labels = torch.randint(256, (13, 3, 6, 6)).byte(), torch.arange(13) % 3
+
+    def batches(rank, processes):
+        loader = loaders.MemoryLoader(
+            images, labels, 6, mean=(9,) * 3, std=(5,) * 3, device=CPU, shuffle=True, num_classes=3,
+            shard=(rank, processes), augmentation=Augmentation(mixup=1, cutmix=1))
+        return list(loader)
+
+    shards = zip(*(batches(rank, processes) for rank in range(processes)), strict=True)
+    for whole, parts in zip(batches(0, 1), shards, strict=True):
+        real = [part for part in parts if part[1].is_floating_point()]
+        for one, others in zip(whole, zip(*real)):
+            assert torch.equal(one, torch.cat(others))
+        assert all(label.tolist() == [loaders.NO_LABEL] for _, label in parts
+                   if not label.is_floating_point())
 
 
 @pytest.mark.parametrize('size', [8, 66])

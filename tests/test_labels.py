@@ -59,6 +59,11 @@ WRONG = {  # the content of a file: the message about it
     'file,a,a\na.png,1,1\n': "two columns 'a'",
     'file,label\na,b.png,x\n': 'the header has 2 cells, and row 2 has 3',
     'file,label\n"a.png,x\n': 'is not a CSV file',
+    'file,label\na.png,x\n./a.png,y\n': r'row 2 \(a.png\), row 3 \(a.png\) is named more than once',
+    ',file,label\n0,a.png,x\n': 'a column without a name, perhaps an index that pandas wrote',
+    'file,a,b\na.png,1,\nb.png,0,\n': 'no label of b is known in the images to train on',
+    'file,a,split\na.png,1,train\nb.png,0,train\nd.png,,val\n':
+        'no label of the images to test on is known',
     'file,label,split\na.png,x,train\nb.png,y,test\n': 'one class alone for training, x',
     'file,label,split\na.png,x,train\nb.png,y,train\nc.png,x,val\n':
         r'column file: row 4 \(c.png\) is not in --data',
@@ -80,6 +85,16 @@ def test_wrong_tables_are_one_line(tmp_path, content):
         for split in ('train', 'test'):
             loaders.make_loader(dataset, split, 4, device=CPU)
     assert '\n' not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_empty_columns_are_left_out_and_equal_labels_are_a_warning(tmp_path, capsys):
+    root = write_images(tmp_path, {'x': 3}, (8, 8))
+    path = tmp_path / 'x.csv'
+    path.write_text('file,a,b,,\nx/0.png,1,0,,\nx/1.png,0,0,,\nx/2.png,1,,,\n')
+    dataset = datasets.describe('folder', root, labels_file=path, val_split=0.3)
+    assert dataset.classes == ('a', 'b')
+    loaders.make_loader(dataset, 'train', 2, device=CPU)
+    assert 'all known labels to train on are the same for b' in capsys.readouterr().err
 
 
 def test_a_patient_in_two_splits_is_a_warning(tmp_path, capsys):
@@ -141,7 +156,14 @@ def test_folds_keep_groups_together_and_classes_balanced(multi_label):
 
 def test_the_choice_is_the_same_on_every_machine():
     chosen = folds.hold_out(np.arange(20) % 2, names_of(20), (0.2,) * 5, 1)
-    assert np.flatnonzero(chosen).tolist() == [0, 13, 18, 19]
+    assert np.flatnonzero(chosen).tolist() == [6, 11, 14, 15]
+
+
+@pytest.mark.parametrize('classes, images, k', [(150, 2, 5), (100, 7, 5), (100, 3, 10)])
+def test_folds_of_many_small_classes_have_equal_sizes(classes, images, k):
+    labels, n = np.arange(classes * images) % classes, classes * images
+    sizes = [folds.hold_out(labels, names_of(n), (1 / k,) * k, i).sum() for i in range(k)]
+    assert sum(sizes) == n and max(sizes) - min(sizes) <= 1
 
 
 def test_folds_of_a_data_set_in_memory_leave_its_test_images_alone(monkeypatch):
@@ -181,7 +203,7 @@ def test_loss_and_errors_of_several_labels_by_hand():
     loss.backward()
     assert logits.grad.isfinite().all() and (logits.grad[truth.isnan()] == 0).all()
     positive, negative = ((truth == value).sum(0) for value in (1, 0))
-    torch.testing.assert_close(losses.balanced_class_weights(truth), negative / positive)
+    torch.testing.assert_close(losses.balanced_class_weights(truth, 3), negative / positive)
 
 
 def test_evaluation_of_several_labels_agrees_with_sklearn():
@@ -273,3 +295,37 @@ def test_a_fold_of_a_run_is_kept_on_resume(findings, tmp_path, capsys):
         capsys, *argv, '--resume', '--fold', '3/4', lines=2)
     for wrong in ('0/4', '5/4', '1/1', '2', 'a/b'):
         assert 'is not I/K, such as 1/5' in fails(capsys, '--fold', wrong)
+
+
+def test_another_table_is_tested_whole(findings, tmp_path, capsys):
+    """Also with the folder of the run, whose split was of another table."""
+    table = findings[findings.index('--labels') + 1]
+    rows = [row.split(',') for row in open(table).read().splitlines()]
+    without = [[cell for i, cell in enumerate(row) if i != 3] for row in rows]
+    argv = [*findings, '--labels', str(write_csv(tmp_path / 'x.csv', without)), '--save',
+            str(tmp_path / 'run'), '--epochs', '1', '--val-split', '0.25']
+    train.main(argv)
+    data = findings[findings.index('--data') + 1]
+    for table, flags, expected in (('x.csv', ['--data', data + '/'], 10),
+                                   ('y.csv', [], 13), ('z.csv', [], 16)):
+        if table == 'z.csv':  # its own split counts
+            kept = [rows[0], *([*row[:3], 'test' if i < 16 else 'train', row[4]]
+                               for i, row in enumerate(rows[1:]))]
+        else:
+            kept = without if table == 'x.csv' else without[:14]
+        write_csv(tmp_path / table, kept)
+        train.main(['--evaluate', '--resume', str(tmp_path / 'run/best.pth'), '--labels',
+                    str(tmp_path / table), '--save', str(tmp_path / 'test'), *flags])
+        assert len(read_csv(tmp_path / 'test/predictions.csv')) == expected
+    testing = [rows[0], *([*row[:3], 'test', row[4]] for row in rows[1:])]
+    write_csv(tmp_path / 'z.csv', testing)
+    assert 'has no images to train on' in fails(
+        capsys, *findings, '--labels', tmp_path / 'z.csv', '--fold', '1/2')
+
+
+def test_the_same_fine_tuning_command_goes_on(recipe, uninterrupted, tmp_path):
+    argv = [*recipe, '--pretrained', str(uninterrupted / 'best.pth'), '--save', str(tmp_path / 'x'),
+            '--resume', '--epochs']
+    for epochs in ('1', '2'):
+        train.main([*argv, epochs])
+        assert len(read_csv(tmp_path / 'x/test.csv')) == int(epochs)

@@ -49,7 +49,7 @@ def answers_of(labels, logits, classes, groups=None, channels=3, seed=0):
     images = torch.from_numpy(rng.integers(0, 256, (number, channels, 8, 8)).astype(np.uint8))
     loader = SimpleNamespace(images=images, files=[f'test/{i}, ü.png' for i in range(number)],
                              groups=groups)
-    test = evaluation.TestResult(0.5, math.nan, 12.5, math.nan, len(classes))
+    test = evaluation.TestResult(0.5, 25.0, 12.5, math.nan, len(classes))
     return evaluation.Answers(loader, test,
                               Predictions(labels, logits.astype(np.float32), list(classes)))
 
@@ -167,7 +167,7 @@ def test_several_labels_an_image(tmp_path, capsys):
     names = ['mass', 'node <1 cm', 'effusion']
     test = some_findings(names)
     lines, record = write_report(tmp_path, capsys, test)
-    assert lines[0] == 'test loss 0.5000' and record['threshold_rule'] == '0.5'
+    assert lines[0] == 'test loss 0.5000, error 25.00%' and record['threshold_rule'] == '0.5'
     for c, name in enumerate(names):
         labels, (low, high) = test.predictions.labels[:, c], record['splits']['test']['classes'][c][
             'auc_interval']

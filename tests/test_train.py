@@ -527,7 +527,7 @@ def test_balanced_weights_count_a_rare_class_as_often_as_a_frequent_one():
     counts = torch.tensor([90, 9, 1])
     labels = torch.arange(3).repeat_interleave(counts)
     logits = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
-    weights = losses.balanced_class_weights(labels)
+    weights = losses.balanced_class_weights(labels, 3)
     ours = F.cross_entropy(logits, labels, weights, reduction='sum') / 100
     of_classes = F.cross_entropy(logits, labels, reduction='none').split(counts.tolist())
     torch.testing.assert_close(ours, torch.stack([loss.mean() for loss in of_classes]).mean())

@@ -186,11 +186,21 @@ def with_saved_flags(given, parser=None):
         raise CheckpointError(f'{found} holds no run to resume; for weights alone --pretrained')
     check_claims(saved, found)
     saved_flags = dict(saved['args'])
-    if args.evaluate and 'data' in given and given.data != saved_flags.get('data'):
+    if not args.resume:  # the same command again: --pretrained has done its work
+        given = argparse.Namespace(**{flag: value for flag, value in vars(given).items()
+                                      if flag not in ('pretrained', 'reset_classifier')})
+    if args.evaluate and any(is_another_path(given, saved_flags, flag)
+                             for flag in ('data', 'labels')):
         for flag in ('labels', 'val_split', 'fold'):  # of other data, all images are for testing
             saved_flags.pop(flag, None)
     given = argparse.Namespace(**{**vars(given), 'resume': found})
     return flags.complete(given, saved_flags, parser), saved
+
+
+def is_another_path(given, saved_flags, flag):
+    """Whether a path is given, and is not the checkpoint's."""
+    path, before = getattr(given, flag, None), saved_flags.get(flag)
+    return path is not None and (before is None or Path(path).resolve() != Path(before).resolve())
 
 
 def check_claims(saved, source):

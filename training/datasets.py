@@ -73,6 +73,7 @@ class Description:
     split_seed: int = 1
     labels_file: Path = None   # the table of `labels.read_table`; None: classes are folders
     multi_label: bool = False  # labels are float32 [N, C] of 0, 1 and NaN (unknown)
+    only_test: bool = False    # a labels file without a column `split` is for testing
 
     @property
     def in_memory(self):
@@ -85,7 +86,7 @@ class Description:
         A source is a folder or, in memory and in a labels file, a split. What is held out comes
         from the source of 'train'.
         """
-        return find_splits(self.root, self.name, self.labels_file, self.holds_out)
+        return find_splits(self.root, self.name, self.labels_file, self.holds_out, self.only_test)
 
     @property
     def holds_out(self):
@@ -113,7 +114,7 @@ class Description:
     def plain(self):
         """Everything but the paths, as plain values: what a checkpoint keeps."""
         return {key: value for key, value in dataclasses.asdict(self).items()
-                if key not in ('root', 'labels_file')}
+                if key not in ('root', 'labels_file', 'only_test')}
 
 
 def sides(image_size):
@@ -167,7 +168,8 @@ def describe(name, root='work/data', image_size=None, split='train', *, in_chann
     from training import image_files  # imports torch
 
     labels_file = labels_file and Path(labels_file)
-    splits = find_splits(root, name, labels_file, bool(val_split or fold))
+    only_test = split == 'test'
+    splits = find_splits(root, name, labels_file, bool(val_split or fold), only_test)
     if split not in splits:
         raise no_split(root, split, labels_file)
     if labels_file:
@@ -186,7 +188,7 @@ def describe(name, root='work/data', image_size=None, split='train', *, in_chann
         statistics = [(values * in_channels)[:in_channels] for values in statistics]
     dataset = Description(name, root, tuple(classes), image_size or 224, *statistics,
                           value_range and tuple(value_range), **held_out, labels_file=labels_file,
-                          multi_label=multi_label)
+                          multi_label=multi_label, only_test=only_test)
     if name == 'imagenet':
         return dataset
     samples = image_files.list_images(dataset, split)
@@ -199,7 +201,7 @@ def describe(name, root='work/data', image_size=None, split='train', *, in_chann
     return dataset
 
 
-def find_splits(root, name, labels_file=None, holds_out=False):
+def find_splits(root, name, labels_file=None, holds_out=False, only_test=False):
     """The splits of a data set and their sources: see `Description.splits`.
 
     With 'val' and 'test', 'val' chooses best.pth and 'test' is reported at the end; a single one of
@@ -212,7 +214,8 @@ def find_splits(root, name, labels_file=None, holds_out=False):
     if DATASETS[name].read is not None:
         sources = {split: split for split in DATASETS[name].splits}
     elif labels_file:
-        names = read_table(labels_file).splits or ['train']
+        only = 'test' if only_test and not holds_out else 'train'
+        names = read_table(labels_file).splits or [only]
         sources = {split: split for split in ('train', 'val', 'test') if split in names}
     else:
         found = [split for split in ('train', *VAL_FOLDERS, 'test') if (root / split).is_dir()]
@@ -223,6 +226,8 @@ def find_splits(root, name, labels_file=None, holds_out=False):
         if holds_out and 'train' not in sources:
             sources = {'train': root}
     if holds_out:
+        if 'train' not in sources:
+            raise no_split(root, 'train', labels_file)
         if 'val' in sources:
             raise DataError(f'{labels_file or root} has images for validation, {sources["val"]}: '
                             f'leave out --val-split and --fold, or move them into train')

@@ -99,7 +99,7 @@ def _error_counts(logits, labels):
 
 def _multi_label_counts(logits, labels):
     """int64 [4, C]: of the positive labels of each class number and errors, of the negative too."""
-    positive, negative, decided = labels == 1, labels == 0, logits > 0
+    positive, negative, decided = labels == 1, labels == 0, logits >= 0
     counts = torch.stack([positive, positive & ~decided, negative, negative & decided]).sum(1)
     errors = losses.multi_label_errors(logits, labels)
     return counts, errors, torch.full_like(errors, math.nan)
@@ -192,7 +192,7 @@ def choose_on_val(val):
 def summarize(answers, **chosen):
     """The metrics of a split, as in metrics.json."""
     loader, test, found = answers
-    summary = {'loss': test.loss}
+    summary = {'loss': test.loss, 'error': test.error}
     if not found.multi_label and len(found.classes) > 5:
         summary['error5'] = test.error5
     return summary | metrics.summarize(found.truth, found.logits, found.classes, found.multi_label,
@@ -232,8 +232,7 @@ def lines(split, summary, record):
         record: the content of metrics.json.
     """
     output = [f'{split} loss {summary["loss"]:.4f}']
-    if not record['multi_label']:
-        output[0] += f', error {summary["error"]:.2f}%'
+    output[0] += f', error {summary["error"]:.2f}%'
     if 'error5' in summary:
         output[0] += f', top-5 error {summary["error5"]:.2f}%'
     if split == 'val':  # it chose the model and the thresholds: the other numbers are too good

@@ -25,6 +25,8 @@ PRECISIONS = 'fp32', 'tf32', 'bf16', 'fp16'
 TORCHVISION_WEIGHTS = ('densenet121', 'densenet161', 'densenet169', 'densenet201')
 ARCHITECTURES = TORCHVISION_WEIGHTS + ('densenet264', 'densenet232_k48', 'densenet264_k48')
 LEARNING_RATES = {'sgd': 0.1, 'adam': 1e-3, 'adamw': 1e-3, 'rmsprop': 1e-2}
+# Defaults with --pretrained: a comparison in attic/own-images.md.
+FINE_TUNING = dict(epochs=30, lr_schedule='cosine')
 
 LAYER_FLAGS = ('arch', 'depth', 'block_config')  # mutually exclusive
 # Flags that describe the network; a checkpoint can only be evaluated with the same ones.
@@ -226,7 +228,7 @@ def default_workers():
 def add_recipe_flags(parser):
     group = parser.add_argument_group('recipe')
     group.add_argument('--epochs', '--nEpochs', type=POSITIVE, default=300,
-                       help='(default: %(default)s; svhn: 40, imagenet: 90)')
+                       help='(default: %(default)s; svhn: 40, imagenet: 90; with --pretrained: 30)')
     group.add_argument('--batch-size', '-b', '--batchSz', '--batchSize', type=POSITIVE, default=64,
                        help='of all processes together (default: %(default)s; imagenet: 256)')
     group.add_argument('--grad-accum', type=POSITIVE, default=1, metavar='N',
@@ -239,7 +241,7 @@ def add_recipe_flags(parser):
                        default='multistep',
                        help='multistep: a tenth from 50%% and again from 75%% of the epochs on '
                             '(imagenet: every 30 epochs); cosine: to 0, step by step '
-                            '(default: %(default)s)')
+                            '(default: %(default)s; with --pretrained: cosine)')
     group.add_argument('--warmup-epochs', type=number(float, '[0, inf)'), default=0.0,
                        metavar='EPOCHS', help='let the rate rise to the schedule\'s, from a '
                        'hundredth of it, step by step (default: 0)')
@@ -367,6 +369,8 @@ def recipe(args):
                  momentum=0.9 if args['optimizer'] == 'sgd' else 0.0)
     if not args['augment']:
         flags.update(dataset.recipe_without_augment)
+    if args['pretrained'] is not None:
+        flags.update(FINE_TUNING)
     return flags
 
 

@@ -43,11 +43,18 @@ def hold_out(labels, names, shares, index, seed=1, groups=None):
 
 
 def _divide_classes(labels, names, shares, seed):
-    """int64 [N]: the part of each image. The first gets at least one of a class, but not all."""
-    parts = np.empty(len(labels), np.int64)
+    """int64 [N]: the part of each image.
+
+    With unequal shares, the first part gets at least one image of each class, and never all.
+    """
+    parts, dealt = np.empty(len(labels), np.int64), 0
     for label in np.unique(labels):
         images = np.flatnonzero(labels == label)
         images = images[np.argsort([_hash(seed, names[i]) for i in images], kind='stable')]
+        if len(set(shares)) == 1:  # dealt out like cards, so that the parts have equal sizes, too
+            parts[images] = (dealt + np.arange(len(images))) % len(shares)
+            dealt += len(images)
+            continue
         ends = np.round(np.cumsum(shares) * len(images))
         ends[0] = min(max(1, ends[0]), len(images) - 1)
         ends[-1] = len(images)

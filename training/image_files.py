@@ -216,6 +216,7 @@ def images_of_table(dataset, split, warn):
                 f'is not in --data {folder}')
     names, groups = (column and np.array([os.fsencode(name) for name in column])
                      for column in (table.files, table.groups))
+    table.check_classes(split, warn)
     if warn is not None and split == 'train':
         whole.warn_of_shared_groups(warn)
     return ImageList(folder, names, table.label_array(dataset.classes), groups)

@@ -13,6 +13,7 @@ in the folder of --data.
 import collections
 import csv
 import dataclasses
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,6 +88,25 @@ class Table:
             raise DataError(f'{self.path}, column {name}: {", ".join(wrong[:MAX_ROWS])}{more} '
                             f'{what}')
 
+    def check_classes(self, split, warn):
+        """Raises DataError for classes of which nothing is known to train on; warns of others."""
+        if self.labels is not None:
+            return
+        known = ~np.isnan(self.findings)
+        if not known.any():
+            raise DataError(f'{self.path}: no label of the images to {split} on is known')
+        if split != 'train':
+            return
+        unknown = [name for name, found in zip(self.columns, known.T) if not found.any()]
+        if unknown:
+            raise DataError(f'{self.path}: no label of {", ".join(unknown[:MAX_ROWS])} is known in '
+                            f'the images to train on: leave out these columns')
+        equal = [name for name, found in zip(self.columns, self.findings.T)
+                 if np.nanmin(found) == np.nanmax(found)]
+        if equal and warn is not None:
+            warn(f'{self.path}: all known labels to train on are the same for '
+                 f'{", ".join(equal[:MAX_ROWS])}')
+
     def warn_of_shared_groups(self, warn):
         """Call `warn` with a line if images of one group are in several splits."""
         if not self.splits or not self.groups:
@@ -113,7 +133,8 @@ def read_table(path):
         raise DataError(f'{path} has no column `file`: its header is {",".join(header)[:100]!r}; '
                         f'it needs file,label or file and a column a class, separated by commas')
     cells = {name: [row[i].strip() for _, row in rows] for i, name in enumerate(header)}
-    table = Table(str(path), [number for number, _ in rows], cells['file'], cells.get('label'),
+    files = [name and os.path.normpath(name) for name in cells['file']]
+    table = Table(str(path), [number for number, _ in rows], files, cells.get('label'),
                   splits=cells.get('split'), groups=cells.get('group'))
     table.check('file', table.files, 'names no file')
     count = collections.Counter(table.files)
@@ -138,6 +159,14 @@ def read_table(path):
     return dataclasses.replace(table, columns=columns, findings=findings.T.astype(np.float32))
 
 
+def without_empty_columns(lines, header):
+    """Leave out columns at the end that have neither a name nor a value, as spreadsheets add."""
+    while header and not header[-1] and all(
+            len(row) == len(header) and not row[-1].strip() for _, row in lines):
+        lines, header = [(number, row[:-1]) for number, row in lines], header[:-1]
+    return lines, header
+
+
 def _read_rows(path):
     """The names of the columns, and (number of the line, cells) of each row that is not empty."""
     try:  # -sig: spreadsheets write a byte order mark
@@ -151,6 +180,10 @@ def _read_rows(path):
     if len(lines) < 2:
         raise DataError(f'{path} has no rows: it needs a header, and a row an image')
     header = [name.strip() for name in lines[0][1]]
+    lines, header = without_empty_columns(lines, header)
+    if '' in header:
+        raise DataError(f'{path} has a column without a name, perhaps an index that pandas wrote: '
+                        f'to_csv(..., index=False) leaves it out')
     twice = [name for name in header if header.count(name) > 1]
     if twice:
         raise DataError(f'{path} has two columns {twice[0]!r}')

@@ -115,8 +115,7 @@ class _Loader:
     @property
     def label(self):
         """A tensor of the shape and type of one image's label in a batch."""
-        mixes = self.augmentation and self.augmentation.mixes
-        return torch.zeros(self.num_classes) if mixes else self.all_labels[0]
+        return torch.zeros(self.num_classes) if self.unit == 2 else self.all_labels[0]
 
     @property
     def groups(self):
@@ -149,18 +148,28 @@ class _Loader:
     def _indices(self, i):
         """Of the images in this process's shard of batch i, int64; at least one."""
         batch = self.permutation[i * self.batch_size:(i + 1) * self.batch_size]
-        shard = batch.tensor_split(self.processes)[self.rank]
-        return shard if len(shard) else batch[:1]
+        pieces = torch.arange(math.ceil(len(batch) / self.unit))
+        own = pieces.tensor_split(self.processes)[self.rank].tolist()
+        return batch[own[0] * self.unit:(own[-1] + 1) * self.unit] if own else batch[:1]
+
+    @property
+    def unit(self):
+        """Neighbours in a batch that are mixed, and so belong to one shard."""
+        return 2 if self.augmentation and self.augmentation.mixes else 1
+
+    def _is_empty(self, i):
+        """Whether this process's shard of batch i is empty."""
+        return math.ceil(self.images_in(i) / self.unit) <= self.rank
 
     def _finish(self, i, images, labels):
         """Images as float32, normalised; the one that stands in an empty shard loses its label."""
-        if self.images_in(i) <= self.rank:
+        if self._is_empty(i):
             labels = torch.full_like(labels, math.nan if labels.is_floating_point() else NO_LABEL)
         return (images.float() - self.mean) / self.std, labels
 
     def _mix(self, i, images, labels):
         """MixUp or CutMix of batch i, if asked for: the same in each process."""
-        if not (self.augmentation and self.augmentation.mixes):
+        if self.unit == 1 or self._is_empty(i):
             return images, labels
         rng = np.random.default_rng((self.seed, self.epoch, i))
         return self.augmentation.mix(images, labels, self.num_classes, rng)

@@ -38,7 +38,10 @@ def multi_label_loss(logits, labels, class_weights=None, label_smoothing=0.0):
 
 
 def count_errors(logits, labels):
-    """The number of images whose most probable class is not the label; labels as above."""
+    """The number of images whose most probable class is not the label.
+
+    Shapes: logits [B, C]; labels int64 [B], or shares of the classes, [B, C].
+    """
     if labels.is_floating_point():  # shares of several classes (MixUp): the largest counts
         return (logits.argmax(1) != labels.argmax(1)).sum()
     return ((logits.argmax(1) != labels) & (labels >= 0)).sum()  # negative: NO_LABEL
@@ -50,11 +53,11 @@ def multi_label_errors(logits, labels):
     A label is decided at a probability of 0.5.
     """
     known = ~labels.isnan()
-    wrong = ((logits > 0) != (labels > 0.5)) & known
+    wrong = ((logits >= 0) != (labels > 0.5)) & known
     return (wrong.sum(1) / known.sum(1).clamp(min=1)).sum()
 
 
-def balanced_class_weights(labels):
+def balanced_class_weights(labels, num_classes):
     """Weights that give rare classes the influence of frequent ones.
 
     Of int64 labels [N], inverse class frequencies, scaled so that their mean over the images is 1:
@@ -63,7 +66,7 @@ def balanced_class_weights(labels):
     there are none. Returns float32 [C].
     """
     if labels.dim() == 1:
-        counts = labels.bincount()
-        return counts.sum() / (len(counts) * counts)
+        counts = labels.bincount(minlength=num_classes)
+        return torch.where(counts > 0, counts.sum() / (num_classes * counts), 0.0)
     positive, negative = (labels == 1).sum(0), (labels == 0).sum(0)
     return torch.where(positive * negative > 0, negative / positive.clamp(min=1), 1.0)

@@ -108,6 +108,9 @@ class Run:
             f'{datasets.show_size(dataset.image_size)} pixels{values}, {len(dataset.classes)} '
             f'{kind}; {f"{processes} x " if processes > 1 else ""}{hardware}, {precision}'
             f'{", CUDA graph" if graphed else ""}')
+        if args.pretrained is not None:
+            say(f'fine-tuning for {args.epochs} epochs from a learning rate of {args.lr:g}, '
+                f'{args.lr_schedule}')
 
     def out_of_patience(self):
         """Whether the last --patience epochs have brought no better one."""
