@@ -127,13 +127,14 @@ POSITIVE, SHARE = number(int, '[1, 1000000000]'), number(float, '[0, 1)')
 def make_parser():
     parser = Parser(prog='train.py', description='Train a DenseNet.', allow_abbrev=False,
                     epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_data_and_model_flags(parser)
+    add_data_flags(parser)
+    add_model_flags(parser)
     add_recipe_flags(parser)
     add_run_flags(parser)
     return parser
 
 
-def add_data_and_model_flags(parser):
+def add_data_flags(parser):
     group = parser.add_argument_group('data')
     group.add_argument('--dataset', choices=DATASETS, default='cifar10')
     group.add_argument('--data', metavar='DIR', default='work/data',
@@ -184,6 +185,8 @@ def add_data_and_model_flags(parser):
                        help='processes that decode images, for each process of torchrun '
                             '(default: a core each, at most 8; here %(default)s)')
 
+
+def add_model_flags(parser):
     group = parser.add_argument_group('model')
     layers = group.add_mutually_exclusive_group()
     layers.add_argument('--arch', choices=ARCHITECTURES, metavar='NAME',
