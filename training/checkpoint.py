@@ -135,7 +135,7 @@ class TrainState:
             'scaler': self.scaler.state_dict(), 'processes': own_states or [self.own_state()],
             **self.counters(),
         }
-        if self.averages:  # whoever loads a model wants the one that was tested
+        if self.averages:  # `model` has the weights that were tested
             state.update(model=self.averages.state_dict(), trained_model=state['model'],
                          average_updates=self.averages.updates)
         return state
@@ -186,7 +186,7 @@ def with_saved_flags(given, parser=None):
         raise CheckpointError(f'{found} holds no run to resume; for weights alone --pretrained')
     check_claims(saved, found)
     saved_flags = dict(saved['args'])
-    if not args.resume:  # the same command again: --pretrained has done its work
+    if not (args.resume or args.evaluate):  # the same command again: --pretrained has done its work
         given = argparse.Namespace(**{flag: value for flag, value in vars(given).items()
                                       if flag not in ('pretrained', 'reset_classifier')})
     if args.evaluate and any(is_another_path(given, saved_flags, flag)
@@ -369,8 +369,9 @@ def load_scaler(scaler, saved, source):
 
 def warn_of_other_images(state, saved, train_loader, test_loader):
     """Compare the lists of images with those of the checkpoint; forget a best that is another's."""
-    before = saved.get('digests', digests(train_loader, test_loader))
-    for split, digest in digests(train_loader, test_loader).items():
+    now = digests(train_loader, test_loader)
+    before = saved.get('digests', now)
+    for split, digest in now.items():
         if before[split] == digest:
             continue
         consequence = ''

@@ -79,7 +79,7 @@ class Description:
     def in_memory(self):
         return DATASETS[self.name].read is not None or is_small(self.image_size)
 
-    @property
+    @functools.cached_property
     def splits(self):
         """Where the images of each split come from: {'train': source, 'test': source, ...}.
 
@@ -172,15 +172,7 @@ def describe(name, root='work/data', image_size=None, split='train', *, in_chann
     splits = find_splits(root, name, labels_file, bool(val_split or fold), only_test)
     if split not in splits:
         raise no_split(root, split, labels_file)
-    if labels_file:
-        table = read_table(labels_file).of_split(splits[split])
-        classes, multi_label = table.classes(), table.labels is None
-    else:
-        classes, multi_label = image_files.class_names(splits[split]), False
-    if split == 'train' and len(classes) == 1 and not multi_label:
-        raise DataError(f'{splits[split]} has one class alone, {classes[0]}: the folders in it '
-                        f'are the classes; is --data a folder too high?' if not labels_file else
-                        f'{labels_file} has one class alone for training, {classes[0]}')
+    classes, multi_label = read_classes(splits[split], split, labels_file)
     statistics = entry.mean, entry.std
     if in_channels == 1:
         statistics = [(sum(values) / 3,) for values in statistics]
@@ -199,6 +191,28 @@ def describe(name, root='work/data', image_size=None, split='train', *, in_chann
         value_range = image_files.measure_range(samples, in_channels, workers)
         dataset = dataclasses.replace(dataset, value_range=value_range)
     return dataset
+
+
+def read_classes(source, split, labels_file=None):
+    """The names of the classes in the source of a split, and whether an image can have several.
+
+    Raises:
+        DataError: a single class to train on.
+    """
+    if labels_file:
+        table = read_table(labels_file).of_split(source)
+        classes, multi_label = table.classes(), table.labels is None
+        problem = f'{labels_file} has one class alone for training'
+    else:
+        from training import image_files  # imports torch
+
+        classes, multi_label = image_files.class_names(source), False
+        problem = f'{source} has one class alone'
+    if split == 'train' and len(classes) == 1 and not multi_label:
+        advice = '' if labels_file else (': the folders in it are the classes; is --data a folder '
+                                         'too high?')
+        raise DataError(f'{problem}, {classes[0]}{advice}')
+    return classes, multi_label
 
 
 def find_splits(root, name, labels_file=None, holds_out=False, only_test=False):

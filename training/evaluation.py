@@ -64,7 +64,7 @@ def evaluate(model, loader, autocast, stop=None, outputs=None, auc=False):
     model.eval()
     outputs = [] if auc and outputs is None else outputs
     sums = 0          # of losses, errors and top-5 errors
-    per_class = None  # float64 [4, C]: images and errors and, multi-label, those of negative labels
+    per_class = None  # int64 [2 or 4, C], of _error_counts or _multi_label_counts
     for images, labels in loader:
         logits = classify(model, images, autocast)
         multi_label = labels.dim() == 2

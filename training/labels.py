@@ -1,4 +1,4 @@
-"""Labels in a CSV file: one class an image, or several findings of which each is there or not.
+"""Labels in a CSV file: one class per image, or several findings per image.
 
     file,label,split,group              file,effusion,nodule,split,group
     a/1.png,cat,train,owner 3           p1/1.png,0,1,train,p1
@@ -89,7 +89,11 @@ class Table:
                             f'{what}')
 
     def check_classes(self, split, warn):
-        """Raises DataError for classes of which nothing is known to train on; warns of others."""
+        """Check that labels are known, and warn if all known labels of a class are the same.
+
+        Raises:
+            DataError: no label of the split is known, or none of a class to train on.
+        """
         if self.labels is not None:
             return
         known = ~np.isnan(self.findings)

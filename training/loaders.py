@@ -123,7 +123,7 @@ class _Loader:
             return None
         return [os.fsdecode(name) for name in self.image_list.groups]
 
-    @property
+    @functools.cached_property
     def digest(self):
         if self.image_list is None:
             return hashlib.sha256(self.all_labels.numpy().tobytes()).hexdigest()
@@ -185,9 +185,9 @@ class MemoryLoader(_Loader):
 
     def __init__(self, images, labels, batch_size, *, device, **kwargs):
         self.images, self.labels = images.to(device), labels.to(device)
-        augmentation = kwargs.get('augmentation')
-        self.augment_image = augmentation and augmentation.of_image(kwargs['mean'])
         super().__init__(labels, batch_size, device=device, **kwargs)
+        self.augment_image = self.augmentation and self.augmentation.of_image(
+            self.mean.flatten().tolist())
 
     def _draw(self, generator):
         # On the CPU and for the whole epoch: the same numbers for an image on every device, with
