@@ -281,6 +281,7 @@ def main(argv=None):
         if saved:
             checkpoint.check_fixed_flags(args, saved['args'], flags.MODEL_FLAGS)
             checkpoint.check_network(build, saved['model'], args.resume)
+            networks.choose_kernels(saved, precision)
         torch.manual_seed(args.seed)
         model = build()
         if args.pretrained is not None:
@@ -302,6 +303,8 @@ def main(argv=None):
                 checkpoint.resume(state, saved, args, train_loader, test_loader)
                 say(f'resuming {args.resume} in epoch {state.epoch} after step {state.step}')
                 warn_of_new_rate(args, saved['args'], state)
+                networks.warn_of_other_kernels(
+                    saved, networks.cpu_kernels(model, device, precision))
             elif args.start_epoch:
                 state.begin_epoch(args.start_epoch)
             if args.compile:

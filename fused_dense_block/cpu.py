@@ -1,32 +1,19 @@
 """A fused dense block in training (five operations) and evaluation by CPU kernels in C++.
 
-Needs a CPU with AVX2, and a C++ compiler, preferably g++. Compiling `cpu.cpp` takes some seconds
-for each type of map; the libraries are kept in the user's cache directory,
-`$XDG_CACHE_HOME/densenet` or `~/.cache/densenet`. Without a compiler or AVX2 a warning says so
-once, and eager.py takes over. DENSENET_CPU_KERNELS=0 turns the kernels off.
+Needs a CPU with AVX2 and a C++ compiler, see library.py; without them eager.py takes over.
 
 The first part has the operations that eager.py documents. Maps [N, C, H, W] are float32 or bfloat16
 in channels_last and may be some channels of a wider such map; everything else is float32.
 """
 
 import ctypes
-import functools
-import hashlib
 import mmap
-import os
-import re
-import shlex
-import shutil
-import subprocess
-import tempfile
-import warnings
-from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name('cpu.cpp')
-FLAGS = '-std=c++17 -O3 -march=native -ffp-contract=fast -fopenmp -fPIC'.split()
-TYPES = {torch.float32: 'float', torch.bfloat16: 'bf16'}
+from . import library
+from .library import TYPES, unavailable_reason
+
 _madvise = ctypes.CDLL(None).madvise if hasattr(mmap, 'MADV_HUGEPAGE') else None
 
 
@@ -150,7 +137,7 @@ def sample(tensors):
     # An expanded tensor has less memory than elements.
     sizes = (ctypes.c_long * len(tensors))(*(
         min(t.numel(), t.untyped_storage().nbytes() // 4 - t.storage_offset()) for t in tensors))
-    function = _load(torch.float32)[0].sample
+    function = library.load(torch.float32)[0].sample
     return lambda: function(pointers, sizes, ctypes.c_long(len(tensors)))
 
 
@@ -216,93 +203,4 @@ def _call(name, dtype, *arguments):
                 value if isinstance(value, ctypes.Array) else
                 ctypes.c_void_p(None if value is None else value.data_ptr())
                 for value in arguments]
-    return getattr(_load(dtype)[0], name)(*pointers, ctypes.c_long(torch.get_num_threads()))
-
-
-# ---- Compiling ----
-
-def unavailable_reason(dtype=torch.float32):
-    """Why there are no kernels here, or None. Compiles them if that was not done before."""
-    if os.environ.get('DENSENET_CPU_KERNELS') == '0':
-        return 'DENSENET_CPU_KERNELS=0'
-    return _load(dtype)[1]
-
-
-@functools.cache
-def _load(dtype):
-    """The library for maps of dtype and None, or None and why there is none; also a warning."""
-    try:
-        return _open(_build(TYPES[dtype])), None
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        warnings.warn(f'DenseNet goes on without its CPU kernels, slower: {error}', stacklevel=2)
-        return None, str(error)
-
-
-def _build(map_type):
-    """The path of the library, compiled now by the first compiler that can, if not in the cache."""
-    errors = []
-    for name in (os.environ.get('CXX', ''), 'g++', 'c++', 'clang++'):
-        try:
-            command = shlex.split(name)
-            if command and shutil.which(command[0]):
-                return _build_with(command, map_type)
-        except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
-            errors.append(f'CXX={name}: {error}' if isinstance(error, ValueError) else str(error))
-    raise RuntimeError(errors[0] if errors else
-                       'there is no C++ compiler (g++, c++, clang++ or $CXX)')
-
-
-def _build_with(compiler, map_type):
-    command = [*compiler, *FLAGS, f'-DMAP={map_type}']
-    # They name the compiler's version and all that -march=native stands for on this machine.
-    macros = _run([*command, '-dM', '-E', '-x', 'c++', os.devnull])
-    key = hashlib.sha256(repr((SOURCE.read_bytes(), command, macros)).encode()).hexdigest()
-    cache, name = _cache_directory(), f'{map_type}-{key[:32]}'
-    # The name ends with the digest: loading a damaged library would end the process by a signal.
-    for library in cache.glob(f'{name}-*.so'):
-        if library.stem == f'{name}-{_digest(library)}':
-            return library
-        library.unlink(missing_ok=True)
-    # Several processes may do this at once: each in its own directory, and the last one wins.
-    with tempfile.TemporaryDirectory(dir=cache) as build:
-        compiled, linked = f'{build}/kernels.o', Path(build, 'kernels.so')
-        # Linked without -fopenmp: its functions are those of the library that torch has loaded.
-        _run([*command, '-c', str(SOURCE), '-o', compiled])
-        _run([compiler[0], '-shared', compiled, '-o', str(linked)])
-        with open(linked, 'rb+') as file:
-            os.fsync(file.fileno())
-        return linked.replace(cache / f'{name}-{_digest(linked)}.so')
-
-
-def _digest(file):
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:32]
-
-
-def _run(command):
-    done = subprocess.run(command, capture_output=True, text=True, errors='replace', timeout=300)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if 'error' in line] or ['']
-        raise RuntimeError(f'{" ".join(command)} fails: {lines[0]}')
-    return done.stdout
-
-
-def _cache_directory():
-    """Where compiled libraries are kept: a directory that only this user can write to."""
-    base = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
-    directory = Path(base) / 'densenet'
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = directory.stat()
-    if hasattr(os, 'geteuid') and (status.st_uid != os.geteuid() or status.st_mode & 0o022):
-        raise RuntimeError(f'{directory} belongs or is writable to other users')
-    return directory
-
-
-def _open(library):
-    # Make the OpenMP library that torch has loaded visible: needed, and possible, on Linux only.
-    if os.path.exists('/proc/self/maps'):
-        maps = Path('/proc/self/maps').read_text()
-        for name in set(re.findall(r'\S*/lib[gi]?omp[^/\s]*\.so\S*', maps)):
-            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
-    loaded = ctypes.CDLL(str(library))
-    loaded.pack.restype = loaded.sample.restype = ctypes.c_long
-    return loaded
+    return getattr(library.load(dtype)[0], name)(*pointers, ctypes.c_long(torch.get_num_threads()))

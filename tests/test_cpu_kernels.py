@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from fused_dense_block import cpu  # noqa: E402
+from fused_dense_block import cpu, library  # noqa: E402
 from fused_dense_block.autograd import Maps, NormConv  # noqa: E402
 
 DTYPES = torch.float32, torch.bfloat16
@@ -341,24 +341,84 @@ def test_the_next_compiler_is_taken_if_one_is_broken(tmp_path, monkeypatch):
     monkeypatch.setenv('PATH', str(tmp_path / 'bin'))
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     monkeypatch.setenv('CXX', 'g++ "')
-    assert cpu._build('float').read_text() == 'library\n'
+    assert library._build('float').read_text() == 'library\n'
     (tmp_path / 'bin/clang++').unlink()
     with pytest.raises(RuntimeError, match='^CXX=g[+][+] ": No closing quotation$'):
-        cpu._build('float')
+        library._build('float')
 
 
 def test_a_damaged_library_is_built_again(tmp_path, monkeypatch):
     executable(tmp_path / 'g++', WRITES)
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-    library = cpu._build_with([str(tmp_path / 'g++')], 'float')
-    inode = library.stat().st_ino
-    assert cpu._build_with([str(tmp_path / 'g++')], 'float') == library
-    assert library.stat().st_ino == inode  # not built again
+    path = library._build_with([str(tmp_path / 'g++')], 'float')
+    inode = path.stat().st_ino
+    assert library._build_with([str(tmp_path / 'g++')], 'float') == path
+    assert path.stat().st_ino == inode  # not built again
     for damaged in ('library\n\0', 'lib'):
-        library.write_text(damaged)
-        assert cpu._build_with([str(tmp_path / 'g++')], 'float') == library
-        assert library.read_text() == 'library\n'
-        assert [*library.parent.iterdir()] == [library]
+        path.write_text(damaged)
+        assert library._build_with([str(tmp_path / 'g++')], 'float') == path
+        assert path.read_text() == 'library\n'
+        assert [*path.parent.iterdir()] == [path]
+
+
+# ---- The fastest product ----
+
+def test_the_first_product_is_taken_unless_another_is_clearly_faster():
+    steady, slow_once = [1.0, 1.01, 0.99], [0.9, 5.0, 0.91]
+    assert library.choose({'vdpbf16ps': steady, 'fma': slow_once}) == 'vdpbf16ps'
+    assert library.choose({'vdpbf16ps': steady, 'fma': [0.7, 0.8, 9.0]}) == 'fma'
+    assert library.choose({'vdpbf16ps': [0.5] * 3, 'fma': steady}) == 'vdpbf16ps'
+
+
+class Timed:
+    """Stands for a loaded library."""
+
+    count = 0
+
+    def __init__(self, path):
+        self.time = {'bf16-dot': 1.0, 'bf16-fma': 0.6}[path.name]
+
+    def seconds(self, threads):
+        Timed.count += 1
+        return self.time
+
+
+def test_products_are_timed_once_for_each_kind_of_cpu(tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    monkeypatch.setattr(library, '_open', Timed)
+    paths = {'vdpbf16ps': tmp_path / 'bf16-dot', 'fma': tmp_path / 'bf16-fma'}
+    assert library._fastest(paths) == 'fma'
+    counted = Timed.count
+    assert library._fastest(paths) == 'fma' and Timed.count == counted
+    record, = (tmp_path / 'densenet').iterdir()
+    record.write_text('')  # as of a full disk
+    assert library._fastest(paths) == 'fma' and Timed.count == 2 * counted
+    record.write_text('vdpbf16ps')  # another process has found
+    assert library._fastest(paths) == 'vdpbf16ps' and Timed.count == 2 * counted
+    monkeypatch.setattr(library, '_cpu_name', lambda: 'another CPU')
+    assert library._fastest(paths) == 'fma'
+
+
+def test_a_product_can_be_chosen(monkeypatch):
+    monkeypatch.delenv('DENSENET_CPU_KERNELS', raising=False)
+    macros = '#define __AVX512BF16__ 1'
+    assert library._products('bf16', macros) == ['vdpbf16ps', 'fma']
+    assert library._products('float', macros) == library._products('bf16', '') == ['fma']
+    for product in 'vdpbf16ps', 'fma':
+        monkeypatch.setenv('DENSENET_CPU_KERNELS', product)
+        assert library._products('bf16', macros) == [product]
+    monkeypatch.setenv('DENSENET_CPU_KERNELS', 'vdpbf16ps')
+    assert library._products('float', macros) == library._products('bf16', '') == ['fma']
+
+
+@needs_kernels
+def test_the_build_says_what_it_uses():
+    dot = 'avx512_bf16' in cpu_flags() and library._products('bf16', '__AVX512BF16__')[0] != 'fma'
+    vectors = 'avx512' if 'avx512dq' in cpu_flags() else 'avx2'
+    assert library.description(torch.float32) == f'{vectors} fma'
+    assert dot or library.description(torch.bfloat16) == f'{vectors} fma'
+    for dtype in DTYPES:
+        assert library.load(dtype)[0].seconds(ctypes.c_long(2)) > 0
 
 
 def test_a_cpu_without_avx2(tmp_path):
@@ -382,8 +442,8 @@ def test_an_unsafe_directory(tmp_path):
 
 def test_two_processes_build_at_once(tmp_path):
     compiler()
-    build = ("from fused_dense_block import cpu; "  # not optimized, which takes much longer
-             "cpu.FLAGS = [flag.replace('-O3', '-O0') for flag in cpu.FLAGS]; ") + REPORT
+    build = ("from fused_dense_block import library; "  # not optimized, which takes much longer
+             "library.FLAGS = [flag.replace('-O3', '-O0') for flag in library.FLAGS]; ") + REPORT
     for process in [start(tmp_path, build), start(tmp_path, build)]:
         assert process.communicate()[0].splitlines() == ['None', 'None']
     built, = (tmp_path / 'densenet').iterdir()
@@ -435,7 +495,7 @@ if __name__ == '__main__':
     directory, every = sys.argv[1:]
     libraries = {dtype: ctypes.CDLL(f'{directory}/{map_type}')
                  for dtype, map_type in cpu.TYPES.items()}
-    cpu._load = lambda dtype: (libraries[dtype], None)
+    library.load = lambda dtype: (libraries[dtype], None)
     for dtype in DTYPES:
         compare_all(dtype, int(every))
     print('all agree')

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from test_fuse import block_input
 
 from densenet import DenseBlock, DenseNet, Transition
-from fused_dense_block import cpu, fuse
+from fused_dense_block import cpu, fuse, library
 
 reason = cpu.unavailable_reason()
 pytestmark = pytest.mark.skipif(reason is not None, reason=f'no kernels here: {reason}')
@@ -152,8 +152,8 @@ def test_batched_gradients_are_an_error():
 
 
 def test_a_library_that_fails_to_compile_only_turns_off_its_own_dtype(monkeypatch):
-    load = cpu._load
-    monkeypatch.setattr(cpu, '_load', lambda dtype: (
+    load = library.load
+    monkeypatch.setattr(library, 'load', lambda dtype: (
         (None, 'it fails') if dtype == torch.bfloat16 else load(dtype)))
     model, (images, _) = fuse(network()), batch()
     for dtype, expected in ((torch.float32, ('kernels', None)),

@@ -3,6 +3,7 @@
 import fcntl
 import functools
 import itertools
+import json
 import math
 import os
 import re
@@ -20,6 +21,7 @@ from forked import RUN, interrupted, run_interrupted
 
 import densenet
 import train
+from fused_dense_block import library
 from training import checkpoint, runlog
 
 
@@ -228,6 +230,22 @@ def test_a_depth_that_names_a_model_can_be_resumed_by_the_same_command(tmp_path,
     train.main([*argv, '--epochs', '1'])
     train.main([*argv, '--epochs', '2', '--resume'])
     assert [row['epoch'] for row in read_csv(tmp_path / 'run/test.csv')] == ['1', '2']
+
+
+def test_other_cpu_kernels_are_noticed(two_epochs, small, tmp_path, capsys):
+    """A checkpoint says which instructions it was trained with, and a resumed run whether they are
+    the same: only then can it end with the same bits."""
+    latest = two_epochs / 'latest.pth'
+    saved = checkpoint.load(latest)
+    args = json.loads((two_epochs / 'args.json').read_text())
+    now = saved['cpu_kernels']
+    assert now == args['cpu_kernels'] == (
+        None if library.unavailable_reason() else library.description(torch.float32))
+    for before in (now, 'avx1024 fma'):
+        checkpoint.save(latest, {**saved, 'cpu_kernels': before})
+        train.main([*small, '--save', str(two_epochs), '--resume', '--epochs', '3'])
+        warning = f'CPU kernels for avx1024 fma, and from now on for {now or "none"}: results will'
+        assert (warning in capsys.readouterr().err) == (before != now)
 
 
 def test_an_epoch_is_not_continued_on_other_data(recipe, folder, tmp_path, capsys):

@@ -297,8 +297,8 @@ def resume(state, saved, args, train_loader, test_loader):
     epoch also the number of training images, the batch size and the seed. All other flags may
     change; `train.warn_of_new_rate` says when that changes the learning rate. With another number
     of processes, rank 0 takes over the sums of all, and new processes keep their random state.
-    On the CPU, a resumed run is bit-identical to an uninterrupted one, with the same number of
-    threads and the same kernels.
+    On the CPU, a resumed run is bit-identical to an uninterrupted one with the same number of
+    threads and the same kernels; other kernels are a warning (networks.warn_of_other_kernels).
 
     Other training images are a warning; with other test images, so is a new search for the best
     epoch.

@@ -4,10 +4,16 @@
     networks.fuse(model, device)
 """
 
+import os
+
+import torch
+
 import densenet
 import fused_dense_block
+from fused_dense_block import library
 from training import datasets, distributed
 from training.console import UserError, warn
+from training.device import AUTOCAST_TYPES
 
 
 def build(args, num_classes, image_size):
@@ -64,3 +70,26 @@ def fuse(model, device, script='train.py'):
             warn(f'{error}: it runs layer by layer, which is slower', script=script)
         return str(error)
     return None
+
+
+def cpu_kernels(model, device, precision):
+    """The instructions of the CPU kernels, such as 'avx2 fma', or None if none are used.
+
+    Two runs end with the same bits only if they are the same.
+    """
+    if device.type != 'cpu' or model.not_fused:
+        return None
+    return library.description(AUTOCAST_TYPES.get(precision, torch.float32))
+
+
+def choose_kernels(saved, precision):
+    """Multiply bf16 as the run of a checkpoint did, if this CPU can; to be called before `fuse`."""
+    if saved.get('cpu_kernels') and precision == 'bf16':
+        os.environ.setdefault('DENSENET_CPU_KERNELS', saved['cpu_kernels'].split()[-1])
+
+
+def warn_of_other_kernels(saved, now):
+    before = saved.get('cpu_kernels')
+    if before and before != now and distributed.rank() == 0:
+        warn(f'trained so far with CPU kernels for {before}, and from now on for {now or "none"}: '
+             f'results will differ in the last bits')

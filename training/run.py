@@ -77,6 +77,7 @@ class Run:
         self.digests = checkpoint.digests(train_loader, test_loader)
         self.started = time.monotonic() - state.seconds
         self.first_epoch = state.epoch
+        self.cpu_kernels = networks.cpu_kernels(state.model, device, precision)
         has_best = distributed.from_rank_0((self.directory / 'best.pth').exists)
         if state.epoch <= args.epochs and not has_best:  # resumed into a new directory
             state.forget_best()
@@ -88,8 +89,9 @@ class Run:
         if distributed.rank() == 0:
             runlog.write_record(
                 self.directory, args, precision=precision, cuda_graph=graphed,
-                not_fused=state.model.not_fused, selection_split=self.split, device=hardware,
-                processes=processes, threads=torch.get_num_threads())
+                cpu_kernels=self.cpu_kernels, not_fused=state.model.not_fused,
+                selection_split=self.split, device=hardware, processes=processes,
+                threads=torch.get_num_threads())
             self.log = runlog.RunLog(
                 self.directory, steps_per_epoch=len(train_loader), epochs=args.epochs,
                 start=(state.epoch, state.step), tensorboard=args.tensorboard, figures=args.plot,
@@ -195,7 +197,7 @@ class Run:
         checkpoint.save(self.directory / name, {
             **state.state_dict(own_states), 'args': vars(self.args),
             'num_images': self.loader.num_images, 'digests': self.digests,
-            'dataset': self.dataset.plain(),
+            'dataset': self.dataset.plain(), 'cpu_kernels': self.cpu_kernels,
             'config': state.model.config,
         }, keep_previous=name == 'latest.pth')
 

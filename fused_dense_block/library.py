@@ -1,0 +1,188 @@
+"""The library of CPU kernels: compiles cpu.cpp when first used, keeps and loads what was compiled.
+
+There is a library for each type of map. Compiling takes some seconds and needs a C++ compiler,
+preferably g++. Libraries are kept in the user's cache directory, `$XDG_CACHE_HOME/densenet` or
+`~/.cache/densenet`. Without a compiler, or on a CPU without AVX2, a warning says so once.
+
+bf16 can be multiplied in two ways, whose results differ in the last bits: `vdpbf16ps`, an
+instruction of some CPUs with AVX-512, or widened to fp32 and then as fp32 is, `fma`. Which one is
+faster depends on the CPU, so they are timed once, and the result is kept beside the libraries.
+
+DENSENET_CPU_KERNELS=vdpbf16ps or =fma chooses one of them; DENSENET_CPU_KERNELS=0 turns the kernels
+off.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name('cpu.cpp')
+FLAGS = '-std=c++17 -O3 -march=native -ffp-contract=fast -fopenmp -fPIC'.split()
+TYPES = {torch.float32: 'float', torch.bfloat16: 'bf16'}
+PRODUCTS = {'vdpbf16ps': ['-DBF16_DOT'], 'fma': []}  # the flags of each way to multiply
+MARGIN = 1.2  # the first product is taken unless another one is faster by more than this
+
+
+def unavailable_reason(dtype=torch.float32):
+    """Why there are no kernels for maps of dtype, or None. Compiles them if necessary."""
+    if os.environ.get('DENSENET_CPU_KERNELS') == '0':
+        return 'DENSENET_CPU_KERNELS=0'
+    return load(dtype)[1]
+
+
+def description(dtype):
+    """The instructions that the kernels use, such as 'avx512 vdpbf16ps'; None without kernels.
+
+    Results are bit-identical only with the same description.
+    """
+    return None if unavailable_reason(dtype) else load(dtype)[0].description().decode()
+
+
+@functools.cache
+def load(dtype):
+    """The library for maps of dtype and None, or None and why there is none; also a warning."""
+    try:
+        return _open(_build(TYPES[dtype])), None
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        warnings.warn(f'DenseNet goes on without its CPU kernels, slower: {error}', stacklevel=2)
+        return None, str(error)
+
+
+def _build(map_type):
+    """The path of the library, compiled now by the first compiler that can, if not in the cache."""
+    errors = []
+    for name in (os.environ.get('CXX', ''), 'g++', 'c++', 'clang++'):
+        try:
+            command = shlex.split(name)
+            if command and shutil.which(command[0]):
+                return _build_with(command, map_type)
+        except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
+            errors.append(f'CXX={name}: {error}' if isinstance(error, ValueError) else str(error))
+    raise RuntimeError(errors[0] if errors else
+                       'there is no C++ compiler (g++, c++, clang++ or $CXX)')
+
+
+def _build_with(compiler, map_type):
+    command = [*compiler, *FLAGS, f'-DMAP={map_type}']
+    # They name the compiler's version and all that -march=native stands for on this machine.
+    macros = _run([*command, '-dM', '-E', '-x', 'c++', os.devnull])
+    products = _products(map_type, macros)
+    paths = {product: _compile([*command, *PRODUCTS[product]], map_type, macros)
+             for product in products}
+    return paths[products[0] if len(products) == 1 else _fastest(paths)]
+
+
+def _products(map_type, macros):
+    """The ways to multiply that this CPU has, in order of preference."""
+    products = ['fma']
+    if map_type == 'bf16' and '__AVX512BF16__' in macros:
+        products.insert(0, 'vdpbf16ps')
+    chosen = os.environ.get('DENSENET_CPU_KERNELS')
+    return [chosen] if chosen in products else products
+
+
+def _compile(command, map_type, macros):
+    """The path of the library that this command makes, from the cache if it is there."""
+    key = hashlib.sha256(repr((SOURCE.read_bytes(), command, macros)).encode()).hexdigest()
+    cache, name = _cache_directory(), f'{map_type}-{key[:32]}'
+    # The name ends with the digest: loading a damaged library would end the process by a signal.
+    for library in cache.glob(f'{name}-*.so'):
+        if library.stem == f'{name}-{_digest(library)}':
+            return library
+        library.unlink(missing_ok=True)
+    # Several processes may do this at once: each in its own directory, and the last one wins.
+    with tempfile.TemporaryDirectory(dir=cache) as build:
+        compiled, linked = f'{build}/kernels.o', Path(build, 'kernels.so')
+        # Linked without -fopenmp: its functions are those of the library that torch has loaded.
+        _run([*command, '-c', str(SOURCE), '-o', compiled])
+        _run([command[0], '-shared', compiled, '-o', str(linked)])
+        with open(linked, 'rb+') as file:
+            os.fsync(file.fileno())
+        return linked.replace(cache / f'{name}-{_digest(linked)}.so')
+
+
+def _fastest(paths):
+    """The product that is fastest on this kind of CPU, {product: library}; timed only once."""
+    kind = repr((_cpu_name(), *(path.name for path in paths.values())))
+    record = _cache_directory() / f'fastest-{hashlib.sha256(kind.encode()).hexdigest()[:32]}'
+    if _read(record) not in paths:
+        libraries = {product: _open(path) for product, path in paths.items()}
+        times = {product: [] for product in paths}
+        for _ in range(7):  # interleaved, because other processes come and go
+            for product, library in libraries.items():
+                times[product].append(library.seconds(ctypes.c_long(torch.get_num_threads())))
+        record.unlink(missing_ok=True)
+        with tempfile.NamedTemporaryFile('w', dir=record.parent) as file:
+            file.write(choose(times))
+            file.flush()
+            # The first of several processes wins: all have to use the same.
+            with contextlib.suppress(FileExistsError):
+                os.link(file.name, record)
+    return _read(record)
+
+
+def choose(times):
+    """The first of {product: [seconds]}, unless another one is clearly faster."""
+    medians = {product: statistics.median(seconds) for product, seconds in times.items()}
+    return next(product for product, seconds in medians.items()
+                if seconds <= MARGIN * min(medians.values()))
+
+
+def _cpu_name():
+    with contextlib.suppress(OSError):
+        found = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text())
+        if found:
+            return found[1]
+    return platform.processor()
+
+
+def _read(file):
+    return file.read_text() if file.exists() else None
+
+
+def _digest(file):
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:32]
+
+
+def _run(command):
+    done = subprocess.run(command, capture_output=True, text=True, errors='replace', timeout=300)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if 'error' in line] or ['']
+        raise RuntimeError(f'{" ".join(command)} fails: {lines[0]}')
+    return done.stdout
+
+
+def _cache_directory():
+    """Where compiled libraries are kept: a directory that only this user can write to."""
+    base = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
+    directory = Path(base) / 'densenet'
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = directory.stat()
+    if hasattr(os, 'geteuid') and (status.st_uid != os.geteuid() or status.st_mode & 0o022):
+        raise RuntimeError(f'{directory} belongs or is writable to other users')
+    return directory
+
+
+def _open(path):
+    # Make the OpenMP library that torch has loaded visible: needed, and possible, on Linux only.
+    if os.path.exists('/proc/self/maps'):
+        maps = Path('/proc/self/maps').read_text()
+        for name in set(re.findall(r'\S*/lib[gi]?omp[^/\s]*\.so\S*', maps)):
+            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+    library = ctypes.CDLL(str(path))
+    library.pack.restype = library.sample.restype = ctypes.c_long
+    library.seconds.restype, library.description.restype = ctypes.c_double, ctypes.c_char_p
+    return library
