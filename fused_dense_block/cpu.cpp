@@ -57,13 +57,16 @@ constexpr int LANES = 8, BLOCK = 4;
 #endif
 
 constexpr long TILE = 64;            // pixels
-constexpr long WORDS_AT_ONCE = 128;  // of a tile's rows, in the forward product: they stay in L1
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
 typedef uint16_t hvec __attribute__((vector_size(2 * LANES)));
 
 struct bf16 { uint16_t bits; };
+
+// Words of a tile's rows at once in the forward product, so that they stay in L1. On AVX2, 64 words
+// of float took 3 to 20% less time than 128; of bf16, 128 are better.
+template <class T> constexpr long WORDS_AT_ONCE = LANES == 8 && sizeof(T) == 4 ? 64 : 128;
 
 // What a product reads, from maps of T. With the dot product a pair of bf16 fills a 32-bit word, as
 // a float does: the loops over words are the same for both.
@@ -484,7 +487,7 @@ void product_tile(const Input<T> &in, const uint32_t *packed, long row, long n, 
                   long ld_sums) {
     constexpr int PAIR = Product<T>::PAIR;
     const Shape &s = in.shape;
-    const long all_steps = (s.channels + PAIR - 1) / PAIR, at_once = WORDS_AT_ONCE * PAIR;
+    const long all_steps = (s.channels + PAIR - 1) / PAIR, at_once = WORDS_AT_ONCE<T> * PAIR;
     const long ldy = round_up(std::min(s.channels, at_once), LANES) + LANES;
     auto *y = input_buffer.get<typename Product<T>::Element>(TILE * ldy);
     Pixels<POOL> pixels(s, row), next(s, row + TILE);
