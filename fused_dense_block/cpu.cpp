@@ -425,21 +425,20 @@ struct Moments {
         for_panels(channels, [&](auto panel) {
             constexpr int NV = panel.NV;
             const T *p = x + panel.first;
-            vec sum[NV] = {}, square_sum[NV] = {};
+            vec origin[NV], sum[NV] = {}, squares[NV] = {};  // of differences to the first row
+            for (int v = 0; v < NV; v++) origin[v] = load(p + v * LANES, panel.mask(v));
             for (long r = 0; r < n; r++) {
                 if (more && panel.first == 0) prefetch(x + (r + n) * ld, channels);
-                for (int v = 0; v < NV; v++)
-                    sum[v] += load(p + r * ld + v * LANES, panel.mask(v));
-            }
-            for (int v = 0; v < NV; v++) sum[v] /= float(n);
-            for (long r = 0; r < n; r++)
                 for (int v = 0; v < NV; v++) {
-                    vec deviation = load(p + r * ld + v * LANES, panel.mask(v)) - sum[v];
-                    square_sum[v] += deviation * deviation;
+                    vec difference = load(p + r * ld + v * LANES, panel.mask(v)) - origin[v];
+                    sum[v] += difference;
+                    squares[v] += difference * difference;
                 }
+            }
             for (int v = 0; v < NV; v++) {
-                store(tile_mean + panel.first + v * LANES, sum[v]);
-                store(tile_squares + panel.first + v * LANES, square_sum[v]);
+                const vec mean = sum[v] / float(n);
+                store(tile_mean + panel.first + v * LANES, origin[v] + mean);
+                store(tile_squares + panel.first + v * LANES, squares[v] - sum[v] * mean);
             }
         });
         combine(n, tile_mean, tile_squares);
