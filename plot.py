@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from training.console import UserError
+from training.csv_files import open_csv
 from training.figures import COLORS, GREY, MARKERS, STYLE, save_figure, shorten
 
 CURVES = {'loss': ['loss'], 'error': ['error'], 'loss-error': ['loss', 'error']}
@@ -107,7 +108,7 @@ def read_runs(directories):
 
 def read_rows(path, columns):
     """The rows of a CSV file as dicts of strings; UserError if columns are missing."""
-    with open(path, newline='', encoding='utf-8-sig', errors='surrogateescape') as file:
+    with open_csv(path) as file:
         rows = list(csv.DictReader(file))
     if not rows or not {*columns} <= rows[0].keys():
         raise bad_file(path, f'a table with rows and the columns {",".join(columns)}')

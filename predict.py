@@ -53,8 +53,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import densenet
-from training import checkpoint, datasets, image_files, networks
+from training import checkpoint, datasets, image_files, image_transforms, networks
 from training.console import UserError
+from training.csv_files import escape_formula, open_csv
 from training.device import choose_device
 from training.figures import shorten
 from training.weights import torchvision_weights
@@ -156,9 +157,9 @@ def draw_heatmap(heat, file, dataset, highest=None):
     from matplotlib import colormaps  # here, for it is slow to import
 
     # [H, W], uncropped
-    grey = image_files.read_pixels(dataset, image_files.to_tensor, file).float().mean(0)
+    grey = image_files.read_pixels(dataset, image_transforms.to_tensor, file).float().mean(0)
     picture = grey[:, :, None].repeat(1, 1, 3).numpy() / 255
-    resize, _, crop = image_files.test_transform(dataset).transforms
+    resize, _, crop = image_transforms.test_transform(dataset).transforms
     scale = min(size / resized for size, resized in zip(grey.shape, resize.size))
     height, width = (round(scale * size) for size in crop.size)  # pixels of the file
     top, left = (grey.shape[0] - height) // 2, (grey.shape[1] - width) // 2
@@ -232,9 +233,7 @@ def main(argv=None):
         heats = []  # that are still to be drawn
         bar = tqdm(predict(model, dataset, files, args.batch_size, label), total=len(files),
                    leave=False, disable=None)  # None: only on a terminal
-        # A file's name, and so a row, may be no text.
-        with open(args.csv or os.devnull, 'w', newline='', encoding='utf-8',
-                  errors='surrogateescape') as table:
+        with open_csv(args.csv or os.devnull, 'w') as table:
             writer = csv.writer(table)
             writer.writerow(('file', 'class', 'probability'))
             for file, answer in bar:
@@ -250,7 +249,7 @@ def main(argv=None):
                     found = [(names[label], share.item()) for share, label in best]
                     print(f'{file}:', ', '.join(f'{name} {share:.2%}' for name, share in found),
                           flush=True)
-                writer.writerows((image_files.no_formula(file), name, f'{share:.6f}')
+                writer.writerows((escape_formula(file), name, f'{share:.6f}')
                                  for name, share in found)
                 if args.heatmap is not None:
                     shown = probabilities.argmax() if label is None else label

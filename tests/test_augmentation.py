@@ -110,7 +110,7 @@ def test_what_is_erased_has_the_mean_colour():
 def test_mirror_and_colours_are_switched_off_by_themselves(tmp_path):
     root = write_images(tmp_path, {'train/a': 2, 'train/b': 2, 'val/a': 1}, (66, 66))
     dataset = datasets.describe('folder', root, 66)
-    names = [[type(step).__name__ for step in loaders.image_files.train_transform(
+    names = [[type(step).__name__ for step in loaders.image_transforms.train_transform(
         dataset, Augmentation(**options)).transforms] for options in
         ({}, {'mirror': False}, {'color_jitter': False})]
     assert 'RandomHorizontalFlip' in names[0] and 'ColorJitter' in names[0]

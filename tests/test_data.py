@@ -27,7 +27,7 @@ from PIL import Image
 from torchvision import transforms
 
 import predict
-from training import datasets, image_files, loaders
+from training import datasets, image_files, image_transforms, loaders
 from training.augmentation import Augmentation
 from training.console import DataError, UserError
 from training.loaders import MemoryLoader
@@ -274,7 +274,8 @@ def test_large_training_images_are_mirrored_and_their_colours_vary(tmp_path):
     ramp = np.tile(np.linspace(60, 200, 90).astype(np.uint8)[None, :, None], (70, 1, 3))
     ramp[..., 1] = 130  # a green that no crop changes
     Image.fromarray(ramp).save(tmp_path / 'ramp.png')
-    transform = image_files.train_transform(dataclasses.replace(RGB, image_size=66), Augmentation())
+    larger = dataclasses.replace(RGB, image_size=66)
+    transform = image_transforms.train_transform(larger, Augmentation())
     read = functools.partial(image_files.read_pixels, RGB, transform)
     dataset = image_files._ImageFiles(
         image_files.ImageList(str(tmp_path), np.array([b'ramp.png']), np.array([0])), read)
@@ -289,7 +290,7 @@ def test_large_training_images_are_mirrored_and_their_colours_vary(tmp_path):
 def test_lighting_has_the_covariance_of_alexnets():
     torch.manual_seed(0)
     image = torch.full((3, 1, 1), 0.5)
-    views = torch.stack([image_files.add_lighting(image) for _ in range(20_000)])
+    views = torch.stack([image_transforms.add_lighting(image) for _ in range(20_000)])
     colours = views.flatten(1).numpy() - 0.5
     # fb.resnet.torch, datasets/imagenet.lua: the sum over components of vector * value * N(0, 0.1)
     vectors = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140],
@@ -305,18 +306,18 @@ def test_lighting_of_8_bits_is_that_of_floats_rounded_and_clamped():
     image, moved = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256), 0
     for seed in range(20):
         torch.manual_seed(seed)
-        ours = image_files.add_lighting(image)
+        ours = image_transforms.add_lighting(image)
         torch.manual_seed(seed)
-        colour = 255 * (image_files.add_lighting(torch.full((3, 1, 1), 0.5)) - 0.5)
+        colour = 255 * (image_transforms.add_lighting(torch.full((3, 1, 1), 0.5)) - 0.5)
         assert ours.dtype == torch.uint8
         assert torch.equal(ours, (image + colour.round()).clamp(0, 255).byte())
         moved += not torch.equal(ours, image)
     assert moved > 10  # by a standard deviation of 3 grey levels
-    extremes = [image_files.add_lighting(torch.tensor([0.0, 1.0]).expand(3, 1, 2))
+    extremes = [image_transforms.add_lighting(torch.tensor([0.0, 1.0]).expand(3, 1, 2))
                 for _ in range(20)]
     assert torch.stack(extremes).aminmax() == (0, 1)
     for grey in (image[:1], image[:1] / 255):
-        assert image_files.add_lighting(grey) is grey
+        assert image_transforms.add_lighting(grey) is grey
 
 
 def test_large_training_images_have_lighting_and_test_images_have_none(tmp_path):
@@ -553,7 +554,7 @@ def test_files_that_are_not_read_are_counted_in_a_line(plain, capsys):
     assert found == expected
     assert said.startswith(f'{root}/train: 6 files are not read: ')
     for kind in ('.heic (2)', 'no suffix (1)', 'no regular file (2)',
-                 'images outside of the folders of the classes (1)'):
+                 'images outside of the class folders (1)'):
         assert kind in said
     assert '; images are .jpg ' in said and '\n' not in said
     dataset = datasets.describe('folder', root)
@@ -865,7 +866,7 @@ def test_folders_that_are_not_as_they_should_be(tmp_path):
     with pytest.raises(DataError, match=r'no val or test in .* \(only train/\)'):
         load(tmp_path)
     write_images(tmp_path, {'val/a': 1, 'val/c': 1})
-    with pytest.raises(DataError, match='val: c is not among the classes trained on'):
+    with pytest.raises(DataError, match='val: c is not one of the training classes'):
         load(tmp_path)
     (tmp_path / 'train' / 'empty').mkdir()
     with pytest.raises(DataError, match='train.*empty'):

@@ -15,7 +15,7 @@ import predict
 import train
 from training import datasets, image_files
 from training.datasets import DataError
-from training.decoding import Levels, decode
+from training.decoding import ArrayImage, decode
 
 pydicom = pytest.importorskip('pydicom')
 FILES = Path(pydicom.__file__).parent / 'data' / 'test_files'
@@ -126,7 +126,7 @@ def test_8_bits_and_less(tmp_path):
                        PhotometricInterpretation=kind)
         np.testing.assert_array_equal(decode(path, 1), expected)
     image = decode(changed(tmp_path / 'x.dcm', pixels=pixels, **bits, BitsStored=4, HighBit=3))
-    assert isinstance(image, Levels)
+    assert isinstance(image, ArrayImage)
     np.testing.assert_array_equal(image.values[0], pixels)
 
 

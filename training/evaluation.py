@@ -12,8 +12,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from training import distributed, flags, image_files, loaders, losses, metrics, predictions
+from training import (
+    distributed,
+    flags,
+    image_files,
+    image_transforms,
+    loaders,
+    losses,
+    metrics,
+    predictions,
+)
 from training.console import say
+from training.csv_files import escape_formula
 from training.predictions import Predictions
 
 MAX_CLASSES = 20    # up to this number the table has all classes
@@ -205,7 +215,7 @@ def save_answers(directory, split, answers):
     Before file names that a spreadsheet would take for a formula stands ./, a path to the same.
     """
     loader, _, found = answers
-    files = [image_files.no_formula(name) for name in loader.files]
+    files = [escape_formula(name) for name in loader.files]
     predictions.save_predictions(directory, split, files, found, loader.groups)
     if split == 'test' and not found.multi_label:
         count = len(found.classes)
@@ -355,7 +365,7 @@ def read_pictures(loader, dataset, indices):
     if dataset.in_memory:
         pictures = [loader.images[i] for i in indices]
     else:
-        transform = image_files.test_transform(dataset)
+        transform = image_transforms.test_transform(dataset)
         pictures = [image_files.read_pixels(dataset, transform, loader.files[i]) for i in indices]
     if not pictures:
         return np.zeros((0, 1, 1, 1), np.uint8)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from training.console import DataError
+from training.csv_files import open_csv
 
 VAL_FOLDERS = ('val', 'valid', 'validation')  # names that people give to folders and splits
 SPLITS = {'train': 'train', **dict.fromkeys(VAL_FOLDERS, 'val'), 'test': 'test'}
@@ -173,8 +174,8 @@ def without_empty_columns(lines, header):
 
 def _read_rows(path):
     """The names of the columns, and (number of the line, cells) of each row that is not empty."""
-    try:  # -sig: spreadsheets write a byte order mark
-        with open(path, newline='', encoding='utf-8-sig', errors='surrogateescape') as file:
+    try:
+        with open_csv(path) as file:
             reader = csv.reader(file, strict=True)
             lines = [(reader.line_num, row) for row in reader if any(map(str.strip, row))]
     except OSError as error:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from training import console, image_files
+from training import console, image_files, image_transforms
 from training.console import DataError
 from training.datasets import DATASETS, show_size
 
@@ -72,13 +72,13 @@ def make_loader(dataset, split, batch_size, *, device, augmentation=None, seed=1
         return MemoryLoader(images, labels, batch_size, **common)
     found = image_files.list_images(dataset, split, console.warn if shard[0] == 0 else None)
     if dataset.in_memory:
-        transform = image_files.test_transform(dataset)
+        transform = image_transforms.test_transform(dataset)
         read = functools.partial(image_files.read_pixels, dataset, transform)
         images = image_files.read_all(found, read, workers, f'reading {split}')
         return MemoryLoader(images, torch.from_numpy(found.labels), batch_size, image_list=found,
                             **common)
-    transform = (image_files.train_transform(dataset, augmentation) if augmentation
-                 else image_files.test_transform(dataset, ten_crop))
+    transform = (image_transforms.train_transform(dataset, augmentation) if augmentation
+                 else image_transforms.test_transform(dataset, ten_crop))
     return WorkerLoader(found, functools.partial(image_files.read_pixels, dataset, transform),
                         math.ceil(batch_size / 10) if ten_crop else batch_size, workers=workers,
                         **common)

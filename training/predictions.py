@@ -19,6 +19,7 @@ import numpy as np
 
 from training import metrics
 from training.console import UserError
+from training.csv_files import open_csv
 
 MAX_COLUMNS = 100  # classes up to which predictions.csv has their logits
 RANKS = 'predicted', 'second', 'third'
@@ -45,11 +46,6 @@ class Predictions(NamedTuple):
 
 def suffix(split):
     return '' if split == 'test' else f'-{split}'
-
-
-def open_csv(path, mode='r'):
-    return open(path, mode, newline='', encoding='utf-8-sig' if mode == 'r' else 'utf-8',
-                errors='surrogateescape')
 
 
 # ---- write --------------------------------------------------------------------------------
