@@ -69,7 +69,7 @@ def load_model(args):
     """The model in eval mode and the description of what it was trained on."""
     if args.checkpoint:
         saved = checkpoint.load(args.checkpoint)
-        checkpoint.check_claims(saved, args.checkpoint)
+        checkpoint.check_contents(saved, args.checkpoint)
         dataset = datasets.Description(root=None, **saved['dataset'])
         build, weights = functools.partial(densenet.DenseNet, **saved['config']), saved['model']
         checkpoint.check_network(build, weights, args.checkpoint)
@@ -79,7 +79,7 @@ def load_model(args):
                                    **datasets.IMAGENET_STATISTICS)
         model = getattr(densenet, args.arch)()
         weights = torchvision_weights(args.arch)
-    checkpoint.load_weights(model, weights, args.checkpoint or args.arch)
+    model.load_state_dict(weights)
     checkpoint.check_finite(model, args.checkpoint or args.arch)
     return model.eval(), dataset
 

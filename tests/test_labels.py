@@ -291,7 +291,7 @@ def test_a_fold_of_a_run_is_kept_on_resume(findings, tmp_path, capsys):
                 '--resume', '--seed', '7'])
     said = capsys.readouterr()
     assert '30 training and 10 test images' in said.out and 'not those' not in said.err
-    assert 'another fold: its own is 2/4, not 3/4' in fails(
+    assert 'another fold: it has 2/4, not 3/4' in fails(
         capsys, *argv, '--resume', '--fold', '3/4', lines=2)
     for wrong in ('0/4', '5/4', '1/1', '2', 'a/b'):
         assert 'is not I/K, such as 1/5' in fails(capsys, '--fold', wrong)

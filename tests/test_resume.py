@@ -297,7 +297,7 @@ def test_a_changed_schedule_is_a_warning_on_resuming(two_epochs, capsys):
     assert capsys.readouterr().err == ('train.py: warning: 2 epochs are done: --epochs 1 leaves '
                                        'nothing to train\n')
     train.main(['--save', str(two_epochs), '--resume', '--epochs', '3', '--lr', '0.01'])
-    assert 'the learning rate goes on at 0.0001, and was 0.001: ' in capsys.readouterr().err
+    assert 'the learning rate is now 0.0001, and was 0.001: ' in capsys.readouterr().err
 
 
 def test_the_normalisation_is_kept(small, tmp_path, capsys):
@@ -334,11 +334,11 @@ def test_an_existing_run_is_not_changed_by_an_error(two_epochs, small, tmp_path,
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     assert 'holds a run' in fails(capsys, *small, '--save', run)
     other = [*small, '--save', run, '--resume']
-    assert 'another depth: its own is 10, not 16' in fails(capsys, *other, '--depth', 16)
-    assert 'growth_rate: its own is 4, not 8' in fails(capsys, *other, '--growth-rate', 8)
+    assert 'another depth: it has 10, not 16' in fails(capsys, *other, '--depth', 16)
+    assert 'growth_rate: it has 4, not 8' in fails(capsys, *other, '--growth-rate', 8)
     write_images(tmp_path / 'two', {'train/a': 4, 'train/b': 4, 'val/a': 1, 'val/b': 1}, (8, 8))
     assert 'other classes than' in fails(capsys, *other, '--data', tmp_path / 'two')
-    assert 'optimizer: its own is sgd, not adam' in fails(capsys, *other, '--optimizer', 'adam')
+    assert 'optimizer: it has sgd, not adam' in fails(capsys, *other, '--optimizer', 'adam')
     lock = os.open(run, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     assert 'in use' in fails(capsys, *other)
@@ -401,8 +401,8 @@ def test_a_damaged_checkpoint_loses_at_most_an_epoch(recipe, uninterrupted, tmp_
         capsys, *recipe, '--pretrained', latest, '--save', tmp_path / 'other')
     train.main(['--save', str(run), '--resume', '--device', 'cpu'])
     printed = capsys.readouterr()
-    assert printed.err == (f'train.py: warning: {latest} is damaged or missing: going on from '
-                           f'the one before, {latest}.1\n')
+    assert printed.err == (f'train.py: warning: {latest} is damaged or missing: resuming '
+                           f'the previous one, {latest}.1\n')
     assert f'resuming {latest}.1 in epoch 2 after step 0' in printed.out
     assert_same_run(run, uninterrupted)
     for name in ('latest.pth', 'latest.pth.1'):

@@ -40,11 +40,11 @@ import densenet
 import train
 from train import evaluate, learning_rate, train_step
 from training import checkpoint, flags, losses, networks, runlog
-from training.checkpoint import TrainState
 from training.console import UserError
 from training.device import make_autocast
 from training.run import Run
 from training.runlog import RunLog
+from training.train_state import TrainState, initialize_optimizer
 
 NO_AUTOCAST = torch.autocast('cpu', enabled=False)
 
@@ -277,13 +277,13 @@ def train_some(step, state, device='cpu'):
 
 @pytest.mark.parametrize('precision', ['fp32', 'fp16'])
 @pytest.mark.parametrize('optimizer', ['sgd', 'adam', 'adamw', 'rmsprop'])
-def test_a_rehearsal_leaves_no_trace(optimizer, precision):
+def test_a_dry_run_changes_nothing(optimizer, precision):
     argv = ['--optimizer', optimizer]
     (step, state), (other_step, other) = (step_and_state(argv, precision=precision)
                                           for _ in range(2))
     places = [tensor.data_ptr() for tensor in state.model.state_dict().values()]
     for _ in range(2):  # before there is any state, and again
-        with state.rehearsal():
+        with state.dry_run():
             for _ in range(3):
                 step(*batch(8, seed=9))
         assert places == [tensor.data_ptr() for tensor in state.model.state_dict().values()]
@@ -294,14 +294,14 @@ def test_a_rehearsal_leaves_no_trace(optimizer, precision):
 @pytest.mark.parametrize('name', [
     'Adadelta', 'Adafactor', 'Adagrad', 'Adam', 'Adamax', 'AdamW', 'ASGD', 'NAdam', 'RAdam',
     'RMSprop', 'Rprop'])
-def test_initialized_state_and_a_rehearsal_change_nothing_of_torchs_optimizers(name):
+def test_initialization_and_a_dry_run_leave_torchs_optimizers_unchanged(name):
     weights = []
     for rehearsed in (True, False):
         state = make_state()
         state.optimizer = getattr(torch.optim, name)(state.model.parameters())
         if rehearsed:
-            checkpoint.initialize_optimizer(state.optimizer)
-            with state.rehearsal():
+            initialize_optimizer(state.optimizer)
+            with state.dry_run():
                 for seed in (5, 6):
                     train_step(state, *batch(seed=seed), autocast=NO_AUTOCAST)
         for seed in range(3):
@@ -329,7 +329,7 @@ def test_the_sums_survive_a_change_of_the_number_of_processes(monkeypatch):
         state = make_state()
         state.sums.copy_(torch.tensor(sums))
         torch.manual_seed(rank)
-        saved.append(state.own_state())
+        saved.append(state.rank_state())
     saved = make_state().state_dict(saved)
     for processes, expected in ((1, [[7, 3]]), (2, [[3, 2], [4, 1]]),
                                 (3, [[7, 3], [0, 0], [0, 0]])):
@@ -462,14 +462,14 @@ def test_a_graph_that_differs_from_the_step_is_not_used(monkeypatch, capsys):
         monkeypatch.setattr(train, 'CudaGraphStep', Mock(return_value=graphed))
         step = train.make_step(flags_of(), pretended_state_on_cuda(), SHAPES, NO_AUTOCAST)
         assert step is graphed if agrees else step.func is train_step
-    assert 'is launched by itself: it does not do what the step does' in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert 'no CUDA graph: its results differ from those of an eager step' in said
 
 
 def test_a_missing_graph_is_explained_if_one_was_requested(capsys):
     step, _ = step_and_state(['--cuda-graph'])
     assert not isinstance(step, train.CudaGraphStep)
-    assert capsys.readouterr().out == ('no CUDA graph, each kernel is launched by itself: '
-                                       'the device is cpu\n')
+    assert capsys.readouterr().out == 'no CUDA graph: the device is cpu\n'
     for argv in ([], ['--no-cuda-graph']):
         step_and_state(argv)
         assert capsys.readouterr().out == ''
@@ -478,7 +478,7 @@ def test_a_missing_graph_is_explained_if_one_was_requested(capsys):
 def test_no_graph_for_several_processes(capsys, monkeypatch):
     monkeypatch.setattr(train.distributed, 'world_size', lambda: 2)
     monkeypatch.setattr(train.distributed, 'wrap', lambda model: model)
-    monkeypatch.setattr(train, 'settle_order_of_sums', lambda *_: None)
+    monkeypatch.setattr(train, 'warm_up_ddp', lambda *_: None)
     step = train.make_step(flags_of(), pretended_state_on_cuda(), SHAPES, NO_AUTOCAST)
     assert step.func is train_step
     assert 'by itself: several processes' in capsys.readouterr().out
@@ -891,7 +891,7 @@ def test_a_killed_image_reader_is_a_one_line_error(tmp_path):
     ended = forked.run(script, argv)
     assert ended.returncode == 2, ended.stderr
     line, = ended.stderr.splitlines()
-    assert 'a process that reads images has died' in line and 'fewer --workers' in line
+    assert 'a worker process has died' in line and 'fewer --workers' in line
 
 
 @pytest.mark.parametrize('error', [ConnectionResetError(104, 'reset by peer'), EOFError()])
@@ -900,7 +900,7 @@ def test_a_killed_image_reader_is_a_one_line_error(tmp_path):
 def test_a_reader_that_dies_during_a_read_is_a_one_line_error(
         small, tmp_path, monkeypatch, capsys, reader, error):
     monkeypatch.setattr(f'training.{reader}', Mock(side_effect=error))
-    assert 'a process that reads images has died' in fails(
+    assert 'a worker process has died' in fails(
         capsys, *small, '--save', tmp_path / 'run')
 
 
@@ -909,7 +909,7 @@ def test_a_second_dying_reader_does_not_interrupt_the_message(
     before = signal.signal(signal.SIGCHLD, Mock(side_effect=RuntimeError('DataLoader worker')))
     monkeypatch.setattr(train, 'main', Mock(side_effect=ConnectionResetError(104, 'reset by peer')))
     try:
-        assert 'a process that reads images has died' in fails(capsys)
+        assert 'a worker process has died' in fails(capsys)
         os.kill(os.getpid(), signal.SIGCHLD)
     finally:
         signal.signal(signal.SIGCHLD, before)

@@ -34,7 +34,7 @@ class CudaGraphStep:
         stream, caller = torch.cuda.Stream(), torch.cuda.current_stream()
         stream.wait_stream(caller)
         try:
-            with torch.cuda.stream(stream), state.rehearsal():
+            with torch.cuda.stream(stream), state.dry_run():
                 for batch in self.batches.values():
                     for _ in range(3):  # libraries choose kernels, the optimizer makes its state
                         step(*batch)
@@ -82,7 +82,7 @@ class CudaGraphStep:
         def values():
             return [torch.cat([tensor.detach().flatten() for tensor in group]) for group in groups]
 
-        with self.state.rehearsal():
+        with self.state.dry_run():
             batch[0].normal_()
             before = values()
             step(*batch)

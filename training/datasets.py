@@ -193,6 +193,24 @@ def describe(name, root='work/data', image_size=None, split='train', *, in_chann
     return dataset
 
 
+def with_statistics(dataset, mean=None, std=None):
+    """Replace the statistics of a Description by those that are given, on the scale 0..1.
+
+    Raises:
+        DataError: neither one value nor one for each channel.
+    """
+    channels = len(dataset.mean)
+    for name, values in (('mean', mean), ('std', std)):
+        if values is None:
+            continue
+        if len(values) not in (1, channels):
+            raise DataError(f'--{name} takes a value for each of {channels} channels, or one for '
+                            f'all')
+        values = tuple(255 * value for value in values) * (channels // len(values))
+        dataset = dataclasses.replace(dataset, **{name: values})
+    return dataset
+
+
 def read_classes(source, split, labels_file=None):
     """The names of the classes in the source of a split, and whether an image can have several.
 

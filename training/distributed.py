@@ -54,7 +54,7 @@ class StopSignals:
 
     def _note(self, signum, _):
         if not self.deferred:
-            leave(128 + signum)
+            exit_now(128 + signum)
         self.received = signum
         if signum == signal.SIGINT and not dist.is_torchelastic_launched():
             signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -84,12 +84,12 @@ def process_group():
     try:
         yield
     except SystemExit as stopped:  # all processes stop together
-        leave(stopped.code)
+        exit_now(stopped.code)
     time.sleep(0.1)  # torch before 2.8 hangs if threads of gloo still want the interpreter's lock
     dist.destroy_process_group()
 
 
-def leave(code):
+def exit_now(code):
     """Exit; of several processes without Python's shutdown, which would wait for the others."""
     if world_size() > 1:
         sys.stdout.flush()

@@ -79,7 +79,7 @@ class Run:
         self.first_epoch = state.epoch
         has_best = distributed.from_rank_0((self.directory / 'best.pth').exists)
         if state.epoch <= args.epochs and not has_best:  # resumed into a new directory
-            state.forget_best()
+            state.reset_best()
         if self.resumed != self.directory.resolve() / 'latest.pth' or args.start_epoch:
             self.save('latest.pth')  # so that --resume finds it even if this is killed soon
         hardware = torch.cuda.get_device_name() if device.type == 'cuda' else device.type
@@ -185,15 +185,15 @@ class Run:
         state = self.state
         state.seconds = time.monotonic() - self.started
         state.peak_memory = max(state.peak_memory, torch.cuda.max_memory_allocated())
-        own_states = distributed.all_gather(state.own_state())
+        rank_states = distributed.all_gather(state.rank_state())
         if distributed.rank() > 0:
             return
-        if not all(own['interval'].isfinite().all() for own in own_states):
+        if not all(each['interval'].isfinite().all() for each in rank_states):
             raise self._not_finite('the loss')
         if checkpoint.first_not_finite(state.model):
             raise self._not_finite('a weight')
         checkpoint.save(self.directory / name, {
-            **state.state_dict(own_states), 'args': vars(self.args),
+            **state.state_dict(rank_states), 'args': vars(self.args),
             'num_images': self.loader.num_images, 'digests': self.digests,
             'dataset': self.dataset.plain(),
             'config': state.model.config,

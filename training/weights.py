@@ -94,26 +94,24 @@ def torchvision_weights(arch):
     """
     import torchvision  # here, because it is slow to import
 
-    with explained(f'torchvision could not download or read its weights of {arch}'):
+    with explain_errors(f'torchvision could not download or read its weights of {arch}'):
         return torchvision.models.get_model_weights(arch).DEFAULT.get_state_dict(weights_only=True)
 
 
 @contextlib.contextmanager
-def explained(what):
+def explain_errors(what):
     """Turn any error into a UserError: what failed, and the beginning of the error's message."""
     try:
         yield
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file makes a reader fail in any way
+    except Exception as error:  # libraries raise any exception for a damaged file
         raise UserError(f'{what}: {shortened(error) or type(error).__name__}') from error
 
 
 def shortened(text):
-    # torch.load has the reason between advice to trust the file and a link
+    # torch.load puts the reason between advice to trust the file and a link
     reason = re.search(r'Weights only load failed.*?(?:Unpickler error:|\n\n)(.*?)(\n\nCheck|$)',
                        str(text), re.DOTALL)
-    return textwrap.shorten(reason[1] if reason else str(text), 200)
+    return textwrap.shorten(reason[1] if reason else str(text), 250)
 
 
 # ---- into a model --------------------------------------------------------------------------------
@@ -150,7 +148,7 @@ def fit(model, weights, source, reset_classifier=False):
         theirs = network_flags(weights)
         hint = f'; its network is {theirs}' if theirs not in ('', network_flags(own)) else ''
         raise UserError(f'{source} does not fit the network: {key} is {problem}{hint}')
-    with explained(f'{source} does not fit the network'):
+    with explain_errors(f'{source} does not fit the network'):
         model.load_state_dict(weights)
 
 
@@ -278,7 +276,7 @@ def our_keys(tensors, prefix):
 
 def read_lua_torch(path, model):
     """A state dict with our keys of an official model, whose layers are in the order of ours."""
-    with explained(f'{path} can\'t be read as a model of Lua Torch'):
+    with explain_errors(f'{path} can\'t be read as a model of Lua Torch'):
         theirs = lua_torch.load_modules(path)
     ours = {name: module for name, module in model.named_modules()
             if isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.Linear))}
@@ -317,7 +315,7 @@ def read(path):
     """
     beginning = first_bytes(path)
     if beginning[8:9] == b'{' or str(path).endswith('.safetensors'):  # { after its length
-        with explained(f'{path} can\'t be read as .safetensors'):
+        with explain_errors(f'{path} can\'t be read as .safetensors'):
             from safetensors.torch import load_file
 
             return load_file(path)
