@@ -15,10 +15,11 @@ import sys
 from pathlib import Path
 
 from training import console, flags
+from training.parsing import POSITIVE, Parser
 
 
 def make_parser():
-    parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='files, folders and globs')
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument('--checkpoint', metavar='FILE', help='latest.pth or best.pth of a run')
@@ -31,7 +32,7 @@ def make_parser():
     parser.add_argument('--one-scale', action='store_true',
                         help='the same colours in all heat maps, up to the highest value of all '
                              '(default: of each)')
-    parser.add_argument('--batch-size', type=flags.POSITIVE, default=32, help='(default: 32)')
+    parser.add_argument('--batch-size', type=POSITIVE, default=32, help='(default: 32)')
     parser.add_argument('--device', choices=flags.DEVICES, default='auto', help='(default: auto)')
     return parser
 

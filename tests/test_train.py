@@ -832,7 +832,7 @@ def test_a_failing_plot_is_one_warning(small, tmp_path, capsys, monkeypatch):
     (['--value-range', '5', '5'], 'LOW must be less than HIGH'),
     (['--value-range', '0', 'nan'], "'nan' is not a number"),
     (['--evaluate', '--resume'], 'work/cifar10.base/latest.pth is not there'),
-    (['--reset-classifier'], 'for the weights of --pretrained'),
+    (['--reset-classifier'], '--reset-classifier needs --pretrained'),
     (['--pretrained'], 'torchvision.s weights, .* images of more than 64 pixels'),
     (['--resume', '--overwrite'], 'not allowed with'),
     (['--resume', 'nowhere.pth'], 'nowhere.pth is not there'),
