@@ -7,8 +7,9 @@
 
 Runs train.py's step on random images. The rows take turns: each round runs a warm-up and a few
 steps of every row, so that slow phases of the machine affect all rows. Times are medians over the
-rounds, with quartiles. Rows of timm, ONNX Runtime and OpenVINO (inference on a CPU) need these packages.
-Ratios of speed, memory and peak are to the first row with the same batch size. Other columns:
+rounds, with quartiles. Rows of timm, ONNX Runtime and OpenVINO (inference on a CPU) need these
+packages. Ratios of speed, memory and peak are to the first row with the same batch size. Other
+columns:
 
 x limit: on a CPU, the time divided by the time that the step's convolutions would take at the speed
     of a large matrix product, which is measured in each round.

@@ -407,7 +407,7 @@ def explanation(error):
         where = f'{error.filename}: ' if error.filename else ''
         return where + (error.strerror or text)
     if distributed.lost_a_peer(error):
-        return 'lost the connection to another process, whose error may be above'
+        return 'the connection to another process was lost; its error may be above'
     return None
 
 

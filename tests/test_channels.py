@@ -202,7 +202,7 @@ def test_a_run(tmp_path, capsys, ending, size, network):
     root, run = write_fields(tmp_path / 'fields', ending, size), tmp_path / 'run'
     train.main(['--dataset', 'folder', '--data', str(root), '--in-channels', '5', *network,
                 '--epochs', '3', '--save', str(run)])
-    assert re.search(r'with values from \d+ to 69\d\d, 5 channels normalised by ImageNet',
+    assert re.search(r'with values from \d+ to 69\d\d, 5 channels, normalised with repeated',
                      capsys.readouterr().out)
     train.main(['--save', str(run), '--resume', '--epochs', '6'])
     rows = read_csv(run / 'test.csv')

@@ -584,7 +584,7 @@ def test_folders_that_cannot_be_listed_are_named(plain, monkeypatch, folder):
 
 @pytest.mark.parametrize('counts, said', [
     ({'train/flowers/rose': 2, 'train/flowers/tulip': 2, 'val/flowers/rose': 1},
-     'train has one class alone, flowers: .* --data a folder too high'),
+     'train has only one class, flowers: .* --data a folder too high'),
     ({'Training/a': 1, 'Testing/a': 1}, r'no train in .* \(only Testing/, Training/\)'),
     ({'train/a': 1, 'train/b': 1, 'val/a': 1, 'valid/a': 1}, 'has val and valid: keep one'),
     ({'train/a': 1, 'train/b': 1, 'val/a': 0}, 'val has no images to test on')])
@@ -916,7 +916,7 @@ def test_bad_images_of_both_splits_are_named_at_once(tmp_path, capsys):
 def test_unsupported_options_of_a_data_set(photos):
     for options in ({'image_size': 48}, {'in_channels': 1}, {'labels_file': 'x.csv'},
                     {'value_range': (0, 1)}):
-        with pytest.raises(DataError, match='^cifar10 has .* are for folder and imagenet'):
+        with pytest.raises(DataError, match='^cifar10 has .* are only for folder and imagenet'):
             datasets.describe('cifar10', 'nowhere', **options)
     with pytest.raises(DataError, match='--ten-crop is for'):
         load(photos, image_size=32, ten_crop=True)

@@ -37,7 +37,7 @@ elastic_launch(config, work)(script, argv)
 '''
 
 TRAIN = f'import sys\n{forked.RUN}'
-LOST = 'train.py: error: lost the connection to another process, whose error may be above'
+LOST = 'train.py: error: the connection to another process was lost; its error may be above'
 FULL_DISK = '''
 import os
 def full(_):

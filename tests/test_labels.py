@@ -64,11 +64,11 @@ WRONG = {  # the content of a file: the message about it
     'file,a,b\na.png,1,\nb.png,0,\n': 'no label of b is known in the images to train on',
     'file,a,split\na.png,1,train\nb.png,0,train\nd.png,,val\n':
         'no label of the images to test on is known',
-    'file,label,split\na.png,x,train\nb.png,y,test\n': 'one class alone for training, x',
+    'file,label,split\na.png,x,train\nb.png,y,test\n': 'only one class for training, x',
     'file,label,split\na.png,x,train\nb.png,y,train\nc.png,x,val\n':
         r'column file: row 4 \(c.png\) is not in --data',
     'file,label,split\na.png,x,train\nb.png,y,train\nd.png,z,val\n':
-        r'column label: row 4 \(z\) is no class of training',
+        r'column label: row 4 \(z\) is not a training class',
     'file,label,split\na.png,x,test\n': 'has no images to train on',
     'file,label\na.png,x\nb.png,y\n': 'has no images to test on: .* --val-split 0.1 or --fold 1/5',
 }

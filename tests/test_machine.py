@@ -63,7 +63,7 @@ def test_an_old_driver_is_an_error_not_a_silent_run_on_the_cpu(monkeypatch, two_
     monkeypatch.setattr(torch.cuda, 'is_available', is_available)
     for name in ('auto', 'cuda'):
         with pytest.raises(UserError, match=r'driver on your system is too old \(found version '
-                                            r'11040\).\); --device cpu does without'):
+                                            r'11040\).\); --device cpu runs without'):
             choose_device(name)
     assert choose_device('cpu') == torch.device('cpu')
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)

@@ -173,7 +173,7 @@ def test_a_run_goes_on_in_fp16_or_leaves_it(small, tmp_path, capsys):
     for epochs, precision in ((2, 'fp16'), (3, 'fp32')):
         train.main(['--save', str(run), '--resume', '--epochs', str(epochs), '--precision',
                     precision, '--lr', '0.01', '--device', 'cpu'])
-        said = 'was not trained in fp16: the scale of the loss begins at 65536'
+        said = 'was not trained in fp16: the loss scale starts at 65536'
         assert (said in capsys.readouterr().err) == (precision == 'fp16')
         saved = checkpoint.load(run / 'latest.pth')
         assert saved['epoch'] == epochs + 1 and bool(saved['scaler']) == (precision == 'fp16')
@@ -239,7 +239,7 @@ def test_an_epoch_is_not_continued_on_other_data(recipe, folder, tmp_path, capsy
         .returncode == 143
     for flag in ('--batch-size', '--seed'):
         error = fails(capsys, '--save', run, '--resume', flag, 2)
-        assert 'in batches of 4 with --seed 1, and cannot' in error
+        assert 'in batches of 4 with --seed 1, and can\'t' in error
     (other / 'train/a/0.png').unlink()
     error = fails(capsys, '--save', run, '--resume', lines=2)
     assert 'an epoch of 36 images' in error and '--start-epoch 2' in error
@@ -350,7 +350,7 @@ def test_an_existing_run_is_not_changed_by_an_error(two_epochs, small, tmp_path,
 def test_a_worker_that_outlives_its_run_does_not_hold_the_directory(tmp_path):
     script = f'''
 import os, time; from training import runlog
-with runlog.claim({str(tmp_path)!r}):
+with runlog.lock_directory({str(tmp_path)!r}):
     started, start = os.pipe()
     if os.fork() == 0:
         os.write(start, b'.')
@@ -362,7 +362,7 @@ with runlog.claim({str(tmp_path)!r}):
     groups = []
     ended = forked.run(script, [], groups.append)
     assert ended.returncode == -signal.SIGKILL
-    with runlog.claim(tmp_path):
+    with runlog.lock_directory(tmp_path):
         os.killpg(groups[0], signal.SIGKILL)  # raises if the child is not there
 
 

@@ -76,7 +76,7 @@ del signal.SIGUSR1
 import train, predict
 from training import distributed, runlog
 assert runlog.fcntl is None
-with distributed.StopSignals(), runlog.claim(sys.argv[1]):
+with distributed.StopSignals(), runlog.lock_directory(sys.argv[1]):
     pass
 """
     ended = forked.run(check, [tmp_path])
@@ -381,7 +381,7 @@ def test_each_shape_has_a_graph_and_a_static_batch(pretended_cuda):
 
 @pytest.mark.parametrize('message, kind, said', [
     ('operation not permitted when stream is capturing', UserError,
-     r'^the step can\'t be recorded as a CUDA graph \(operation not permitted when stream is '
+     r'^the step can\'t be captured as a CUDA graph \(operation not permitted when stream is '
      r'capturing\): give --no-cuda-graph$'),
     ('CUDA out of memory.', torch.OutOfMemoryError, '^CUDA out of memory')])
 def test_a_failed_recording_reports_the_first_error(pretended_cuda, monkeypatch, message,
@@ -481,7 +481,7 @@ def test_no_graph_for_several_processes(capsys, monkeypatch):
     monkeypatch.setattr(train, 'warm_up_ddp', lambda *_: None)
     step = train.make_step(flags_of(), pretended_state_on_cuda(), SHAPES, NO_AUTOCAST)
     assert step.func is train_step
-    assert 'by itself: several processes' in capsys.readouterr().out
+    assert 'no CUDA graph: several processes' in capsys.readouterr().out
 
 
 class Batches(list):
@@ -827,7 +827,7 @@ def test_a_failing_plot_is_one_warning(small, tmp_path, capsys, monkeypatch):
     (['--freeze-features'], '--freeze-features needs a model: --resume .* or --pretrained'),
     (['--pretrained', '--arch', 'densenet264'], 'which are for --arch densenet121, densenet161'),
     (['--start-epoch', '301'], 'after the last of 300'),
-    (['--image-size', '48'], '--image-size are for folder and imagenet'),
+    (['--image-size', '48'], '--image-size are only for folder and imagenet'),
     (['--evaluate', '--name', 'x'], '--evaluate needs a model: --resume for that of work/x, '),
     (['--value-range', '5', '5'], 'LOW must be less than HIGH'),
     (['--value-range', '0', 'nan'], "'nan' is not a number"),

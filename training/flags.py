@@ -74,8 +74,8 @@ def add_data_flags(parser):
                            help=f'{what} of each channel, of values in 0..1 (default: those of the '
                                 f'data set)')
     group.add_argument('--labels', metavar='FILE', help='folder: a CSV file with the columns file '
-                       'and label, or file and a column a class (1, 0 or empty), and perhaps split '
-                       'and group; the files are in --data (default: a folder a class)')
+                       'and label, or file and a column per class (1, 0 or empty), and optionally '
+                       'split and group; the files are in --data (default: a folder per class)')
     held_out = group.add_mutually_exclusive_group()
     held_out.add_argument('--val-split', type=SHARE, default=0.0, metavar='SHARE',
                           help='hold out this share of the training images of each class, to '
@@ -149,11 +149,12 @@ def add_recipe_flags(parser):
     group.add_argument('--optimizer', '--opt', choices=tuple(LEARNING_RATES),
                        default='sgd', help='sgd has Nesterov momentum (default: %(default)s)')
     group.add_argument('--lr', '--learning-rate', '--LR', type=number(float, '(0, 1e30]'),
-                       help='at the start (default: sgd 0.1, adam and adamw 0.001, rmsprop 0.01)')
+                       help='initial learning rate (default: sgd 0.1, adam and adamw 0.001, '
+                            'rmsprop 0.01)')
     group.add_argument('--lr-schedule', '--lrShape', choices=('multistep', 'cosine'),
                        default='multistep',
-                       help='multistep: a tenth from 50%% and again from 75%% of the epochs on '
-                            '(imagenet: every 30 epochs); cosine: to 0, step by step '
+                       help='multistep: divide by 10 at 50%% and 75%% of the epochs (imagenet: '
+                            'every 30 epochs); cosine: to 0, step by step '
                             '(default: %(default)s; with --pretrained: cosine)')
     group.add_argument('--warmup-epochs', type=number(float, '[0, inf)'), default=0.0,
                        metavar='EPOCHS', help='linear warm-up from a hundredth of the '
@@ -161,7 +162,7 @@ def add_recipe_flags(parser):
     group.add_argument('--momentum', type=SHARE,
                        help='of sgd and rmsprop (default: sgd 0.9, rmsprop 0)')
     group.add_argument('--weight-decay', '--wd', '--weightDecay', type=number(float, '[0, 1e30]'),
-                       default=1e-4, help='on every parameter (default: %(default)s)')
+                       default=1e-4, help='applied to every parameter (default: %(default)s)')
     group.add_argument('--label-smoothing', type=SHARE, default=0.0, help='(default: %(default)s)')
     group.add_argument('--head-lr', type=number(float, '(0, 1e30]'), metavar='LR',
                        help='learning rate of the classifier (default: --lr)')

@@ -1,11 +1,11 @@
-"""Weights from the files that people have, for `densenet.DenseNet`.
+"""Load weights from files of this and other libraries into `densenet.DenseNet`.
 
     weights.load_pretrained(model, args)      # --pretrained run.pth.tar
     tensors = weights.read('run.pth.tar')     # {'state_dict.module.features.conv0.weight': ...}
 
-Reads `.safetensors`, models of Lua Torch (`.t7`) and what `torch.save` writes, without running code
-from the file. Nested dictionaries become one with dotted keys, and the prefix of the first dense
-layer's key is taken for all weights: wrappers ('net', 'state_dict') and prefixes ('module.',
+Reads `.safetensors`, models of Lua Torch (`.t7`) and files of `torch.save`, without running code
+from the file. Nested dicts are flattened to dotted keys, and the prefix of the weights is found by
+the key of the first dense layer, so wrappers ('net', 'state_dict') and prefixes ('module.',
 'model.') need no list of names.
 """
 
@@ -43,7 +43,7 @@ RENAMED = tuple((re.compile(pattern), new) for pattern, new in (
 ))
 FEATURES = re.compile(r'(conv0|norm0|denseblock\d+|transition\d+|norm5)\.')
 AVERAGED = re.compile(r'(?<![a-z])(ema|swa)(?![a-z])')
-# The first bytes of files that are taken for weights.
+# The first bytes of files that are mistaken for weights.
 OTHER_FILES = {
     b'<': 'a web page: the download failed',
     b'version https://git-lfs': 'a Git LFS pointer: `git lfs pull` brings the file',
@@ -55,16 +55,16 @@ OTHER_FILES = {
 
 
 def load_pretrained(model, args):
-    """Load the weights that --pretrained names, and say in one line what was changed or left out.
+    """Load the weights that --pretrained names, and print what was changed or left out.
 
-    Without a file it is torchvision's download. `file.pth:name` chooses one of several networks in
-    a file; by default averaged weights (EMA) are preferred, as in timm.
+    Without a file, downloads torchvision's. `file.pth:name` selects one of several networks in a
+    file; by default averaged weights (EMA) are preferred, as in timm.
 
     Args:
         args: flags with `pretrained`, `arch` and `reset_classifier`.
 
     Raises:
-        UserError: a file that can't be read, or of another network.
+        UserError: the file can't be read, or is of another network.
     """
     if args.pretrained:
         source, part = args.pretrained, ''
@@ -77,11 +77,11 @@ def load_pretrained(model, args):
         with distributed.rank_0_first():
             weights = torchvision_weights(args.arch)
     else:
-        raise UserError(f'--pretrained without a file takes torchvision\'s weights, which are for '
+        raise UserError(f'--pretrained without a file loads torchvision\'s weights, which are for '
                         f'--arch {", ".join(flags.TORCHVISION_WEIGHTS)} and images of more than '
                         f'{SMALL} pixels')
     weights = adapt_channels(weights, model.config['in_channels'], notes)
-    fit(model, weights, source, args.reset_classifier)
+    load_into(model, weights, source, args.reset_classifier)
     if notes and distributed.rank() == 0:
         say(f'{source}: {"; ".join(notes)}')
 
@@ -92,7 +92,7 @@ def torchvision_weights(arch):
     Raises:
         UserError: no network, or a broken file in torchvision's cache.
     """
-    import torchvision  # here, because it is slow to import
+    import torchvision  # slow to import
 
     with explain_errors(f'torchvision could not download or read its weights of {arch}'):
         return torchvision.models.get_model_weights(arch).DEFAULT.get_state_dict(weights_only=True)
@@ -116,11 +116,11 @@ def shortened(text):
 
 # ---- into a model --------------------------------------------------------------------------------
 
-def fit(model, weights, source, reset_classifier=False):
+def load_into(model, weights, source, reset_classifier=False):
     """Load a state dict with our keys into a model that is not fused yet.
 
     Raises:
-        UserError: the two don't fit; names the first difference.
+        UserError: it does not fit; names the first difference, and flags that describe its network.
     """
     own = model.state_dict()
     if reset_classifier:
@@ -139,12 +139,12 @@ def fit(model, weights, source, reset_classifier=False):
                 if key in weights and weights[key].shape != tensor.shape}
     problems |= {key: 'only in the file' for key in weights if key not in own}
     problems |= {key: 'not in the file' for key in own if key not in weights
-                 and not key.endswith('num_batches_tracked')}  # older than PyTorch 0.4.1
+                 and not key.endswith('num_batches_tracked')}  # missing before PyTorch 0.4.1
     if problems:
         key, problem = next(iter(problems.items()))
         if all(key.startswith('classifier.') for key in problems):
             raise UserError(f'{source} does not fit the classifier: {key} is {problem}: '
-                            f'--reset-classifier starts with a new one')
+                            f'--reset-classifier starts with a new classifier')
         theirs = network_flags(weights)
         hint = f'; its network is {theirs}' if theirs not in ('', network_flags(own)) else ''
         raise UserError(f'{source} does not fit the network: {key} is {problem}{hint}')
@@ -153,7 +153,7 @@ def fit(model, weights, source, reset_classifier=False):
 
 
 def network_flags(weights):
-    """The flags of train.py that describe the network of a state dict; '' if it is incomplete."""
+    """train.py's flags for the network of a state dict; '' if it is incomplete."""
     layers = [key.split('.')[1] for key in weights
               if re.fullmatch(r'features\.denseblock\d+\.denselayer\d+\.conv1\.weight', key)]
     first = 'features.denseblock1.denselayer1.'
@@ -177,10 +177,10 @@ def network_flags(weights):
 
 
 def adapt_channels(weights, channels, notes):
-    """The state dict with a first convolution for images of another number of channels.
+    """Adapt the first convolution of a state dict to another number of input channels.
 
-    The same output for c equal channels as before for 3: conv(w, [x, x, x]) is
-    conv(w_red + w_green + w_blue, x). Further channels repeat the first, as in timm.
+    As in timm: 1 channel gets the sum of the weights, because conv(w, [x, x, x]) equals
+    conv(w_red + w_green + w_blue, x); other numbers repeat the weights in turn, rescaled.
     """
     key = 'features.conv0.weight'
     weight = weights.get(key)
@@ -198,14 +198,14 @@ def adapt_channels(weights, channels, notes):
 # ---- from a file's keys to ours ------------------------------------------------------------------
 
 def read_weights(path, part, model):
-    """A state dict with our keys, and notes on what was renamed or left out, of a file.
+    """Read a file into a state dict with our keys, and notes on what was renamed or left out.
 
     Args:
         part: name of one of the networks in the file, or '' for the default.
-        model: gives names to the layers of a `.t7` file, which has none.
+        model: names the layers of a `.t7` file, which has no names.
 
     Raises:
-        UserError: it can't be read, or holds no DenseNet.
+        UserError: the file can't be read, or holds no DenseNet.
     """
     if first_bytes(path)[:4] in (b'\3\0\0\0', b'\4\0\0\0'):
         return read_lua_torch(path, model), []
@@ -229,14 +229,14 @@ def read_weights(path, part, model):
         if key not in used and tensor.dim() and not key.startswith(others):
             parts = key.split('.')
             common = len(os.path.commonprefix([parts, prefix.split('.')]))
-            unused['.'.join(parts[:common + 1])] = None  # up to where it leaves the prefix
+            unused['.'.join(parts[:common + 1])] = None  # the first part outside the prefix
     if unused:
         notes.append('not used: ' + textwrap.shorten(', '.join(unused), 100))
     return {ours: tensors[key] for ours, key in names.items()}, notes
 
 
 def choose(networks, part, path):
-    """The name of the network to take: as asked for, or the averaged one, or the only one."""
+    """The name of the network to load: `part` if given, or the averaged one, or the only one."""
     if part:
         found = [name for name in networks if f'{name}.'.startswith(f'{part}.')]
     else:
@@ -250,7 +250,7 @@ def choose(networks, part, path):
 
 
 def our_keys(tensors, prefix):
-    """{our key: the file's key} of the network with this prefix, without what is not a weight."""
+    """{our key: the file's key} for the weights of the network with this prefix."""
     names, rest = {}, []
     for key in tensors:
         if key.startswith(prefix):
@@ -261,10 +261,10 @@ def our_keys(tensors, prefix):
                 names[f'features.{inner}'] = key
             else:
                 rest.append(key)
-    if not rest:  # the classifier is beside the features, not among them
+    if not rest:  # the classifier is outside the module of the features
         parent = prefix[:prefix.rfind('.', 0, -1) + 1]
         rest = [key for key in tensors if key.startswith(parent) and not key.startswith(prefix)]
-    # Whatever its name, it is the only linear layer, and the only layer after the features.
+    # Whatever its name, the classifier is the only linear layer and the only other layer.
     linear = [key.removesuffix('weight') for key in rest
               if key.endswith('weight') and tensors[key].dim() == 2]
     layers = {key.rpartition('.')[0] for key in rest if key.endswith(('bias', 'running_mean'))}
@@ -275,7 +275,7 @@ def our_keys(tensors, prefix):
 
 
 def read_lua_torch(path, model):
-    """A state dict with our keys of an official model, whose layers are in the order of ours."""
+    """A state dict with our keys from an official model, whose layers have the order of ours."""
     with explain_errors(f'{path} can\'t be read as a model of Lua Torch'):
         theirs = lua_torch.load_modules(path)
     ours = {name: module for name, module in model.named_modules()
@@ -303,18 +303,18 @@ def first_bytes(path):
 def check_is_file(path):
     if not os.path.exists(path):
         raise UserError(f'{path} is not there')
-    if not os.path.isfile(path):  # a pipe may never end
+    if not os.path.isfile(path):  # reading a pipe may never end
         raise UserError(f'{path} is not a checkpoint, but a folder or a device')
 
 
 def read(path):
-    """All tensors in the nested dictionaries of a file: {'state_dict.conv1.weight': tensor}.
+    """All tensors in the nested dicts of a file: {'state_dict.conv1.weight': tensor}.
 
     Raises:
-        UserError: the file can't be read without running code, is damaged, or is something else.
+        UserError: the file can't be read without running code, is damaged, or has another format.
     """
     beginning = first_bytes(path)
-    if beginning[8:9] == b'{' or str(path).endswith('.safetensors'):  # { after its length
+    if beginning[8:9] == b'{' or str(path).endswith('.safetensors'):  # JSON after its length
         with explain_errors(f'{path} can\'t be read as .safetensors'):
             from safetensors.torch import load_file
 
@@ -325,7 +325,7 @@ def read(path):
     saved, names = load_torch_file(path)
     found, seen, dictionaries = {}, set(), [('', saved)]
     for prefix, values in dictionaries:
-        # A hostile file may nest without end.
+        # Limited, because a malicious file may nest endlessly.
         if not isinstance(values, dict) or id(values) in seen or prefix.count('.') > 9:
             continue
         seen.add(id(values))
@@ -345,7 +345,7 @@ def read(path):
 
 
 class _Skipped:
-    """Stands in for any class that torch.load does not allow; an instance is an empty dictionary.
+    """Placeholder for a class that torch.load does not allow; instances are empty OrderedDicts.
 
     The unpickler sets items and attributes of an OrderedDict, which most classes need.
     """
@@ -355,7 +355,7 @@ class _Skipped:
 
 
 class _SkippedNumPy:
-    """The same for NumPy's types, whose state is a tuple."""
+    """Placeholder for NumPy's types, whose state is a tuple."""
 
     def __init__(self, *args):
         pass
@@ -365,16 +365,16 @@ class _SkippedNumPy:
 
 
 def load_torch_file(path):
-    """What `torch.save` wrote, with tensors on the CPU and `_Skipped` for objects of other classes.
+    """Load a file of `torch.save` onto the CPU, with placeholders for objects of other classes.
 
-    Weights often come with such objects: Lightning's hyperparameters, NumPy's numbers, loss
-    functions. torch.load with weights_only=True refuses the whole file then.
+    Files of weights often contain such objects: Lightning's hyperparameters, NumPy's numbers, loss
+    functions. torch.load with weights_only=True would refuse the whole file.
 
     Returns:
-        What the file holds, and the names of the classes and functions that its pickle refers to.
+        The content, and the names of the classes and functions that the pickle refers to.
 
     Raises:
-        UserError: the file is damaged, or is something else.
+        UserError: the file is damaged, or has another format.
     """
     names = []
     try:
@@ -382,11 +382,11 @@ def load_torch_file(path):
         skipped = [(_SkippedNumPy if name.startswith('numpy.') else _Skipped, name)
                    for name in names]
         with torch.serialization.safe_globals(skipped), warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # of the version of the pickle protocol
+            warnings.simplefilter('ignore')  # about the version of the pickle protocol
             return torch.load(path, map_location='cpu', weights_only=True), names
     except UserError:
         raise
-    except Exception as error:  # a file that is no checkpoint makes the reader fail in any way
+    except Exception as error:  # torch raises any exception for a file of another format
         raise_if_pickled_model(path, names)
         reason = shortened(error) or type(error).__name__
         raise UserError(f'{path} is not a checkpoint, or a damaged one: {reason}') from error
@@ -401,13 +401,13 @@ def raise_if_pickled_model(path, names):
 
 
 def check_file(path):
-    """Check, before torch.load reads it, that a file takes no more memory than its size.
+    """Check, before torch.load reads a file, that it needs no more memory than its size.
 
     Returns:
-        The classes and functions that its pickle refers to, in order.
+        The names of the classes and functions that its pickle refers to, in order.
 
     Raises:
-        UserError: it is missing, no regular file, damaged, compressed, or was not written by
+        UserError: it is missing, not a regular file, damaged, compressed, or not written by
             `torch.save`.
     """
     check_is_file(path)
@@ -439,7 +439,7 @@ def check_archive(path):
 
 
 def pickled_names(path):
-    """The classes and functions that a file of `torch.save` refers to, in order."""
+    """The names of the classes and functions that a file of `torch.save` refers to, in order."""
     with contextlib.ExitStack() as stack:
         if zipfile.is_zipfile(path):
             archive = stack.enter_context(zipfile.ZipFile(path))
