@@ -17,10 +17,9 @@ from pathlib import Path
 
 import torch
 
-from training import datasets, distributed, flags, weights
-from training.console import UserError, say, warn
+from training import datasets, distributed, flags, torch_files
+from training.console import UserError, explain_errors, say, warn
 from training.datasets import DATASETS
-from training.weights import explain_errors
 
 # Flags that must not change on resume, in addition to flags.MODEL_FLAGS.
 FIXED_FLAGS = ('optimizer', 'freeze_features', 'freeze_norm', 'head_lr', 'ema', 'best_by',
@@ -308,22 +307,12 @@ def save(path, content, keep_previous=False):
 
 
 def load(path):
-    """Load a checkpoint of ours, a dict, onto the CPU; nothing unknown in it is skipped.
-
-    (`weights.load_torch_file` is for files of others.)
+    """The content of a checkpoint, a dict, on the CPU.
 
     Raises:
-        UserError: no such file, not a checkpoint, damaged, or loading it would run code.
+        UserError: as in `torch_files.load`, or it is not a dict.
     """
-    try:
-        weights.check_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's flags
-            saved = torch.load(path, map_location='cpu', weights_only=True)
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:  # torch raises any exception for a file that is not a checkpoint
-        raise UserError(f'{path} is not a checkpoint, or a damaged one '
-                        f'({type(error).__name__})') from error
+    saved, _ = torch_files.load(path)
     if not isinstance(saved, dict):
         raise UserError(f'{path} is not a checkpoint: it holds a {type(saved).__name__}')
     return saved

@@ -1,7 +1,9 @@
 """Console output, and the exceptions for user mistakes."""
 
+import contextlib
 import os
 import sys
+import textwrap
 
 
 class UserError(Exception):
@@ -14,6 +16,16 @@ class DataError(UserError):
 
 class BadImages(DataError):
     """Images of a split that can't be read."""
+
+
+@contextlib.contextmanager
+def explain_errors(what):
+    """Turn any error into a UserError: what failed, and the beginning of the error's message."""
+    try:
+        yield
+    except Exception as error:  # libraries raise any exception for a damaged file
+        reason = textwrap.shorten(str(error), 250) or type(error).__name__
+        raise UserError(f'{what}: {reason}') from error
 
 
 def say(*words, file=None):

@@ -9,21 +9,16 @@ the key of the first dense layer, so wrappers ('net', 'state_dict') and prefixes
 'model.') need no list of names.
 """
 
-import contextlib
 import os
-import pickletools
 import re
 import textwrap
-import warnings
-import zipfile
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from collections import Counter, OrderedDict
+from collections import Counter
 
 import torch
 from torch import nn
 
-from training import distributed, flags, lua_torch
-from training.console import UserError, say
+from training import distributed, flags, lua_torch, torch_files
+from training.console import UserError, explain_errors, say
 from training.datasets import SMALL
 
 # First norm of the first dense layer in torchvision (before 2018: norm.1) and MONAI, in
@@ -96,22 +91,6 @@ def torchvision_weights(arch):
 
     with explain_errors(f'torchvision could not download or read its weights of {arch}'):
         return torchvision.models.get_model_weights(arch).DEFAULT.get_state_dict(weights_only=True)
-
-
-@contextlib.contextmanager
-def explain_errors(what):
-    """Turn any error into a UserError: what failed, and the beginning of the error's message."""
-    try:
-        yield
-    except Exception as error:  # libraries raise any exception for a damaged file
-        raise UserError(f'{what}: {shortened(error) or type(error).__name__}') from error
-
-
-def shortened(text):
-    # torch.load puts the reason between advice to trust the file and a link
-    reason = re.search(r'Weights only load failed.*?(?:Unpickler error:|\n\n)(.*?)(\n\nCheck|$)',
-                       str(text), re.DOTALL)
-    return textwrap.shorten(reason[1] if reason else str(text), 250)
 
 
 # ---- into a model --------------------------------------------------------------------------------
@@ -213,7 +192,7 @@ def read_weights(path, part, model):
     prefixes = dict.fromkeys(match[1] for match in map(FIRST_NORM.fullmatch, tensors) if match)
     if not prefixes:
         raise UserError(f'{path} holds another network, or a DenseNet of an unknown layout: '
-                        f'{shortened([*tensors])}')
+                        f'{textwrap.shorten(str([*tensors]), 200)}')
     networks = {re.sub(r'\.features$', '', prefix[:-1]): prefix for prefix in prefixes}
     name, notes = choose(networks, part, path), []
     prefix = networks[name]
@@ -292,19 +271,12 @@ def read_lua_torch(path, model):
 # ---- files ---------------------------------------------------------------------------------------
 
 def first_bytes(path):
-    check_is_file(path)
+    torch_files.check_is_file(path)
     try:
         with open(path, 'rb') as file:
             return file.read(32)
     except OSError as error:
         raise UserError(f'{path}: {error.strerror}') from error
-
-
-def check_is_file(path):
-    if not os.path.exists(path):
-        raise UserError(f'{path} is not there')
-    if not os.path.isfile(path):  # reading a pipe may never end
-        raise UserError(f'{path} is not a checkpoint, but a folder or a device')
 
 
 def read(path):
@@ -322,7 +294,7 @@ def read(path):
     for signature, what in OTHER_FILES.items():
         if beginning.startswith(signature):
             raise UserError(f'{path} holds no weights, but is {what}')
-    saved, names = load_torch_file(path)
+    saved, names = torch_files.load(path, skip_unknown=True)
     found, seen, dictionaries = {}, set(), [('', saved)]
     for prefix, values in dictionaries:
         # Limited, because a malicious file may nest endlessly.
@@ -337,118 +309,8 @@ def read(path):
             else:
                 dictionaries.append((f'{key}.', value))
     if not any(map(FIRST_NORM.fullmatch, found)):
-        raise_if_pickled_model(path, names)
+        torch_files.raise_if_pickled_model(path, names)
     if not found:
         what = list(saved) if isinstance(saved, dict) else type(saved).__name__
-        raise UserError(f'{path} holds no weights: it holds {shortened(what)}')
+        raise UserError(f'{path} holds no weights: it holds {textwrap.shorten(str(what), 200)}')
     return found
-
-
-class _Skipped:
-    """Placeholder for a class that torch.load does not allow; instances are empty OrderedDicts.
-
-    The unpickler sets items and attributes of an OrderedDict, which most classes need.
-    """
-
-    def __new__(cls, *args):
-        return OrderedDict()
-
-
-class _SkippedNumPy:
-    """Placeholder for NumPy's types, whose state is a tuple."""
-
-    def __init__(self, *args):
-        pass
-
-    def __setstate__(self, state):
-        pass
-
-
-def load_torch_file(path):
-    """Load a file of `torch.save` onto the CPU, with placeholders for objects of other classes.
-
-    Files of weights often contain such objects: Lightning's hyperparameters, NumPy's numbers, loss
-    functions. torch.load with weights_only=True would refuse the whole file.
-
-    Returns:
-        The content, and the names of the classes and functions that the pickle refers to.
-
-    Raises:
-        UserError: the file is damaged, or has another format.
-    """
-    names = []
-    try:
-        names = check_file(path)
-        skipped = [(_SkippedNumPy if name.startswith('numpy.') else _Skipped, name)
-                   for name in names]
-        with torch.serialization.safe_globals(skipped), warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # about the version of the pickle protocol
-            return torch.load(path, map_location='cpu', weights_only=True), names
-    except UserError:
-        raise
-    except Exception as error:  # torch raises any exception for a file of another format
-        raise_if_pickled_model(path, names)
-        reason = shortened(error) or type(error).__name__
-        raise UserError(f'{path} is not a checkpoint, or a damaged one: {reason}') from error
-
-
-def raise_if_pickled_model(path, names):
-    if any(name.startswith('torch.nn.modules.') for name in names):
-        name = next(name for name in names
-                    if not re.match(r'torch\.(_utils|\w+Storage)|collections', name))
-        raise UserError(f'{path} holds a whole model or module ({name}), and loading it can run '
-                        f'code: where it was made, save the state_dict() of the model alone')
-
-
-def check_file(path):
-    """Check, before torch.load reads a file, that it needs no more memory than its size.
-
-    Returns:
-        The names of the classes and functions that its pickle refers to, in order.
-
-    Raises:
-        UserError: it is missing, not a regular file, damaged, compressed, or not written by
-            `torch.save`.
-    """
-    check_is_file(path)
-    if zipfile.is_zipfile(path):
-        check_archive(path)
-    names = pickled_names(path)
-    if 'builtins.bytearray' in names:  # allowed by torch, and may take any amount of memory
-        raise UserError(f'{path} holds a bytearray: save its state_dict alone')
-    return names
-
-
-def check_archive(path):
-    """Raises UserError if the zip file is damaged or was not written by `torch.save`."""
-    with zipfile.ZipFile(path) as archive:
-        names = [name.rpartition('/')[2] for name in archive.namelist()]
-        if 'constants.pkl' in names:
-            raise UserError(f'{path} is a TorchScript program, which can run code: save its '
-                            f'state_dict()')
-        size = sum(info.file_size for info in archive.infolist())
-        if size > os.path.getsize(path):
-            raise UserError(f'{path} is compressed, and would take {size / 1e9:.3g} GB: torch.save '
-                            f'does not compress')
-        if 'data.pkl' not in names:
-            raise UserError(f'{path} is a zip file that torch.save did not write: it holds '
-                            f'{shortened(archive.namelist())}')
-        record = archive.testzip()  # torch.load does not check the CRCs
-        if record:
-            raise UserError(f'{path} is damaged: the CRC of {record} is wrong')
-
-
-def pickled_names(path):
-    """The names of the classes and functions that a file of `torch.save` refers to, in order."""
-    with contextlib.ExitStack() as stack:
-        if zipfile.is_zipfile(path):
-            archive = stack.enter_context(zipfile.ZipFile(path))
-            record = next(name for name in archive.namelist() if name.endswith('data.pkl'))
-            pickles = [stack.enter_context(archive.open(record))]
-        else:  # before PyTorch 1.6: a magic number, a version, the system, and the content
-            pickles = 4 * [stack.enter_context(open(path, 'rb'))]
-        names = (tuple(argument.split(' ', 1)) for file in pickles
-                 for opcode, argument, _ in pickletools.genops(file) if opcode.name == 'GLOBAL')
-        # Pickles of protocol 2 have Python 2's names.
-        return [*dict.fromkeys('.'.join(NAME_MAPPING.get(
-            (module, name), (IMPORT_MAPPING.get(module, module), name))) for module, name in names)]
