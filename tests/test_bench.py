@@ -438,7 +438,7 @@ def test_rows_match_their_names():
     assert not runner('ours', 'plain', 'fp32', inference=True).model.training
 
 
-def test_each_turn_has_its_own_precision(monkeypatch):
+def test_each_round_sets_its_own_precision(monkeypatch):
     seen, step = [], train.train_step
     monkeypatch.setattr(train, 'train_step', lambda state, *args, **kwargs: (
         seen.append(torch.backends.cudnn.allow_tf32), step(state, *args, **kwargs)))

@@ -588,7 +588,7 @@ def test_folders_that_cannot_be_listed_are_named(plain, monkeypatch, folder):
     ({'Training/a': 1, 'Testing/a': 1}, r'no train in .* \(only Testing/, Training/\)'),
     ({'train/a': 1, 'train/b': 1, 'val/a': 1, 'valid/a': 1}, 'has val and valid: keep one'),
     ({'train/a': 1, 'train/b': 1, 'val/a': 0}, 'val has no images to test on')])
-def test_wrong_structures_are_refused(tmp_path, counts, said):
+def test_wrong_folder_layouts_are_refused(tmp_path, counts, said):
     with pytest.raises(DataError, match=said):
         load(write_images(tmp_path, counts, (9, 9)))
 
@@ -598,7 +598,7 @@ def test_wrong_structures_are_refused(tmp_path, counts, said):
      ['all images of its 2 classes lie in deeper folders, such as .*flowers/test/rose: if']),
     ({'train/x': 2, 'Images/x': 1}, ['classes are called Images.*too high', 'lie in deeper']),
     ({'images': 2, 'masks': 2}, ['classes are called images: is --data a folder too high'])])
-def test_suspicious_structures_are_warned_of(tmp_path, counts, said):
+def test_suspicious_folder_layouts_are_warned_of(tmp_path, counts, said):
     root = write_images(tmp_path, {f'train/{name}': count for name, count in counts.items()})
     found, lines = names(write_images(root, {'val/x': 1}) and root, 'train')
     assert len(found) == sum(counts.values()) and len(lines) == len(said)
@@ -659,7 +659,7 @@ def test_the_digest_tells_whether_the_images_are_the_same(tmp_path):
 # ---- a new data set --------------------------------------------------------------------------
 
 def test_the_example_of_the_docstring_reads_stl10(tmp_path, monkeypatch):
-    """96 pixels a side: held in memory, though larger than the images of any folder that is."""
+    """96 pixels a side: held in memory, although folders with images of this size are not."""
     kind, rng, truth = torchvision.datasets.STL10, np.random.RandomState(0), {}
     folder = tmp_path / kind.base_folder
     folder.mkdir()
@@ -859,7 +859,7 @@ def test_foreign_files_in_the_folder_of_cifar_are_not_unpickled(tmp_path, monkey
     assert not (tmp_path / 'harm').exists()
 
 
-def test_folders_that_are_not_as_they_should_be(tmp_path):
+def test_malformed_folders_are_refused(tmp_path):
     with pytest.raises(DataError, match='no train in .*--dataset shapes'):
         datasets.describe('folder', tmp_path)
     write_images(tmp_path, {'train/a': 2, 'train/b': 2})

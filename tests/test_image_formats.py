@@ -230,7 +230,7 @@ def test_elongated_images_are_cropped_before_they_are_resized(tmp_path, shape, d
 
 @pytest.mark.parametrize('channels', [3, 1])
 @pytest.mark.parametrize('source', [COLOURS, COLOURS[:, :, :1]])
-def test_levels_are_transformed_as_a_tensor_of_floats(tmp_path, channels, source):
+def test_array_images_are_transformed_as_a_tensor_of_floats(tmp_path, channels, source):
     (tmp_path / 'x.png').write_bytes(png(source))
     dataset = dataclasses.replace(PHOTOS, mean=(0,) * channels, std=(1,) * channels, image_size=8,
                                   value_range=(1000, 60000))

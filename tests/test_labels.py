@@ -298,7 +298,7 @@ def test_a_fold_of_a_run_is_kept_on_resume(findings, tmp_path, capsys):
 
 
 def test_another_table_is_tested_whole(findings, tmp_path, capsys):
-    """Also with the folder of the run, whose split was of another table."""
+    """Also if the run held out images of its own table."""
     table = findings[findings.index('--labels') + 1]
     rows = [row.split(',') for row in open(table).read().splitlines()]
     without = [[cell for i, cell in enumerate(row) if i != 3] for row in rows]
@@ -323,7 +323,7 @@ def test_another_table_is_tested_whole(findings, tmp_path, capsys):
         capsys, *findings, '--labels', tmp_path / 'z.csv', '--fold', '1/2')
 
 
-def test_the_same_fine_tuning_command_goes_on(recipe, uninterrupted, tmp_path):
+def test_a_repeated_fine_tuning_command_resumes(recipe, uninterrupted, tmp_path):
     argv = [*recipe, '--pretrained', str(uninterrupted / 'best.pth'), '--save', str(tmp_path / 'x'),
             '--resume', '--epochs']
     for epochs in ('1', '2'):

@@ -25,7 +25,7 @@ def two_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'get_arch_list', lambda: ['sm_80', 'sm_90', 'sm_100'])
 
 
-def test_each_process_has_a_gpu_of_its_own(monkeypatch, two_gpus):
+def test_each_process_has_its_own_gpu(monkeypatch, two_gpus):
     for rank, device in ((0, 'cuda:0'), (1, 'cuda:1')):
         monkeypatch.setenv('LOCAL_RANK', str(rank))
         assert choose_device('auto') == torch.device(device)

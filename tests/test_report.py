@@ -163,7 +163,7 @@ def test_saturated_probabilities_do_not_tie(tmp_path, capsys):
     assert {row['probability'] for row in read_csv(tmp_path / 'predictions.csv')} == {'1.000000'}
 
 
-def test_several_labels_an_image(tmp_path, capsys):
+def test_multi_label_report(tmp_path, capsys):
     names = ['mass', 'node <1 cm', 'effusion']
     test = some_findings(names)
     lines, record = write_report(tmp_path, capsys, test)
@@ -330,7 +330,7 @@ class PixelsAsLogits(nn.Module):
 
 
 def test_report_of_a_model(tmp_path, monkeypatch, capsys):
-    """Whatever way from the loader to the files: the pixels come out as logits, in their order."""
+    """The pixels arrive as logits in the files, in the same order."""
     rng, made = np.random.default_rng(0), {}
     for split, number in (('test', 23), ('val', 10)):
         images = torch.from_numpy(rng.integers(0, 256, (number, 3, 1, 1)).astype(np.uint8))
@@ -472,7 +472,7 @@ def test_the_page_has_all_in_one_file_and_escapes_names(tmp_path, capsys):
         Image.open(io.BytesIO(base64.b64decode(data))).load()
 
 
-def test_what_is_not_there_is_not_drawn(tmp_path, capsys):
+def test_missing_files_are_not_drawn(tmp_path, capsys):
     answers = answers_of(np.array([0, 1]), np.eye(2), ['a', 'b'])  # no mistake
     write_report(tmp_path, capsys, answers)
     assert 'mistakes' not in drawn(tmp_path) and 'roc' in drawn(tmp_path)

@@ -166,7 +166,7 @@ def test_the_fp16_loss_scale_is_resumed(small, tmp_path):
     assert scalers[0] == scalers[1] and scalers[0]['_growth_tracker'] > 9
 
 
-def test_a_run_goes_on_in_fp16_or_leaves_it(small, tmp_path, capsys):
+def test_a_run_is_resumed_with_and_without_fp16(small, tmp_path, capsys):
     run = tmp_path / 'run'
     train.main([*small, '--epochs', '1', '--precision', 'fp32', '--save', str(run)])
     capsys.readouterr()
@@ -253,8 +253,8 @@ def change_checkpoint(path, change):
     checkpoint.save(path, saved)
 
 
-def test_state_in_another_layout_is_laid_out_as_the_parameters(recipe, uninterrupted, tmp_path):
-    """torch's fused optimizers on the CPU walk the memory of weights and momenta side by side."""
+def test_state_gets_the_memory_layout_of_the_parameters(recipe, uninterrupted, tmp_path):
+    """torch's fused optimizers on the CPU assume that weights and momenta have equal strides."""
     def make_contiguous(saved):
         for values in saved['optimizer']['state'].values():
             values['momentum_buffer'] = values['momentum_buffer'].contiguous()

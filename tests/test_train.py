@@ -310,7 +310,7 @@ def test_initialization_and_a_dry_run_leave_torchs_optimizers_unchanged(name):
     torch.testing.assert_close(*weights, rtol=0, atol=0)
 
 
-def test_the_generator_of_another_kind_of_device_is_saved_and_restored(monkeypatch):
+def test_the_generator_of_another_type_of_device_is_saved_and_restored(monkeypatch):
     seeds, state = [], make_state()
     mps = SimpleNamespace(get_rng_state=lambda: torch.tensor([7]), set_rng_state=seeds.append)
     monkeypatch.setattr(torch, 'get_device_module', {'mps': mps}.get)
@@ -357,7 +357,7 @@ def test_the_step_has_the_flags():
 
 @pytest.fixture
 def pretended_cuda(monkeypatch):
-    """A stand-in for CUDA graphs: recording runs the step, and replaying does nothing."""
+    """A stand-in for CUDA graphs: capturing runs the step, and replaying does nothing."""
     for name in ('CUDAGraph', 'Stream', 'current_stream', 'graph_pool_handle'):
         monkeypatch.setattr(torch.cuda, name, Mock(side_effect=lambda: Mock()))
     for name in ('stream', 'graph'):
@@ -384,7 +384,7 @@ def test_each_shape_has_a_graph_and_a_static_batch(pretended_cuda):
      r'^the step can\'t be captured as a CUDA graph \(operation not permitted when stream is '
      r'capturing\): give --no-cuda-graph$'),
     ('CUDA out of memory.', torch.OutOfMemoryError, '^CUDA out of memory')])
-def test_a_failed_recording_reports_the_first_error(pretended_cuda, monkeypatch, message,
+def test_a_failed_capture_reports_the_first_error(pretended_cuda, monkeypatch, message,
                                                               kind, said):
     class Graph:
         def __init__(self, *args, **kwargs):
@@ -605,7 +605,7 @@ def test_a_small_net_learns_the_shapes(tmp_path):
     assert [row['epoch'] for row in rows] == ['0.26596', '0.53191', '0.79787', '1.00000']
 
 
-def test_each_step_trains_at_the_rate_of_its_moment(small, tmp_path, monkeypatch):
+def test_each_step_has_its_own_learning_rate(small, tmp_path, monkeypatch):
     def spy(state, *args, **kwargs):
         steps.append((state.optimizer.param_groups[0]['lr'], state.model.training))
         return train_step(state, *args, **kwargs)
@@ -880,7 +880,7 @@ def test_bugs_keep_their_traceback(small, tmp_path, monkeypatch):
         train.cli([*small, '--save', str(tmp_path / 'run')])
 
 
-def test_a_killed_image_reader_is_a_one_line_error(tmp_path):
+def test_a_killed_worker_is_a_one_line_error(tmp_path):
     write_images(tmp_path, {'train/a': 20, 'train/b': 20, 'val/a': 1}, (66, 66))
     script = interrupted('learning_rate', 3, """
         for child in open(f'/proc/self/task/{os.getpid()}/children').read().split():
@@ -897,14 +897,14 @@ def test_a_killed_image_reader_is_a_one_line_error(tmp_path):
 @pytest.mark.parametrize('error', [ConnectionResetError(104, 'reset by peer'), EOFError()])
 @pytest.mark.parametrize('reader', [
     'loaders.MemoryLoader.__iter__', 'image_files.checked'])  # in a step, at the start
-def test_a_reader_that_dies_during_a_read_is_a_one_line_error(
+def test_a_worker_that_dies_during_a_read_is_a_one_line_error(
         small, tmp_path, monkeypatch, capsys, reader, error):
     monkeypatch.setattr(f'training.{reader}', Mock(side_effect=error))
     assert 'a worker process has died' in fails(
         capsys, *small, '--save', tmp_path / 'run')
 
 
-def test_a_second_dying_reader_does_not_interrupt_the_message(
+def test_a_second_dying_worker_does_not_interrupt_the_message(
         capsys, monkeypatch):
     before = signal.signal(signal.SIGCHLD, Mock(side_effect=RuntimeError('DataLoader worker')))
     monkeypatch.setattr(train, 'main', Mock(side_effect=ConnectionResetError(104, 'reset by peer')))
