@@ -3,13 +3,13 @@
     transform = image_transforms.train_transform(dataset, Augmentation())
     transform = image_transforms.test_transform(dataset)
 
-A PIL image gives uint8, an ArrayImage float32 in 0..1.
+A PIL image gives uint8, an ArrayImage float32 in 0..1. torchvision is imported inside functions,
+because it is slow to import.
 """
 
 import math
 
 import torch
-import torchvision
 
 from training.datasets import sides
 from training.decoding import ArrayImage
@@ -30,15 +30,17 @@ def train_transform(dataset, augmentation):
     Crop, resize and colour jitter are torchvision's; attic/imagenet-recipe.md lists how they differ
     from fb.resnet.torch.
     """
+    from torchvision import transforms
+
     steps = [RandomResizedCrop(dataset.image_size)]
     if augmentation.mirror:
-        steps.append(torchvision.transforms.RandomHorizontalFlip())
+        steps.append(transforms.RandomHorizontalFlip())
     if augmentation.color_jitter and len(dataset.mean) in (1, 3):
-        steps += [torchvision.transforms.ColorJitter(0.4, 0.4, 0.4), to_tensor, add_lighting]
+        steps += [transforms.ColorJitter(0.4, 0.4, 0.4), to_tensor, add_lighting]
     else:
         steps.append(to_tensor)
     others = augmentation.of_image(dataset.mean)
-    return torchvision.transforms.Compose([*steps, others] if others else steps)
+    return transforms.Compose([*steps, others] if others else steps)
 
 
 def test_transform(dataset, ten_crop=False):
@@ -46,29 +48,31 @@ def test_transform(dataset, ten_crop=False):
 
     If height and width differ, it is 224/256 of the largest centred part with that aspect ratio.
     """
+    from torchvision import transforms
+
     size = sides(dataset.image_size)
-    crop = ([torchvision.transforms.TenCrop(size), torch.stack] if ten_crop
-            else [torchvision.transforms.CenterCrop(size)])
+    crop = [transforms.TenCrop(size), torch.stack] if ten_crop else [transforms.CenterCrop(size)]
     larger = [round(side * 256 / 224) for side in size]
-    return torchvision.transforms.Compose([
-        Resize(size if dataset.in_memory else larger), to_tensor, *crop])
+    return transforms.Compose([Resize(size if dataset.in_memory else larger), to_tensor, *crop])
 
 
-class RandomResizedCrop(torchvision.transforms.RandomResizedCrop):
+class RandomResizedCrop(torch.nn.Module):
     """torchvision's, extended to `ArrayImage`.
 
     The aspect ratio of the crop, 3/4 to 4/3, is relative to the output's.
     """
 
     def __init__(self, size):
+        from torchvision import transforms
+
+        super().__init__()
         height, width = sides(size)
         ratio = width / height
-        super().__init__((height, width), ratio=(3 / 4 * ratio, 4 / 3 * ratio))
+        self.crop = transforms.RandomResizedCrop(
+            (height, width), ratio=(3 / 4 * ratio, 4 / 3 * ratio))
 
     def forward(self, image):
-        if isinstance(image, ArrayImage):
-            return image.map(super().forward)
-        return super().forward(image)
+        return image.map(self.crop) if isinstance(image, ArrayImage) else self.crop(image)
 
 
 class Resize(torch.nn.Module):
@@ -83,6 +87,8 @@ class Resize(torch.nn.Module):
         self.size = sides(size)
 
     def forward(self, image):
+        from torchvision import transforms
+
         width, height = image.size
         new_height, new_width = self.size
         kept_width = min(width, math.ceil(MAX_ASPECT_RATIO * height * new_width / new_height))
@@ -94,7 +100,7 @@ class Resize(torch.nn.Module):
             new_height = int(new_width * kept_height / kept_width)
         else:
             new_width = int(new_height * kept_width / kept_height)
-        resize = torchvision.transforms.Resize((new_height, new_width))
+        resize = transforms.Resize((new_height, new_width))
         return image.map(resize) if isinstance(image, ArrayImage) else resize(image)
 
 
@@ -119,5 +125,8 @@ def to_tensor(image):
     """uint8 [C, H, W] of a PIL image, float32 of an `ArrayImage`; tensors are returned as is."""
     if isinstance(image, ArrayImage):
         return image.map(lambda channel: channel)
-    return image if torch.is_tensor(image) else torchvision.transforms.functional.pil_to_tensor(
-        image)
+    if torch.is_tensor(image):
+        return image
+    from torchvision.transforms.functional import pil_to_tensor
+
+    return pil_to_tensor(image)
