@@ -131,7 +131,7 @@ def test_8_bits_and_less(tmp_path):
 
 
 @pytest.mark.parametrize('name, message', [
-    ('SC_rgb_rle_2frame', '2 frames: save each as a file of its own'),
+    ('SC_rgb_rle_2frame', '2 frames: save each as a separate file'),
     ('MR_small_jpeg_ls_lossless', 'no decoder for JPEG-LS .*: pip install pylibjpeg'),
     ('JPGExtended', r'no decoder for JPEG Extended .*: pip install .*12-bit precision'),
     ('test-SR', 'it holds no image'), ('MR_truncated', 'number of bytes of pixel data is less'),

@@ -52,7 +52,7 @@ def with_saved_flags(given, parser=None):
     if found != str(path):
         warn(f'{path} is damaged or missing: resuming the previous one, {found}')
     if not all(isinstance(saved.get(key), dict) for key in ('args', 'dataset', 'model')):
-        raise UserError(f'{found} holds no run to resume; for weights alone give --pretrained')
+        raise UserError(f'{found} holds no run to resume; --pretrained loads weights')
     check_contents(saved, found)
     saved_flags = dict(saved['args'])
     if not (args.resume or args.evaluate):  # a repeated command: --pretrained was for the start
@@ -178,7 +178,7 @@ def resume(state, saved, args, train_loader, test_loader):
     source, rank, world_size = args.resume, distributed.rank(), distributed.world_size()
     check_fixed_flags(args, saved['args'], FIXED_FLAGS)
     if 'optimizer' not in saved:
-        raise UserError(f'{source} holds weights alone: --pretrained {source} starts training from '
+        raise UserError(f'{source} holds only weights: --pretrained {source} starts training from '
                         f'them')
     with explain_errors(f'{source} can\'t be resumed'):
         state.model.load_state_dict(saved.get('trained_model', saved['model']))

@@ -284,8 +284,8 @@ def no_split(root, split, labels_file=None):
         return DataError(f'{root}: {error.strerror}')
     found = f' (only {", ".join(found[:5])}{", ..." if len(found) > 5 else ""})' if found else ''
     return DataError(f'no {names} in {root}{found}: --data must name a folder with train/ and '
-                     f'val/ or test/, and in each a folder of images a class; --val-split 0.1 '
-                     f'does without val/; --dataset shapes needs no data')
+                     f'val/ or test/, and in each a folder of images per class; --val-split 0.1 '
+                     f'replaces val/; --dataset shapes needs no data')
 
 
 # ---- readers: uint8 images [N, C, H, W] and int64 labels [N] of 'train' or 'test' ----------------

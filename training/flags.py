@@ -290,27 +290,24 @@ def recipe(args):
 
 def check_values(saved, parser):
     """Raises UserError if a checkpoint's flags have values that the command line would refuse."""
+    as_list = lambda value: [*value] if isinstance(value, (list, tuple)) else value
     for action in parser._actions:
-        value = saved.get(action.dest)
+        value = as_list(saved.get(action.dest))
         if value is None:
             continue
-        is_list = isinstance(value, (list, tuple))
-        values = [*value] if is_list else [value]
-        try:
-            if action.nargs == 0:
-                possible = isinstance(value, bool)
-            else:
-                given = [parser._get_value(action, str(part)) for part in values]
-                for part in given:
-                    parser._check_value(action, part)
-                takes_two = action.nargs == 2 or is_list and isinstance(action, ImageSize)
-                takes_list = takes_two or action.nargs == '+' and not isinstance(action, ImageSize)
-                possible = given == values and is_list == takes_list and (
-                    not takes_two or len(values) == 2)
-            if not possible:
-                raise argparse.ArgumentError(action, f'invalid value: {value!r}')
-        except argparse.ArgumentError as error:
-            raise UserError(f'the checkpoint has {textwrap.shorten(str(error), 200)}') from error
+        if action.nargs == 0:
+            is_valid = isinstance(value, bool)
+        else:
+            flag = action.option_strings[0]
+            argv = [flag, *map(str, value)] if isinstance(value, list) else [f'{flag}={value}']
+            try:
+                is_valid = as_list(getattr(parser.parse_args(argv), action.dest)) == value
+            except UserError as error:
+                raise UserError(f'wrong flags in the checkpoint: '
+                                f'{textwrap.shorten(str(error), 200)}') from None
+        if not is_valid:
+            raise UserError(f'wrong flags in the checkpoint: {"/".join(action.option_strings)}: '
+                            f'invalid value: {textwrap.shorten(repr(value), 150)}')
 
 
 def with_network(args, image_size):

@@ -60,7 +60,7 @@ def check_contents(image):
         pages += not image.tag_v2.get(SUBFILE_TYPE, 0) & REDUCED
     image.seek(0)
     if pages > 1:
-        raise ValueError(f'it has {pages} pages: save each as a file of its own')
+        raise ValueError(f'it has {pages} pages: save each as a separate file')
     bands = image.tag_v2.get(SAMPLES, 1)
     undeclared = image.mode == 'RGBA' and EXTRA_SAMPLES not in image.tag_v2
     if bands > len(image.getbands()) or undeclared:
@@ -229,7 +229,7 @@ def read_tiff(path, channels):
                          ) from None
     with tifffile.TiffFile(path) as file:
         if len(file.series) != 1:
-            raise ValueError(f'it holds {len(file.series)} images: save each as a file of its own')
+            raise ValueError(f'it holds {len(file.series)} images: save each as a separate file')
         series, photometric = file.series[0], file.pages[0].photometric
         if photometric not in (BLACK_IS_ZERO, RGB):
             raise ValueError(f'its photometric interpretation is {photometric.name}: save it with '
@@ -273,7 +273,7 @@ def read_dicom(path):
     if 'Rows' not in data:
         raise ValueError('it holds no image')
     if frames > 1:
-        raise ValueError(f'it has {frames} frames: save each as a file of its own')
+        raise ValueError(f'it has {frames} frames: save each as a separate file')
     if kind not in DICOM_GREY + DICOM_COLOURS:
         raise ValueError(f'its photometric interpretation is {kind}: save it as RGB')
     check_size(data.Columns, data.Rows)

@@ -82,7 +82,7 @@ def raise_if_pickled_model(path, names):
         name = next(name for name in names
                     if not re.match(r'torch\.(_utils|\w+Storage)|collections', name))
         raise UserError(f'{path} holds a whole model or module ({name}), and loading it can run '
-                        f'code: where it was made, save the state_dict() of the model alone')
+                        f'code: where it was made, save only the model\'s state_dict()')
 
 
 def check_file(path):
@@ -100,7 +100,7 @@ def check_file(path):
         check_archive(path)
     names = pickled_names(path)
     if 'builtins.bytearray' in names:  # allowed by torch, and may take any amount of memory
-        raise UserError(f'{path} holds a bytearray: save its state_dict alone')
+        raise UserError(f'{path} holds a bytearray: save only its state_dict')
     return names
 
 
