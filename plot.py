@@ -351,9 +351,9 @@ def draw(paths, output, formats):
             yield output / f'{name}.{suffix}'
         figures[name] = figure
     if len(paths) == 1 and (paths[0] / 'metrics.json').exists():
-        from training import report
+        from training import report_page
 
-        report.write_page(output / 'report.html', paths[0], figures)
+        report_page.write_page(output / 'report.html', paths[0], figures)
         yield output / 'report.html'
 
 

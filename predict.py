@@ -215,53 +215,54 @@ def find_class(name, names):
                     f'{", ".join(names[:20])}{more}')
 
 
+def run(args):
+    """Predict all images: print the classes, write them to --csv, and draw the heat maps."""
+    if args.heatmap is None and (args.heatmap_class or args.one_scale):
+        raise UserError('--class and --one-scale need --heatmap')
+    files = [*dict.fromkeys(file for name in args.images for file in find_images(name))]
+    root = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
+    model, dataset = load_model(args)
+    names, broken = dataset.classes, 0
+    if len(names) == 1000 and names[0] == 'n01440764':  # ImageNet's WordNet IDs
+        names = IMAGENET_CLASSES
+    num_shown = len(names) if dataset.multi_label else min(5, len(names))
+    device = choose_device(args.device)
+    networks.fuse(model, device, script='predict.py')
+    model.to(device, memory_format=torch.channels_last)
+    label = None if args.heatmap_class is None else find_class(args.heatmap_class, names)
+    heats = []  # still to be drawn
+    bar = tqdm(predict(model, dataset, files, args.batch_size, label), total=len(files),
+               leave=False, disable=None)  # None: only on a terminal
+    with open_csv(args.csv or os.devnull, 'w') as table:
+        writer = csv.writer(table)
+        writer.writerow(('file', 'class', 'probability'))
+        for file, answer in bar:
+            if isinstance(answer, datasets.DataError):
+                with bar.external_write_mode():
+                    console.warn(answer, script='predict.py')
+                broken += 1
+                continue
+            probabilities, heat = answer
+            best = [(names[i], share.item()) for share, i in zip(*probabilities.topk(num_shown))]
+            with bar.external_write_mode():
+                print(f'{file}:', ', '.join(f'{name} {share:.2%}' for name, share in best),
+                      flush=True)
+            writer.writerows((escape_formula(file), name, f'{share:.6f}') for name, share in best)
+            if args.heatmap is not None:
+                shown = probabilities.argmax() if label is None else label
+                text = f'{shorten(names[shown], 34)} {probabilities[shown]:.1%}'
+                heats.append((file, heat, text))
+            if not args.one_scale:
+                save_heatmaps(heats, dataset, args.heatmap or root, root)
+                heats.clear()
+    save_heatmaps(heats, dataset, args.heatmap or root, root)
+    if broken:
+        raise UserError(f'{broken} of {len(files)} images could not be read')
+
+
 def main(argv=None):
     try:
-        args = make_parser().parse_args(argv)
-        if args.heatmap is None and (args.heatmap_class or args.one_scale):
-            raise UserError('--class and --one-scale are for --heatmap')
-        files = [*dict.fromkeys(file for name in args.images for file in find_images(name))]
-        root = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
-        model, dataset = load_model(args)
-        names, broken = dataset.classes, 0
-        multi_label = dataset.multi_label
-        if len(names) == 1000 and names[0] == 'n01440764':  # ImageNet's WordNet IDs
-            names = IMAGENET_CLASSES
-        device = choose_device(args.device)
-        networks.fuse(model, device, script='predict.py')
-        model.to(device, memory_format=torch.channels_last)
-        label = None if args.heatmap_class is None else find_class(args.heatmap_class, names)
-        heats = []  # still to be drawn
-        bar = tqdm(predict(model, dataset, files, args.batch_size, label), total=len(files),
-                   leave=False, disable=None)  # None: only on a terminal
-        with open_csv(args.csv or os.devnull, 'w') as table:
-            writer = csv.writer(table)
-            writer.writerow(('file', 'class', 'probability'))
-            for file, answer in bar:
-                with bar.external_write_mode():
-                    if isinstance(answer, datasets.DataError):
-                        console.warn(answer, script='predict.py')
-                        broken += 1
-                        continue
-                    probabilities, heat = answer
-                    # The most probable classes or, multi-label, all.
-                    best = zip(*probabilities.topk(len(names) if multi_label else
-                                                   min(5, len(names))))
-                    found = [(names[label], share.item()) for share, label in best]
-                    print(f'{file}:', ', '.join(f'{name} {share:.2%}' for name, share in found),
-                          flush=True)
-                writer.writerows((escape_formula(file), name, f'{share:.6f}')
-                                 for name, share in found)
-                if args.heatmap is not None:
-                    shown = probabilities.argmax() if label is None else label
-                    text = f'{shorten(names[shown], 34)} {probabilities[shown]:.1%}'
-                    heats.append((file, heat, text))
-                if not args.one_scale:
-                    save_heatmaps(heats, dataset, args.heatmap or root, root)
-                    heats.clear()
-        save_heatmaps(heats, dataset, args.heatmap or root, root)
-        if broken:
-            raise UserError(f'{broken} of {len(files)} images could not be read')
+        run(make_parser().parse_args(argv))
     except BrokenPipeError:  # `| head`; Python would raise again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError, RuntimeError) as error:

@@ -37,7 +37,7 @@ def make_loader(dataset, split, batch_size, *, device, augmentation=None, seed=1
     Args:
         split: 'train', 'test' or, if `dataset.selection_split` is 'val', 'val'.
         batch_size: of all ranks together.
-        augmentation: an Augmentation, or None for no random crops either.
+        augmentation: an Augmentation, which includes random crops, or None.
         workers: number of worker processes that decode images; 0: decode in this process.
         ten_crop: yield images [B, 10, C, H, W], in batches of `batch_size` crops.
         shard: (rank, world size). Each batch is divided evenly among the ranks. If the last batch

@@ -243,7 +243,7 @@ def our_keys(tensors, prefix):
     if not rest:  # the classifier is outside the module of the features
         parent = prefix[:prefix.rfind('.', 0, -1) + 1]
         rest = [key for key in tensors if key.startswith(parent) and not key.startswith(prefix)]
-    # Whatever its name, the classifier is the only linear layer and the only other layer.
+    # Whatever its name, the classifier is the only layer besides the features, and linear.
     linear = [key.removesuffix('weight') for key in rest
               if key.endswith('weight') and tensors[key].dim() == 2]
     layers = {key.rpartition('.')[0] for key in rest if key.endswith(('bias', 'running_mean'))}
