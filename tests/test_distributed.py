@@ -1,6 +1,6 @@
-"""Several processes train like one; processes that are killed or fail.
+"""Several processes against one: the same losses, weights and counts; killed and broken ones.
 
-Most tests start torchrun's agent in a process forked from one that has imported torch, and its
+Most of these start torchrun's agent in a process forked from one that has torch imported, and its
 workers are forked from that. The fixture `uninterrupted` runs the command `torchrun` itself.
 """
 
