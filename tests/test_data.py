@@ -918,7 +918,7 @@ def test_unsupported_options_of_a_data_set(photos):
                     {'value_range': (0, 1)}):
         with pytest.raises(DataError, match='^cifar10 has .* are only for folder and imagenet'):
             datasets.describe('cifar10', 'nowhere', **options)
-    with pytest.raises(DataError, match='--ten-crop is for'):
+    with pytest.raises(DataError, match='--ten-crop needs'):
         load(photos, image_size=32, ten_crop=True)
 
 

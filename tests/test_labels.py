@@ -54,7 +54,7 @@ WRONG = {  # the content of a file: the message about it
     'file,label\na.png,\n': 'column label: .* is empty',
     'file,label,split\na.png,x,dev\n': r'column split: row 2 \(dev\) is none of train, val, ',
     'file,label,group\na.png,x,\n': 'column group: .* is empty',
-    'file,a,age\na.png,1,41\n': r'column age: row 2 \(41\) is not 1 .* take out columns',
+    'file,a,age\na.png,1,41\n': r'column age: row 2 \(41\) is not 1 .* remove columns',
     'file,a\na.png,-1\n': r'column a: row 2 \(-1\) is not 1 \(present\), 0',
     'file,a,a\na.png,1,1\n': "two columns 'a'",
     'file,label\na,b.png,x\n': 'the header has 2 cells, and row 2 has 3',
