@@ -171,7 +171,7 @@ def describe(name, root='work/data', image_size=None, split='train', *, in_chann
     only_test = split == 'test'
     splits = find_splits(root, name, labels_file, bool(val_split or fold), only_test)
     if split not in splits:
-        raise no_split(root, split, labels_file)
+        raise missing_split(root, split, labels_file)
     classes, multi_label = read_classes(splits[split], split, labels_file)
     statistics = entry.mean, entry.std
     if in_channels == 1:
@@ -259,7 +259,7 @@ def find_splits(root, name, labels_file=None, holds_out=False, only_test=False):
             sources = {'train': root}
     if holds_out:
         if 'train' not in sources:
-            raise no_split(root, 'train', labels_file)
+            raise missing_split(root, 'train', labels_file)
         if 'val' in sources:
             raise DataError(f'{labels_file or root} has images for validation, {sources["val"]}: '
                             f'leave out --val-split and --fold, or move them into train')
@@ -269,7 +269,7 @@ def find_splits(root, name, labels_file=None, holds_out=False, only_test=False):
     return sources
 
 
-def no_split(root, split, labels_file=None):
+def missing_split(root, split, labels_file=None):
     """The DataError for a missing split; names the folders found instead."""
     if labels_file:
         return DataError(f'{labels_file} has no images to {split} on: its column split says train, '

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from training import console, image_transforms
 from training.console import BadImages, DataError
-from training.datasets import no_split
+from training.datasets import missing_split
 from training.decoding import ArrayImage, SetupError, decode, needs_range
 from training.labels import read_table
 
@@ -161,7 +161,7 @@ def list_images(dataset, split, warn=None):
             and folders that can't be read.
     """
     if split not in dataset.splits:
-        raise no_split(dataset.root, split, dataset.labels_file)
+        raise missing_split(dataset.root, split, dataset.labels_file)
     list_all = images_of_table if dataset.labels_file else images_of_folder
     images = list_all(dataset, split, warn)
     if dataset.is_divided(split):
