@@ -4,8 +4,8 @@
     image = decode('scan.png')       # more than 8 bits: an ArrayImage
     image = decode('field.tif', 5)   # neither 1 nor 3 channels: also an ArrayImage
 
-Pillow reads most files. formats.py reads those of more than 8 bits; .npy (NumPy); DICOM (pydicom);
-and TIFF of neither 1 nor 3 channels (tifffile).
+Pillow reads most files. formats.py reads those of more than 8 bits, .npy, and TIFF of neither 1 nor
+3 channels (tifffile); dicom.py reads DICOM (pydicom).
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from training import formats
+from training import dicom, formats
 from training.console import DataError
 from training.formats import SetupError
 
@@ -94,7 +94,7 @@ def decode(path, channels=3):
         if suffix == '.npy':
             values = formats.read_npy(path, channels)
         elif suffix in ('.dcm', '.dicom'):
-            values, white_is_low = formats.read_dicom(path)
+            values, white_is_low = dicom.read_dicom(path)
         elif suffix in ('.tif', '.tiff') and channels not in (1, 3):
             values = formats.read_tiff(path, channels)
         else:
