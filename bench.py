@@ -1,23 +1,23 @@
-"""Time and memory of a training step: our DenseNet beside torchvision's and timm's, in one run.
+"""Time and memory of a training step: our DenseNet compared with torchvision's and timm's.
 
     python bench.py                                       # DenseNet-BC-100-12, batches of 64
     python bench.py --arch densenet121 --batch-size 256   # images of 224 pixels
     python bench.py --rows 'torchvision plain' '*fused*' --csv bench.csv --plot bench.png
     python bench.py --arch densenet121 --inference --batch-size 1 16 --precision fp32 bf16
 
-The step is the one in train.py, on random images. The rows take turns: in each round, each row has
-a warm-up and a few steps, so a slow phase of the machine hits all of them. A time is the median
-over the rounds, with the quartiles beside it. Rows of timm, ONNX Runtime and OpenVINO (inference on
-a CPU) need these packages. Speed, memory and peak are also given as ratios to the first row with
-the same batch size. The other columns:
+Runs train.py's step on random images. The rows take turns: each round runs a warm-up and a few
+steps of every row, so that slow phases of the machine affect all rows. Times are medians over the
+rounds, with quartiles. Rows of timm, ONNX Runtime and OpenVINO (inference on a CPU) need these
+packages. Ratios of speed, memory and peak are to the first row with the same batch size. Other
+columns:
 
-x limit: on a CPU, the time divided by the time that all convolutions of the step would take at the
-    rate of a large matrix product, which is measured in each round.
-first s: seconds of the first call, with ONNX export and compilation. Compilers may have a cache.
-memory: on a CPU, what the forward pass holds for backward. On a GPU, the peak of a step, with
-    weights and momentum (for a CUDA graph: while recording it).
-peak: on a CPU, the peak of a whole step (forward, loss and backward) in torch's allocator, without
-    the images, the weights and their gradients. The CPU kernels' scratch buffers are not counted.
+x limit: on a CPU, the time divided by the time that the step's convolutions would take at the speed
+    of a large matrix product, which is measured in each round.
+first s: seconds of the first call, including ONNX export and compilation (perhaps from a cache).
+memory: on a CPU, the bytes that the forward pass holds for backward. On a GPU, the peak of a step,
+    with weights and momentum (for a CUDA graph: during its capture).
+peak: on a CPU, the peak of a step (forward, loss and backward) in torch's allocator, without
+    images, weights and gradients. Does not include the CPU kernels' scratch buffers.
 """
 
 import argparse
@@ -26,10 +26,11 @@ import sys
 from pathlib import Path
 
 from training import console, flags
+from training.parsing import POSITIVE, Parser
 
 
 def make_parser():
-    parser = flags.Parser(prog='bench.py', description=__doc__, allow_abbrev=False,
+    parser = Parser(prog='bench.py', description=__doc__, allow_abbrev=False,
                           formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group('network, as for train.py').add_argument
     add('--arch', metavar='NAME', help='an ImageNet network')
@@ -42,22 +43,22 @@ def make_parser():
     add('--precision', nargs='+', choices=flags.PRECISIONS,
         help='(default: tf32 bf16 on cuda, fp32 elsewhere)')
     add('--compile', action='store_true',
-        help='also torch.compile, on cuda also with mode reduce-overhead: minutes for each')
+        help='also torch.compile, on cuda also with mode reduce-overhead (minutes for each)')
     add('--inference', action='store_true', help='evaluation instead of training')
     add('--rows', nargs='+', metavar='PATTERN', default=['*'],
         help='only rows with these names, such as \'ours*\'; ratios are to the first')
     add = parser.add_argument_group('measuring').add_argument
     add('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
-    add('--rounds', type=flags.POSITIVE, default=10, help='(default: %(default)s)')
-    add('--steps', type=flags.POSITIVE,
-        help='of each row in a round, which counts their mean (default: 20 on cuda, 1 on a CPU)')
+    add('--rounds', type=POSITIVE, default=10, help='(default: %(default)s)')
+    add('--steps', type=POSITIVE,
+        help='steps per row and round, which are averaged (default: 20 on cuda, 1 on a CPU)')
     add('--csv', type=output_file('.csv'), metavar='FILE', help='the table')
     add('--plot', type=output_file('.png', '.pdf', '.svg'), metavar='FILE', help='its figure')
     return parser
 
 
 def output_file(*suffixes):
-    """An argparse type: a path that can be written, checked before anything is measured."""
+    """An argparse type: a writable path, checked before measuring."""
     def parse(text):
         path = Path(text)
         if path.suffix not in suffixes or not os.access(path.parent, os.W_OK):
@@ -104,7 +105,7 @@ from training.device import (
     ran_out_of_memory,
 )
 
-NETWORK_FLAGS = 'arch', 'depth', 'growth_rate', 'image_size', 'batch_size'  # also train.py's
+NETWORK_FLAGS = 'arch', 'depth', 'growth_rate', 'image_size', 'batch_size'  # of train.py, too
 
 
 class Mode(NamedTuple):
@@ -143,9 +144,9 @@ class Row(NamedTuple):
 # ---- the networks -------------------------------------------------------------------------
 
 def network_flags(inference=False, **given):
-    """The flags of train.py for network, images and step, and `inference`.
+    """train.py's flags for network, images and step, and `inference`.
 
-    `given` may contain more than NETWORK_FLAGS, which is ignored; None stands for the default.
+    Flags in `given` other than NETWORK_FLAGS are ignored, and None means the default.
     """
     argv = []
     for name in NETWORK_FLAGS:
@@ -153,7 +154,7 @@ def network_flags(inference=False, **given):
             values = given[name] if isinstance(given[name], (list, tuple)) else [given[name]]
             argv += [f'--{name.replace("_", "-")}', *map(str, values)]
     if inference:
-        argv.append('--momentum=0')  # its buffers would take memory
+        argv.append('--momentum=0')  # saves the memory of its buffers
     # A low learning rate: diverging weights would change the speed.
     args = flags.complete(flags.parse([*argv, '--lr=1e-3']))
     args.inference = inference
@@ -161,12 +162,12 @@ def network_flags(inference=False, **given):
 
 
 def make_model(row, args, device_type='cpu'):
-    """The network of a row, on the CPU; the same size for all rows."""
+    """The network of a row, on the CPU; all rows have the same size."""
     mode = MODES[row.mode]
     path = getattr(mode, device_type)
     num_classes = 10 if datasets.is_small(args.image_size) else 1000
     args = argparse.Namespace(**vars(args))
-    # Fused blocks get it from `fuse`.
+    # For fused blocks it is an argument of `fuse`.
     args.memory_efficient = mode.memory_efficient and path == 'layers'
     model = networks.build(args, num_classes, args.image_size)
     if row.source in ('torchvision', 'timm'):
@@ -229,17 +230,19 @@ def select_rows(options, on_cuda):
              if fnmatch.fnmatchcase(row.name, pattern)]
     if not found:
         names = ', '.join(dict.fromkeys(f"'{row.name}'" for rows in table for row in rows))
-        raise UserError(f'--rows: no row is called that; here there are {names}')
+        raise UserError(f'--rows matches no row; the rows here are {names}')
     return list(dict.fromkeys(found))
 
 
 # ---- measuring ----------------------------------------------------------------------------
 
 class Runner:
-    """A row's model, its step, and what has been measured so far.
+    """The model, the step and the measurements of a row.
 
-    `times` are seconds per step, one for each round; `first_call` (seconds), `memory` and `peak`
-    (bytes) are as in the columns; `failure` is a line that says why the row ended early.
+    Attributes:
+        times: seconds per step, one for each round.
+        first_call, memory, peak: the columns, in seconds and bytes.
+        failure: one line that says why the row was aborted, or ''.
     """
 
     def __init__(self, row, args, device):
@@ -248,8 +251,8 @@ class Runner:
         self.times, self.failure = [], ''
         self.first_call = self.memory = self.peak = math.nan
 
-    def take_turn(self, steps):
-        """Measure once more, unless the row has failed; the first turn begins with `start`."""
+    def run_round(self, steps):
+        """Measure once, after `start` in the first round; a no-op if the row has failed."""
         if self.failure:
             return
         try:
@@ -262,9 +265,10 @@ class Runner:
             self.model = self.state = self.step = self.batch = None  # frees their memory
 
     def start(self):
-        """Make the model, run the first steps and measure the memory.
+        """Build the model, run the first steps and measure the memory.
 
-        Raises RuntimeError if a dense block took another path than the row's name says.
+        Raises:
+            RuntimeError: a dense block took another path than expected for this row.
         """
         row, args, device = self.row, self.args, self.device
         print(f'starting {row.name}, {row.precision}, {args.batch_size}', file=sys.stderr)
@@ -305,19 +309,19 @@ class Runner:
             self.peak = peak_bytes(self.model, *self.batch, autocast)
 
     def _free_memory(self):
-        """Free what can be freed. Returns the bytes that stay allocated on the GPU."""
+        """Free unused memory. Returns the bytes that stay allocated on the GPU."""
         gc.collect()
         if not self.on_cuda:
             return 0
-        torch._C._cuda_clearCublasWorkspaces()  # one for each row and each recording
+        torch._C._cuda_clearCublasWorkspaces()  # one for each row and each capture
         torch.cuda.empty_cache()
         return torch.cuda.memory_allocated()
 
     def time(self, steps):
-        """Seconds per step, the mean over `steps` steps after one to warm up."""
+        """Seconds per step, the mean over `steps` steps after a warm-up step."""
         choose_precision(self.row.precision, self.device)
         step = self.step
-        if self.row.graph:  # recorded each time: a graph that is kept would keep its memory
+        if self.row.graph:  # captured each time, because a graph would hold its memory
             step = train.CudaGraphStep(step, self.state, [self.batch[0].shape])
         for launches in (1, steps):
             started = time.perf_counter()
@@ -329,12 +333,12 @@ class Runner:
 
 
 def make_exported_step(row, model, images):
-    """Inference by ONNX Runtime or OpenVINO, with as many threads as torch has."""
+    """Inference by ONNX Runtime or OpenVINO, with torch's number of threads."""
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, 'densenet.onnx')
         torch.onnx.export(model, (images,), path, input_names=['images'], verbose=False)
-        if row.source == 'openvino':  # its own conversion from torch sends telemetry
+        if row.source == 'openvino':  # from ONNX: its conversion from torch sends telemetry
             import openvino
             compiled = openvino.compile_model(path, 'CPU', {
                 'INFERENCE_PRECISION_HINT': 'f32' if row.precision == 'fp32' else 'bf16',
@@ -348,9 +352,9 @@ def make_exported_step(row, model, images):
 
 
 def allocations(function, *args):
-    """The result of a call on a CPU, the bytes that it leaves allocated, and their peak."""
+    """The result of a call on a CPU, the bytes still allocated after it, and their peak."""
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # keep the profiler's own messages off stderr
-    gc.collect()  # freeing older garbage would count
+    gc.collect()  # or freeing older garbage during the call would count
     with profiler.profile(profile_memory=True) as profile:
         result = function(*args)
     events = [event for event in profile.kineto_results.events() if event.name() == '[memory]']
@@ -378,22 +382,23 @@ def peak_bytes(model, images, labels, autocast):
 
 
 def convolution_flops(args):
-    """FLOPs of all convolutions in a step, two for a multiply-add.
+    """FLOPs of all convolutions in a step; a multiply-add counts as two.
 
-    Transitions pool before they convolve, which gives the same with a quarter of the work.
+    Transitions are counted with the pooling before the convolution, which is a quarter of the work
+    for the same result.
     """
     with torch.device('meta'), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model = make_model(Row('ours', 'plain', 'fp32'), args).eval()
         for module in model.modules():
             if hasattr(module, 'pool'):
-                module._modules['conv'] = module._modules.pop('conv')  # now it is the last
+                module._modules['conv'] = module._modules.pop('conv')  # move it to the end
         model(torch.empty(args.batch_size, 3, *datasets.sides(args.image_size)))
     forward = counter.get_flop_counts()['Global'][torch.ops.aten.convolution]
     return forward if args.inference else 3 * forward  # backward: gradients of input and of weight
 
 
 def matrix_product_rate(precision):
-    """FLOP/s of a large matrix product on the CPU, the median of three after a warm-up."""
+    """FLOP/s of a large matrix product on the CPU: the median of three, after a warm-up."""
     dtype = AUTOCAST_TYPES.get(precision, torch.float32)
     a, b = (torch.randn(shape).to(dtype) for shape in MATRICES)
     product = a @ b
@@ -404,10 +409,11 @@ def matrix_product_rate(precision):
 # ---- showing ------------------------------------------------------------------------------
 
 def tabulate(runners, limits, workload):
-    """The rows of the CSV file, in dicts; NaN if something was not measured.
+    """The rows of the CSV file as dicts, with NaN for what was not measured.
 
-    Ratios are to the first row with the same batch size. `limits` is {precision: milliseconds of an
-    image's convolutions at the rate of a matrix product}.
+    Args:
+        limits: {precision: milliseconds per image of the convolutions at the speed of a matrix
+            product}.
     """
     table, first = [], {}
     for runner in runners:
@@ -443,7 +449,7 @@ def print_table(table):
 # ---- command line -------------------------------------------------------------------------
 
 def cpu_field(name):
-    """A field of /proc/cpuinfo, '' without it."""
+    """A field of /proc/cpuinfo, or ''."""
     info = Path('/proc/cpuinfo')
     found = info.exists() and re.search(rf'^{name}\s*: (.*)', info.read_text(), re.MULTILINE)
     return found[1] if found else ''
@@ -472,13 +478,13 @@ def describe(rows, batches, device):
 
 
 def run(options):
-    """Measure all rows and show them. Exits with 1 if one failed other than by lack of memory."""
+    """Measure and print all rows. Exits with 1 if one failed for another reason than memory."""
     device = choose_device(options.device)
     on_cuda = device.type == 'cuda'
     options.steps = options.steps or (20 if on_cuda else 1)
     options.precision = options.precision or (['tf32', 'bf16'] if on_cuda else ['fp32'])
     for precision in options.precision:
-        choose_precision(precision, device)  # an error if the device lacks it
+        choose_precision(precision, device)  # raises if the device does not support it
     batches = [network_flags(**{**vars(options), 'batch_size': size})
                for size in dict.fromkeys(options.batch_size or [None])]
     rows = select_rows(options, on_cuda)
@@ -493,15 +499,15 @@ def run(options):
             for precision, found in rates.items():
                 found.append(matrix_product_rate(precision))
             for runner in runners:
-                runner.take_turn(options.steps)
-    finally:  # show what was measured, also after Ctrl-C
+                runner.run_round(options.steps)
+    finally:  # print the measurements even after Ctrl-C
         limits = {precision: 1e3 * flops / np.median(found)
                   for precision, found in rates.items() if found}
         table = tabulate(runners, limits, workload)
         print_table(table)
         for precision, limit in limits.items():
             print(f'limit, {precision}: {limit:,.4f} ms per image, {flops / 1e9:,.3f} GFLOP of '
-                  f'convolutions at the {flops / limit / 1e6:,.0f} GFLOP/s of a matrix product')
+                  f'convolutions at {flops / limit / 1e6:,.0f} GFLOP/s, as a matrix product')
         if options.csv:
             with open(options.csv, 'w', newline='') as file:
                 writer = csv.DictWriter(file, table[0])

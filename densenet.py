@@ -28,9 +28,9 @@ __all__ = ['DenseNet', 'densenet121', 'densenet161', 'densenet169', 'densenet201
 
 
 class DenseNet(nn.Module):
-    """A densely connected network; the first seven arguments are those of torchvision's class.
+    """A densely connected network; the first seven arguments are torchvision's.
 
-    The defaults give the paper's DenseNet-BC, bottleneck=False and compression=1 its DenseNet.
+    The defaults give the paper's DenseNet-BC; bottleneck=False with compression=1 its DenseNet.
 
     Args:
         growth_rate: channels that each layer adds, k in the paper.
@@ -49,7 +49,7 @@ class DenseNet(nn.Module):
     Shapes: images [N, in_channels, H, W] to logits [N, num_classes].
 
     Attributes:
-        config: all the arguments, so that `DenseNet(**model.config)` is the same network.
+        config: all arguments; `DenseNet(**model.config)` builds the same network.
         min_size: the smallest H and W of images, in pixels.
 
     Raises:
@@ -99,9 +99,9 @@ class DenseNet(nn.Module):
             raise ValueError(f'expected images [N, C, H, W] with H and W at least {self.min_size}, '
                              f'not {list(x.shape)}')
         x = self.features(x)
-        # In evaluation this ReLU is in place, as in torchvision: some heat-map tools save the
-        # output of `features` in a forward hook and expect it rectified. With a backward hook the
-        # output is a view, and in-place operations on it raise.
+        # In place in evaluation, as in torchvision: some heat-map tools save the output of
+        # `features` in a forward hook and expect it rectified. With a backward hook the output is a
+        # view, on which in-place operations raise.
         x = F.relu(x, inplace=not (self.training or traced or x._is_view()))
         x = F.adaptive_avg_pool2d(x, 1)
         return self.classifier(torch.flatten(x, 1))
@@ -172,7 +172,7 @@ class DenseLayer(nn.Module):
         self.bottleneck = bottleneck
         self.memory_efficient = memory_efficient
         self.norm1 = nn.BatchNorm2d(in_channels)
-        self.relu1 = nn.ReLU()  # not in place: that saves no memory, and backward hooks would fail
+        self.relu1 = nn.ReLU()  # in place would save no memory, and break backward hooks
         if bottleneck:
             width = bn_size * growth_rate
             self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
@@ -186,7 +186,7 @@ class DenseLayer(nn.Module):
         features = features if isinstance(features, (list, tuple)) else [features]
         if (self.memory_efficient and self.training and torch.is_grad_enabled()
                 and not _is_traced(features[0])):
-            # There is no dropout in here, so no random state to restore for the recomputation.
+            # No dropout in here, so no random state to restore for the recomputation.
             x = checkpoint(self._first_half, *features, use_reentrant=False,
                            preserve_rng_state=False, context_fn=lambda: (
                                contextlib.nullcontext(), _FrozenRunningStatistics(self.norm1)))
@@ -227,13 +227,13 @@ class Transition(nn.Sequential):
 
 
 class _FrozenRunningStatistics:
-    """A context in which a norm in training keeps its running statistics.
+    """A context in which a norm in training mode does not update its running statistics.
 
     A class, because double backward recomputes several times and re-enters the same object.
     """
 
     def __init__(self, norm):
-        self.norm = norm if hasattr(norm, 'num_batches_tracked') else None  # another kind of norm
+        self.norm = norm if hasattr(norm, 'num_batches_tracked') else None  # not a batch norm
 
     def __enter__(self):
         if self.norm is not None:
@@ -256,7 +256,7 @@ def _is_traced(x):
 def densenet121(weights=None, progress=True, **kwargs):
     """DenseNet-121 (paper, table 1), 7,978,856 parameters.
 
-    This and the functions below take the arguments of torchvision's constructors:
+    The ImageNet constructors take torchvision's arguments:
 
     Args:
         weights: a member of torchvision's enum, such as `DenseNet121_Weights.DEFAULT`, whose file

@@ -4,10 +4,10 @@
     model = torch.hub.load('path/to/clone', 'densenet_cifar', source='local', depth=40)
     model = torch.hub.load('path/to/clone', 'densenet_bc_100_12', source='local', pretrained=True)
 
-All take the arguments of `densenet.DenseNet`; the weights are torchvision's for ImageNet, and ours
-for CIFAR-10. Models come in eval mode, with fused dense blocks (see fused_dense_block/). With
-`pretrained` they have the attributes `classes`, the class names, and `mean` and `std`, which
-normalise each channel of an image in 0..1; otherwise these are None.
+All take the arguments of `densenet.DenseNet`. Weights are torchvision's for ImageNet, and ours for
+CIFAR-10. Models are in eval mode, with fused dense blocks (see fused_dense_block/). With
+`pretrained`, the attributes `classes`, `mean` and `std` have the class names and the statistics per
+channel of images in 0..1; otherwise they are None.
 """
 
 import functools

@@ -6,10 +6,10 @@
     python make_graph.py --depth 22 --view autograd --output backward.png
     python make_graph.py --resume work/demo/best.pth
 
-Views: `blocks`, as the paper draws its networks (figures 1 and 2), and `autograd`, the functions
-that backward goes through, which takes minutes to lay out for hundreds of layers. An --arch is for
-ImageNet's images and classes, unless a --dataset is given. It needs `pip install graphviz` and,
-except for a FILE.dot, Graphviz's program `dot` (`apt install graphviz`).
+Views: `blocks`, as in figures 1 and 2 of the paper, and `autograd`, the graph of backward
+functions, whose layout takes minutes for hundreds of layers. With --arch and no --dataset, images
+and classes are ImageNet's. Needs `pip install graphviz` and, except for a FILE.dot, Graphviz's
+program `dot` (`apt install graphviz`).
 """
 
 import re
@@ -44,7 +44,7 @@ from densenet import DenseBlock
 from training import checkpoint, datasets, networks
 from training.console import UserError
 
-MAX_LAYERS = 6  # longer blocks are folded into four boxes: two layers, all between, the last
+MAX_LAYERS = 6  # longer blocks are drawn as four boxes: two layers, those between, the last
 FONT = dict(fontname='Helvetica,Arial,sans-serif', fontsize='12')
 COLORS = [plot.GREY, *plot.COLORS[:-1]]  # of edges: from a block's input, then from its layers
 BLUE, ORANGE, GREEN = '#d6e8f5', '#fbe3cf', '#d5eee5'  # of boxes
@@ -69,7 +69,7 @@ def block_graph(model, image_size, title):
                '7 × 7 convolution, stride 2\nBN, ReLU\n3 × 3 max pool, stride 2', fillcolor=GREEN)
     maps = torch.empty(1, model.config['in_channels'], *datasets.sides(image_size), device='meta')
     add_edge(graph, 'images', 'stem', maps.shape[1:])
-    source = 'stem'  # the node whose output the maps are
+    source = 'stem'  # the node that outputs the maps
     for name, module in model.eval().features.named_children():
         inputs, maps = maps, module(maps)
         if isinstance(module, DenseBlock):
@@ -80,8 +80,8 @@ def block_graph(model, image_size, title):
             graph.node(name, f'transition {name.removeprefix("transition")}\nBN, ReLU, '
                        f'1 × 1 convolution: {conv.in_channels} to {conv.out_channels}{dropout}\n'
                        f'2 × 2 average pool', fillcolor=ORANGE)
-            # The top of the next column. dot draws downwards, so the edge to it has two parts: down
-            # to a bend, and back up from there.
+            # The top of the next column. dot draws edges downwards, so the one to it has two parts:
+            # down to a bend, and back up.
             bend = f'{source}.bend'
             graph.node(bend, '', shape='point', width='0')
             add_edge(graph, source, bend, inputs.shape[1:], arrowhead='none')
@@ -98,11 +98,11 @@ def block_graph(model, image_size, title):
 
 
 def add_block(graph, name, block, source, input_shape):
-    """A dense block; its input is the output of the node `source`."""
+    """Add a dense block whose input is the output of the node `source`."""
     layers = list(block.values())
     growth_rate = convolutions(layers[0])[-1].out_channels
     channels, height, width = input_shape
-    nodes = [(source, channels)]  # and the number of maps in its output
+    nodes = [(source, channels)]  # (node, number of its output maps)
     groups = [[i] for i in range(len(layers))]  # the layers of each box
     if len(layers) > MAX_LAYERS:
         groups[2:-1] = [[*range(2, len(layers) - 1)]]
@@ -127,7 +127,7 @@ def add_block(graph, name, block, source, input_shape):
 
 
 def add_edge(graph, source, target, shape, is_main=True, **style):
-    """A main edge has a label, and a weight that makes dot align its ends in a column."""
+    """Add an edge. A main edge has a label, and a weight that aligns its ends in a column."""
     graph.edge(source, target, tooltip=f'{source} to {target}: {show(shape)}',
                label=f'  {show(shape)}' * is_main, weight='9' if is_main else '1', **style)
 
@@ -143,18 +143,18 @@ def show(shape):
 # ---- the view of autograd -----------------------------------------------------------------
 
 def autograd_graph(model, image_size, title):
-    """The functions that backward goes through, starting from the logits.
+    """The graph of autograd functions behind the logits.
 
     An edge goes from a function to the one that reads its result in the forward pass. The model is
-    on torch's meta device, where, as on a GPU, a dense block with memory_efficient=True is one
-    function.
+    on torch's meta device, where a dense block with memory_efficient=True is one function, as on a
+    GPU.
     """
     networks.fuse(model, torch.device('meta'), script='make_graph.py')
     images = torch.empty(2, model.config['in_channels'], *datasets.sides(image_size), device='meta')
     logits = model.train()(images)
     names = {parameter: name for name, parameter in model.named_parameters()}
     graph = new_graph(title + '\nAutograd functions and the parameters that they read.')
-    graph.attr(nslimit='1', nslimit1='1')  # to lay out a thousand functions in seconds
+    graph.attr(nslimit='1', nslimit1='1')  # limits the layout time to seconds
     graph.node('logits', f'logits {show(logits.shape[1:])}', fillcolor=ORANGE)
     nodes, waiting = {}, [(logits.grad_fn, 'logits')]
     while waiting:
@@ -207,7 +207,7 @@ def build_model(argv):
 
 
 def render(graph, suffix):
-    """The file's content, as bytes."""
+    """The content of the file, as bytes."""
     import graphviz
 
     if suffix == '.dot':

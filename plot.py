@@ -6,10 +6,10 @@
     python plot.py work/demo --output figures --format svg
     python plot.py bench.csv                              # bench.png, from bench.py's table
 
-A run is a directory with the files that train.py writes. Its figures are loss, error and loss-error
-(both side by side), from train.csv and test.csv. They can be drawn again at any time, also during
-the run. Losses and errors are on logarithmic axes. After --evaluate, there are the figures of
-training/report.py, too, and report.html, a page with all of them.
+A run is a directory that train.py writes. The figures loss, error and loss-error (side by side)
+come from train.csv and test.csv and can be redrawn at any time, also during the run. Losses and
+errors are on logarithmic axes. After --evaluate, there are also the figures of training/report.py,
+and report.html, a page with all of them.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from training.console import UserError
+from training.csv_files import open_csv
 from training.figures import COLORS, GREY, MARKERS, STYLE, save_figure, shorten
 
 CURVES = {'loss': ['loss'], 'error': ['error'], 'loss-error': ['loss', 'error']}
@@ -41,7 +42,7 @@ class Run(NamedTuple):
     name: str
     train: dict[str, np.ndarray]  # column name -> one value per row
     test: dict[str, np.ndarray]
-    split: str                    # 'test', or 'val' if test.csv is about validation images
+    split: str                    # of test.csv: 'test' or 'val'
 
 
 # ---- reading ------------------------------------------------------------------------------
@@ -55,9 +56,9 @@ def bad_file(path, problem):
 
 
 def read_table(path):
-    """{column: values} of a CSV file of numbers; empty columns if the file does not exist.
+    """Read a CSV file of numbers as {column: values}; empty columns if it does not exist.
 
-    Incomplete rows are left out. Raises UserError if columns are missing.
+    Skips incomplete rows. Raises UserError if columns are missing.
     """
     text = path.read_text(encoding='utf-8-sig', errors='replace') if path.exists() else ''
     header, *lines = [line.split(',') for line in text.splitlines()] or [COLUMNS]
@@ -66,8 +67,8 @@ def read_table(path):
         raise bad_file(path, f'a CSV file of a run: its first line must be a header such as '
                              f'{",".join(COLUMNS)}')
     for line in lines:
-        with contextlib.suppress(ValueError):  # the last row if the process was killed
-            # A run started by an older version has fewer columns in its header.
+        with contextlib.suppress(ValueError):  # the last row is incomplete if the run was killed
+            # The header has fewer columns if an older version started the run.
             rows.append([float(field) for _, field in zip(header, line[:len(header)], strict=True)])
     if len(rows) < len(lines):
         warn(f'{path}: left out {len(lines) - len(rows)} incomplete rows of {len(lines)}')
@@ -75,15 +76,15 @@ def read_table(path):
 
 
 def read_split(path):
-    """The split that test.csv is about."""
+    """The split of test.csv."""
     try:
         return json.loads(path.read_text(encoding='utf-8')).get('selection_split', 'test')
-    except (OSError, ValueError, AttributeError):  # no args.json of train.py
+    except (OSError, ValueError, AttributeError):  # no args.json, or not train.py's
         return 'test'
 
 
 def points(table, column):
-    """(epochs, values) of the rows in which both are finite."""
+    """(epochs, values) of the rows where both are finite."""
     finite = np.isfinite(table[column]) & np.isfinite(table['epoch'])
     return table['epoch'][finite], table[column][finite]
 
@@ -93,7 +94,7 @@ def common_parent(directories):
 
 
 def read_runs(directories):
-    """The runs with at least one point to draw."""
+    """Read the runs that have at least one point to draw."""
     parent, runs = common_parent(directories), []
     for directory in directories:
         run = Run(os.path.relpath(directory, parent), read_table(directory / 'train.csv'),
@@ -106,8 +107,8 @@ def read_runs(directories):
 
 
 def read_rows(path, columns):
-    """The rows of a CSV file as dicts of strings; UserError if columns are missing."""
-    with open(path, newline='', encoding='utf-8-sig', errors='surrogateescape') as file:
+    """Read a CSV file as dicts of strings; raises UserError if columns are missing."""
+    with open_csv(path) as file:
         rows = list(csv.DictReader(file))
     if not rows or not {*columns} <= rows[0].keys():
         raise bad_file(path, f'a table with rows and the columns {",".join(columns)}')
@@ -119,12 +120,12 @@ def read_rows(path, columns):
 def running_mean(epochs, values, window=1.0):
     """For each row, the mean of the rows in (epoch - window, epoch].
 
-    Rows are weighted by the steps that they cover, which is the distance from the row before: the
-    last row of an epoch often covers fewer. Before epoch 1 the mean is over the rows so far.
+    Rows are weighted by the number of steps that they cover, in proportion to the distance from the
+    previous row: the last row of an epoch often covers fewer. In epoch 1 the window is shorter.
     """
     spans = np.diff(epochs)
     weights = np.append(spans[:1], spans) if len(spans) else np.ones(len(epochs))
-    # 1e-6: in binary, 1.1 - 1 is slightly more than 0.1, and other differences slightly less.
+    # 1e-6: for rounding, such as 1.1 - 1 > 0.1.
     first = np.searchsorted(epochs, epochs - window + 1e-6, side='right')
     return window_sums(weights * values, first) / window_sums(weights, first)
 
@@ -132,8 +133,8 @@ def running_mean(epochs, values, window=1.0):
 def window_sums(values, first):
     """values[first[i]:i + 1].sum() for each i, in n log n additions.
 
-    A window is made up of blocks of 1, 2, 4, ... values. (Differences of cumulative sums would be
-    noise after one loss of 1e30.)
+    Composes each window of blocks of 1, 2, 4, ... values. (Differences of cumulative sums would
+    lose all precision after a loss of 1e30.)
     """
     totals, stop = np.zeros(len(values)), np.arange(1, len(values) + 1)
     lengths, size = stop - first, 1
@@ -147,10 +148,10 @@ def window_sums(values, first):
 
 
 def logged(epochs, values):
-    """The values as logged, with rows that cover few steps averaged with the row before.
+    """The values as logged, where rows that cover few steps are averaged with the previous row.
 
-    These are last rows of epochs, with less than half of the usual steps: the error on a few images
-    would draw a stroke to 0.
+    These are the last rows of epochs, if they cover less than half of the usual steps: the error on
+    a few images is noise.
     """
     interval = np.median(np.diff(epochs)) if len(epochs) > 1 else 1.0
     return running_mean(epochs, values, interval / 2)
@@ -163,7 +164,7 @@ def format_value(column, value):
 # ---- training curves: drawing -------------------------------------------------------------
 
 def curve_figure(runs, columns):
-    """A matplotlib Figure with a panel for each of `columns`, which are keys of AXIS_LABELS."""
+    """A Figure with a panel for each of `columns`, keys of AXIS_LABELS."""
     height = 4.2 + 0.18 * max(0, len(runs) - 3)  # room for a long legend
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6 if len(columns) == 1 else 11, height), layout='constrained')
@@ -188,7 +189,7 @@ def draw_panel(axes, runs, column):
     if axes.lines:
         set_epoch_axis(axes)
         set_value_axis(axes, column)
-        # Above the axes, where it can't cover a curve.
+        # Above the axes, not over a curve.
         axes.legend(loc='lower left', bbox_to_anchor=(0, 1), alignment='left', title=title)
 
 
@@ -205,7 +206,7 @@ def draw_run(axes, run, column):
 
 
 def draw_compared_run(axes, run, column, i):
-    """Run number i: a colour and a marker for each."""
+    """Draw run number i with its own colour and marker."""
     name, color = shorten(run.name, 22), COLORS[i % len(COLORS)]
     num_tests = len(points(run.test, column)[0])
     epochs, values = points(run.train, column)
@@ -222,13 +223,13 @@ def draw_compared_run(axes, run, column, i):
 def draw_test(axes, run, column, label, **style):
     epochs, values = points(run.test, column)
     if len(epochs):
-        final = format_value(column, run.test[column][-1])  # which may be nan
+        final = format_value(column, run.test[column][-1])  # may be NaN
         best = f'{format_value(column, values.min())} (epoch {epochs[values.argmin()]:g})'
         axes.plot(epochs, values, label=f'{label}, final {final}, best {best}', **style)
 
 
 def set_epoch_axis(axes):
-    """From the start of the first epoch to the end of the last, with ticks at whole epochs."""
+    """Limits at the start of the first and the end of the last epoch; ticks at whole epochs."""
     epochs = np.concatenate([line.get_xdata() for line in axes.lines])
     start = max(0, np.ceil(epochs.min()) - 1)
     stop = max(start + 1, np.ceil(epochs.max()))
@@ -238,10 +239,10 @@ def set_epoch_axis(axes):
 
 
 def value_limits(curves, behind):
-    """(low, high) for a logarithmic axis.
+    """(low, high) for a logarithmic axis, so that spikes do not squeeze the rest.
 
-    Includes the first and last value and the quartiles of each curve, and other values of curves
-    and of the lines behind them up to a factor of 2 beyond: a spike must not squeeze the rest.
+    Covers the first and last value and the quartiles of each curve; other values, also of the lines
+    behind, only up to a factor of 2 beyond these.
     """
     values = np.concatenate([*curves, *behind])
     anchors = np.concatenate([[curve[0], curve[-1],
@@ -257,21 +258,21 @@ def value_limits(curves, behind):
 
 
 def set_value_axis(axes, column):
-    """A logarithmic axis; the legend says which lines have values outside of it."""
+    """A logarithmic axis; the legend lists minima and maxima that are off scale."""
     low, high = value_limits([line.get_ydata() for line in axes.lines if line.get_zorder() > 1],
                              [line.get_ydata() for line in axes.lines if line.get_zorder() == 1])
     off_scale = []
     for line in axes.lines:
         least, most = line.get_ydata().min(), line.get_ydata().max()
         in_legend = not line.get_label().startswith('_')
-        prefix = '' if in_legend else 'train '  # of a compared run, whose test line comes next
+        prefix = '' if in_legend else 'train '  # of a compared run; its test line is next
         off_scale += [f'{prefix}min {format_value(column, least)}'] if least < low else []
         off_scale += [f'{prefix}max {format_value(column, most)}'] if most > high else []
         if off_scale and in_legend:
             line.set_label(f'{line.get_label()}\noff scale: {", ".join(off_scale)}')
             off_scale = []
     axes.set_ylim(low, high)
-    axes.set_yscale('log', nonpositive='clip')  # a curve that reaches 0 leaves through the bottom
+    axes.set_yscale('log', nonpositive='clip')  # a curve that reaches 0 leaves the axes
     subs = [1, 2, 5] if high / low > 10 else [1, 2, 3, 4, 5, 7]
     axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=50))
     axes.yaxis.set_major_formatter('{x:g}')  # 0.1, not 10^-1
@@ -282,7 +283,7 @@ def set_value_axis(axes, column):
 # ---- the table of bench.py -----------------------------------------------------------------
 
 def speed_figure(rows):
-    """Horizontal bars of time and memory for the rows of bench.py's table, dicts of its columns."""
+    """Horizontal bars of time and memory, for the rows of bench.py's table (dicts)."""
     ms, low, high, memory, peak = (np.array([float(row[key]) for row in rows]) for key in (
         'ms', 'ms_quartile1', 'ms_quartile3', 'memory_mib', 'peak_mib'))
     varying = [(key, text) for key, text in (('precision', '{}'), ('batch_size', 'batch {}'))
@@ -292,7 +293,7 @@ def speed_figure(rows):
     colors = [COLORS[row['row'].startswith('ours')] for row in rows]
     panels = [('time per step (ms): median and quartiles', ms, [ms - low, high - ms])]
     if np.isfinite(memory).any():
-        # On a GPU only the peak is measured, in the column memory_mib.
+        # On a GPU, the column memory_mib has the peak.
         kind = 'memory held for backward' if np.isfinite(peak).any() else 'peak memory'
         panels.append((f'{kind} (MiB)', memory, None))
     width = 10 if len(panels) == 2 else 7
@@ -323,7 +324,7 @@ def format_number(value):
 # ---- command line -------------------------------------------------------------------------
 
 def all_figures(paths):
-    """Yields (file name without suffix, Figure) for runs, or for a CSV file of bench.py."""
+    """Yield (file name without suffix, Figure) for runs, or for a CSV file of bench.py."""
     if len(paths) == 1 and paths[0].suffix == '.csv':
         yield paths[0].stem, speed_figure(read_rows(paths[0], BENCH_COLUMNS))
         return
@@ -338,7 +339,7 @@ def all_figures(paths):
 
 
 def draw(paths, output, formats):
-    """Write all figures into a folder and, of a run with an evaluation, report.html.
+    """Write all figures into a folder and, if a run has an evaluation, report.html.
 
     Yields the path of each file.
     """
@@ -350,14 +351,14 @@ def draw(paths, output, formats):
             yield output / f'{name}.{suffix}'
         figures[name] = figure
     if len(paths) == 1 and (paths[0] / 'metrics.json').exists():
-        from training import report
+        from training import report_page
 
-        report.write_page(output / 'report.html', paths[0], figures)
+        report_page.write_page(output / 'report.html', paths[0], figures)
         yield output / 'report.html'
 
 
 def save_reports(directory):
-    """Draw all that is in a run directory, as PNG and report.html; returns the paths."""
+    """Draw all figures of a run directory as PNG, and report.html; returns the paths."""
     return list(draw([directory], directory, ['png']))
 
 

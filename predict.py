@@ -1,12 +1,12 @@
-"""Say what a trained model sees in image files, or in all images of folders, and where it looks.
+"""Predict the classes of images with a trained model, and draw heat maps of what it looks at.
 
     python predict.py --checkpoint work/flowers/best.pth rose.jpg tulips/ 'scans/**/*.png'
     python predict.py --checkpoint work/flowers/best.pth photos/ --csv x.csv --heatmap heatmaps/
     python predict.py --checkpoint work/scans/best.pth scans/ --heatmap --class lesion --one-scale
     python predict.py --arch densenet121 photo.jpg        # torchvision's weights for ImageNet
 
-A file that can't be read is a warning; the others are predicted, and the exit code is 2. A name of
-which there is no file ends it before it begins.
+Files that can't be read are skipped with a warning, and the exit code is then 2. A name that
+matches no file is an error, before anything is predicted.
 """
 
 import argparse
@@ -15,23 +15,24 @@ import sys
 from pathlib import Path
 
 from training import console, flags
+from training.parsing import POSITIVE, Parser
 
 
 def make_parser():
-    parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='files, folders and globs')
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument('--checkpoint', metavar='FILE', help='latest.pth or best.pth of a run')
     which.add_argument('--arch', choices=flags.TORCHVISION_WEIGHTS, help='of torchvision\'s')
-    parser.add_argument('--csv', type=Path, metavar='FILE', help='also write the classes to this')
+    parser.add_argument('--csv', type=Path, metavar='FILE', help='also write a CSV file')
     parser.add_argument('--heatmap', nargs='?', const='', metavar='DIR',
-                        help='draw where it looks, beside each image or in this folder')
+                        help='draw heat maps, beside each image or in this folder')
     parser.add_argument('--class', dest='heatmap_class', metavar='NAME',
-                        help='draw what speaks for this class (default: the most probable)')
+                        help='class of the heat map (default: the most probable)')
     parser.add_argument('--one-scale', action='store_true',
-                        help='the same colours in all heat maps, up to the highest value of all '
-                             '(default: of each)')
-    parser.add_argument('--batch-size', type=flags.POSITIVE, default=32, help='(default: 32)')
+                        help='one colour scale for all heat maps, up to their common maximum '
+                             '(default: one for each)')
+    parser.add_argument('--batch-size', type=POSITIVE, default=32, help='(default: 32)')
     parser.add_argument('--device', choices=flags.DEVICES, default='auto', help='(default: auto)')
     return parser
 
@@ -53,22 +54,23 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import densenet
-from training import checkpoint, datasets, image_files, networks
+from training import checkpoint, datasets, image_files, image_transforms, networks
 from training.console import UserError
+from training.csv_files import escape_formula, open_csv
 from training.device import choose_device
 from training.figures import shorten
 from training.weights import torchvision_weights
 
-COLORMAP = 'inferno'  # of heat; its lightness grows evenly, for colour-blind readers, too
-MIN_WIDTH = 280       # pixels: heat maps are enlarged to have room for a line of text
+COLORMAP = 'inferno'  # perceptually uniform, also for colour-blind readers
+MIN_WIDTH = 280       # pixels; smaller heat maps are enlarged, for the line of text
 IMAGENET_CLASSES = tuple(torchvision.models.DenseNet121_Weights.DEFAULT.meta['categories'])
 
 
 def load_model(args):
-    """The model in eval mode and the description of what it was trained on."""
+    """The model in eval mode, and the Description of its training data."""
     if args.checkpoint:
         saved = checkpoint.load(args.checkpoint)
-        checkpoint.check_claims(saved, args.checkpoint)
+        checkpoint.check_contents(saved, args.checkpoint)
         dataset = datasets.Description(root=None, **saved['dataset'])
         build, weights = functools.partial(densenet.DenseNet, **saved['config']), saved['model']
         checkpoint.check_network(build, weights, args.checkpoint)
@@ -78,13 +80,13 @@ def load_model(args):
                                    **datasets.IMAGENET_STATISTICS)
         model = getattr(densenet, args.arch)()
         weights = torchvision_weights(args.arch)
-    checkpoint.load_weights(model, weights, args.checkpoint or args.arch)
+    model.load_state_dict(weights)
     checkpoint.check_finite(model, args.checkpoint or args.arch)
     return model.eval(), dataset
 
 
 def find_images(name):
-    """The file of that name, or all images in a folder or that a glob matches, sorted."""
+    """The file of that name, or the sorted images of a folder or glob."""
     if os.path.isfile(name):
         return [Path(name)]
     if os.path.isdir(name):
@@ -103,10 +105,10 @@ def find_images(name):
 
 
 def read(dataset, files):
-    """[(file, float32 [C, H, W] or a DataError)]: what a worker process hands over."""
+    """[(file, float32 [C, H, W] or a DataError)]; runs in worker processes."""
     batch = []
     for file in files:
-        try:  # NumPy, because tensors go through shared memory, which is small in containers
+        try:  # NumPy: tensors would need shared memory, which is small in containers
             batch.append((file, image_files.read_image(file, dataset).numpy()))
         except datasets.DataError as error:
             batch.append((file, error))
@@ -114,7 +116,7 @@ def read(dataset, files):
 
 
 def predict(model, dataset, files, batch_size, label=None):
-    """Yields (file, (probabilities [classes], heat [h, w])), or (file, DataError), in order."""
+    """Yield (file, (probabilities [classes], heat [h, w])) or (file, DataError), in order."""
     device = next(model.parameters()).device
     multi_label = dataset.multi_label
     for batch in DataLoader(files, batch_size, collate_fn=functools.partial(read, dataset),
@@ -129,15 +131,15 @@ def predict(model, dataset, files, batch_size, label=None):
 
 @torch.inference_mode()
 def classify(model, images, label=None, multi_label=False):
-    """Probabilities of the classes, and where the model looks for `label` or the most probable one.
+    """Probabilities of the classes, and the Grad-CAM of `label` or of the most probable class.
 
-    That is Grad-CAM (Selvaraju et al. 2017) at the last ReLU. After it come a mean over the map and
-    a linear layer, so the gradient of a logit by channel c is weight[class, c] / (h * w) anywhere.
-    Up to that factor 1 / (h * w), Grad-CAM is the positive part of CAM (Zhou et al. 2016), whose
-    mean over the map is the logit without its bias: the unit of heat is that of logits.
+    Grad-CAM (Selvaraju et al. 2017) at the last ReLU. Only a mean over the map and a linear layer
+    follow, so the gradient of a logit with respect to channel c is weight[class, c] / (h * w)
+    everywhere. Without that factor 1 / (h * w), Grad-CAM is the positive part of CAM (Zhou et al.
+    2016), whose mean over the map is the logit without its bias. Heat is in units of logits.
 
-    Shapes: images [N, C, H, W] to, on the CPU, probabilities [N, classes] and heat [N, h, w], of
-    the size of the last feature map.
+    Shapes: images [N, C, H, W] to probabilities [N, classes] and heat [N, h, w], of the size of the
+    last feature map, on the CPU.
     """
     maps = F.relu(model.features(images))                        # [N, channels, h, w]
     logits = model.classifier(maps.mean((2, 3)))
@@ -149,16 +151,16 @@ def classify(model, images, label=None, multi_label=False):
 
 
 def draw_heatmap(heat, file, dataset, highest=None):
-    """An image file in grey and, over the centre crop that the model sees, its heat [h, w].
+    """An image file in grey, with the heat [h, w] overlaid on the centre crop that the model sees.
 
-    The colours go from black, no heat, to `highest`, by default that of this image.
+    Colours range from 0 (black) to `highest`, by default the maximum of `heat`.
     """
-    from matplotlib import colormaps  # here, for it is slow to import
+    from matplotlib import colormaps  # slow to import
 
     # [H, W], uncropped
-    grey = image_files.read_pixels(dataset, image_files.to_tensor, file).float().mean(0)
+    grey = image_files.read_pixels(dataset, image_transforms.to_tensor, file).float().mean(0)
     picture = grey[:, :, None].repeat(1, 1, 3).numpy() / 255
-    resize, _, crop = image_files.test_transform(dataset).transforms
+    resize, _, crop = image_transforms.test_transform(dataset).transforms
     scale = min(size / resized for size, resized in zip(grey.shape, resize.size))
     height, width = (round(scale * size) for size in crop.size)  # pixels of the file
     top, left = (grey.shape[0] - height) // 2, (grey.shape[1] - width) // 2
@@ -171,9 +173,9 @@ def draw_heatmap(heat, file, dataset, highest=None):
 
 
 def annotate(picture, text, highest):
-    """A heat map with a line of text above it and a colour bar from 0 to `highest` beside it.
+    """Add a line of text above a heat map, and a colour bar from 0 to `highest` beside it.
 
-    The picture is in the lower left corner; small ones are enlarged by a whole factor.
+    The heat map is in the lower left corner; small ones are enlarged by an integer factor.
     """
     import matplotlib
 
@@ -196,7 +198,7 @@ def annotate(picture, text, highest):
 
 
 def save_heatmaps(heats, dataset, folder, root):
-    """Draw (file, heat, text) in one scale; in `folder` they lie as the files do in `root`."""
+    """Draw (file, heat, text) with one scale, into `folder`, at the files' paths below `root`."""
     highest = max((heat.max().item() for _, heat, _ in heats), default=0)
     for file, heat, text in heats:
         path = Path(folder, os.path.relpath(file, root) + image_files.HEATMAP)
@@ -205,7 +207,7 @@ def save_heatmaps(heats, dataset, folder, root):
 
 
 def find_class(name, names):
-    """The label of a class; a UserError that names some classes if there is none of that name."""
+    """The index of a class; raises UserError, naming the classes, if it does not exist."""
     if name in names:
         return names.index(name)
     more = ', ...' if len(names) > 20 else ''
@@ -213,56 +215,55 @@ def find_class(name, names):
                     f'{", ".join(names[:20])}{more}')
 
 
+def run(args):
+    """Predict all images: print the classes, write them to --csv, and draw the heat maps."""
+    if args.heatmap is None and (args.heatmap_class or args.one_scale):
+        raise UserError('--class and --one-scale need --heatmap')
+    files = [*dict.fromkeys(file for name in args.images for file in find_images(name))]
+    root = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
+    model, dataset = load_model(args)
+    names, broken = dataset.classes, 0
+    if len(names) == 1000 and names[0] == 'n01440764':  # ImageNet's WordNet IDs
+        names = IMAGENET_CLASSES
+    num_shown = len(names) if dataset.multi_label else min(5, len(names))
+    device = choose_device(args.device)
+    networks.fuse(model, device, script='predict.py')
+    model.to(device, memory_format=torch.channels_last)
+    label = None if args.heatmap_class is None else find_class(args.heatmap_class, names)
+    heats = []  # still to be drawn
+    bar = tqdm(predict(model, dataset, files, args.batch_size, label), total=len(files),
+               leave=False, disable=None)  # None: only on a terminal
+    with open_csv(args.csv or os.devnull, 'w') as table:
+        writer = csv.writer(table)
+        writer.writerow(('file', 'class', 'probability'))
+        for file, answer in bar:
+            if isinstance(answer, datasets.DataError):
+                with bar.external_write_mode():
+                    console.warn(answer, script='predict.py')
+                broken += 1
+                continue
+            probabilities, heat = answer
+            best = [(names[i], share.item()) for share, i in zip(*probabilities.topk(num_shown))]
+            with bar.external_write_mode():
+                print(f'{file}:', ', '.join(f'{name} {share:.2%}' for name, share in best),
+                      flush=True)
+            writer.writerows((escape_formula(file), name, f'{share:.6f}') for name, share in best)
+            if args.heatmap is not None:
+                shown = probabilities.argmax() if label is None else label
+                text = f'{shorten(names[shown], 34)} {probabilities[shown]:.1%}'
+                heats.append((file, heat, text))
+            if not args.one_scale:
+                save_heatmaps(heats, dataset, args.heatmap or root, root)
+                heats.clear()
+    save_heatmaps(heats, dataset, args.heatmap or root, root)
+    if broken:
+        raise UserError(f'{broken} of {len(files)} images could not be read')
+
+
 def main(argv=None):
     try:
-        args = make_parser().parse_args(argv)
-        if args.heatmap is None and (args.heatmap_class or args.one_scale):
-            raise UserError('--class and --one-scale are for --heatmap')
-        files = [*dict.fromkeys(file for name in args.images for file in find_images(name))]
-        root = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
-        model, dataset = load_model(args)
-        names, broken = dataset.classes, 0
-        multi_label = dataset.multi_label
-        if len(names) == 1000 and names[0] == 'n01440764':  # ImageNet's numbers in WordNet
-            names = IMAGENET_CLASSES
-        device = choose_device(args.device)
-        networks.fuse(model, device, script='predict.py')
-        model.to(device, memory_format=torch.channels_last)
-        label = None if args.heatmap_class is None else find_class(args.heatmap_class, names)
-        heats = []  # that are still to be drawn
-        bar = tqdm(predict(model, dataset, files, args.batch_size, label), total=len(files),
-                   leave=False, disable=None)  # None: only on a terminal
-        # A file's name, and so a row, may be no text.
-        with open(args.csv or os.devnull, 'w', newline='', encoding='utf-8',
-                  errors='surrogateescape') as table:
-            writer = csv.writer(table)
-            writer.writerow(('file', 'class', 'probability'))
-            for file, answer in bar:
-                with bar.external_write_mode():
-                    if isinstance(answer, datasets.DataError):
-                        console.warn(answer, script='predict.py')
-                        broken += 1
-                        continue
-                    probabilities, heat = answer
-                    # The most probable classes, or all if each is a question of its own.
-                    best = zip(*probabilities.topk(len(names) if multi_label else
-                                                   min(5, len(names))))
-                    found = [(names[label], share.item()) for share, label in best]
-                    print(f'{file}:', ', '.join(f'{name} {share:.2%}' for name, share in found),
-                          flush=True)
-                writer.writerows((image_files.no_formula(file), name, f'{share:.6f}')
-                                 for name, share in found)
-                if args.heatmap is not None:
-                    shown = probabilities.argmax() if label is None else label
-                    text = f'{shorten(names[shown], 34)} {probabilities[shown]:.1%}'
-                    heats.append((file, heat, text))
-                if not args.one_scale:
-                    save_heatmaps(heats, dataset, args.heatmap or root, root)
-                    heats.clear()
-        save_heatmaps(heats, dataset, args.heatmap or root, root)
-        if broken:
-            raise UserError(f'{broken} of {len(files)} images could not be read')
-    except BrokenPipeError:  # `| head`; Python would fail again at its exit
+        run(make_parser().parse_args(argv))
+    except BrokenPipeError:  # `| head`; Python would raise again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError, RuntimeError) as error:
         console.warn(' '.join(str(error).split()), 'error', 'predict.py')

@@ -38,7 +38,6 @@ from training import (
 )
 from training.augmentation import Augmentation
 from training.averages import WeightAverages
-from training.checkpoint import TrainState
 from training.console import BadImages, DataError, UserError, say
 from training.cuda_graph import ONE_CLASS, CudaGraphStep
 from training.device import (
@@ -51,13 +50,14 @@ from training.device import (
 from training.distributed import StopSignals
 from training.evaluation import at_least_fp32, evaluate
 from training.run import Run
+from training.train_state import TrainState, initialize_optimizer
 
 # ---- build: optimizer, learning rate ---------------------------------------------------------
 
 def prepare_model(model, args, device):
-    """Freeze the features if the flags say so, fuse the dense blocks, and move all to the device.
+    """Freeze parameters according to the flags, fuse the dense blocks, and move to the device.
 
-    `model.not_fused` says why they could not be fused, or is None.
+    Sets `model.not_fused` to the reason why they could not be fused, or None.
     """
     if args.freeze_features:
         model.features.requires_grad_(False)
@@ -65,8 +65,8 @@ def prepare_model(model, args, device):
         for norm in norms(model):
             norm.requires_grad_(False)
     model.not_fused = networks.fuse(model, device)
-    # Convolutions are faster in channels_last, on CPUs too; activations follow the weights' layout.
-    # MPS is untested, and the default layout is safer there.
+    # Convolutions are faster in channels_last, also on CPUs, and activations get the weights'
+    # layout. MPS is untested, so it keeps the default.
     layout = torch.contiguous_format if device.type == 'mps' else torch.channels_last
     return model.to(device, memory_format=layout)
 
@@ -85,7 +85,7 @@ def norms(model):
 
 
 def make_optimizer(args, model):
-    """A new optimizer is one more branch, and its name and learning rate in flags.py."""
+    """To add an optimizer, add a branch here, and its learning rate to flags.LEARNING_RATES."""
     parameters = parameter_groups(args, model)
     first = parameters[0]['params'][0]
     on_cuda = first.is_cuda
@@ -95,8 +95,8 @@ def make_optimizer(args, model):
         optimizer = torch.optim.SGD(parameters, momentum=args.momentum, fused=fused,
                                     nesterov=args.momentum > 0, **common)
         if args.momentum:
-            # torch makes it in the first step, which the fp16 scaler may skip: a CUDA graph
-            # recorded in such a step would have no momentum.
+            # torch creates it in the first step, which the fp16 scaler may skip: a CUDA graph
+            # captured in that step would have no momentum.
             for group in parameters:
                 for parameter in group['params']:
                     optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
@@ -107,32 +107,32 @@ def make_optimizer(args, model):
         optimizer = torch.optim.Adam(parameters, fused=fused, capturable=on_cuda, **common)
     elif args.optimizer == 'adamw':
         optimizer = torch.optim.AdamW(parameters, fused=fused, capturable=on_cuda, **common)
-    checkpoint.initialize_optimizer(optimizer)
+    initialize_optimizer(optimizer)
     return optimizer
 
 
 def parameter_groups(args, model):
-    """One group of all that is trained, or with --head-lr another one for the classifier.
+    """One group of trainable parameters, or with --head-lr a second one for the classifier.
 
-    The learning rate of a group is its `lr_scale` times the schedule's.
+    A group's learning rate is the schedule's, multiplied by its `lr_scale`.
     """
     groups = [(model.parameters(), 1.0)]
     if args.head_lr is not None:
         groups = [(model.features.parameters(), 1.0),
                   (model.classifier.parameters(), args.head_lr / args.lr)]
-    made = []
+    result = []
     for parameters, scale in groups:
         parameters = [parameter for parameter in parameters if parameter.requires_grad]
-        # On CUDA the rate is in device memory, so that a CUDA graph follows a change of rate.
+        # On CUDA the rate is a tensor on the device, so that a CUDA graph reads the current one.
         lr = torch.tensor(args.lr * scale, device=parameters[0].device)
-        made.append(dict(params=parameters, lr_scale=scale,
-                         lr=lr if lr.is_cuda else args.lr * scale))
-    return made
+        result.append(dict(params=parameters, lr_scale=scale,
+                           lr=lr if lr.is_cuda else args.lr * scale))
+    return result
 
 
 def make_state(args, model, device, precision):
     """A new TrainState; `model` must be on its device."""
-    if distributed.rank():  # each process has its own dropout
+    if distributed.rank():  # different dropout on each rank
         torch.manual_seed((args.seed + 1_000_003 * distributed.rank()) % 2**32)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == 'fp16')
     return TrainState(model, make_optimizer(args, model), scaler,
@@ -144,11 +144,11 @@ def learning_rate(args, epoch, done=0.0):
     """The learning rate in `epoch`, counted from 1, after the fraction `done` of its steps.
 
     cosine: from --lr to 0 over all epochs.
-    multistep: divided by 10 at half and again at three quarters of the epochs, but not before
-    epoch 2 (of 300: from epochs 150 and 225 on, as in the official code). ImageNet, whatever the
-    number of epochs: divided by 10 every 30 epochs (from epochs 31, 61, ... on, as there).
-    In the warm-up epochs, either is multiplied by a factor that rises linearly from 0.01 to 1
-    (Goyal et al.: Accurate, Large Minibatch SGD, 2017, section 2.2).
+    multistep: divided by 10 at 50% and 75% of the epochs, but not before epoch 2 (of 300: from
+    epochs 150 and 225 on, as in the official code). ImageNet: divided by 10 every 30 epochs (from
+    epochs 31, 61, ... on, as in the official code).
+    In warm-up epochs, either is multiplied by a factor that rises linearly from 0.01 to 1 (Goyal et
+    al.: Accurate, Large Minibatch SGD, 2017, section 2.2).
     """
     epochs_done = epoch - 1 + done
     lr = args.lr
@@ -173,7 +173,7 @@ def set_learning_rate(optimizer, lr):
 
 
 def warn_of_new_rate(args, saved_flags, state):
-    """Warn if changed flags change a resumed run's learning rate, or leave nothing to train."""
+    """Warn if changed flags change the learning rate of a resumed run, or leave no epochs."""
     if state.epoch > args.epochs:
         console.warn(f'{state.epoch - 1} epochs are done: --epochs {args.epochs} leaves nothing to '
                      f'train')
@@ -183,7 +183,7 @@ def warn_of_new_rate(args, saved_flags, state):
         name: saved_flags[name] for name in names if saved_flags.get(name) is not None}})
     rates = [learning_rate(f, min(state.epoch, f.epochs)) for f in (before, args)]
     if not math.isclose(*rates):
-        console.warn(f'the learning rate goes on at {rates[1]:g}, and was {rates[0]:g}: it follows '
+        console.warn(f'the learning rate is now {rates[1]:g}, and was {rates[0]:g}: it follows '
                      f'--lr, --epochs, --lr-schedule and --warmup-epochs')
 
 
@@ -191,11 +191,11 @@ def warn_of_new_rate(args, saved_flags, state):
 
 def train_step(state, images, labels, batch_size=None, *, autocast, grad_accum=1,
                label_smoothing=0.0, class_weights=None, multi_label=False, forward=None):
-    """One optimizer step on a batch of images, float32 [B, C, H, W], and labels of a loader.
+    """One optimizer step on a batch of images, float32 [B, C, H, W], and a loader's labels.
 
-    Adds the loss and the errors of the images to `state.sums`. No GPU sync (except rmsprop with
-    fp16). With several processes, images and labels are this process's shard of a batch of
-    `batch_size` images, and `forward` is the model wrapped by `distributed.wrap`.
+    Adds the loss and the number of errors to `state.sums`. No GPU sync (except rmsprop with fp16).
+    With several processes, images and labels are this rank's shard of a batch of `batch_size`
+    images, and `forward` is the model wrapped by `distributed.wrap`.
     """
     forward = state.model if forward is None else forward
     loss_sum, error_sum = losses.choose(multi_label)
@@ -217,49 +217,49 @@ def train_step(state, images, labels, batch_size=None, *, autocast, grad_accum=1
 
 def make_step(args, state, shapes, autocast, class_weights=None, multi_label=False,
               label=ONE_CLASS):
-    """The function of images and labels that trains `state`, as a CUDA graph where possible.
+    """The training step, a function of images and labels; as a CUDA graph where possible.
 
     Args:
-        shapes: of full and of last batches, [B, C, H, W].
+        shapes: of a full and of the last batch, [B, C, H, W].
         class_weights: float32 [classes] on the device, or None.
-        label: a tensor of the shape and type of one image's label.
+        label: a tensor with the shape and dtype of one image's label.
 
     Raises:
-        UserError: as `CudaGraphStep`.
+        UserError: as in `CudaGraphStep`.
     """
     step = functools.partial(
         train_step, state, autocast=autocast, grad_accum=args.grad_accum,
         label_smoothing=args.label_smoothing, class_weights=class_weights,
         multi_label=multi_label, forward=distributed.wrap(state.model))
     if distributed.world_size() > 1:
-        settle_order_of_sums(step, state, shapes[0], label)
+        warm_up_ddp(step, state, shapes[0], label)
     device = state.sums.device.type
     if args.cuda_graph is False or (args.cuda_graph is None and device != 'cuda'):
         return step
     if device != 'cuda':
         reason = f'the device is {device}'
     elif args.optimizer == 'rmsprop' and state.scaler.is_enabled():
-        reason = 'with fp16, the host waits for the device in each step of rmsprop'
+        reason = 'rmsprop with fp16 synchronizes with the GPU in each step'
     elif distributed.world_size() > 1:
-        reason = 'several processes exchange gradients in it'
+        reason = 'several processes exchange gradients'
     else:
         graphed = CudaGraphStep(step, state, shapes, label)
         if graphed.agrees():
             return graphed
-        reason = 'it does not do what the step does; please report this'
-    say(f'no CUDA graph, each kernel is launched by itself: {reason}')
+        reason = 'its results differ from those of an eager step; please report this'
+    say(f'no CUDA graph: {reason}')
     return step
 
 
-def settle_order_of_sums(step, state, shape, label=ONE_CLASS):
-    """Take a step and undo it, on batches of `shape`, [B, C, H, W].
+def warm_up_ddp(step, state, shape, label=ONE_CLASS):
+    """Take a step and undo it, with batches of `shape`, [B, C, H, W].
 
-    DDP rearranges its gradient buckets after its first step, which changes the order of the sums.
-    Without this, a resumed run would have such a first step where an uninterrupted one has none.
+    DDP rebuilds its gradient buckets after the first step, which changes the order of summation.
+    Without a warm-up, a resumed run would differ from an uninterrupted one in its first step.
     """
     n, *image = shape
     images = torch.zeros(math.ceil(n / distributed.world_size()), *image, device=state.sums.device)
-    with state.rehearsal():
+    with state.dry_run():
         step(images, torch.zeros(len(images), *label.shape, dtype=label.dtype,
                                  device=images.device))
 
@@ -268,7 +268,7 @@ def settle_order_of_sums(step, state, shape, label=ONE_CLASS):
 
 def main(argv=None):
     with StopSignals() as stop, distributed.process_group():
-        # `saved` is the content of the checkpoint of --resume, or None.
+        # saved: the checkpoint of --resume, or None
         args, saved = distributed.from_rank_0(
             lambda: checkpoint.with_saved_flags(flags.parse(argv)))
         device = choose_device(args.device)
@@ -287,17 +287,17 @@ def main(argv=None):
         if args.pretrained is not None:
             weights.load_pretrained(model, args)
         elif args.evaluate:
-            checkpoint.load_weights(model, saved['model'], args.resume)
+            model.load_state_dict(saved['model'])
         if args.evaluate:
             checkpoint.check_finite(model, args.resume or args.pretrained or args.arch)
         model = prepare_model(model, args, device)
         if args.evaluate:
-            report(model, dataset, device, autocast, args)
+            evaluate_and_report(model, dataset, device, autocast, args)
             return
 
         with Run(args, stop) as run:
             train_loader, test_loader = make_loaders(args, dataset, device)
-            stop.deferred = True  # from now on a signal lets the step end, and saves
+            stop.deferred = True  # from now on, a signal ends the run after the step, and saves
             state = make_state(args, model, device, precision)
             if saved:
                 checkpoint.resume(state, saved, args, train_loader, test_loader)
@@ -308,8 +308,8 @@ def main(argv=None):
             elif args.start_epoch:
                 state.begin_epoch(args.start_epoch)
             if args.compile:
-                model.compile(dynamic=False)  # one compilation for each batch size, as CUDA graphs
-            set_training_mode(model, args)  # before a graph is recorded
+                model.compile(dynamic=False)  # once for each batch size, as for CUDA graphs
+            set_training_mode(model, args)  # before a CUDA graph is captured
             image = args.in_channels, *datasets.sides(dataset.image_size)
             sizes = args.batch_size, train_loader.num_images % args.batch_size  # full, last batch
             class_weights = None
@@ -336,48 +336,47 @@ def main(argv=None):
                 run.after_epoch(test)
             run.finish()
             if dataset.selection_split == 'val':
-                report_best(run, model, dataset, device, autocast, args)
+                evaluate_best(run, model, dataset, device, autocast, args)
 
 
-def report(model, dataset, device, autocast, args):
-    """Test the model, and leave tables and figures in the run directory."""
-    directory = evaluation.report_errors(model, dataset, device, autocast, args)
+def evaluate_and_report(model, dataset, device, autocast, args):
+    """Test the model, and write tables and figures into the run directory."""
+    directory = evaluation.report(model, dataset, device, autocast, args)
     if distributed.rank() == 0:
-        import plot  # matplotlib is slow to import, and training doesn't need it
+        import plot  # imports matplotlib, which is slow and which training doesn't need
 
         plot.save_reports(directory)
         say(f'report.html, metrics.json, predictions.csv and their figures are in {directory}')
 
 
-def report_best(run, model, dataset, device, autocast, args):
-    """Test best.pth, which the validation images have chosen, on the test images."""
+def evaluate_best(run, model, dataset, device, autocast, args):
+    """Test best.pth, which was chosen on the validation images, on the test images."""
     best = distributed.from_rank_0(lambda: checkpoint.load(run.directory / 'best.pth')['model'])
-    checkpoint.load_weights(model, best, run.directory / 'best.pth')
-    say(f'testing best.pth, of epoch {run.state.best_epoch}, which val has chosen:')
-    report(model, dataset, device, autocast, args)
+    model.load_state_dict(best)
+    say(f'testing best.pth, of epoch {run.state.best_epoch}, which was chosen on val:')
+    evaluate_and_report(model, dataset, device, autocast, args)
 
 
 def make_loaders(args, dataset, device):
-    """The loaders of the training images and of those that choose best.pth."""
+    """The loaders of the training images and of the images that choose best.pth."""
     common = dict(device=device, workers=args.workers,
                   shard=(distributed.rank(), distributed.world_size()))
     augmentation = Augmentation.of_flags(args) if args.augment else None
-    # Testing in micro-batches, so that it needs no more memory than training.
     settings = {'train': dict(batch_size=args.batch_size, augmentation=augmentation,
                               seed=args.seed),
-                dataset.selection_split: dict(
+                dataset.selection_split: dict(  # in micro-batches, to need no more memory
                     batch_size=math.ceil(args.batch_size / args.grad_accum),
                     ten_crop=args.ten_crop)}
-    made, errors = [], []
-    with distributed.rank_0_first():  # it downloads the data
-        for split, its_settings in settings.items():
+    result, errors = [], []
+    with distributed.rank_0_first():  # downloads the data
+        for split, options in settings.items():
             try:
-                made.append(loaders.make_loader(dataset, split, **its_settings, **common))
-            except BadImages as error:  # name those of both splits
+                result.append(loaders.make_loader(dataset, split, **options, **common))
+            except BadImages as error:  # go on, to name those of both splits
                 errors.append(str(error))
     if errors:
         raise DataError('; '.join(errors))
-    return made
+    return result
 
 
 def cli(argv=None):
@@ -385,33 +384,33 @@ def cli(argv=None):
     try:
         main(argv)
     except (UserError, OSError, EOFError, RuntimeError, MemoryError) as error:
-        if hasattr(signal, 'SIGCHLD'):  # torch's handler raises again for each worker that dies now
+        if hasattr(signal, 'SIGCHLD'):  # torch's handler would raise for each worker that exits now
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         message = explanation(error)
         if message is None:
             raise
         rank = distributed.rank()
         console.warn(f'rank {rank}: {message}' if rank else message, 'error')
-        distributed.leave(1 if distributed.lost_a_peer(error) else 2)
+        distributed.exit_now(1 if distributed.lost_a_peer(error) else 2)
 
 
 def explanation(error):
-    """One line about what went wrong and what would be right; None for a bug."""
+    """One-line message for user errors, None for bugs."""
     text = ' '.join(str(error).split())
     if isinstance(error, UserError):
         return text
     if ran_out_of_memory(error):
         return ('out of memory: give --memory-efficient, a lower --batch-size, a higher '
                 '--grad-accum, --precision bf16, smaller images or a smaller network')
-    # A dead worker is reported by torch, or seen as a connection that is reset or at its end.
+    # torch reports a dead worker, or its connection is reset or closed.
     if 'DataLoader worker' in text or isinstance(error, (ConnectionError, EOFError)):
-        return (f'a process that reads images has died ({text}): if it was for lack of memory, '
-                f'give fewer --workers')
-    if isinstance(error, OSError):  # such as a full disk, or a directory that is read-only
+        return (f'a worker process has died ({text}): if it ran out of memory, give fewer '
+                f'--workers')
+    if isinstance(error, OSError):  # such as a full disk
         where = f'{error.filename}: ' if error.filename else ''
         return where + (error.strerror or text)
     if distributed.lost_a_peer(error):
-        return 'the connection to another process is lost; if that had an error, it is above'
+        return 'the connection to another process was lost; its error may be above'
     return None
 
 

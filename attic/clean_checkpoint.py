@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from training import checkpoint
+from training.console import UserError
 
 
 def clean(saved):
@@ -33,11 +34,11 @@ def main(argv=None):
     try:
         saved = checkpoint.load(args.checkpoint)
         if not saved.keys() >= {'model', 'config', 'dataset', 'args'}:
-            raise checkpoint.CheckpointError(f'{args.checkpoint} is not a checkpoint of a run')
+            raise UserError(f'{args.checkpoint} is not a checkpoint of a run')
         if args.output.exists():
-            raise checkpoint.CheckpointError(f'{args.output} is there already: name another file')
+            raise UserError(f'{args.output} is there already: name another file')
         checkpoint.save(args.output, clean(saved))
-    except (checkpoint.CheckpointError, OSError) as error:
+    except (UserError, OSError) as error:
         parser.exit(2, f'clean_checkpoint.py: error: {error}\n')
     before, after = (path.stat().st_size / 1e6 for path in (args.checkpoint, args.output))
     print(f'{args.output}: {after:.2f} MB, of {before:.2f}')

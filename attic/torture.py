@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train
 from training import checkpoint
+from training.console import UserError
 
 # All that is random, and all that is carried from step to step, has a part in these runs.
 RECIPE = ['--dataset', 'folder', '--depth', '10', '--growth-rate', '4', '--batch-size', '4',
@@ -175,7 +176,7 @@ def main(argv=None):
             run = Path(tempfile.mkdtemp(dir=lab.directory)) / 'run'
             try:
                 fault(lab, run)
-            except (AssertionError, checkpoint.CheckpointError) as error:
+            except (AssertionError, UserError) as error:
                 lost += 1
                 print(f'{run}: {error}', file=sys.stderr)
         print(f'{fault.__name__:<15}{tries:>6}{tries - lost:>10}{lost:>6}', flush=True)

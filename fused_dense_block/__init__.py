@@ -1,25 +1,25 @@
-"""Dense blocks with memory linear in depth and, on CPUs, compiled kernels: for every DenseNet.
+"""Dense blocks with memory linear in depth and, on CPUs, compiled kernels, for any DenseNet.
 
     from fused_dense_block import fuse
     model = fuse(torchvision.models.densenet121())       # or ours, timm's, torchxrayvision's, ...
     model.to(memory_format=torch.channels_last)          # the layout that the CPU kernels take
     print(model.features.denseblock1.path, model.features.denseblock1.reason)
 
-Parameters, buffers, state-dict keys, hooks and `isinstance` stay as they are, and an existing
-optimizer keeps working. The ways to compute a dense block or a transition, by device, layout and
-precision of its input and by mode; the first row that applies counts:
+Parameters, buffers, state-dict keys, hooks and `isinstance` are unchanged, and an existing
+optimizer keeps working. The path of a dense block or transition depends on the device, layout and
+precision of its input, and on the mode; the first matching row applies:
 
     device  layout         precision           training  evaluation  evaluation with gradients
     cpu     channels_last  float32, bfloat16   kernels   kernels     layers
     cpu     any            any                 eager     layers      layers
     other   any            any                 eager*    layers      layers
 
-    kernels  one function in linear memory, by the kernels of cpu.cpp
-    eager    the same with PyTorch's own operations. * Only with memory_efficient; otherwise
-             'layers' is faster there
-    layers   the model's own forward. Also where the fused one would not be right: hooks, replaced
-             modules, norms in another mode, torch.compile, export, fx, torch.func. Instead of this,
-             transitions run 'pooled first': their modules, with the pooling before the convolution
+    kernels  one autograd function in linear memory, with the kernels of cpu.cpp
+    eager    the same with PyTorch operations. * Only with memory_efficient; otherwise 'layers' is
+             faster
+    layers   the model's own forward. Also the fallback for hooks, replaced modules, norms in
+             another mode, torch.compile, export, fx and torch.func. Transitions instead run
+             'pooled first': their own modules, with the pooling before the convolution
 
 ImageNet's stem is fused in evaluation without gradients on CPUs ('eager').
 """
@@ -36,37 +36,37 @@ __all__ = ['fuse', 'unfuse']
 def fuse(model, *, memory_efficient=None, kernels=True):
     """Fuse the dense blocks, the transitions and ImageNet's stem of a DenseNet, in place.
 
-    Each gets a subclass of its own class, whose forward takes one of the ways above. `path` is the
-    way of the last forward, and `reason` why it was not a faster one, or None.
+    Each module gets a subclass of its own class, whose forward takes one of the paths above. Its
+    attribute `path` is the path of the last forward, and `reason` why it was not a faster one, or
+    None.
 
-    Before that, each module is compared with its fused version on small random maps: outputs,
-    gradients and running statistics, in training and evaluation. What a forward does only for some
-    sizes, batches or steps is not seen. A transition or stem with other modules than DenseNet's
-    stays as it is.
+    First, each module is compared with its fused version on small random maps: outputs, gradients
+    and running statistics, in training and evaluation. Behaviour that depends on sizes, batches or
+    steps is not detected. Transitions and stems with other modules than DenseNet's are not fused.
 
-    In evaluation the CPU kernels keep a packed copy of the weights until the next forward in
-    training. It is made again when a weight or a statistic has changed. A change of a few values
-    through `.data` or numpy, of which torch keeps no record, may be missed: call `fuse` again then.
+    In evaluation, the CPU kernels keep a packed copy of the weights until the next forward in
+    training. It is updated when a weight or statistic changes, but changes of a few values through
+    `.data` or NumPy, which torch does not track, may be missed: call `fuse` again after these.
 
     Args:
         model: contains dense blocks as described in modules.py; any mode, precision and device.
-        memory_efficient: recompute the outputs of the 1x1 convolutions in backward. None: as each
-            layer's own flag says (torchvision's `memory_efficient`, with which theirs updates the
-            statistics of norm1 twice and this once; timm's `grad_checkpointing`).
-        kernels: allow the CPU kernels, which are compiled when first used.
+        memory_efficient: recompute the outputs of the 1x1 convolutions in backward. None: use each
+            layer's own flag (torchvision's `memory_efficient`, whose own recomputation updates the
+            statistics of norm1 twice, this once; timm's `grad_checkpointing`).
+        kernels: allow the CPU kernels, which are compiled at first use.
 
     Returns:
         model.
 
     Raises:
-        ValueError: there is no dense block, or one that computes something else. The message names
-            the layer and the difference, and nothing is fused.
+        ValueError: there is no dense block, or one computes something else. The message names the
+            layer and the difference, and nothing is fused.
     """
     found = list(_find(unfuse(model)))
     if not any(kind is FusedBlock for _, _, kind in found):
         raise ValueError(f'not fused: this {type(model).__name__} has no dense block (a module '
                          f'with the children denselayer1, denselayer2, ...)')
-    # A transition has no such flag. On GPUs it is fused only if some layer is memory-efficient.
+    # Transitions have no such flag. On GPUs they are fused only if a layer is memory-efficient.
     any_recomputes = memory_efficient if memory_efficient is not None else any(
         recomputes(module) for module in model.modules())
     states = []
@@ -93,7 +93,7 @@ def unfuse(model):
 
 
 def _find(model):
-    """Yields (name, module, kind) for all that can be fused; raises ValueError as `fuse` does."""
+    """Yield (name, module, kind) for all that can be fused; raises ValueError as `fuse`."""
     for name, module in model.named_modules():
         if 'denselayer1' in module._modules:
             kind = FusedBlock

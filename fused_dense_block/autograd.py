@@ -59,18 +59,19 @@ class NormConv(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """The settings of a dense layer; each tuple has an entry for each of its one or two halves."""
+    """The settings of a dense layer; each tuple has an entry per half (two, or one)."""
     norms: tuple          # modules, whose running statistics are updated
     eps: tuple
     drop_rates: tuple     # of the dropout after each convolution
-    recompute: bool       # the output of the 1x1 convolution in backward, instead of saving it
+    recompute: bool       # in backward, instead of saving the output of the 1x1 convolution
 
 
 class DenseBlockFunction(torch.autograd.Function):
     """apply(ops, layers, x, *parameters)
 
-    x is [N, C, H, W], the result [N, C + num_layers * growth_rate, H, W], which must not be changed
-    in place. `parameters` are the norm weight, norm bias and kernel of each half of each layer.
+    x is [N, C, H, W], the result [N, C + num_layers * growth_rate, H, W], which must not be
+    modified in place. `parameters` are norm weight, norm bias and kernel of each half of each
+    layer.
     """
 
     @staticmethod
@@ -110,7 +111,7 @@ class DenseBlockFunction(torch.autograd.Function):
         data, mean, var, *saved = ctx.saved_tensors
         features, rows = Maps(data, mean, var), zip(*[iter(saved)] * 7)
         # For each half of each layer: its parameters, drop rate, dropout mask or None, and output.
-        # `output.data` is None if it lies in the buffer or will be recomputed.
+        # `output.data` is None if it is in the buffer or will be recomputed.
         layers = [[(NormConv(*row[:3], eps), rate, row[3], Maps(*row[4:]))
                    for eps, rate, row in zip(layer.eps, layer.drop_rates, rows)]
                   for layer in ctx.layers]
@@ -126,7 +127,7 @@ class DenseBlockFunction(torch.autograd.Function):
                         z, *_ = ops.norm_relu_conv(inputs[-1], half)
                         output = output._replace(data=dropout_backward(z, mask, rate))
                     inputs.append(output)
-                # All layers that read the new channels are done: their gradient can be completed.
+                # All readers of the new channels are done, so their gradient can be completed.
                 grad, pending = G[:, c:end], (features.part(c, end), A[c:end], B[c:end])
                 for maps, (half, rate, mask, _) in zip(reversed(inputs), reversed(layer)):
                     if mask is not None:
@@ -146,9 +147,9 @@ class DenseBlockFunction(torch.autograd.Function):
 class TransitionFunction(torch.autograd.Function):
     """apply(ops, norm, x, weight, bias, kernel): a transition; saves only its input.
 
-    x is [N, C, H, W], the result [N, out_channels, H // 2, W // 2]. Convolution and pooling
-    commute, and after the pooling the convolution has a quarter of the work. The running statistics
-    of the module `norm` are updated.
+    x is [N, C, H, W], the result [N, out_channels, H // 2, W // 2]. Pools before the convolution,
+    since the two commute and the convolution then has a quarter of the work. Updates the running
+    statistics of the module `norm`.
     """
 
     @staticmethod
@@ -185,14 +186,16 @@ def norm_conv_backward(ops, grad, maps, half, **options):
 
 
 def update_running_statistics(norms, maps, count):
-    """Update them as nn.BatchNorm2d does. `maps`: the input of each norm; `count`: values per
-    channel.
+    """Update running statistics as nn.BatchNorm2d does.
+
+    Args:
+        maps: the input Maps of each norm.
+        count: values per channel.
     """
     unbiased = torch._foreach_mul([m.var for m in maps], count / (count - 1))
     by_momentum = {}
     for norm, m, var in zip(norms, maps, unbiased):
-        # A momentum of None averages over all batches; reading their number synchronizes with the
-        # GPU.
+        # A momentum of None averages over all batches, whose number is read with a GPU sync.
         momentum = (1 / (float(norm.num_batches_tracked) + 1) if norm.momentum is None
                     else norm.momentum)
         by_momentum.setdefault(momentum, []).extend([(norm.running_mean, m.mean),
@@ -203,7 +206,7 @@ def update_running_statistics(norms, maps, count):
 
 
 def dropout_backward(x, mask, rate):
-    """Multiply by the mask and 1 / (1 - rate); forward and backward of dropout are the same."""
+    """Multiply by the mask and 1 / (1 - rate), in forward and backward alike."""
     return x if mask is None else torch.ops.aten.native_dropout_backward(x, mask, 1 / (1 - rate))
 
 

@@ -1,4 +1,4 @@
-"""The classes that `fuse` gives to dense blocks, transitions and `features`."""
+"""The classes of fused dense blocks, transitions and `features`."""
 
 import operator
 import threading
@@ -13,15 +13,15 @@ from .autograd import DenseBlockFunction, Layer, TransitionFunction
 from .modules import Difference
 
 SHAPE, DTYPE, DEVICE = attrgetter('shape'), attrgetter('dtype'), attrgetter('device')
-VERIFYING = threading.Lock()  # a check restores the global random state
+VERIFYING = threading.Lock()  # verification temporarily changes the global random state
 
 
 class Fused:
-    """The first base class of a fused module; the second is the class that it had.
+    """The first base class of a fused module; the second is its original class.
 
     Attributes:
-        path: the way that the last forward took, None before the first.
-        reason: why that was not a faster one, or None.
+        path: the path of the last forward (see __init__.py), None before the first.
+        reason: why it was not a faster one, or None.
     """
 
     path = reason = None
@@ -37,7 +37,7 @@ class Fused:
         return self.run({'kernels': cpu, 'eager': eager}.get(path), plan, x)
 
     def _choose(self, x):
-        """path, reason, and what `run` needs: a Plan, by kernels in evaluation a Packed."""
+        """path, reason and the plan for `run`: a Plan or, for kernels in evaluation, a Packed."""
         if modules.is_traced(x):
             return 'layers', 'torch.compile, export, jit.trace or fx records a graph', None
         if self._fused is None or '_is_replica' in vars(self):
@@ -62,7 +62,7 @@ class Fused:
         return path, reason, (packed or plan.pack(x)) if evaluates else plan
 
     def choose_by_table(self, x):
-        """path and reason by the table of ways in __init__.py."""
+        """path and reason according to the table in __init__.py."""
         device = x.device.type
         if not self.training and torch.is_grad_enabled():
             return 'layers', 'evaluation with gradients: torch.no_grad() allows faster ways'
@@ -77,7 +77,7 @@ class Fused:
     def recomputes(self):
         return self._fused.memory_efficient
 
-    def __reduce_ex__(self, protocol):  # for copies and pickles: the class has no name to find
+    def __reduce_ex__(self, protocol):  # for copy and pickle: the class can't be found by name
         return _rebuild, (kind_of(self), base_class(self)), vars(self)
 
     def __prepare_scriptable__(self):  # torch.jit.script compiles the plain module
@@ -87,12 +87,12 @@ class Fused:
 
     @staticmethod
     def split(module, y):
-        """(name, part) of the output, which has the shape `output_shape`."""
+        """(name, part) pairs of the output, whose shape is `output_shape`."""
         return [('', y)]
 
     @staticmethod
     def watched(module):
-        """(name, module) of the modules that the fused forward stands for."""
+        """(name, module) pairs of the modules that the fused forward replaces."""
         return [*module.named_modules()][1:]
 
     @staticmethod
@@ -131,9 +131,9 @@ class FusedBlock(Fused):
 
 
 class FusedTransition(Fused):
-    """A transition, whose unfused way is also a shorter one: pooled before the convolution.
+    """A transition. Even its unfused path pools before the convolution.
 
-    Convolution and average pooling commute, and after the pooling there is a quarter of the work.
+    The two commute, and the convolution then has a quarter of the work.
     """
 
     unfused_path = 'pooled first'
@@ -147,7 +147,7 @@ class FusedTransition(Fused):
         if self.training and getattr(self, 'drop_rate', 0):
             return 'layers', 'dropout between convolution and pooling', None
         if not modules.is_traced(x) and min(x.shape[2:], default=0) < 2:
-            return 'layers', f'an input of shape {list(x.shape)}', None  # an error of the pooling
+            return 'layers', f'an input of shape {list(x.shape)}', None  # the pooling will raise
         return super()._choose(x)
 
     def run(self, ops, plan, x):
@@ -199,7 +199,7 @@ def kind_of(module):
 
 
 def base_class(module):
-    """The class that a fused module had."""
+    """The original class of a fused module."""
     return type(module)._base
 
 
@@ -226,9 +226,9 @@ def _rebuild(kind, base):
 
 
 class State:
-    """The options of a fused module, what was verified of it, and a plan for each mode.
+    """The options of a fused module, its verified signature, and a plan for each mode.
 
-    A copy keeps what was verified. A pickle drops it: the code may differ where it is loaded.
+    Copies keep the signature. Pickles drop it, because the code may differ where they are loaded.
     """
 
     def __init__(self, memory_efficient, kernels, verified=None):
@@ -244,11 +244,13 @@ class State:
         return State, (self.memory_efficient, self.kernels)
 
     def verify(self, module, kind, with_kernels):
-        """Compare a module that `kind.read` accepts with its fused version, unless it is as it was
-        when last compared.
+        """Compare a module with its fused version, unless it is unchanged since the last time.
+
+        Args:
+            module: accepted by `kind.read`.
 
         Raises:
-            Difference: they do not compute the same.
+            Difference: the results differ.
         """
         signature = modules.signature(module, kind.watched(module))
         if self.signature != signature or with_kernels > self.with_kernels:
@@ -256,7 +258,7 @@ class State:
             self.signature, self.with_kernels = signature, with_kernels
 
     def plan(self, module, with_kernels):
-        """The plan for the present mode of the module, verified."""
+        """The verified plan for the current mode of the module."""
         if module.training and False in self.plans:
             self.plans[False].packed.clear()  # training may need the memory
         plan = self.plans.get(module.training)
@@ -277,11 +279,11 @@ class State:
 
 
 class Plan:
-    """What a module consists of, in one of its modes; made again when something has changed.
+    """The parts and tensors of a module in one mode; rebuilt when something has changed.
 
     Attributes:
-        reason: why its modules have to run one by one, or None.
-        parts: what `kind.read` finds in the module.
+        reason: why the modules must run one by one, or None.
+        parts: the result of `kind.read`.
         layers: autograd.Layer for each layer of a dense block.
     """
 
@@ -294,7 +296,7 @@ class Plan:
         norm_convs = kind.norm_convs(self.parts)
         self.channels = kind.in_channels(self.parts)
         self.casts = kind is FusedFeatures  # under autocast, its convolution takes any precision
-        # Where the tensors are, not the tensors: torch.func.functional_call swaps them.
+        # (dict, name) instead of the tensors, because torch.func.functional_call swaps them.
         self.parameter_places = [place for norm, conv in norm_convs for place in (
             (norm._parameters, 'weight'), (norm._parameters, 'bias'), (conv._parameters, 'weight'))]
         self.places = self.parameter_places + [
@@ -331,9 +333,9 @@ class Plan:
         return [tensors[name] for tensors, name in self.parameter_places]
 
     def current_packed(self, x):
-        """The Packed for input like x, if it was made from the present weights, else None.
+        """The Packed for inputs like x if it is up to date, otherwise None.
 
-        Then there is no obstacle either, since there was none when it was made.
+        If it is, there is no obstacle, since there was none when it was packed.
         """
         packed = None if self.reason else self.packed.get(self._key(x))
         if packed and packed.is_current([t.get(name) for t, name in self.packed_places]):
@@ -353,7 +355,7 @@ class Plan:
         return x.dtype, x.shape[1], autocast
 
     def obstacle(self, x):
-        """Why the fused way is not right for x, or None."""
+        """Why x can't take a fused path, or None."""
         if self.reason:
             return self.reason
         try:

@@ -1,8 +1,8 @@
-"""The five operations of a fused dense block in PyTorch's own operations; cpu.py has the same five.
+"""The five operations of a fused dense block, by PyTorch; cpu.py has the same five.
 
-Maps may be in any layout and may be some channels of a wider map. They are in the precision of the
-convolutions; statistics, parameters and their gradients are in float32 or float64. With y 2x2
-average-pooled before the convolution if `pool`, they compute
+Maps may have any layout and may be a slice of channels. They are in the precision of the
+convolutions; statistics, parameters and their gradients are in float32 or float64. The operations
+compute the following, with y 2x2 average-pooled before the convolution if `pool`:
 
     normed = (maps.data - maps.mean) / sqrt(maps.var + half.eps),
     y = relu(normed * half.weight + half.bias),
@@ -18,7 +18,7 @@ path = 'eager'
 
 
 def new_maps(x, channels):
-    """Memory for [N, channels, H, W] in the layout of x, which may be a slice of channels."""
+    """An empty tensor [N, channels, H, W] in the layout of x, which may be a slice of channels."""
     channels_last = x.stride(1) == 1 and x.shape[2:].numel() > 1
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty((x.shape[0], channels, *x.shape[2:]), dtype=x.dtype, device=x.device,
@@ -28,16 +28,16 @@ def new_maps(x, channels):
 def statistics(data):
     """Mean and biased variance of each channel."""
     dtype = torch.promote_types(data.dtype, torch.float32)
-    if data.device.type not in ('cpu', 'cuda'):  # the others lack the faster operation below
+    if data.device.type not in ('cpu', 'cuda'):  # others lack the faster operation below
         var, mean = torch.var_mean(data.to(dtype), (0, 2, 3), correction=0)
         return mean, var
-    # The results have the precision of the running statistics, which are not needed here.
+    # Running statistics are not needed here, but determine the dtype of the results.
     unused = data.new_zeros(data.shape[1], dtype=dtype)
     return torch.ops.aten.batch_norm_update_stats.default(data, unused, unused.clone(), 0)
 
 
 def norm_relu_conv(maps, half, pool=False, out=None, with_statistics=False):
-    """The output, in `out` if given, and its `statistics` if wanted, otherwise two Nones."""
+    """The output, in `out` if given, and its mean and variance, or None, None."""
     y = _conv(_norm_relu(maps, half, pool), half.kernel)
     found = statistics(y) if with_statistics else (None, None)
     return y if out is None else out.copy_(y), *found
@@ -47,7 +47,8 @@ def norm_relu_conv_backward(grad, maps, half, invstd, pool=False, total=None, pe
     """The gradients of the input and the parameters, from the gradient of the output.
 
     Args:
-        grad: the gradient of the output; if `pending` is given, before `complete`.
+        grad: the gradient of the output.
+        pending: arguments of `complete` for grad, if it is pending.
         invstd: 1 / sqrt(maps.var + half.eps).
 
     Returns:
@@ -59,8 +60,8 @@ def norm_relu_conv_backward(grad, maps, half, invstd, pool=False, total=None, pe
         grad = complete(grad, *pending)
     c = maps.data.shape[1]
     if total is not None:
-        # The peak of memory is in the last layers of a block, which read almost all of its
-        # channels: take these in two parts, of at most half of the block's channels.
+        # The memory peak is in the last layers of a block, which read almost all of its channels:
+        # process these in two parts, of at most half of the block's channels each.
         width = total.untyped_storage().nbytes() // total.element_size() // total[:, 0].numel()
         if c > width / 2:
             ranges = (0, math.ceil(c / 2)), (math.ceil(c / 2), c)
@@ -90,7 +91,7 @@ def _backward(grad, maps, half, invstd, pool, total):
 
 
 def complete(total, maps, a, b):
-    """total - (a + (data - mean) * b): the gradient of maps, from the sum over their readers."""
+    """total - (a + (data - mean) * b): the gradient of maps, from their readers' sums."""
     share = _affine(maps, b, a)
     return torch.sub(total, share, out=share)
 
@@ -108,7 +109,7 @@ def _affine(maps, weight, bias, var=None, eps=0):
 
 
 def _dense(x):
-    """A slice of channels as a tensor of its own, in the same layout."""
+    """A dense copy, in the same layout, if x is a slice of channels; otherwise x."""
     dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
     return x if dense else x.clone()
 

@@ -1,12 +1,12 @@
-"""What `fuse` requires of a model's modules, and how later changes are noticed.
+"""The modules that `fuse` supports, and the detection of later changes.
 
 A dense block, in any container, has the children denselayer1, denselayer2, ... with the children
 norm1, relu1, conv1 and, with bottleneck, norm2, relu2, conv2, in this order:
 
-    this repository, torchvision, segmentation_models_pytorch    exactly so
+    this repository, torchvision, segmentation_models_pytorch    exactly like this
     torchxrayvision    the block is an nn.Sequential, and a layer returns cat([x, new], 1)
     timm               norm and relu are one module, a BatchNormAct2d
-    MONAI              as torchxrayvision; the children of a layer are in its `layers`
+    MONAI              like torchxrayvision; the children of a layer are in its `layers`
 """
 
 import itertools
@@ -36,10 +36,10 @@ EXPECTED_STEM = {**EXPECTED, 'conv': (nn.Conv2d, dict(bias=[None])),
 
 
 class Difference(Exception):
-    """Difference(name, what): a module is not what is expected."""
+    """Difference(name, what): a module differs from what is expected."""
 
     def inside(self, name):
-        """The message, for the child `name` of a larger module."""
+        """The message, with `name` as the parent of the module."""
         child, what = self.args
         return f'{".".join(filter(None, (name, child)))} {what}'
 
@@ -48,7 +48,7 @@ class Difference(Exception):
 
 
 class NormConvModules(NamedTuple):
-    """A norm and the convolution that reads it, after a ReLU."""
+    """A norm, and the convolution after norm and ReLU."""
     norm: nn.Module
     conv: nn.Module
 
@@ -68,7 +68,7 @@ def dense_layers(block):
     layers, channels = [], None  # channels that the layer reads
     for i, (name, layer) in enumerate(block._modules.items(), start=1):
         if name != f'denselayer{i}':
-            raise Difference(name, f'stands in place of denselayer{i}')
+            raise Difference(name, f'is in place of denselayer{i}')
         if [*layer._modules] == ['layers']:  # MONAI
             name, layer = f'{name}.layers', layer.layers
         digits = '12' if 'norm2' in layer._modules else '1'
@@ -100,7 +100,7 @@ def stem(features):
     """The StemModules of ImageNet's stem, the first children of `features`.
 
     Raises:
-        Difference: they are something else.
+        Difference: they are other modules.
     """
     first = nn.ModuleDict({name: child for name, child in [*features._modules.items()][:len(STEM)]
                            if name in STEM})
@@ -156,10 +156,10 @@ def recomputes(layer):
     return bool(vars(layer).get('memory_efficient') or vars(layer).get('grad_checkpointing'))
 
 
-# ---- changes since then --------------------------------------------------------------------------
+# ---- later changes -------------------------------------------------------------------------------
 
 def obstacle(root, watched):
-    """The reason to run the modules one by one, or None. `watched` has (name, module) pairs."""
+    """Why the modules must run one by one, or None. `watched` has (name, module) pairs."""
     for name, module in watched:
         if 'forward' in vars(module) or any(getattr(module, kind) for kind in HOOKS):
             return f'{name} has hooks or a forward of its own'
@@ -169,12 +169,12 @@ def obstacle(root, watched):
 
 
 def signature(root, watched):
-    """What the modules compute depends on: classes, their methods and the attributes of modules.
+    """All that determines what the modules compute: classes, methods and attributes.
 
-    Leaves out attributes that the fused forward reads on every call.
+    Except attributes that the fused forward reads on every call.
 
     Raises:
-        Difference: an attribute of a class outside torch can change in place, unnoticed.
+        Difference: a module of a class outside torch has an attribute that can change in place.
     """
     read = {'training', 'eps', 'momentum', 'drop_rate', 'memory_efficient', 'grad_checkpointing',
             'path', 'reason', '_fused', *vars(nn.Module())}
@@ -202,9 +202,9 @@ def own_classes(module):
 
 
 class Snapshot:
-    """Tells cheaply, in each forward pass, whether anything has changed in the watched modules.
+    """Detects changes in the watched modules, cheaply enough for each forward pass.
 
-    Compared are classes and their methods, attributes, hooks, children, and the mode of `root`.
+    Compares classes and their methods, attributes, hooks, children, and the mode of `root`.
     """
 
     def __init__(self, root, watched):
@@ -218,7 +218,7 @@ class Snapshot:
         self.state = self._state()
 
     def _state(self):
-        # Flat lists, made and compared in C, by identity first.
+        # Flat lists, built and compared in C, by identity first.
         root = [value for name, value in vars(self.root).items() if name not in ('path', 'reason')]
         return ([*map(type, self.modules)], [cls.forward for cls in self.torch_classes],
                 [*itertools.chain.from_iterable(map(VALUES, self.classes))],
@@ -240,9 +240,8 @@ def is_traced(x):
 
 
 def transformed_or_hooked():
-    """Transforms or global hooks, which need the modules one by one, or None."""
-    # These names are private. If a torch version renames one, transforms still raise, but global
-    # hooks are ignored.
+    """Active transforms or global hooks, which need the modules one by one, or None."""
+    # Private names. If torch renames one, transforms still raise, but global hooks are ignored.
     if (getattr(torch._C, '_are_functorch_transforms_active', lambda: False)()
             or getattr(forward_ad, '_current_level', -1) >= 0):
         return 'torch.func or forward-mode differentiation'

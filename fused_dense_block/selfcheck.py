@@ -1,7 +1,7 @@
 """Compares a module with its fused version on small random maps.
 
-Works on a copy with random weights; the module and the global random state are unchanged. What a
-forward does only for some sizes, batches or steps cannot be seen so.
+Works on a copy with random weights; the module and the global random state are unchanged. Does not
+detect behaviour that depends on sizes, batches or steps.
 """
 
 import contextlib
@@ -14,10 +14,10 @@ from . import cpu, eager
 from .autograd import no_autocast
 from .modules import Difference
 
-# Of the norm of the difference over the norm of what the module computes. In float64 each result
-# is compared separately; by the kernels by kind, since a small result may be all rounding error. In
-# deep blocks rounding flips some ReLUs, which changes gradients by up to 0.002 in float32 and 0.2
-# in bfloat16; wrong gradients differ by 1 or more.
+# Relative to the norm of the module's own results. In float64, results are compared one by one; the
+# kernels' results by kind, because small ones may consist of rounding errors. In deep blocks,
+# rounding flips some ReLUs, which changes gradients by up to 0.002 in float32 and 0.2 in bfloat16;
+# wrong gradients differ by 1 or more.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 0.03, torch.bfloat16: 0.6}
 RANDOM, OUTPUT, GRADIENT, STATISTIC = (
     'random numbers', 'outputs', 'gradients', 'running statistics')
@@ -29,10 +29,10 @@ def verify(module, kind, make_plan, with_kernels):
     Args:
         kind: a class of blocks.py.
         make_plan: `blocks.Plan`.
-        with_kernels: also compare with the CPU kernels, in each dtype that has them here.
+        with_kernels: also compare with the CPU kernels, in each dtype that they support here.
 
     Returns:
-        Whether the layers have a dropout after their first convolution, too.
+        True if there is also dropout after the first convolution of each layer.
 
     Raises:
         Difference: they differ.
@@ -54,14 +54,14 @@ def verify(module, kind, make_plan, with_kernels):
             if trial.has_dropout:  # dropout masks depend on the layout
                 trial.without_dropout()
                 truth = trial.run(highest)
-            # Each dtype has a library of its own, and one may fail to compile.
+            # Each dtype has its own library, and one may fail to compile.
             for dtype in [d for d in cpu.TYPES if cpu.unavailable_reason(d) is None]:
                 _compare_by_kind(trial.run(dtype, cpu), truth, dtype)
     return drop_first_half
 
 
 class _Trial:
-    """A module with random weights, and its input; each run begins in the same state."""
+    """A module with random weights, and its input; each run starts from the same state."""
 
     def __init__(self, module, kind, make_plan, generator):
         self.module, self.kind, self.make_plan = module, kind, make_plan
@@ -79,7 +79,7 @@ class _Trial:
 
         for norm, conv in kind.norm_convs(self.parts):
             norm.reset_running_stats()
-            draw(norm.weight, -8.0, 8.0)  # far enough for ReLU6 and the like to differ
+            draw(norm.weight, -8.0, 8.0)  # large enough to tell ReLU from ReLU6
             draw(norm.bias, -4.0, 4.0)
             draw(norm.running_mean, -0.5, 0.5)
             draw(norm.running_var, 0.5, 1.5)
@@ -87,11 +87,11 @@ class _Trial:
             draw(conv.weight, -bound, bound)
         if 'drop_rate' in vars(module):  # a transition, which is fused without dropout only
             module.drop_rate = 0.0
-        for layer in module.children():  # torchvision's update norm1 twice when they recompute
+        for layer in module.children():  # torchvision's recomputation updates norm1 twice
             for name in {'memory_efficient', 'grad_checkpointing'} & vars(layer).keys():
                 setattr(layer, name, False)
         self.buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-        # By two threads, one of three images is computed by both.
+        # 3 images, so that two threads share one of them.
         self.x = torch.empty(3, kind.in_channels(self.parts), 5, 6, dtype=torch.float32,
                              device=conv.weight.device)
         draw(self.x, -2.0, 2.0)
@@ -105,8 +105,7 @@ class _Trial:
             layer.drop_rate = 0.0
 
     def run(self, dtype, ops=None, drop_first_half=False):
-        """[(kind of result, name, value)] in training and in evaluation, by the module or by `ops`.
-        """
+        """[(kind of result, name, value)] in training and evaluation, of the module or of `ops`."""
         module = self.module
         module.to(torch.promote_types(dtype, torch.float32)).requires_grad_(True)
         for name, buffer in module.named_buffers():
@@ -125,7 +124,7 @@ class _Trial:
                     if ops is cpu and not training:
                         plan = plan.pack(x)
                     y = self.kind.run(module, ops, plan, x)
-            if ops is not cpu:  # random numbers that only one of the two draws
+            if ops is not cpu:  # both must draw the same amount of random numbers
                 results.append((RANDOM, '', self.generator.get_state().to(torch.float64)))
             results += [(OUTPUT, name, part) for name, part in self.kind.split(module, y)]
             if training:
@@ -163,7 +162,7 @@ class _Trial:
 
 
 def _compare(results, truth, dtype):
-    """Raises Difference for the first result that is not as it should be."""
+    """Raises Difference for the first result that differs."""
     errors = _sizes(results, truth) / _sizes(truth).clamp_min(1e-30)
     for (kind, name, _), error in zip(results, errors.tolist(), strict=True):
         if not error <= TOLERANCE[dtype]:
@@ -184,7 +183,7 @@ def _compare_by_kind(results, truth, dtype):
 
 
 def _sizes(results, others=None):
-    """The norms of the values or, with others, of the differences; float64 [len(results)]."""
+    """Norms of the values or, with `others`, of the differences; float64 [len(results)]."""
     values = [value.detach().double() for _, _, value in results]
     if others is not None:
         values = [value - other if value.shape == other.shape else value.fill_(torch.nan)
@@ -193,7 +192,7 @@ def _sizes(results, others=None):
 
 
 def _copy(module, device):
-    """A copy without hooks, which might run or copy anything."""
+    """A copy without hooks, which might have side effects."""
     no_hooks = {id(value): type(value)() for part in module.modules()
                 for name, value in vars(part).items()
                 if name.endswith('_hooks') and isinstance(value, dict)}

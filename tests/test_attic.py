@@ -160,7 +160,7 @@ def test_a_cleaned_checkpoint_cannot_be_resumed(cleaned, tmp_path, capsys):
             train.cli(['--resume', str(best), '--epochs', '2', '--save', str(directory),
                        '--device', 'cpu'])
         assert exit_.value.code == 2
-        assert capsys.readouterr().err == (f'train.py: error: {best} holds weights alone: '
+        assert capsys.readouterr().err == (f'train.py: error: {best} holds only weights: '
                                            f'--pretrained {best} starts training from them\n')
     assert not (best.parent / 'latest.pth').exists() and not (tmp_path / 'other').exists()
 

@@ -97,7 +97,7 @@ def test_augmented_epochs_depend_on_seed_and_epoch_alone(tmp_path, size):
     assert not torch.equal(first[0][0], epoch(2, seed=2)[0][0])
 
 
-def test_what_is_erased_has_the_mean_colour():
+def test_erased_regions_have_the_mean_colour():
     mean = (30.0, 60.0, 90.0)
     augment = Augmentation(random_erasing=1).of_image(mean)
     torch.manual_seed(0)
@@ -107,10 +107,10 @@ def test_what_is_erased_has_the_mean_colour():
         assert colours == {(200,) * 3, mean}
 
 
-def test_mirror_and_colours_are_switched_off_by_themselves(tmp_path):
+def test_mirror_and_color_jitter_are_switched_off_independently(tmp_path):
     root = write_images(tmp_path, {'train/a': 2, 'train/b': 2, 'val/a': 1}, (66, 66))
     dataset = datasets.describe('folder', root, 66)
-    names = [[type(step).__name__ for step in loaders.image_files.train_transform(
+    names = [[type(step).__name__ for step in loaders.image_transforms.train_transform(
         dataset, Augmentation(**options)).transforms] for options in
         ({}, {'mirror': False}, {'color_jitter': False})]
     assert 'RandomHorizontalFlip' in names[0] and 'ColorJitter' in names[0]
@@ -167,7 +167,7 @@ def test_a_run_with_everything_resumes_bit_for_bit(recipe, tmp_path, capsys):
 
 # ---- fine-tuning -----------------------------------------------------------------------------
 
-def test_frozen_norms_stay_as_they_are_and_the_head_has_its_rate(recipe, uninterrupted, tmp_path):
+def test_frozen_norms_do_not_change_and_the_head_has_its_rate(recipe, uninterrupted, tmp_path):
     argv = [*recipe, '--pretrained', str(uninterrupted / 'best.pth'), '--freeze-norm', '--head-lr',
             '0.001', '--epochs', '1', '--save', str(tmp_path)]
     train.main(argv)

@@ -438,7 +438,7 @@ def test_rows_match_their_names():
     assert not runner('ours', 'plain', 'fp32', inference=True).model.training
 
 
-def test_each_turn_has_its_own_precision(monkeypatch):
+def test_each_round_sets_its_own_precision(monkeypatch):
     seen, step = [], train.train_step
     monkeypatch.setattr(train, 'train_step', lambda state, *args, **kwargs: (
         seen.append(torch.backends.cudnn.allow_tf32), step(state, *args, **kwargs)))
@@ -604,7 +604,7 @@ def test_a_row_whose_blocks_fall_back_is_left_out(monkeypatch):
 
 
 @pytest.mark.parametrize('argv, complaint', [
-    (['--rows', 'mine'], "no row is called that; here there are 'torchvision plain, NCHW'"),
+    (['--rows', 'mine'], "--rows matches no row; the rows here are 'torchvision plain, NCHW'"),
     (['--precision', 'tf32', '--device', 'cpu'], 'tf32 is for cuda'),
     (['--depth', '41'], 'nearest 40 and 46'),
     (['--depth', '100', '--image-size', '128'], 'for images of 128 pixels there are --arch'),

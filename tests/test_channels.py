@@ -15,10 +15,10 @@ from torchvision import transforms
 import predict
 import train
 from attic import channel_stats
-from training import datasets, image_files, loaders
+from training import datasets, image_files, image_transforms, loaders
 from training.augmentation import Augmentation
 from training.datasets import DataError
-from training.decoding import Levels, decode
+from training.decoding import ArrayImage, decode
 
 CPU = torch.device('cpu')
 RNG = np.random.RandomState(0)
@@ -31,7 +31,7 @@ PIXELS = dict(photometric='minisblack', planarconfig='contig')
 def assert_holds(path, expected):
     """`expected` is [H, W, C]."""
     image = decode(path, expected.shape[2])
-    assert isinstance(image, Levels) and image.values.flags.c_contiguous
+    assert isinstance(image, ArrayImage) and image.values.flags.c_contiguous
     assert (image.high == 255) == (expected.dtype == np.uint8)
     np.testing.assert_array_equal(image.values, expected.transpose(2, 0, 1))
 
@@ -142,12 +142,13 @@ def test_channels_are_transformed_alike(tmp_path):
     Image.fromarray(values).save(tmp_path / 'x.png')
     dataset = datasets.Description('folder', None, ('a', 'b'), 66, (0,) * 4, (1,) * 4)
     whole = torch.from_numpy(values).permute(2, 0, 1).float()
-    seen = image_files.read_pixels(dataset, image_files.test_transform(dataset), tmp_path / 'x.png')
+    transform = image_transforms.test_transform(dataset)
+    seen = image_files.read_pixels(dataset, transform, tmp_path / 'x.png')
     truth = transforms.CenterCrop(66)(transforms.Resize(round(66 * 256 / 224))(whole))
     assert seen.dtype == torch.uint8
     torch.testing.assert_close(seen.float(), truth, rtol=0, atol=0.51)
     torch.manual_seed(0)
-    transform = image_files.train_transform(dataset, Augmentation())
+    transform = image_transforms.train_transform(dataset, Augmentation())
     seen = image_files.read_pixels(dataset, transform, tmp_path / 'x.png')
     torch.manual_seed(0)
     crop = transforms.Compose([transforms.RandomResizedCrop(66), transforms.RandomHorizontalFlip()])
@@ -201,7 +202,7 @@ def test_a_run(tmp_path, capsys, ending, size, network):
     root, run = write_fields(tmp_path / 'fields', ending, size), tmp_path / 'run'
     train.main(['--dataset', 'folder', '--data', str(root), '--in-channels', '5', *network,
                 '--epochs', '3', '--save', str(run)])
-    assert re.search(r'with values from \d+ to 69\d\d, 5 channels normalised by ImageNet',
+    assert re.search(r'with values from \d+ to 69\d\d, 5 channels, normalised with repeated',
                      capsys.readouterr().out)
     train.main(['--save', str(run), '--resume', '--epochs', '6'])
     rows = read_csv(run / 'test.csv')

@@ -1,5 +1,6 @@
-"""A file is either the old one or the new one, and a stranger's file can't run code."""
+"""Checkpoints are written atomically, and loading one can't run code."""
 
+import functools
 import os
 import random
 import re
@@ -13,7 +14,7 @@ from conftest import Opener
 
 import densenet
 from training import checkpoint
-from training.checkpoint import CheckpointError
+from training.console import UserError
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -122,7 +123,7 @@ def test_damage_is_always_noticed(tmp_path, way):
         path.write_bytes(damaged)
         try:
             found = checkpoint.load(path)
-        except CheckpointError as error:
+        except UserError as error:
             known = 'damaged|not a checkpoint|compressed|a zip file'
             assert re.match(f'{path} is ({known}).*$', str(error))
             refused += 1
@@ -143,7 +144,7 @@ def test_damaged_tensor_values_are_noticed(tmp_path):
     content[place] ^= 1
     path.write_bytes(content)
     assert not torch.equal(torch.load(path, weights_only=True)['model']['weight'], weight)
-    with pytest.raises(CheckpointError, match=f'{path} is damaged: the CRC of .*/data/0 is wrong'):
+    with pytest.raises(UserError, match=f'{path} is damaged: the CRC of .*/data/0 is wrong'):
         checkpoint.load(path)
 
 
@@ -157,7 +158,7 @@ def test_load_newest_returns_the_newest_complete_checkpoint(tmp_path):
     path.unlink()
     assert checkpoint.load_newest(path) == (f'{path}.1', {'value': 0})
     (tmp_path / 'latest.pth.1').write_bytes(b'')
-    with pytest.raises(CheckpointError, match='latest.pth is not there'):
+    with pytest.raises(UserError, match='latest.pth is not there'):
         checkpoint.load_newest(path)
 
 
@@ -165,26 +166,26 @@ def test_files_that_are_not_checkpoints_are_refused(tmp_path):
     for name, content in (('text', b'epoch,loss,error\n'), ('empty', b''), ('zeros', bytes(1000))):
         path = tmp_path / name
         path.write_bytes(content)
-        with pytest.raises(CheckpointError, match=f'{name} is not a checkpoint'):
+        with pytest.raises(UserError, match=f'{name} is not a checkpoint'):
             checkpoint.load(path)
-    with pytest.raises(CheckpointError, match='nowhere.pth is not there'):
+    with pytest.raises(UserError, match='nowhere.pth is not there'):
         checkpoint.load(tmp_path / 'nowhere.pth')
     os.mkfifo(tmp_path / 'pipe')
     for path in tmp_path, tmp_path / 'pipe', Path('/dev/zero'):
-        with pytest.raises(CheckpointError, match='is not a checkpoint, but a folder or a device'):
+        with pytest.raises(UserError, match='is not a checkpoint, but a folder or a device'):
             checkpoint.load(path)
     with zipfile.ZipFile(tmp_path / 'zipped.pth', 'w', zipfile.ZIP_DEFLATED) as archive:
         archive.writestr('x/data.pkl', bytes(10**7))
-    with pytest.raises(CheckpointError, match='is compressed, and would take 0.01 GB'):
+    with pytest.raises(UserError, match='is compressed, and would take 0.01 GB'):
         checkpoint.load(tmp_path / 'zipped.pth')
     torch.save([1, 2], tmp_path / 'list')
-    with pytest.raises(CheckpointError, match='holds a list'):
+    with pytest.raises(UserError, match='holds a list'):
         checkpoint.load(tmp_path / 'list')
 
 
 def test_code_in_a_checkpoint_does_not_run(tmp_path):
     torch.save({'model': Opener(tmp_path / 'harm')}, tmp_path / 'bad.pth')
-    with pytest.raises(CheckpointError, match='bad.pth'):
+    with pytest.raises(UserError, match='bad.pth'):
         checkpoint.load(tmp_path / 'bad.pth')
     assert not (tmp_path / 'harm').exists()
     torch.load(tmp_path / 'bad.pth', weights_only=False)  # the same file does harm elsewhere
@@ -203,13 +204,13 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path):
     (lambda: torchvision.models.resnet18(), 'Missing key(s) in state_dict: "features.conv0.'),
 ])
 def test_weights_of_another_architecture_name_the_first_differences(theirs, difference):
-    model = densenet.densenet_cifar(22, 12)
-    with pytest.raises(CheckpointError, match=re.escape(difference)) as caught:
-        checkpoint.load_weights(model, theirs().state_dict(), 'x.pth')
+    ours = functools.partial(densenet.densenet_cifar, 22, 12)
+    with pytest.raises(UserError, match=re.escape(difference)) as caught:
+        checkpoint.check_network(ours, theirs().state_dict(), 'x.pth')
     assert '\n' not in str(caught.value) and len(str(caught.value)) < 350
 
 
 @pytest.mark.parametrize('weights', [None, {'weight': 3}, 'text'])
 def test_checkpoints_without_weights_are_refused(weights):
-    with pytest.raises(CheckpointError, match='x.pth does not fit the model: '):
-        checkpoint.load_weights(densenet.densenet_cifar(10, 4), weights, 'x.pth')
+    with pytest.raises(UserError, match='x.pth does not fit the model: '):
+        checkpoint.check_network(lambda: densenet.densenet_cifar(10, 4), weights, 'x.pth')

@@ -27,7 +27,7 @@ from PIL import Image
 from torchvision import transforms
 
 import predict
-from training import datasets, image_files, loaders
+from training import datasets, image_files, image_transforms, loaders
 from training.augmentation import Augmentation
 from training.console import DataError, UserError
 from training.loaders import MemoryLoader
@@ -274,7 +274,8 @@ def test_large_training_images_are_mirrored_and_their_colours_vary(tmp_path):
     ramp = np.tile(np.linspace(60, 200, 90).astype(np.uint8)[None, :, None], (70, 1, 3))
     ramp[..., 1] = 130  # a green that no crop changes
     Image.fromarray(ramp).save(tmp_path / 'ramp.png')
-    transform = image_files.train_transform(dataclasses.replace(RGB, image_size=66), Augmentation())
+    larger = dataclasses.replace(RGB, image_size=66)
+    transform = image_transforms.train_transform(larger, Augmentation())
     read = functools.partial(image_files.read_pixels, RGB, transform)
     dataset = image_files._ImageFiles(
         image_files.ImageList(str(tmp_path), np.array([b'ramp.png']), np.array([0])), read)
@@ -289,7 +290,7 @@ def test_large_training_images_are_mirrored_and_their_colours_vary(tmp_path):
 def test_lighting_has_the_covariance_of_alexnets():
     torch.manual_seed(0)
     image = torch.full((3, 1, 1), 0.5)
-    views = torch.stack([image_files.add_lighting(image) for _ in range(20_000)])
+    views = torch.stack([image_transforms.add_lighting(image) for _ in range(20_000)])
     colours = views.flatten(1).numpy() - 0.5
     # fb.resnet.torch, datasets/imagenet.lua: the sum over components of vector * value * N(0, 0.1)
     vectors = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140],
@@ -305,18 +306,18 @@ def test_lighting_of_8_bits_is_that_of_floats_rounded_and_clamped():
     image, moved = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256), 0
     for seed in range(20):
         torch.manual_seed(seed)
-        ours = image_files.add_lighting(image)
+        ours = image_transforms.add_lighting(image)
         torch.manual_seed(seed)
-        colour = 255 * (image_files.add_lighting(torch.full((3, 1, 1), 0.5)) - 0.5)
+        colour = 255 * (image_transforms.add_lighting(torch.full((3, 1, 1), 0.5)) - 0.5)
         assert ours.dtype == torch.uint8
         assert torch.equal(ours, (image + colour.round()).clamp(0, 255).byte())
         moved += not torch.equal(ours, image)
     assert moved > 10  # by a standard deviation of 3 grey levels
-    extremes = [image_files.add_lighting(torch.tensor([0.0, 1.0]).expand(3, 1, 2))
+    extremes = [image_transforms.add_lighting(torch.tensor([0.0, 1.0]).expand(3, 1, 2))
                 for _ in range(20)]
     assert torch.stack(extremes).aminmax() == (0, 1)
     for grey in (image[:1], image[:1] / 255):
-        assert image_files.add_lighting(grey) is grey
+        assert image_transforms.add_lighting(grey) is grey
 
 
 def test_large_training_images_have_lighting_and_test_images_have_none(tmp_path):
@@ -553,7 +554,7 @@ def test_files_that_are_not_read_are_counted_in_a_line(plain, capsys):
     assert found == expected
     assert said.startswith(f'{root}/train: 6 files are not read: ')
     for kind in ('.heic (2)', 'no suffix (1)', 'no regular file (2)',
-                 'images outside of the folders of the classes (1)'):
+                 'images outside of the class folders (1)'):
         assert kind in said
     assert '; images are .jpg ' in said and '\n' not in said
     dataset = datasets.describe('folder', root)
@@ -583,11 +584,11 @@ def test_folders_that_cannot_be_listed_are_named(plain, monkeypatch, folder):
 
 @pytest.mark.parametrize('counts, said', [
     ({'train/flowers/rose': 2, 'train/flowers/tulip': 2, 'val/flowers/rose': 1},
-     'train has one class alone, flowers: .* --data a folder too high'),
+     'train has only one class, flowers: .* --data a folder too high'),
     ({'Training/a': 1, 'Testing/a': 1}, r'no train in .* \(only Testing/, Training/\)'),
     ({'train/a': 1, 'train/b': 1, 'val/a': 1, 'valid/a': 1}, 'has val and valid: keep one'),
     ({'train/a': 1, 'train/b': 1, 'val/a': 0}, 'val has no images to test on')])
-def test_wrong_structures_are_refused(tmp_path, counts, said):
+def test_wrong_folder_layouts_are_refused(tmp_path, counts, said):
     with pytest.raises(DataError, match=said):
         load(write_images(tmp_path, counts, (9, 9)))
 
@@ -597,7 +598,7 @@ def test_wrong_structures_are_refused(tmp_path, counts, said):
      ['all images of its 2 classes lie in deeper folders, such as .*flowers/test/rose: if']),
     ({'train/x': 2, 'Images/x': 1}, ['classes are called Images.*too high', 'lie in deeper']),
     ({'images': 2, 'masks': 2}, ['classes are called images: is --data a folder too high'])])
-def test_suspicious_structures_are_warned_of(tmp_path, counts, said):
+def test_suspicious_folder_layouts_are_warned_of(tmp_path, counts, said):
     root = write_images(tmp_path, {f'train/{name}': count for name, count in counts.items()})
     found, lines = names(write_images(root, {'val/x': 1}) and root, 'train')
     assert len(found) == sum(counts.values()) and len(lines) == len(said)
@@ -658,7 +659,7 @@ def test_the_digest_tells_whether_the_images_are_the_same(tmp_path):
 # ---- a new data set --------------------------------------------------------------------------
 
 def test_the_example_of_the_docstring_reads_stl10(tmp_path, monkeypatch):
-    """96 pixels a side: held in memory, though larger than the images of any folder that is."""
+    """96 pixels a side: held in memory, although folders with images of this size are not."""
     kind, rng, truth = torchvision.datasets.STL10, np.random.RandomState(0), {}
     folder = tmp_path / kind.base_folder
     folder.mkdir()
@@ -858,14 +859,14 @@ def test_foreign_files_in_the_folder_of_cifar_are_not_unpickled(tmp_path, monkey
     assert not (tmp_path / 'harm').exists()
 
 
-def test_folders_that_are_not_as_they_should_be(tmp_path):
+def test_malformed_folders_are_refused(tmp_path):
     with pytest.raises(DataError, match='no train in .*--dataset shapes'):
         datasets.describe('folder', tmp_path)
     write_images(tmp_path, {'train/a': 2, 'train/b': 2})
     with pytest.raises(DataError, match=r'no val or test in .* \(only train/\)'):
         load(tmp_path)
     write_images(tmp_path, {'val/a': 1, 'val/c': 1})
-    with pytest.raises(DataError, match='val: c is not among the classes trained on'):
+    with pytest.raises(DataError, match='val: c is not one of the training classes'):
         load(tmp_path)
     (tmp_path / 'train' / 'empty').mkdir()
     with pytest.raises(DataError, match='train.*empty'):
@@ -915,9 +916,9 @@ def test_bad_images_of_both_splits_are_named_at_once(tmp_path, capsys):
 def test_unsupported_options_of_a_data_set(photos):
     for options in ({'image_size': 48}, {'in_channels': 1}, {'labels_file': 'x.csv'},
                     {'value_range': (0, 1)}):
-        with pytest.raises(DataError, match='^cifar10 has .* are for folder and imagenet'):
+        with pytest.raises(DataError, match='^cifar10 has .* are only for folder and imagenet'):
             datasets.describe('cifar10', 'nowhere', **options)
-    with pytest.raises(DataError, match='--ten-crop is for'):
+    with pytest.raises(DataError, match='--ten-crop needs'):
         load(photos, image_size=32, ten_crop=True)
 
 

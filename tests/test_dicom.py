@@ -15,7 +15,7 @@ import predict
 import train
 from training import datasets, image_files
 from training.datasets import DataError
-from training.decoding import Levels, decode
+from training.decoding import ArrayImage, decode
 
 pydicom = pytest.importorskip('pydicom')
 FILES = Path(pydicom.__file__).parent / 'data' / 'test_files'
@@ -126,12 +126,12 @@ def test_8_bits_and_less(tmp_path):
                        PhotometricInterpretation=kind)
         np.testing.assert_array_equal(decode(path, 1), expected)
     image = decode(changed(tmp_path / 'x.dcm', pixels=pixels, **bits, BitsStored=4, HighBit=3))
-    assert isinstance(image, Levels)
+    assert isinstance(image, ArrayImage)
     np.testing.assert_array_equal(image.values[0], pixels)
 
 
 @pytest.mark.parametrize('name, message', [
-    ('SC_rgb_rle_2frame', '2 frames: save each as a file of its own'),
+    ('SC_rgb_rle_2frame', '2 frames: save each as a separate file'),
     ('MR_small_jpeg_ls_lossless', 'no decoder for JPEG-LS .*: pip install pylibjpeg'),
     ('JPGExtended', r'no decoder for JPEG Extended .*: pip install .*12-bit precision'),
     ('test-SR', 'it holds no image'), ('MR_truncated', 'number of bytes of pixel data is less'),

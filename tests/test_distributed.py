@@ -37,8 +37,7 @@ elastic_launch(config, work)(script, argv)
 '''
 
 TRAIN = f'import sys\n{forked.RUN}'
-LOST = ('train.py: error: the connection to another process is lost; if that had an error, it is '
-        'above')
+LOST = 'train.py: error: the connection to another process was lost; its error may be above'
 FULL_DISK = '''
 import os
 def full(_):
@@ -54,7 +53,7 @@ import densenet, train
 from training import distributed, flags, loaders
 from training.augmentation import Augmentation
 from fused_dense_block import fuse
-from training.checkpoint import TrainState
+from training.train_state import TrainState
 from training.run import Run
 
 NO_AUTOCAST = torch.autocast('cpu', enabled=False)
@@ -272,7 +271,7 @@ def test_torchrun_restarts_a_killed_worker(recipe, uninterrupted, tmp_path):
     ended = torchrun(3, [*recipe, '--save', run, '--resume'], script, max_restarts=1)
     assert ended.returncode == 0, ended.stderr
     found = [line for line in ended.stdout.splitlines() if 'resum' in line]
-    assert found == [f'nothing to resume in {run}: this run begins there',
+    assert found == [f'nothing to resume in {run}: starting a new run',
                      f'resuming {run / "latest.pth"} in epoch 2 after step 0']
     assert_same_run(run, uninterrupted)
 

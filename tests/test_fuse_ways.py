@@ -418,7 +418,7 @@ def test_weights_that_are_not_finite_do_not_matter():
     assert fused_parts(fuse(model))
 
 
-# ---- the table of ways -------------------------------------------------------------------------
+# ---- the table of paths -------------------------------------------------------------------------
 
 def table():
     """The rows of the table in the docstring of the package."""
@@ -446,7 +446,7 @@ DTYPES = {'cpu': [torch.float32, torch.bfloat16, torch.float64, torch.float16],
 @pytest.mark.parametrize('device', DTYPES)
 @pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('efficient', [False, True])
-def test_each_way_of_the_table(device, layout, efficient):
+def test_each_path_of_the_table(device, layout, efficient):
     if device == 'cpu' and cpu.unavailable_reason():
         pytest.skip(f'no kernels here: {cpu.unavailable_reason()}')
     model = fuse(small_net(memory_efficient=efficient)).to(device, memory_format=LAYOUTS[layout])
@@ -542,7 +542,7 @@ def test_constructors_take_torchvisions_weights():
         densenet.densenet121(weights='DenseNet121_Weights.IMAGENET1K_V1')
 
 
-def test_copies_keep_what_was_verified(monkeypatch):
+def test_copies_keep_the_verified_signature(monkeypatch):
     model = fuse(densenet_cifar(10, 4))
     twin = copy.deepcopy(model)
     monkeypatch.setattr('fused_dense_block.selfcheck.verify', None)  # not called again

@@ -195,7 +195,7 @@ def test_wrong_classes_are_one_line(scans, capsys):
     last = ['--checkpoint', 'x.pth', '--device', 'cpu']
     assert 'the classes are mass, node, rib' in fails(
         capsys, folder, '--heatmap', '--class', 'ribs', *last, script=predict)
-    assert 'for --heatmap' in fails(capsys, folder, '--class', 'rib', *last, script=predict)
+    assert 'need --heatmap' in fails(capsys, folder, '--class', 'rib', *last, script=predict)
 
 
 @pytest.mark.parametrize('size', [(28, 28), (90, 40), (700, 300)])

@@ -12,10 +12,11 @@ import torch
 from PIL import Image, TiffImagePlugin, features
 from torchvision import transforms
 
-from training import datasets, image_files
+from training import datasets, image_files, image_transforms
 from training.augmentation import Augmentation
 from training.console import DataError
-from training.decoding import Levels, convert, decode, refuse_deep_avif
+from training.decoding import ArrayImage, convert, decode
+from training.formats import check_avif_depth
 
 RNG = np.random.RandomState(0)
 GREY, COLOURS, MORE = (RNG.randint(0, 65536, (6, 5, *c)).astype(np.uint16)
@@ -102,7 +103,7 @@ def test_images_of_more_than_8_bits_are_read_exactly(tmp_path, name, content, ex
     (tmp_path / name).write_bytes(content)
     image = decode(tmp_path / name)
     expected = np.atleast_3d(expected).transpose(2, 0, 1)
-    assert isinstance(image, Levels) and image.size == expected.shape[:0:-1]
+    assert isinstance(image, ArrayImage) and image.size == expected.shape[:0:-1]
     np.testing.assert_array_equal(image.values, expected)
 
 
@@ -118,14 +119,14 @@ def test_compressed_16_bit_grey_with_white_as_zero(tmp_path, compression):
     ('bands 16.tif', tiff(MORE, 2, [0]), 'has 4 bands'),
     ('infrared.tif', tiff(np.dstack([BYTES, BYTES[:, :, 0]]), 2, [2, 0]), 'has 5 bands'),
     ('two.tif', tiff(BYTES[:, :, :2], 1, [0]), 'has 2 bands|Pillow does not know'),
-    ('premultiplied.tif', tiff(MORE, 2, [1]), '16 bits a channel .* save it as PNG'),
-    ('cmyk.tif', tiff(MORE, 5), '16 bits a channel .* save it as PNG'),
+    ('premultiplied.tif', tiff(MORE, 2, [1]), '16 bits a channel.* save it as PNG'),
+    ('cmyk.tif', tiff(MORE, 5), '16 bits a channel.* save it as PNG'),
     ('floats.tif', tiff(GREY.astype(np.float32), 0), 'floats have white as zero'),
-    ('doubles.tif', tiff(GREY.astype(np.float64)), 'of a kind that Pillow does not know'),
+    ('doubles.tif', tiff(GREY.astype(np.float64)), 'in a format that Pillow does not know'),
     ('nan.tif', tiff(np.full((2, 2), np.nan, np.float32)), 'values that are not finite'),
     ('colours.ppm', pnm('P6', 4095, COLOURS >> 4), 'colours have more than 8 bits: save it as PNG'),
     ('colours.j2k', base64.b64decode(JPEG2000_COLOURS), 'JPEG 2000 of 12 bits.*save it as PNG'),
-    ('text.png', b'no image', 'broken, or of a kind')])
+    ('text.png', b'no image', 'damaged, or in a format')])
 def test_images_that_would_lose_information_are_refused(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=f'^{tmp_path / name}.*{message}') as caught:
@@ -163,7 +164,7 @@ def test_avif_of_more_than_8_bits_is_refused(tmp_path):
     content[content.index(b'av1C') + 6] |= 0x20
     path.write_bytes(content)  # which Pillow would not open: the pixels have 10 bits
     with pytest.raises(ValueError, match='AVIF of 12 bits'):
-        refuse_deep_avif(path)
+        check_avif_depth(path)
     Image.fromarray(BYTES[:, :, :3]).save(path)
     assert decode(path).size == (5, 6)
 
@@ -217,7 +218,8 @@ def test_elongated_images_are_cropped_before_they_are_resized(tmp_path, shape, d
     pixels = np.random.RandomState(0).randint(0, 256, shape).astype(dtype)
     Image.fromarray(pixels).save(tmp_path / 'x.png')
     dataset = dataclasses.replace(PHOTOS, value_range=(0, 255) if dtype == np.uint16 else None)
-    seen = image_files.read_pixels(dataset, image_files.test_transform(dataset), tmp_path / 'x.png')
+    transform = image_transforms.test_transform(dataset)
+    seen = image_files.read_pixels(dataset, transform, tmp_path / 'x.png')
     top, left = ((size - 4 * min(shape)) // 2 if size > min(shape) else 0 for size in shape)
     middle = torch.from_numpy(pixels[top:, left:][:4 * min(shape), :4 * min(shape)].astype('f4'))
     truth = transforms.CenterCrop(224)(transforms.Resize(256)(middle[None])).expand(3, -1, -1)
@@ -228,7 +230,7 @@ def test_elongated_images_are_cropped_before_they_are_resized(tmp_path, shape, d
 
 @pytest.mark.parametrize('channels', [3, 1])
 @pytest.mark.parametrize('source', [COLOURS, COLOURS[:, :, :1]])
-def test_levels_are_transformed_as_a_tensor_of_floats(tmp_path, channels, source):
+def test_array_images_are_transformed_as_a_tensor_of_floats(tmp_path, channels, source):
     (tmp_path / 'x.png').write_bytes(png(source))
     dataset = dataclasses.replace(PHOTOS, mean=(0,) * channels, std=(1,) * channels, image_size=8,
                                   value_range=(1000, 60000))
@@ -236,15 +238,15 @@ def test_levels_are_transformed_as_a_tensor_of_floats(tmp_path, channels, source
     whole = whole.clamp(0, 1).expand(3, -1, -1)
     if channels == 1:
         whole = transforms.functional.rgb_to_grayscale(whole)
-    for ours, theirs in ((image_files.RandomResizedCrop(8), transforms.RandomResizedCrop(8)),
-                         (image_files.Resize(8), transforms.Resize(8)),
-                         (image_files.to_tensor, lambda image: image)):
+    for ours, theirs in ((image_transforms.RandomResizedCrop(8), transforms.RandomResizedCrop(8)),
+                         (image_transforms.Resize(8), transforms.Resize(8)),
+                         (image_transforms.to_tensor, lambda image: image)):
         torch.manual_seed(0)
         seen = image_files.read_pixels(dataset, ours, tmp_path / 'x.png')
         torch.manual_seed(0)
         torch.testing.assert_close(seen, 255 * theirs(whole), rtol=1e-4, atol=0.05)
     torch.manual_seed(0)
-    transform = image_files.train_transform(dataset, Augmentation(random_erasing=1))
+    transform = image_transforms.train_transform(dataset, Augmentation(random_erasing=1))
     seen = image_files.read_pixels(dataset, transform, tmp_path / 'x.png')
     assert seen.shape == (channels, 8, 8) and 0 <= seen.min() and seen.max() <= 255
 

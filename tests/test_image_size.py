@@ -13,9 +13,9 @@ import bench
 import make_graph
 import predict
 import train
-from training import checkpoint, datasets, image_files, loaders
+from training import checkpoint, datasets, image_transforms, loaders
 from training.augmentation import Augmentation
-from training.decoding import Levels
+from training.decoding import ArrayImage
 
 CPU = torch.device('cpu')
 LARGE = datasets.Description('folder', None, ('a', 'b'), (72, 48), (0,) * 3, (1,) * 3)
@@ -51,16 +51,16 @@ def test_the_centre_is_seen(shape, resized):
         image = image.crop((0, 940, 20, 1060))
     truth = transforms.functional.pil_to_tensor(
         transforms.CenterCrop((72, 48))(transforms.Resize(resized)(image)))
-    seen = image_files.test_transform(LARGE)(Image.fromarray(pixels))
+    seen = image_transforms.test_transform(LARGE)(Image.fromarray(pixels))
     assert seen.shape == (3, 72, 48) and torch.equal(seen, truth)
-    levels = Levels(pixels.transpose(2, 0, 1).astype(np.uint16), 0, 255, 3)
-    other = 255 * image_files.test_transform(LARGE)(levels)
+    levels = ArrayImage(pixels.transpose(2, 0, 1).astype(np.uint16), 0, 255, 3)
+    other = 255 * image_transforms.test_transform(LARGE)(levels)
     torch.testing.assert_close(other, truth.float(), rtol=0, atol=1.01)  # Pillow rounds twice
-    assert image_files.test_transform(LARGE, ten_crop=True)(
+    assert image_transforms.test_transform(LARGE, ten_crop=True)(
         Image.fromarray(pixels)).shape == (10, 3, 72, 48)
     small = dataclasses.replace(LARGE, image_size=(36, 24))
     assert small.in_memory
-    resize = image_files.test_transform(small).transforms[0](image)
+    resize = image_transforms.test_transform(small).transforms[0](image)
     assert resize.size[0] == 24 or resize.size[1] == 36
 
 
@@ -68,8 +68,8 @@ def test_the_centre_is_seen(shape, resized):
 def test_crops_have_about_the_ratio_of_the_network(size):
     """Seen by the slopes of two ramps: pixels of the file to one of the crop."""
     rows, columns = np.mgrid[:1000, :1000]
-    levels = Levels(np.stack([rows, columns, columns]).astype(np.uint16), 0, 1000, 3)
-    crop, ratios = image_files.RandomResizedCrop(size), []
+    levels = ArrayImage(np.stack([rows, columns, columns]).astype(np.uint16), 0, 1000, 3)
+    crop, ratios = image_transforms.RandomResizedCrop(size), []
     for seed in range(20):
         torch.manual_seed(seed)
         seen = 1000 * crop(levels)

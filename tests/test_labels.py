@@ -54,7 +54,7 @@ WRONG = {  # the content of a file: the message about it
     'file,label\na.png,\n': 'column label: .* is empty',
     'file,label,split\na.png,x,dev\n': r'column split: row 2 \(dev\) is none of train, val, ',
     'file,label,group\na.png,x,\n': 'column group: .* is empty',
-    'file,a,age\na.png,1,41\n': r'column age: row 2 \(41\) is not 1 .* take out columns',
+    'file,a,age\na.png,1,41\n': r'column age: row 2 \(41\) is not 1 .* remove columns',
     'file,a\na.png,-1\n': r'column a: row 2 \(-1\) is not 1 \(present\), 0',
     'file,a,a\na.png,1,1\n': "two columns 'a'",
     'file,label\na,b.png,x\n': 'the header has 2 cells, and row 2 has 3',
@@ -64,11 +64,11 @@ WRONG = {  # the content of a file: the message about it
     'file,a,b\na.png,1,\nb.png,0,\n': 'no label of b is known in the images to train on',
     'file,a,split\na.png,1,train\nb.png,0,train\nd.png,,val\n':
         'no label of the images to test on is known',
-    'file,label,split\na.png,x,train\nb.png,y,test\n': 'one class alone for training, x',
+    'file,label,split\na.png,x,train\nb.png,y,test\n': 'only one class for training, x',
     'file,label,split\na.png,x,train\nb.png,y,train\nc.png,x,val\n':
         r'column file: row 4 \(c.png\) is not in --data',
     'file,label,split\na.png,x,train\nb.png,y,train\nd.png,z,val\n':
-        r'column label: row 4 \(z\) is no class of training',
+        r'column label: row 4 \(z\) is not a training class',
     'file,label,split\na.png,x,test\n': 'has no images to train on',
     'file,label\na.png,x\nb.png,y\n': 'has no images to test on: .* --val-split 0.1 or --fold 1/5',
 }
@@ -291,14 +291,14 @@ def test_a_fold_of_a_run_is_kept_on_resume(findings, tmp_path, capsys):
                 '--resume', '--seed', '7'])
     said = capsys.readouterr()
     assert '30 training and 10 test images' in said.out and 'not those' not in said.err
-    assert 'another fold: its own is 2/4, not 3/4' in fails(
+    assert 'another fold: it has 2/4, not 3/4' in fails(
         capsys, *argv, '--resume', '--fold', '3/4', lines=2)
     for wrong in ('0/4', '5/4', '1/1', '2', 'a/b'):
         assert 'is not I/K, such as 1/5' in fails(capsys, '--fold', wrong)
 
 
 def test_another_table_is_tested_whole(findings, tmp_path, capsys):
-    """Also with the folder of the run, whose split was of another table."""
+    """Also if the run held out images of its own table."""
     table = findings[findings.index('--labels') + 1]
     rows = [row.split(',') for row in open(table).read().splitlines()]
     without = [[cell for i, cell in enumerate(row) if i != 3] for row in rows]
@@ -323,7 +323,7 @@ def test_another_table_is_tested_whole(findings, tmp_path, capsys):
         capsys, *findings, '--labels', tmp_path / 'z.csv', '--fold', '1/2')
 
 
-def test_the_same_fine_tuning_command_goes_on(recipe, uninterrupted, tmp_path):
+def test_a_repeated_fine_tuning_command_resumes(recipe, uninterrupted, tmp_path):
     argv = [*recipe, '--pretrained', str(uninterrupted / 'best.pth'), '--save', str(tmp_path / 'x'),
             '--resume', '--epochs']
     for epochs in ('1', '2'):

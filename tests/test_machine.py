@@ -25,7 +25,7 @@ def two_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'get_arch_list', lambda: ['sm_80', 'sm_90', 'sm_100'])
 
 
-def test_each_process_has_a_gpu_of_its_own(monkeypatch, two_gpus):
+def test_each_process_has_its_own_gpu(monkeypatch, two_gpus):
     for rank, device in ((0, 'cuda:0'), (1, 'cuda:1')):
         monkeypatch.setenv('LOCAL_RANK', str(rank))
         assert choose_device('auto') == torch.device(device)
@@ -63,7 +63,7 @@ def test_an_old_driver_is_an_error_not_a_silent_run_on_the_cpu(monkeypatch, two_
     monkeypatch.setattr(torch.cuda, 'is_available', is_available)
     for name in ('auto', 'cuda'):
         with pytest.raises(UserError, match=r'driver on your system is too old \(found version '
-                                            r'11040\).\); --device cpu does without'):
+                                            r'11040\).\); --device cpu runs without'):
             choose_device(name)
     assert choose_device('cpu') == torch.device('cpu')
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)

@@ -69,7 +69,7 @@ def test_decisions_are_scored_as_by_scikit_learn():
             assert {name: values[c, r] for name, values in found.items()} == pytest.approx(expected)
 
 
-def test_log_odds_keep_apart_what_probabilities_do_not():
+def test_log_odds_do_not_tie_where_probabilities_do():
     _, logits = some_logits()
     shares = metrics.probabilities(logits.astype(float) / 10, False)
     np.testing.assert_allclose(metrics.log_odds(logits / 10, False), np.log(shares / (1 - shares)),
@@ -173,7 +173,7 @@ def test_calibration_error_by_hand():
 # ---- all of it ----------------------------------------------------------------------------
 
 @pytest.mark.filterwarnings('error')
-def test_summary_of_one_label_an_image():
+def test_summary_of_single_label_data():
     labels, logits = some_logits()
     truth, classes = metrics.one_hot(labels, 5), ['a', 'b', 'c', 'd', 'never']
     logits = np.pad(logits, [(0, 0), (0, 1)], constant_values=-9)
@@ -198,7 +198,7 @@ def test_summary_of_one_label_an_image():
 
 
 @pytest.mark.filterwarnings('error')
-def test_summary_of_several_labels_an_image():
+def test_summary_of_multi_label_data():
     scores, truth = some_scores()
     found = metrics.summarize(truth, scores, ['a', 'b', 'c'], True, thresholds=np.array([0, 1, -1]),
                               temperature=2.0, groups=[str(i // 2) for i in range(N)])

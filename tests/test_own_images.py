@@ -145,7 +145,7 @@ def test_a_resumed_run_keeps_its_split_and_other_data_are_all_tested(tmp_path, c
     files = [loaders.make_loader(dataset, 'test', 4, device=torch.device('cpu')).files
              for dataset in (first, again)]
     assert files[0] == files[1] and len(files[0]) == 6
-    assert 'another val_split: its own is 0.2, not 0.1' in fails(
+    assert 'another val_split: it has 0.2, not 0.1' in fails(
         capsys, '--save', tmp_path / 'run', '--resume', '--val-split', '0.1')
     more = write_images(tmp_path / 'more', {'test/a': 3, 'test/b': 4}, (8, 8))
     train.main(['--evaluate', '--resume', str(tmp_path / 'run/best.pth'), '--data', str(more),

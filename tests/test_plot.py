@@ -212,7 +212,7 @@ def test_every_value_axis_is_logarithmic_with_plain_ticks(tmp_path, column, tick
     ([60, 50, 100, 40, 30, 20], (20, 100), None),       # in reach
     ([60, 50, 40, 30, 2, 1], (1, 60), None)],           # no spike: it ends there
     ids=['up', 'down', 'zero', 'small', 'end'])
-def test_a_spike_does_not_squeeze_the_rest_and_the_legend_tells_of_it(
+def test_a_spike_does_not_squeeze_the_rest_and_is_in_the_legend(
         tmp_path, values, limits, off_scale):
     run = write_run(tmp_path / 'run', test=[f'{i},1,{value}' for i, value in enumerate(values, 1)])
     axes = draw(run)
@@ -238,7 +238,7 @@ def test_odd_values_are_drawn(tmp_path, rows):
         assert len(legend_of(axes)) == 3
 
 
-def test_a_final_nan_is_said(tmp_path):
+def test_a_final_nan_is_in_the_legend(tmp_path):
     run = write_run(tmp_path / 'run', test=['1,2,50', '2,1,40', '3,nan,nan'])
     assert legend_of(draw(run)) == ['test, final nan%, best 40.00% (epoch 2)']
 

@@ -138,7 +138,7 @@ def test_names_with_line_breaks_or_of_formulas(model, photos, monkeypatch, capsy
     assert all(map(os.path.isfile, files))
 
 
-def test_files_that_are_not_read_are_said_in_a_line_a_folder(model, photos, tmp_path, capsys):
+def test_skipped_files_are_one_line_per_folder(model, photos, tmp_path, capsys):
     for name in ('scan1.svg', 'scan2.svg'):
         (photos / 'a' / name).write_text('no picture')
     (tmp_path / 'none').mkdir()
@@ -155,7 +155,7 @@ def test_files_that_are_not_read_are_said_in_a_line_a_folder(model, photos, tmp_
 
 
 @pytest.mark.parametrize('batch_size', [1, 3, 32])  # workers read the first two
-def test_a_broken_file_does_not_end_the_others(model, photos, tmp_path, capsys, batch_size):
+def test_a_broken_file_is_skipped(model, photos, tmp_path, capsys, batch_size):
     whole = predictions(capsys, photos, '--checkpoint', model)
     (photos / 'a/00.jpg').write_bytes((photos / 'a/1.jpg').read_bytes()[:2000])
     (photos / 'b/text.tiff').write_text('no picture')

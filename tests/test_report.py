@@ -28,7 +28,7 @@ LATIN = os.fsdecode(b'caf\xe9')  # a name that is not UTF-8
 
 
 def some_answers(classes, number=300, without=(), never=(), seed=0):
-    """Answers with the labels of all classes but `without`, none of which is called `never`."""
+    """A SplitResult: labels of all classes except `without`, and `never` is not predicted."""
     rng, count = np.random.default_rng(seed), len(classes)
     labels = rng.choice([c for c in range(count) if c not in without], number)
     logits = rng.normal(size=(number, count)) + 2 * metrics.one_hot(labels, count)
@@ -50,8 +50,8 @@ def answers_of(labels, logits, classes, groups=None, channels=3, seed=0):
     loader = SimpleNamespace(images=images, files=[f'test/{i}, ü.png' for i in range(number)],
                              groups=groups)
     test = evaluation.TestResult(0.5, 25.0, 12.5, math.nan, len(classes))
-    return evaluation.Answers(loader, test,
-                              Predictions(labels, logits.astype(np.float32), list(classes)))
+    return evaluation.SplitResult(loader, test,
+                                  Predictions(labels, logits.astype(np.float32), list(classes)))
 
 
 def write_report(directory, capsys, test, val=None):
@@ -59,7 +59,7 @@ def write_report(directory, capsys, test, val=None):
     directory.mkdir(exist_ok=True)
     sys.stdout.reconfigure(errors='backslashreplace')  # as in train.py
     answers = {'test': test} if val is None else {'test': test, 'val': val}
-    evaluation.report(answers, SimpleNamespace(in_memory=True), directory)
+    evaluation.write_report(answers, SimpleNamespace(in_memory=True), directory)
     return (capsys.readouterr().out.splitlines(),
             json.loads((directory / 'metrics.json').read_text()))
 
@@ -109,7 +109,7 @@ def test_table_and_balanced_error_are_their_definitions(tmp_path, capsys, withou
             assert ' '.join(found[3:]) == f'{rows[label]["auc"]:.4f} {low:.4f} to {high:.4f}'
     expected = brute_force_balanced_error(pairs)
     assert lines[6] == (f'balanced error {expected:.2f}% '
-                        '(the mean over classes of the share of errors)')
+                        '(the mean of the error per class)')
 
 
 def test_many_classes_are_cut_to_the_ten_with_the_lowest_recall(tmp_path, capsys):
@@ -163,7 +163,7 @@ def test_saturated_probabilities_do_not_tie(tmp_path, capsys):
     assert {row['probability'] for row in read_csv(tmp_path / 'predictions.csv')} == {'1.000000'}
 
 
-def test_several_labels_an_image(tmp_path, capsys):
+def test_multi_label_report(tmp_path, capsys):
     names = ['mass', 'node <1 cm', 'effusion']
     test = some_findings(names)
     lines, record = write_report(tmp_path, capsys, test)
@@ -284,7 +284,7 @@ def test_confusion_reads_back(tmp_path, capsys, classes):
     assert rows == [[name, *map(str, row)] for name, row in zip(classes, expected)]
 
 
-def test_mistakes_are_the_surest_ones_with_their_pictures(tmp_path, capsys):
+def test_mistakes_are_the_most_confident_ones_with_their_pictures(tmp_path, capsys):
     test = some_answers(FLOWERS)
     write_report(tmp_path, capsys, test)
     found, saved = test.predictions, np.load(tmp_path / 'mistakes.npz')
@@ -302,13 +302,13 @@ def test_mistakes_are_the_surest_ones_with_their_pictures(tmp_path, capsys):
 def test_mistakes_among_several_labels():
     found = Predictions(np.float32([[1, 0], [np.nan, 1], [0, 1]]),
                         np.float32([[-3, -1], [9, -0.5], [2, 5]]), ['a', 'b'])
-    mistakes = predictions.surest_mistakes(found, 24)
+    mistakes = predictions.most_confident_mistakes(found, 24)
     assert mistakes['indices'].tolist() == [0, 2, 1]
     assert mistakes['true'] == ['a', 'not a', 'b']
     assert mistakes['predicted'] == ['not a', 'a', 'not b']
     odds = np.exp([3, 2, 0.5])
     assert mistakes['probabilities'].tolist() == pytest.approx(odds / (1 + odds))
-    mistakes = predictions.surest_mistakes(found, 1, thresholds=np.array([-4, -0.6]))
+    mistakes = predictions.most_confident_mistakes(found, 1, thresholds=np.array([-4, -0.6]))
     assert (mistakes['indices'].tolist(), mistakes['true']) == ([2], ['not a'])
 
 
@@ -330,7 +330,7 @@ class PixelsAsLogits(nn.Module):
 
 
 def test_report_of_a_model(tmp_path, monkeypatch, capsys):
-    """Whatever way from the loader to the files: the pixels come out as logits, in their order."""
+    """The pixels arrive as logits in the files, in the same order."""
     rng, made = np.random.default_rng(0), {}
     for split, number in (('test', 23), ('val', 10)):
         images = torch.from_numpy(rng.integers(0, 256, (number, 3, 1, 1)).astype(np.uint8))
@@ -340,8 +340,8 @@ def test_report_of_a_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loaders, 'make_loader', lambda dataset, split, *_, **__: made[split])
     dataset = SimpleNamespace(classes=('a', 'b', 'c'), selection_split='val', in_memory=True)
     args = SimpleNamespace(save=str(tmp_path / 'run'), batch_size=4, workers=0, ten_crop=False)
-    directory = evaluation.report_errors(PixelsAsLogits(), dataset, torch.device('cpu'),
-                                         torch.autocast('cpu', enabled=False), args)
+    directory = evaluation.report(PixelsAsLogits(), dataset, torch.device('cpu'),
+                                  torch.autocast('cpu', enabled=False), args)
     for split, loader in made.items():
         found = predictions.read_predictions(directory, split)
         np.testing.assert_allclose(found.logits, (loader.images[:, :, 0, 0].numpy() - 100.0) / 50,
@@ -472,7 +472,7 @@ def test_the_page_has_all_in_one_file_and_escapes_names(tmp_path, capsys):
         Image.open(io.BytesIO(base64.b64decode(data))).load()
 
 
-def test_what_is_not_there_is_not_drawn(tmp_path, capsys):
+def test_missing_files_are_not_drawn(tmp_path, capsys):
     answers = answers_of(np.array([0, 1]), np.eye(2), ['a', 'b'])  # no mistake
     write_report(tmp_path, capsys, answers)
     assert 'mistakes' not in drawn(tmp_path) and 'roc' in drawn(tmp_path)

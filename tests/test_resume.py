@@ -168,14 +168,14 @@ def test_the_fp16_loss_scale_is_resumed(small, tmp_path):
     assert scalers[0] == scalers[1] and scalers[0]['_growth_tracker'] > 9
 
 
-def test_a_run_goes_on_in_fp16_or_leaves_it(small, tmp_path, capsys):
+def test_a_run_is_resumed_with_and_without_fp16(small, tmp_path, capsys):
     run = tmp_path / 'run'
     train.main([*small, '--epochs', '1', '--precision', 'fp32', '--save', str(run)])
     capsys.readouterr()
     for epochs, precision in ((2, 'fp16'), (3, 'fp32')):
         train.main(['--save', str(run), '--resume', '--epochs', str(epochs), '--precision',
                     precision, '--lr', '0.01', '--device', 'cpu'])
-        said = 'was not trained in fp16: the scale of the loss begins at 65536'
+        said = 'was not trained in fp16: the loss scale starts at 65536'
         assert (said in capsys.readouterr().err) == (precision == 'fp16')
         saved = checkpoint.load(run / 'latest.pth')
         assert saved['epoch'] == epochs + 1 and bool(saved['scaler']) == (precision == 'fp16')
@@ -257,7 +257,7 @@ def test_an_epoch_is_not_continued_on_other_data(recipe, folder, tmp_path, capsy
         .returncode == 143
     for flag in ('--batch-size', '--seed'):
         error = fails(capsys, '--save', run, '--resume', flag, 2)
-        assert 'in batches of 4 with --seed 1, and cannot' in error
+        assert 'in batches of 4 with --seed 1, and can\'t' in error
     (other / 'train/a/0.png').unlink()
     error = fails(capsys, '--save', run, '--resume', lines=2)
     assert 'an epoch of 36 images' in error and '--start-epoch 2' in error
@@ -271,8 +271,8 @@ def change_checkpoint(path, change):
     checkpoint.save(path, saved)
 
 
-def test_state_in_another_layout_is_laid_out_as_the_parameters(recipe, uninterrupted, tmp_path):
-    """torch's fused optimizers on the CPU walk the memory of weights and momenta side by side."""
+def test_state_gets_the_memory_layout_of_the_parameters(recipe, uninterrupted, tmp_path):
+    """torch's fused optimizers on the CPU assume that weights and momenta have equal strides."""
     def make_contiguous(saved):
         for values in saved['optimizer']['state'].values():
             values['momentum_buffer'] = values['momentum_buffer'].contiguous()
@@ -315,7 +315,7 @@ def test_a_changed_schedule_is_a_warning_on_resuming(two_epochs, capsys):
     assert capsys.readouterr().err == ('train.py: warning: 2 epochs are done: --epochs 1 leaves '
                                        'nothing to train\n')
     train.main(['--save', str(two_epochs), '--resume', '--epochs', '3', '--lr', '0.01'])
-    assert 'the learning rate goes on at 0.0001, and was 0.001: ' in capsys.readouterr().err
+    assert 'the learning rate is now 0.0001, and was 0.001: ' in capsys.readouterr().err
 
 
 def test_the_normalisation_is_kept(small, tmp_path, capsys):
@@ -352,11 +352,11 @@ def test_an_existing_run_is_not_changed_by_an_error(two_epochs, small, tmp_path,
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     assert 'holds a run' in fails(capsys, *small, '--save', run)
     other = [*small, '--save', run, '--resume']
-    assert 'another depth: its own is 10, not 16' in fails(capsys, *other, '--depth', 16)
-    assert 'growth_rate: its own is 4, not 8' in fails(capsys, *other, '--growth-rate', 8)
+    assert 'another depth: it has 10, not 16' in fails(capsys, *other, '--depth', 16)
+    assert 'growth_rate: it has 4, not 8' in fails(capsys, *other, '--growth-rate', 8)
     write_images(tmp_path / 'two', {'train/a': 4, 'train/b': 4, 'val/a': 1, 'val/b': 1}, (8, 8))
     assert 'other classes than' in fails(capsys, *other, '--data', tmp_path / 'two')
-    assert 'optimizer: its own is sgd, not adam' in fails(capsys, *other, '--optimizer', 'adam')
+    assert 'optimizer: it has sgd, not adam' in fails(capsys, *other, '--optimizer', 'adam')
     lock = os.open(run, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     assert 'in use' in fails(capsys, *other)
@@ -368,7 +368,7 @@ def test_an_existing_run_is_not_changed_by_an_error(two_epochs, small, tmp_path,
 def test_a_worker_that_outlives_its_run_does_not_hold_the_directory(tmp_path):
     script = f'''
 import os, time; from training import runlog
-with runlog.claim({str(tmp_path)!r}):
+with runlog.lock_directory({str(tmp_path)!r}):
     started, start = os.pipe()
     if os.fork() == 0:
         os.write(start, b'.')
@@ -380,7 +380,7 @@ with runlog.claim({str(tmp_path)!r}):
     groups = []
     ended = forked.run(script, [], groups.append)
     assert ended.returncode == -signal.SIGKILL
-    with runlog.claim(tmp_path):
+    with runlog.lock_directory(tmp_path):
         os.killpg(groups[0], signal.SIGKILL)  # raises if the child is not there
 
 
@@ -419,8 +419,8 @@ def test_a_damaged_checkpoint_loses_at_most_an_epoch(recipe, uninterrupted, tmp_
         capsys, *recipe, '--pretrained', latest, '--save', tmp_path / 'other')
     train.main(['--save', str(run), '--resume', '--device', 'cpu'])
     printed = capsys.readouterr()
-    assert printed.err == (f'train.py: warning: {latest} is damaged or missing: going on from '
-                           f'the one before, {latest}.1\n')
+    assert printed.err == (f'train.py: warning: {latest} is damaged or missing: resuming '
+                           f'the previous one, {latest}.1\n')
     assert f'resuming {latest}.1 in epoch 2 after step 0' in printed.out
     assert_same_run(run, uninterrupted)
     for name in ('latest.pth', 'latest.pth.1'):

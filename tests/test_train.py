@@ -40,11 +40,11 @@ import densenet
 import train
 from train import evaluate, learning_rate, train_step
 from training import checkpoint, flags, losses, networks, runlog
-from training.checkpoint import TrainState
 from training.console import UserError
 from training.device import make_autocast
 from training.run import Run
 from training.runlog import RunLog
+from training.train_state import TrainState, initialize_optimizer
 
 NO_AUTOCAST = torch.autocast('cpu', enabled=False)
 
@@ -76,7 +76,7 @@ del signal.SIGUSR1
 import train, predict
 from training import distributed, runlog
 assert runlog.fcntl is None
-with distributed.StopSignals(), runlog.claim(sys.argv[1]):
+with distributed.StopSignals(), runlog.lock_directory(sys.argv[1]):
     pass
 """
     ended = forked.run(check, [tmp_path])
@@ -277,13 +277,13 @@ def train_some(step, state, device='cpu'):
 
 @pytest.mark.parametrize('precision', ['fp32', 'fp16'])
 @pytest.mark.parametrize('optimizer', ['sgd', 'adam', 'adamw', 'rmsprop'])
-def test_a_rehearsal_leaves_no_trace(optimizer, precision):
+def test_a_dry_run_changes_nothing(optimizer, precision):
     argv = ['--optimizer', optimizer]
     (step, state), (other_step, other) = (step_and_state(argv, precision=precision)
                                           for _ in range(2))
     places = [tensor.data_ptr() for tensor in state.model.state_dict().values()]
     for _ in range(2):  # before there is any state, and again
-        with state.rehearsal():
+        with state.dry_run():
             for _ in range(3):
                 step(*batch(8, seed=9))
         assert places == [tensor.data_ptr() for tensor in state.model.state_dict().values()]
@@ -294,14 +294,14 @@ def test_a_rehearsal_leaves_no_trace(optimizer, precision):
 @pytest.mark.parametrize('name', [
     'Adadelta', 'Adafactor', 'Adagrad', 'Adam', 'Adamax', 'AdamW', 'ASGD', 'NAdam', 'RAdam',
     'RMSprop', 'Rprop'])
-def test_initialized_state_and_a_rehearsal_change_nothing_of_torchs_optimizers(name):
+def test_initialization_and_a_dry_run_leave_torchs_optimizers_unchanged(name):
     weights = []
     for rehearsed in (True, False):
         state = make_state()
         state.optimizer = getattr(torch.optim, name)(state.model.parameters())
         if rehearsed:
-            checkpoint.initialize_optimizer(state.optimizer)
-            with state.rehearsal():
+            initialize_optimizer(state.optimizer)
+            with state.dry_run():
                 for seed in (5, 6):
                     train_step(state, *batch(seed=seed), autocast=NO_AUTOCAST)
         for seed in range(3):
@@ -310,7 +310,7 @@ def test_initialized_state_and_a_rehearsal_change_nothing_of_torchs_optimizers(n
     torch.testing.assert_close(*weights, rtol=0, atol=0)
 
 
-def test_the_generator_of_another_kind_of_device_is_saved_and_restored(monkeypatch):
+def test_the_generator_of_another_type_of_device_is_saved_and_restored(monkeypatch):
     seeds, state = [], make_state()
     mps = SimpleNamespace(get_rng_state=lambda: torch.tensor([7]), set_rng_state=seeds.append)
     monkeypatch.setattr(torch, 'get_device_module', {'mps': mps}.get)
@@ -329,7 +329,7 @@ def test_the_sums_survive_a_change_of_the_number_of_processes(monkeypatch):
         state = make_state()
         state.sums.copy_(torch.tensor(sums))
         torch.manual_seed(rank)
-        saved.append(state.own_state())
+        saved.append(state.rank_state())
     saved = make_state().state_dict(saved)
     for processes, expected in ((1, [[7, 3]]), (2, [[3, 2], [4, 1]]),
                                 (3, [[7, 3], [0, 0], [0, 0]])):
@@ -357,7 +357,7 @@ def test_the_step_has_the_flags():
 
 @pytest.fixture
 def pretended_cuda(monkeypatch):
-    """A stand-in for CUDA graphs: recording runs the step, and replaying does nothing."""
+    """A stand-in for CUDA graphs: capturing runs the step, and replaying does nothing."""
     for name in ('CUDAGraph', 'Stream', 'current_stream', 'graph_pool_handle'):
         monkeypatch.setattr(torch.cuda, name, Mock(side_effect=lambda: Mock()))
     for name in ('stream', 'graph'):
@@ -381,10 +381,10 @@ def test_each_shape_has_a_graph_and_a_static_batch(pretended_cuda):
 
 @pytest.mark.parametrize('message, kind, said', [
     ('operation not permitted when stream is capturing', UserError,
-     r'^the step can\'t be recorded as a CUDA graph \(operation not permitted when stream is '
+     r'^the step can\'t be captured as a CUDA graph \(operation not permitted when stream is '
      r'capturing\): give --no-cuda-graph$'),
     ('CUDA out of memory.', torch.OutOfMemoryError, '^CUDA out of memory')])
-def test_a_failed_recording_reports_the_first_error(pretended_cuda, monkeypatch, message,
+def test_a_failed_capture_reports_the_first_error(pretended_cuda, monkeypatch, message,
                                                               kind, said):
     class Graph:
         def __init__(self, *args, **kwargs):
@@ -462,14 +462,14 @@ def test_a_graph_that_differs_from_the_step_is_not_used(monkeypatch, capsys):
         monkeypatch.setattr(train, 'CudaGraphStep', Mock(return_value=graphed))
         step = train.make_step(flags_of(), pretended_state_on_cuda(), SHAPES, NO_AUTOCAST)
         assert step is graphed if agrees else step.func is train_step
-    assert 'is launched by itself: it does not do what the step does' in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert 'no CUDA graph: its results differ from those of an eager step' in said
 
 
 def test_a_missing_graph_is_explained_if_one_was_requested(capsys):
     step, _ = step_and_state(['--cuda-graph'])
     assert not isinstance(step, train.CudaGraphStep)
-    assert capsys.readouterr().out == ('no CUDA graph, each kernel is launched by itself: '
-                                       'the device is cpu\n')
+    assert capsys.readouterr().out == 'no CUDA graph: the device is cpu\n'
     for argv in ([], ['--no-cuda-graph']):
         step_and_state(argv)
         assert capsys.readouterr().out == ''
@@ -478,10 +478,10 @@ def test_a_missing_graph_is_explained_if_one_was_requested(capsys):
 def test_no_graph_for_several_processes(capsys, monkeypatch):
     monkeypatch.setattr(train.distributed, 'world_size', lambda: 2)
     monkeypatch.setattr(train.distributed, 'wrap', lambda model: model)
-    monkeypatch.setattr(train, 'settle_order_of_sums', lambda *_: None)
+    monkeypatch.setattr(train, 'warm_up_ddp', lambda *_: None)
     step = train.make_step(flags_of(), pretended_state_on_cuda(), SHAPES, NO_AUTOCAST)
     assert step.func is train_step
-    assert 'by itself: several processes' in capsys.readouterr().out
+    assert 'no CUDA graph: several processes' in capsys.readouterr().out
 
 
 class Batches(list):
@@ -605,7 +605,7 @@ def test_a_small_net_learns_the_shapes(tmp_path):
     assert [row['epoch'] for row in rows] == ['0.26596', '0.53191', '0.79787', '1.00000']
 
 
-def test_each_step_trains_at_the_rate_of_its_moment(small, tmp_path, monkeypatch):
+def test_each_step_has_its_own_learning_rate(small, tmp_path, monkeypatch):
     def spy(state, *args, **kwargs):
         steps.append((state.optimizer.param_groups[0]['lr'], state.model.training))
         return train_step(state, *args, **kwargs)
@@ -826,13 +826,13 @@ def test_a_failing_plot_is_one_warning(small, tmp_path, capsys, monkeypatch):
     (['--grad-accum', '65'], 'at least --grad-accum 65 times 1 processes'),
     (['--freeze-features'], '--freeze-features needs a model: --resume .* or --pretrained'),
     (['--pretrained', '--arch', 'densenet264'], 'which are for --arch densenet121, densenet161'),
-    (['--start-epoch', '301'], 'after the last of 300'),
-    (['--image-size', '48'], '--image-size are for folder and imagenet'),
-    (['--evaluate', '--name', 'x'], '--evaluate needs a model: --resume for that of work/x, '),
+    (['--start-epoch', '301'], 'after the last, 300'),
+    (['--image-size', '48'], '--image-size are only for folder and imagenet'),
+    (['--evaluate', '--name', 'x'], '--evaluate needs a model: --resume for the one in work/x, '),
     (['--value-range', '5', '5'], 'LOW must be less than HIGH'),
     (['--value-range', '0', 'nan'], "'nan' is not a number"),
     (['--evaluate', '--resume'], 'work/cifar10.base/latest.pth is not there'),
-    (['--reset-classifier'], 'for the weights of --pretrained'),
+    (['--reset-classifier'], '--reset-classifier needs --pretrained'),
     (['--pretrained'], 'torchvision.s weights, .* images of more than 64 pixels'),
     (['--resume', '--overwrite'], 'not allowed with'),
     (['--resume', 'nowhere.pth'], 'nowhere.pth is not there'),
@@ -880,7 +880,7 @@ def test_bugs_keep_their_traceback(small, tmp_path, monkeypatch):
         train.cli([*small, '--save', str(tmp_path / 'run')])
 
 
-def test_a_killed_image_reader_is_a_one_line_error(tmp_path):
+def test_a_killed_worker_is_a_one_line_error(tmp_path):
     write_images(tmp_path, {'train/a': 20, 'train/b': 20, 'val/a': 1}, (66, 66))
     script = interrupted('learning_rate', 3, """
         for child in open(f'/proc/self/task/{os.getpid()}/children').read().split():
@@ -891,25 +891,25 @@ def test_a_killed_image_reader_is_a_one_line_error(tmp_path):
     ended = forked.run(script, argv)
     assert ended.returncode == 2, ended.stderr
     line, = ended.stderr.splitlines()
-    assert 'a process that reads images has died' in line and 'fewer --workers' in line
+    assert 'a worker process has died' in line and 'fewer --workers' in line
 
 
 @pytest.mark.parametrize('error', [ConnectionResetError(104, 'reset by peer'), EOFError()])
 @pytest.mark.parametrize('reader', [
     'loaders.MemoryLoader.__iter__', 'image_files.checked'])  # in a step, at the start
-def test_a_reader_that_dies_during_a_read_is_a_one_line_error(
+def test_a_worker_that_dies_during_a_read_is_a_one_line_error(
         small, tmp_path, monkeypatch, capsys, reader, error):
     monkeypatch.setattr(f'training.{reader}', Mock(side_effect=error))
-    assert 'a process that reads images has died' in fails(
+    assert 'a worker process has died' in fails(
         capsys, *small, '--save', tmp_path / 'run')
 
 
-def test_a_second_dying_reader_does_not_interrupt_the_message(
+def test_a_second_dying_worker_does_not_interrupt_the_message(
         capsys, monkeypatch):
     before = signal.signal(signal.SIGCHLD, Mock(side_effect=RuntimeError('DataLoader worker')))
     monkeypatch.setattr(train, 'main', Mock(side_effect=ConnectionResetError(104, 'reset by peer')))
     try:
-        assert 'a process that reads images has died' in fails(capsys)
+        assert 'a worker process has died' in fails(capsys)
         os.kill(os.getpid(), signal.SIGCHLD)
     finally:
         signal.signal(signal.SIGCHLD, before)

@@ -549,7 +549,7 @@ def test_lua_torch_says_what_is_wrong(tmp_path):
     assert 'it has 11 layers and 11 norms, and this one 121 layers and 121 norms' in error(
         content, growth_rate=32)
     assert '--reset-classifier' in error(content, **dict(NARROW, num_classes=7))
-    assert 'without a model: it holds epoch, optimFile' in error(
+    assert 'it holds no model, but epoch, optimFile' in error(
         LuaWriter().write({'epoch': 1, 'optimFile': 'x'}))
     for end in (20, len(content) // 3, len(content) - 5):
         assert 'can\'t be read as a model of Lua Torch' in error(content[:end])

@@ -1,4 +1,4 @@
-"""Augmentation beyond crop and mirror: of single images by torchvision, and of pairs in a batch.
+"""Augmentation of single images by torchvision, and MixUp and CutMix of batches.
 
     augmentation = Augmentation(auto_augment='trivialaugment', mixup=0.2)
     image = augmentation.of_image(mean)(image)     # uint8, or float32 in 0..1
@@ -16,16 +16,13 @@ AUTO_AUGMENT = {'randaugment': v2.RandAugment, 'trivialaugment': v2.TrivialAugme
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to training images, by the flags of the same names.
-
-    With the same seed, an image is augmented the same way, whatever the number of workers.
-    """
+    """The augmentation of training images, as set by the flags of the same names."""
 
     mirror: bool = True
-    color_jitter: bool = True    # of large images, and lighting noise
+    color_jitter: bool = True    # and lighting noise, for large images
     auto_augment: str = None     # a key of AUTO_AUGMENT
-    random_erasing: float = 0.0  # probability of an image
-    mixup: float = 0.0           # alpha of the Beta distribution; 0: none
+    random_erasing: float = 0.0  # probability per image
+    mixup: float = 0.0           # alpha of the Beta distribution; 0: off
     cutmix: float = 0.0
 
     @classmethod
@@ -37,10 +34,9 @@ class Augmentation:
         return self.mixup > 0 or self.cutmix > 0
 
     def of_image(self, mean):
-        """A function of one image [C, H, W], uint8 or float32 in 0..1; None if there is none.
+        """A function of one image [C, H, W], uint8 or float32 in 0..1; None if not needed.
 
-        It draws from torch's global generator. `mean`, of C channels in 0..255, fills what is
-        erased.
+        Draws from torch's global generator. `mean`, C values in 0..255, fills erased regions.
         """
         policy = AUTO_AUGMENT[self.auto_augment]() if self.auto_augment else None
         if policy is None and not self.random_erasing:
@@ -57,23 +53,23 @@ class Augmentation:
     def mix(self, images, labels, num_classes, rng):
         """MixUp (Zhang et al. 2018) or CutMix (Yun et al. 2019) of images 0 and 1, 2 and 3, ...
 
-        Batches are in random order, so neighbours are random pairs. With both, each batch draws one
-        of them. The last image of an odd number stays as it is.
+        Batches are in random order, so these are random pairs. If both are on, one of them is drawn
+        for each batch. The last image of an odd number is unchanged.
 
         Args:
             images: [B, C, H, W].
-            labels: int64 [B], negative for no label; or float [B, C], of several labels.
-            rng: a NumPy generator, in the same state in all processes.
+            labels: int64 [B], negative for no label; or, multi-label, float [B, C].
+            rng: a NumPy generator in the same state on all ranks.
 
         Returns:
-            Images, and labels as shares of the classes, float32 [B, C].
+            Images, and labels as class probabilities, float32 [B, C].
         """
         if labels.dim() == 1:
             has_label = (labels >= 0)[:, None]
             labels = F.one_hot(labels.clamp(min=0), num_classes).float() * has_label
         uses_cutmix = self.cutmix > 0 and (self.mixup == 0 or rng.random() < 0.5)
         alpha = self.cutmix if uses_cutmix else self.mixup
-        own = rng.beta(alpha, alpha)  # the share that an image keeps of itself
+        own = rng.beta(alpha, alpha)  # weight of the image, against its partner's
         partner = torch.arange(len(images), device=images.device)
         partner[:len(images) // 2 * 2] ^= 1
         if uses_cutmix:
@@ -87,9 +83,9 @@ class Augmentation:
 
 
 def random_box(size, area, rng):
-    """Slices (rows, columns) of a box with that share of an image's area, or less.
+    """Slices (rows, columns) of a box that covers the share `area` of an image.
 
-    Its centre is anywhere in the image, at whose borders it is cut off.
+    Its centre is anywhere in the image, and the box is clipped at the borders.
     """
     box = []
     for length in size:

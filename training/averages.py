@@ -1,4 +1,4 @@
-"""Exponential moving averages of the weights, which are tested and saved in place of the last ones.
+"""Exponential moving averages of the weights, which are tested and saved instead of the weights.
 
     averages = WeightAverages(model, decay=0.999)
     averages.update()           # after each step
@@ -14,8 +14,8 @@ import torch
 class WeightAverages:
     """Averages of a model's parameters and running statistics, on its device.
 
-    After n updates the decay is min(decay, (1 + n) / (10 + n)), so that the first weights are soon
-    forgotten, also in short runs.
+    After n updates the decay is min(decay, (1 + n) / (10 + n)), so that early weights lose their
+    influence even in short runs.
     """
 
     def __init__(self, model, decay):
@@ -26,14 +26,14 @@ class WeightAverages:
 
     @torch.no_grad()
     def update(self):
-        """Include the weights of one more step. No GPU sync."""
+        """Update the averages after a step. No GPU sync."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(self.averages, self.tensors, 1 - decay)
 
     @contextlib.contextmanager
     def in_use(self):
-        """Give the model the averages, in place, for as long as the context lasts."""
+        """A context in which the model has the averages, in place of its weights."""
         weights = [tensor.clone() for tensor in self.tensors]
         self._set(self.averages)
         try:
@@ -46,7 +46,7 @@ class WeightAverages:
         torch._foreach_copy_(self.tensors, values)
 
     def state_dict(self):
-        """The model's state dict, with the averages."""
+        """The model's state dict with the averages instead of the weights."""
         state = self.model.state_dict()
         names = [name for name, tensor in state.items() if tensor.is_floating_point()]
         return {**state, **dict(zip(names, self.averages))}

@@ -1,11 +1,11 @@
-"""The table of data sets, and what the model needs to know of the one in use.
+"""The table of data sets, and the description of the one in use.
 
     dataset = datasets.describe('cifar10', 'work/data')
     images, labels = DATASETS['cifar10'].read('train', 'work/data')   # uint8 [N, 3, 32, 32], int64
 
-A new data set that fits in memory is a function that reads it and an entry in `DATASETS`, of images
-of any size and any number of channels. STL-10, for example, 96 x 96 pixels, which torchvision can
-download (`python attic/channel_stats.py --dataset stl10` measures the statistics):
+To add a data set that fits in memory, with images of any size and number of channels, write a
+function that reads it and an entry in `DATASETS`. For example STL-10, 96 x 96 pixels, which
+torchvision can download (`python attic/channel_stats.py --dataset stl10` measures the statistics):
 
     def read_stl10(split, root):
         import torchvision
@@ -19,9 +19,9 @@ download (`python attic/channel_stats.py --dataset stl10` measures the statistic
         image_size=96, read=read_stl10, mean=(114.0, 112.2, 103.6), std=(66.4, 65.6, 69.3),
         recipe=dict(epochs=100))
 
-Its images are held in memory and cropped and mirrored there; the stem follows from their size
-(networks.py). torch and torchvision are imported by the functions that need them, so that flags.py,
-which needs the names and recipes, answers at once.
+The images are held, cropped and mirrored in memory; the stem depends on their size (networks.py).
+torch and torchvision are imported inside functions, so that flags.py, which needs the names and
+recipes, answers at once.
 """
 
 import contextlib
@@ -59,21 +59,21 @@ SHAPES = ('disk', 'ring', 'square', 'frame', 'triangle up', 'triangle down', 'pl
 
 @dataclass(frozen=True)
 class Description:
-    """What the model needs to know of a data set."""
+    """Classes, image size, statistics and splits of a data set; holds no images."""
 
     name: str
     root: Path
     classes: tuple   # names, in the order of the labels
-    image_size: int  # pixels of the model's input, or (height, width) if they differ
+    image_size: int  # of the model's input, or (height, width) if they differ
     mean: tuple      # of each channel, 0..255
     std: tuple
-    value_range: tuple = None  # (low, high): what becomes 0 and 255 in images of more than 8 bits
-    val_split: float = 0.0     # the share of the training images that is held out
-    fold: str = None           # 'i/k': the fold of them that is held out
+    value_range: tuple = None  # (low, high), scaled to 0..255 in images of more than 8 bits
+    val_split: float = 0.0     # share of the training images that is held out
+    fold: str = None           # 'i/k': the fold that is held out
     split_seed: int = 1
     labels_file: Path = None   # the table of `labels.read_table`; None: classes are folders
     multi_label: bool = False  # labels are float32 [N, C] of 0, 1 and NaN (unknown)
-    only_test: bool = False    # a labels file without a column `split` is for testing
+    only_test: bool = False    # all rows of a labels file without a column `split` are 'test'
 
     @property
     def in_memory(self):
@@ -81,10 +81,10 @@ class Description:
 
     @functools.cached_property
     def splits(self):
-        """Where the images of each split come from: {'train': source, 'test': source, ...}.
+        """{'train': source, 'test': source, ...}: where the images of each split come from.
 
-        A source is a folder or, in memory and in a labels file, a split. What is held out comes
-        from the source of 'train'.
+        A source is a folder or, in memory and in a labels file, a split. The images that are held
+        out come from the source of 'train'.
         """
         return find_splits(self.root, self.name, self.labels_file, self.holds_out, self.only_test)
 
@@ -98,11 +98,11 @@ class Description:
         return 'val' if 'val' in self.splits else 'test'
 
     def is_divided(self, split):
-        """Whether only a part of the source of `split` belongs to it."""
+        """True if only a part of the images in the source of `split` belongs to it."""
         return self.holds_out and self.splits[split] == self.splits['train']
 
     def choose(self, split, labels, names, groups=None):
-        """bool [N]: the images of `split` among those of a source that is divided."""
+        """bool [N]: the images of a divided source that belong to `split`."""
         if self.fold:
             i, k = map(int, self.fold.split('/'))
             shares, part = (1 / k,) * k, i - 1
@@ -112,13 +112,13 @@ class Description:
         return held_out == (split != 'train')
 
     def plain(self):
-        """Everything but the paths, as plain values: what a checkpoint keeps."""
+        """Everything except paths, as plain values, for a checkpoint."""
         return {key: value for key, value in dataclasses.asdict(self).items()
                 if key not in ('root', 'labels_file', 'only_test')}
 
 
 def sides(image_size):
-    """(height, width) of an image size, which is one number or two."""
+    """(height, width) of an image size: one number, or a pair."""
     return (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
 
 
@@ -127,34 +127,34 @@ def is_small(image_size):
 
 
 def show_size(image_size):
-    """'224', or '320 x 256': height x width, as --image-size has them."""
+    """'224', or '320 x 256': height x width, as for --image-size."""
     return ' x '.join(map(str, dict.fromkeys(sides(image_size))))
 
 
 def describe(name, root='work/data', image_size=None, split='train', *, in_channels=3,
              value_range=None, labels_file=None, val_split=0.0, fold=None, seed=1, workers=0):
-    """The classes and the image size of a data set, without loading it.
+    """The Description of a data set, without loading it.
 
     Args:
         name: a key of `DATASETS`.
-        root: where the files of the data set are or go; for imagenet and folder, the folder of
-            `find_splits`, and in each of those a folder of images a class.
+        root: where the files are, or are downloaded to; for imagenet and folder, the folder with
+            the splits (`find_splits`), each with a folder of images per class.
         image_size, in_channels, value_range, labels_file, workers: for folders of images only.
-        image_size: one number or (height, width). By default 224 or, for a folder whose first image
-            has at most `SMALL` pixels a side, that image's shorter side.
+        image_size: one number or (height, width). By default 224 or, if the first image has at most
+            `SMALL` pixels a side, its shorter side.
         split: 'train' or 'test', whose folders are the classes.
-        in_channels: 1 for grey images, 3 for colours, or any other number, which all images then
-            must have. ImageNet's statistics are averaged for 1, and repeated for more than 3.
+        in_channels: 1 for grey, 3 for colours, or any other number, which all images must then
+            have. ImageNet's statistics are averaged for 1, and repeated for other numbers.
         value_range: (low, high) of images of more than 8 bits. By default, if the first training
-            image of a folder is one, the lowest and the highest value in all of them.
-        labels_file: a CSV file of `labels.read_table`, whose files are in `root`.
-        val_split, fold: hold out this share of the training images, or fold 'i/k' of them, in
-            each class; `seed` chooses them.
-        workers: number of processes that look for the values.
+            image is one, the lowest and highest value in the training images.
+        labels_file: a CSV file (labels.py) with paths relative to `root`.
+        val_split, fold: hold out this share of the training images, or fold 'i/k', of each class;
+            `seed` chooses them.
+        workers: number of processes that measure the value range.
 
     Raises:
-        DataError: no such data, a single class to train on, a choice that this data set does not
-            have, or values without a natural range.
+        DataError: no such data, a single class to train on, an option that does not apply to this
+            data set, or values without a natural range.
     """
     root, entry = Path(root), DATASETS[name]
     held_out = dict(val_split=val_split, fold=fold, split_seed=seed)
@@ -163,7 +163,7 @@ def describe(name, root='work/data', image_size=None, split='train', *, in_chann
         if image_size not in (None, size) or in_channels != channels or value_range or labels_file:
             raise DataError(f'{name} has images of {size} pixels and {channels} channels: '
                             f'--labels, --value-range, and another --in-channels or --image-size '
-                            f'are for folder and imagenet')
+                            f'are only for folder and imagenet')
         return Description(name, root, entry.classes, size, entry.mean, entry.std, **held_out)
     from training import image_files  # imports torch
 
@@ -171,12 +171,12 @@ def describe(name, root='work/data', image_size=None, split='train', *, in_chann
     only_test = split == 'test'
     splits = find_splits(root, name, labels_file, bool(val_split or fold), only_test)
     if split not in splits:
-        raise no_split(root, split, labels_file)
+        raise missing_split(root, split, labels_file)
     classes, multi_label = read_classes(splits[split], split, labels_file)
     statistics = entry.mean, entry.std
     if in_channels == 1:
         statistics = [(sum(values) / 3,) for values in statistics]
-    elif in_channels != 3:  # in turn, as weights.adapt_channels does
+    elif in_channels != 3:  # repeated, as in weights.adapt_channels
         statistics = [(values * in_channels)[:in_channels] for values in statistics]
     dataset = Description(name, root, tuple(classes), image_size or 224, *statistics,
                           value_range and tuple(value_range), **held_out, labels_file=labels_file,
@@ -193,37 +193,55 @@ def describe(name, root='work/data', image_size=None, split='train', *, in_chann
     return dataset
 
 
-def read_classes(source, split, labels_file=None):
-    """The names of the classes in the source of a split, and whether an image can have several.
+def with_statistics(dataset, mean=None, std=None):
+    """Replace the statistics of a Description by those that are given, on the scale 0..1.
 
     Raises:
-        DataError: a single class to train on.
+        DataError: neither one value nor one for each channel.
+    """
+    channels = len(dataset.mean)
+    for name, values in (('mean', mean), ('std', std)):
+        if values is None:
+            continue
+        if len(values) not in (1, channels):
+            raise DataError(f'--{name} takes a value for each of {channels} channels, or one for '
+                            f'all')
+        values = tuple(255 * value for value in values) * (channels // len(values))
+        dataset = dataclasses.replace(dataset, **{name: values})
+    return dataset
+
+
+def read_classes(source, split, labels_file=None):
+    """The class names in the source of a split, and True if the labels are multi-label.
+
+    Raises:
+        DataError: there is only one class to train on.
     """
     if labels_file:
         table = read_table(labels_file).of_split(source)
         classes, multi_label = table.classes(), table.labels is None
-        problem = f'{labels_file} has one class alone for training'
+        problem = f'{labels_file} has only one class for training'
     else:
         from training import image_files  # imports torch
 
         classes, multi_label = image_files.class_names(source), False
-        problem = f'{source} has one class alone'
+        problem = f'{source} has only one class'
     if split == 'train' and len(classes) == 1 and not multi_label:
-        advice = '' if labels_file else (': the folders in it are the classes; is --data a folder '
+        advice = '' if labels_file else (': its subfolders are the classes; is --data a folder '
                                          'too high?')
         raise DataError(f'{problem}, {classes[0]}{advice}')
     return classes, multi_label
 
 
 def find_splits(root, name, labels_file=None, holds_out=False, only_test=False):
-    """The splits of a data set and their sources: see `Description.splits`.
+    """{split: source}, see `Description.splits`.
 
-    With 'val' and 'test', 'val' chooses best.pth and 'test' is reported at the end; a single one of
-    them is called 'test'. What is held out of 'train' takes the place of 'val'; images that are not
-    divided into splits (a root without `train/`, a table without that column) are 'train', then.
+    If there are both 'val' and 'test', 'val' chooses best.pth and 'test' is reported at the end; if
+    there is only one of them, it is called 'test'. Images that are held out of 'train' are 'val'.
+    Images without splits (a root without `train/`, a table without that column) are 'train'.
 
     Raises:
-        DataError: validation images beside those that are to be held out.
+        DataError: there are validation images already, and others are to be held out.
     """
     if DATASETS[name].read is not None:
         sources = {split: split for split in DATASETS[name].splits}
@@ -241,7 +259,7 @@ def find_splits(root, name, labels_file=None, holds_out=False, only_test=False):
             sources = {'train': root}
     if holds_out:
         if 'train' not in sources:
-            raise no_split(root, 'train', labels_file)
+            raise missing_split(root, 'train', labels_file)
         if 'val' in sources:
             raise DataError(f'{labels_file or root} has images for validation, {sources["val"]}: '
                             f'leave out --val-split and --fold, or move them into train')
@@ -251,8 +269,8 @@ def find_splits(root, name, labels_file=None, holds_out=False, only_test=False):
     return sources
 
 
-def no_split(root, split, labels_file=None):
-    """The DataError for data without that split; it names the folders that are there."""
+def missing_split(root, split, labels_file=None):
+    """The DataError for a missing split; names the folders found instead."""
     if labels_file:
         return DataError(f'{labels_file} has no images to {split} on: its column split says train, '
                          f'val or test; without one, --val-split 0.1 or --fold 1/5 divides them')
@@ -266,8 +284,8 @@ def no_split(root, split, labels_file=None):
         return DataError(f'{root}: {error.strerror}')
     found = f' (only {", ".join(found[:5])}{", ..." if len(found) > 5 else ""})' if found else ''
     return DataError(f'no {names} in {root}{found}: --data must name a folder with train/ and '
-                     f'val/ or test/, and in each a folder of images a class; --val-split 0.1 '
-                     f'does without val/; --dataset shapes needs no data')
+                     f'val/ or test/, and in each a folder of images per class; --val-split 0.1 '
+                     f'replaces val/; --dataset shapes needs no data')
 
 
 # ---- readers: uint8 images [N, C, H, W] and int64 labels [N] of 'train' or 'test' ----------------
@@ -331,15 +349,15 @@ def _tensors(images, labels):
 
 @contextlib.contextmanager
 def _explain_download(files, root, alternative=None):
-    """Turn whatever torchvision raises (network, disk, a broken archive) into a DataError."""
+    """Turn any error of torchvision (network, disk, a broken archive) into a DataError."""
     try:
         yield
     except Exception as error:
         what = f'{files} or the folder {alternative}' if alternative else files
         raise DataError(
-            f'{files}: missing from {root} or broken, and not to be downloaded ({error}): put '
-            f'{what} there, or name the folder that has it by --data; --dataset folder reads a '
-            f'folder of images, --dataset shapes needs no data') from error
+            f'{files}: missing from {root} or broken, and the download failed ({error}): put '
+            f'{what} there, or name its folder by --data; --dataset folder reads a folder of '
+            f'images, --dataset shapes needs no data') from error
 
 
 @dataclass(frozen=True)
@@ -368,12 +386,12 @@ CIFAR100 = CifarVersion('CIFAR100', 'cifar-100-binary.tar.gz', 'cifar-100-binary
 def draw_shapes(split, root=None):
     """The built-in data set: one of ten shapes in each image, drawn from a fixed seed.
 
-    Place, size, colours and contrast are random and the shape may be lighter or darker than what
-    is behind it, so that no pixel tells anything by itself: a linear classifier fails on them.
+    Position, size, colours and contrast are random, and the shape may be lighter or darker than the
+    background, so that single pixels carry no information: a linear classifier fails.
     Returns uint8 images [N, 3, 32, 32] and int64 labels [N]; 'train' has 6,000, 'test' 1,000.
     """
     count, seed = {'train': (6000, 1), 'test': (1000, 2)}[split]
-    rng = np.random.RandomState(seed)  # the one generator of NumPy whose stream is frozen
+    rng = np.random.RandomState(seed)  # NumPy guarantees that its stream never changes
     labels = np.arange(count) % 10
     radius = rng.uniform(4, 12, (count, 1, 1))
     # Distances of each pixel from the centre, in units of the radius: right and down.
@@ -393,7 +411,7 @@ def draw_shapes(split, root=None):
 
 
 def _shape_depth(shape, x, y):
-    """How far inside the shape a point lies, negative outside; the shape has radius 1."""
+    """Approximate signed distance to the edge of a shape of radius 1, positive inside."""
     ax, ay = np.abs(x), np.abs(y)
     disk, square = 1 - np.hypot(x, y), 0.85 - np.maximum(ax, ay)
     triangle = lambda y: np.minimum(0.7 - y, (y + 1) / 2 - ax) * 0.9
@@ -414,14 +432,14 @@ def _shape_depth(shape, x, y):
 
 @dataclass(frozen=True)
 class Dataset:
-    """An entry of the table. Means and standard deviations are per channel, on the scale 0..255."""
+    """An entry of the table. Means and standard deviations are per channel, in 0..255."""
 
     mean: tuple
     std: tuple
-    classes: tuple = ()         # in the order of the labels; (): the sorted names of the folders
+    classes: tuple = ()         # in the order of the labels; (): sorted folder names
     image_size: int = None      # pixels, height and width
-    read: Callable = None       # (split, root) -> images, labels; None: a folder of images
-    splits: tuple = ('train', 'test')  # that `read` knows; 'val', if there, chooses best.pth
+    read: Callable = None       # (split, root) -> images, labels; None: folders of images
+    splits: tuple = ('train', 'test')  # of `read`; 'val', if included, chooses best.pth
     augment: bool = True        # crop and mirror by default
     recipe: dict = dataclasses.field(default_factory=dict)  # defaults of flags
     recipe_without_augment: dict = dataclasses.field(default_factory=dict)
@@ -429,8 +447,7 @@ class Dataset:
 
 
 # The statistics are the official code's (attic/channel_stats.py measures them). SVHN is only
-# divided by 255 (paper, section 4.1). Folders are normalised as ImageNet, which pretrained weights
-# expect.
+# divided by 255 (paper, section 4.1). Folders have ImageNet's, which pretrained weights expect.
 IMAGENET_STATISTICS = dict(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))
 DATASETS = {
     'cifar10': Dataset(

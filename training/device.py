@@ -1,4 +1,4 @@
-"""What a run computes on: the device, the precision of its arithmetic, its determinism."""
+"""Device, precision and determinism."""
 
 import os
 import platform
@@ -20,14 +20,14 @@ def choose_device(name):
     """
     available = {'cuda': cuda_is_available(name), 'mps': torch.backends.mps.is_available(),
                  'cpu': True}
-    if name == 'auto':  # MPS is untested here, so only on request
+    if name == 'auto':  # MPS is untested, so only on request
         name = 'cuda' if available['cuda'] else 'cpu'
     if not available[name]:
-        raise UserError(f'--device {name}: torch {torch.__version__} finds none here; --device '
-                        f'auto takes what there is')
+        raise UserError(f'--device {name}: torch {torch.__version__} finds no such device; '
+                        f'--device auto selects one')
     if name != 'cuda':
         return torch.device(name)
-    gpu = int(os.environ.get('LOCAL_RANK', 0))  # set by torchrun: each process has a GPU of its own
+    gpu = int(os.environ.get('LOCAL_RANK', 0))  # set by torchrun: one GPU per process
     count = torch.cuda.device_count()
     if gpu >= count:
         raise UserError(f'torchrun started more processes on {platform.node()} than it has GPUs: '
@@ -38,24 +38,24 @@ def choose_device(name):
 
 
 def cuda_is_available(name):
-    """Whether torch can use a GPU. One that it can't use is an error, unless `name` is another."""
+    """True if torch can use a GPU. Raises UserError if it can't use an existing one."""
     with warnings.catch_warnings(record=True) as reasons:
         warnings.simplefilter('always')
         available = torch.cuda.is_available()
     if name in ('auto', 'cuda') and not available and torch.cuda.device_count():
-        reason = ' '.join(str(reasons[-1].message).split()) if reasons else 'it does not say why'
+        reason = ' '.join(str(reasons[-1].message).split()) if reasons else 'no reason given'
         raise UserError(f'torch {torch.__version__} can\'t use the GPU of this machine ({reason}); '
-                        f'--device cpu does without')
+                        f'--device cpu runs without it')
     return available
 
 
 def check_compute_capability(gpu):
-    """Raises UserError if torch has no code for a GPU; otherwise the first kernel would fail."""
+    """Raises UserError if torch was built without code for this GPU, before a kernel fails."""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # torch's own warning, a paragraph
         major, minor = torch.cuda.get_device_capability(gpu)
     built = [re.match(r'(sm|compute)_(\d+)(\d)', arch) for arch in torch.cuda.get_arch_list()]
-    # Machine code is for its major version, from its minor one on; compute_ is compiled anew.
+    # sm_ is machine code for one major version, from its minor version on; compute_ is compiled.
     runs = [int(b[2]) == major and int(b[3]) <= minor if b[1] == 'sm'
             else (int(b[2]), int(b[3])) <= (major, minor) for b in built if b]
     if runs and not any(runs):
@@ -66,24 +66,24 @@ def check_compute_capability(gpu):
 
 
 def choose_precision(name, device):
-    """fp32, tf32, bf16 or fp16; also sets what cuBLAS and cuDNN may do."""
+    """Returns fp32, tf32, bf16 or fp16, and configures cuBLAS and cuDNN for it."""
     if name == 'auto':
         has_bf16 = device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
         name = 'bf16' if has_bf16 else 'tf32' if device.type == 'cuda' else 'fp32'
     if name == 'tf32' and device.type != 'cuda':
-        raise UserError(f'--precision tf32 is for cuda, and this is {device.type}: try fp32')
+        raise UserError(f'--precision tf32 is for cuda, not {device.type}: try fp32')
     torch.backends.cuda.matmul.allow_tf32 = name != 'fp32'
     torch.backends.cudnn.allow_tf32 = name != 'fp32'
-    torch.backends.cudnn.benchmark = True  # shapes stay the same from step to step
+    torch.backends.cudnn.benchmark = True  # shapes are constant
     return name
 
 
 def set_determinism(wanted):
-    """Make two runs on a GPU end with the same bits; on a CPU they always do."""
+    """Make runs on a GPU bit-identical; on a CPU they always are."""
     torch.use_deterministic_algorithms(wanted)
     if wanted:
-        torch.backends.cudnn.benchmark = False  # picks kernels by their timing
-        torch.utils.deterministic.fill_uninitialized_memory = False  # we never read it
+        torch.backends.cudnn.benchmark = False  # chooses kernels by timing
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it is never read
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read when cuBLAS starts
 
 

@@ -1,4 +1,4 @@
-"""Several processes that are one run, and the signals that stop it.
+"""Distributed training with DDP, and stop signals.
 
     torchrun --nproc-per-node 4 train.py ...     # four GPUs of this machine
 
@@ -9,8 +9,8 @@
             train_step(...)
             stop.check()                         # raises Stopped in all processes at the same step
 
-Gradients on GPUs go by NCCL; all else goes by gloo between the hosts, so that nothing synchronizes
-with a GPU. Every function is a no-op with one process. A process that fails says why and exits;
+Gradients on GPUs are exchanged by NCCL, everything else by gloo on the CPU, without GPU syncs.
+Every function is a no-op with one process. A process that fails prints the error and exits;
 torchrun then stops the others.
 """
 
@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class Stopped(Exception):
-    """A signal asked this process, or another one of the run, to stop."""
+    """A stop signal has arrived at this rank or another one."""
 
     def __init__(self, signum):
         super().__init__(signal.Signals(signum).name)
@@ -36,8 +36,8 @@ class Stopped(Exception):
 class StopSignals:
     """SIGINT, SIGTERM and SIGUSR1 end a run: at once or, if `deferred`, at the next `check`.
 
-    A second SIGINT kills, but not under torchrun: there the first may have come twice, from the
-    terminal and from torchrun.
+    A second SIGINT kills the process, except under torchrun, where a Ctrl-C may arrive twice, from
+    the terminal and from torchrun.
     """
 
     received, deferred = 0, False
@@ -54,13 +54,13 @@ class StopSignals:
 
     def _note(self, signum, _):
         if not self.deferred:
-            leave(128 + signum)
+            exit_now(128 + signum)
         self.received = signum
         if signum == signal.SIGINT and not dist.is_torchelastic_launched():
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def check(self):
-        """Raises Stopped if any process has received a signal; all of them call it."""
+        """Raises Stopped if any rank has received a signal; must be called by all ranks."""
         signum = torch.tensor(self.received)
         if world_size() > 1:
             dist.all_reduce(signum, dist.ReduceOp.MAX)
@@ -70,11 +70,11 @@ class StopSignals:
 
 @contextlib.contextmanager
 def process_group():
-    """Join the processes of torchrun, if it started this one; all but rank 0 print nothing."""
+    """Initialize the process group under torchrun; silence stdout on ranks above 0."""
     if not (dist.is_torchelastic_launched() and int(os.environ['WORLD_SIZE']) > 1):
         yield
         return
-    # A store for each start: killed processes have left their addresses in torchrun's store.
+    # A new store for each restart: killed processes have left addresses in torchrun's store.
     store, own_rank, processes = next(dist.rendezvous('env://'))
     store = dist.PrefixStore(f'start {os.environ["TORCHELASTIC_RESTART_COUNT"]}', store)
     dist.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo',
@@ -83,14 +83,14 @@ def process_group():
         sys.stdout = open(os.devnull, 'w')
     try:
         yield
-    except SystemExit as stopped:  # all processes stop together
-        leave(stopped.code)
-    time.sleep(0.1)  # torch before 2.8 hangs if threads of gloo still want the interpreter's lock
+    except SystemExit as stopped:  # all ranks stop together
+        exit_now(stopped.code)
+    time.sleep(0.1)  # torch < 2.8 deadlocks if threads of gloo are still waiting for the GIL
     dist.destroy_process_group()
 
 
-def leave(code):
-    """Exit; of several processes without Python's shutdown, which would wait for the others."""
+def exit_now(code):
+    """Exit; with several ranks, without Python's shutdown, which would wait for the others."""
     if world_size() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -107,12 +107,12 @@ def rank():
 
 
 def lost_a_peer(error):
-    """Is this error what a process gets whose peer has died?"""
+    """True if the error means that another rank has died."""
     return world_size() > 1 and (isinstance(error, dist.DistError) or 'gloo' in str(error))
 
 
 def all_gather(value):
-    """Each process's value, a list in the order of ranks."""
+    """The values of all ranks, as a list."""
     values = [value] * world_size()
     if len(values) > 1:
         dist.all_gather_object(values, value)
@@ -120,14 +120,14 @@ def all_gather(value):
 
 
 def all_reduce(tensor):
-    """The sum over all processes, in place."""
+    """The sum over all ranks, in place."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def from_rank_0(function):
-    """What `function()` returns in rank 0, for all processes; the others don't call it."""
+    """Call `function` on rank 0 only, and return its result on all ranks."""
     result = [function() if rank() == 0 else None]
     if world_size() > 1:
         dist.broadcast_object_list(result)
@@ -136,7 +136,7 @@ def from_rank_0(function):
 
 @contextlib.contextmanager
 def rank_0_first():
-    """A context that the others enter when rank 0 has left it: what it downloads is there then."""
+    """A context that other ranks enter after rank 0 has left it, for example for downloads."""
     if rank() > 0:
         all_gather(None)
     yield
@@ -145,24 +145,23 @@ def rank_0_first():
 
 
 def wrap(model):
-    """The forward of a model whose gradients are to be the mean over all processes."""
+    """The model's forward, wrapped in DDP, which averages gradients over all ranks."""
     if world_size() == 1:
         return model
     forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    # Each process keeps its own running statistics until `share_statistics`: DDP's default, a
-    # broadcast with every forward, would be one more message in each step. Set here, because the
-    # constructor's argument has different names in torch 2.6 and 2.14.
+    # Running statistics are per rank until `share_statistics`: DDP's default would broadcast them
+    # in every step. Set here, because the constructor's argument differs in torch 2.6 and 2.14.
     forward.broadcast_buffers = False
     return forward
 
 
 def no_sync(forward, last):
-    """A context for a micro-batch: gradients are exchanged in the last one of a step."""
+    """A context for a micro-batch: gradients are exchanged only in the last one of a step."""
     return contextlib.nullcontext() if last or world_size() == 1 else forward.no_sync()
 
 
 def share_statistics(state):
-    """Broadcast the running statistics of rank 0, as DDP does by default, and their averages."""
+    """Broadcast rank 0's running statistics, as DDP does by default, and their averages."""
     if world_size() > 1:
         averages = state.averages.averages if state.averages else ()
         for tensor in (*state.model.buffers(), *averages):

@@ -1,8 +1,8 @@
-"""Testing a model, and the report of `train.py --evaluate`.
+"""Test a model, and the report of `train.py --evaluate`.
 
-    test = evaluation.evaluate(model, loader, autocast)                # a TestResult
-    evaluation.report_errors(model, dataset, device, autocast, args)   # text, and the files of
-                                                                       # predictions.py
+    test = evaluation.evaluate(model, loader, autocast)         # a TestResult
+    evaluation.report(model, dataset, device, autocast, args)   # text, and the files of
+                                                                # predictions.py
 """
 
 import json
@@ -12,13 +12,23 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from training import distributed, flags, image_files, loaders, losses, metrics, predictions
+from training import (
+    distributed,
+    flags,
+    image_files,
+    image_transforms,
+    loaders,
+    losses,
+    metrics,
+    predictions,
+)
 from training.console import say
+from training.csv_files import escape_formula
 from training.predictions import Predictions
 
-MAX_CLASSES = 20    # up to this number the table has all classes
-NUM_WORST = 10      # classes in the table if there are more
-MAX_MISTAKES = 24   # pictures of the surest mistakes
+MAX_CLASSES = 20    # the table has all classes up to this number,
+NUM_WORST = 10      # and this many if there are more
+MAX_MISTAKES = 24   # pictures of the most confident mistakes
 
 
 def at_least_fp32(logits):
@@ -33,11 +43,11 @@ def classify(model, images, autocast):
 
 
 class TestResult(NamedTuple):
-    """Errors in percent; the balanced error is the mean over the classes that have images.
+    """Loss, and errors in percent; the balanced error is the mean over classes with images.
 
-    With multi-label data, the error is the mean over the images of the share of their known labels
-    that are decided wrongly at a probability of 0.5. The balanced error is the mean over the labels
-    of (1 - sensitivity + 1 - specificity) / 2, and there is no top-5 error (NaN).
+    For multi-label data, the error is the share of an image's known labels that are wrong at a
+    threshold of p = 0.5, averaged over images. The balanced error is the mean over labels of
+    (1 - sensitivity + 1 - specificity) / 2, and there is no top-5 error (NaN).
     """
 
     loss: float
@@ -45,7 +55,7 @@ class TestResult(NamedTuple):
     error5: float
     balanced_error: float
     num_classes: int
-    auc: float = math.nan  # mean over the classes, if asked for
+    auc: float = math.nan  # mean over the classes, if requested
 
     @property
     def has_top5(self):
@@ -57,9 +67,9 @@ def evaluate(model, loader, autocast, stop=None, outputs=None, auc=False):
     """The TestResult of a loader's images; the logits of ten crops are averaged.
 
     Args:
-        outputs: a list that gets labels and logits [B, C] of each batch of this process, on the
-            CPU.
-        auc: compute the area under the ROC curve, too.
+        outputs: a list to which (labels, logits [B, C]) of each batch of this rank are appended, on
+            the CPU.
+        auc: also compute the area under the ROC curve.
     """
     model.eval()
     outputs = [] if auc and outputs is None else outputs
@@ -88,7 +98,7 @@ def evaluate(model, loader, autocast, stop=None, outputs=None, auc=False):
 
 
 def _error_counts(logits, labels):
-    """int64 [2, C], images and errors of each class; errors and top-5 errors of all."""
+    """int64 [2, C], the number of images and errors per class; total errors and top-5 errors."""
     top = logits.topk(min(5, logits.shape[1])).indices
     is_image, hit = labels != loaders.NO_LABEL, top == labels[:, None]
     counts = labels.new_zeros(2, logits.shape[1])
@@ -98,7 +108,10 @@ def _error_counts(logits, labels):
 
 
 def _multi_label_counts(logits, labels):
-    """int64 [4, C]: of the positive labels of each class number and errors, of the negative too."""
+    """int64 [4, C], per class: positive labels, errors in them, negative labels, errors in them.
+
+    Also the sum of the images' errors, and NaN for top-5 errors.
+    """
     positive, negative, decided = labels == 1, labels == 0, logits >= 0
     counts = torch.stack([positive, positive & ~decided, negative, negative & decided]).sum(1)
     errors = losses.multi_label_errors(logits, labels)
@@ -106,106 +119,105 @@ def _multi_label_counts(logits, labels):
 
 
 def gather(outputs, num_images):
-    """Labels and logits of all images, in their order, from the `outputs` of all processes."""
-    shards = zip(*distributed.all_gather(outputs))  # of each batch
+    """Labels and logits of all images, in order, from the `outputs` of all ranks."""
+    shards = zip(*distributed.all_gather(outputs))  # for each batch
     labels, logits = map(torch.cat, zip(*(shard for batch in shards for shard in batch)))
-    return labels[:num_images], logits[:num_images]  # those without a label are the last
+    return labels[:num_images], logits[:num_images]  # images without a label come last
 
 
 def mean_auc(labels, logits):
-    """The mean over the classes of the area under the ROC curve, one class against the others.
+    """The area under the ROC curve, one class against the others, averaged over classes.
 
-    Shapes: labels int64 [N] or float [N, C] of 0, 1 and NaN (unknown); logits [N, C]. A class
-    without positive or without negative labels does not count; NaN if there is no other.
+    Classes without positive or without negative labels are left out; NaN if no other is left.
+
+    Shapes: labels int64 [N] or float [N, C] of 0, 1 and NaN (unknown); logits [N, C].
     """
-    found = Predictions(labels.numpy(), logits.numpy(), range(logits.shape[1]))
-    scores, ones = metrics.log_odds(found.logits, found.multi_label), np.ones((len(labels), 1))
-    areas = [metrics.rank_metrics(*columns, ones)[0] for columns in zip(scores.T, found.truth.T)]
+    result = Predictions(labels.numpy(), logits.numpy(), range(logits.shape[1]))
+    scores, ones = metrics.log_odds(result.logits, result.multi_label), np.ones((len(labels), 1))
+    areas = [metrics.rank_metrics(*columns, ones)[0] for columns in zip(scores.T, result.truth.T)]
     return metrics.mean_over_classes(np.stack(areas)).item()
 
 
 def mean_class_error(errors, images):
-    """Mean over the classes of their errors, in percent; classes without images do not count."""
+    """The error per class, in percent, averaged over the classes that have images."""
     return 100 * (errors / images).nanmean().item()
 
 
 # ---- report -------------------------------------------------------------------------------
 
-class Answers(NamedTuple):
-    """What a model says of the images of a split."""
+class SplitResult(NamedTuple):
+    """The results of a model on a split."""
 
     loader: object
     test: TestResult
     predictions: Predictions
 
 
-def report_errors(model, dataset, device, autocast, args):
-    """Print the metrics of the test images, and write the files of predictions.py.
+def report(model, dataset, device, autocast, args):
+    """Test the model: print the metrics, and write the files of predictions.py.
 
-    If a validation split chose best.pth, it also gives the thresholds and the temperature.
-    Returns the directory of the files (of ranks above 0: None).
+    If there is a validation split that chose best.pth, thresholds and temperature are fitted on it.
+    Returns the directory of the files (None on ranks above 0).
     """
     splits = ['test', 'val'] if dataset.selection_split == 'val' else ['test']
-    answers = {split: answer(model, dataset, split, device, autocast, args) for split in splits}
+    results = {split: evaluate_split(model, dataset, split, device, autocast, args)
+               for split in splits}
     if distributed.rank() > 0:
         return None
     directory = flags.run_directory(args)
     directory.mkdir(parents=True, exist_ok=True)
-    report(answers, dataset, directory)
+    write_report(results, dataset, directory)
     return directory
 
 
-def report(answers, dataset, directory):
-    """Print and write what is to be said about the Answers of each split, {'test': ...}."""
-    multi_label = answers['test'].predictions.multi_label
-    chosen = choose_on_val(answers['val'].predictions) if 'val' in answers else {}
+def write_report(results, dataset, directory):
+    """Print and write the metrics of `results`, {'test': SplitResult} and perhaps 'val'."""
+    multi_label = results['test'].predictions.multi_label
+    chosen = choose_on_val(results['val'].predictions) if 'val' in results else {}
     record = {
         'multi_label': multi_label,
         'threshold_rule': 'youden' if chosen else '0.5' if multi_label else 'argmax',
         'temperature': chosen.get('temperature'),
         'intervals': {'level': metrics.LEVEL, 'resamples': metrics.RESAMPLES, 'seed': 0},
-        'splits': {split: summarize(found, **chosen) for split, found in answers.items()}}
+        'splits': {split: summarize(result, **chosen) for split, result in results.items()}}
     for split, summary in reversed(record['splits'].items()):
         say('\n'.join(lines(split, summary, record)))
-        save_answers(directory, split, answers[split])
+        save_split(directory, split, results[split])
     (directory / 'metrics.json').write_text(json.dumps(record, indent=1))
-    save_mistakes(directory / 'mistakes.npz', answers['test'], dataset, chosen.get('thresholds'))
+    save_mistakes(directory / 'mistakes.npz', results['test'], dataset, chosen.get('thresholds'))
 
 
-def answer(model, dataset, split, device, autocast, args):
+def evaluate_split(model, dataset, split, device, autocast, args):
     loader = loaders.make_loader(dataset, split, args.batch_size, device=device,
                                  workers=args.workers, ten_crop=args.ten_crop,
                                  shard=(distributed.rank(), distributed.world_size()))
     outputs = []
     test = evaluate(model, loader, autocast, outputs=outputs)
     labels, logits = gather(outputs, loader.num_images)
-    return Answers(loader, test, Predictions(labels.numpy(), logits.numpy(), dataset.classes))
+    return SplitResult(loader, test, Predictions(labels.numpy(), logits.numpy(), dataset.classes))
 
 
 def choose_on_val(val):
-    """Arguments for `metrics.summarize` from the Predictions of the validation images."""
+    """Thresholds and temperature for `metrics.summarize`, fitted on the validation images."""
     scores = metrics.log_odds(val.logits, val.multi_label)
     return {'thresholds': metrics.youden_thresholds(scores, val.truth),
             'temperature': metrics.fit_temperature(val.truth, val.logits, val.multi_label)}
 
 
-def summarize(answers, **chosen):
-    """The metrics of a split, as in metrics.json."""
-    loader, test, found = answers
+def summarize(result, **chosen):
+    """The metrics of a SplitResult, as in metrics.json."""
+    loader, test, found = result
     summary = {'loss': test.loss, 'error': test.error}
-    if not found.multi_label and len(found.classes) > 5:
+    if test.has_top5:
         summary['error5'] = test.error5
     return summary | metrics.summarize(found.truth, found.logits, found.classes, found.multi_label,
                                        groups=loader.groups, **chosen)
 
 
-def save_answers(directory, split, answers):
-    """predictions.csv and, of the test images with one label each, confusion.csv.
-
-    Before file names that a spreadsheet would take for a formula stands ./, a path to the same.
-    """
-    loader, _, found = answers
-    files = [image_files.no_formula(name) for name in loader.files]
+def save_split(directory, split, result):
+    """Write predictions.csv and, for single-label test images, confusion.csv."""
+    loader, _, found = result
+    files = [escape_formula(name) for name in loader.files]
     predictions.save_predictions(directory, split, files, found, loader.groups)
     if split == 'test' and not found.multi_label:
         count = len(found.classes)
@@ -225,22 +237,22 @@ def interval(ends, digits=4):
 
 
 def lines(split, summary, record):
-    """The report on a split as a list of lines; '-' is an undefined value.
+    """The lines of the report on a split, with '-' for undefined values.
 
     Args:
-        summary: of `metrics.summarize`.
+        summary: from `metrics.summarize`.
         record: the content of metrics.json.
     """
     output = [f'{split} loss {summary["loss"]:.4f}']
     output[0] += f', error {summary["error"]:.2f}%'
     if 'error5' in summary:
         output[0] += f', top-5 error {summary["error5"]:.2f}%'
-    if split == 'val':  # it chose the model and the thresholds: the other numbers are too good
+    if split == 'val':  # other metrics are biased: val chose the model and the thresholds
         return output
     output += table(summary['classes'], record['multi_label'])
     if not record['multi_label']:
         output.append(f'balanced error {number(summary["balanced_error"], 2)}% '
-                      f'(the mean over classes of the share of errors)')
+                      f'(the mean of the error per class)')
     output += rank_lines(summary, record['multi_label'])
     output += threshold_lines(summary, record)
     output.append(f'expected calibration error {percent(summary["expected_calibration_error"])}%')
@@ -253,10 +265,10 @@ def lines(split, summary, record):
 
 
 def table(rows, multi_label):
-    """Lines with numbers of each class, or of the NUM_WORST if there are more than MAX_CLASSES.
+    """A line for each class, or for the NUM_WORST if there are more than MAX_CLASSES.
 
-    For one label an image: images, recall, precision and, of more than two classes, the AUC. For
-    several: numbers of labels, AUC and average precision.
+    Single-label: number of images, recall, precision and, if there are more than two classes, AUC.
+    Multi-label: number of positive and negative labels, AUC and average precision.
     """
     if multi_label:
         columns = [('positive', 8, lambda row: row['positives']),
@@ -276,7 +288,7 @@ def table(rows, multi_label):
     output, listed = [], rows
     if len(rows) > MAX_CLASSES:
         output = [f'the {NUM_WORST} of {len(rows)} classes with the lowest {word}:']
-        # A class without images, None, comes last.
+        # Classes without images, None, come last.
         listed = sorted(rows, key=lambda row: 2 if row[key] is None else row[key])[:NUM_WORST]
     width = max(len('class'), *(len(row['class']) for row in listed))
     output.append('  '.join([f'{"class":<{width}}', *(f'{name:>{size}}'
@@ -292,7 +304,7 @@ def percent(share):
 
 
 def headline(summary, multi_label):
-    """(metrics, prefix of their names, words): of the second of two classes, or means over all.
+    """(metrics, prefix of their names, description): of the second of two classes, or the means.
 
     (The AUC of the first of two classes is the same.)
     """
@@ -312,7 +324,7 @@ def rank_lines(summary, multi_label):
 
 
 def threshold_lines(summary, record):
-    """Sensitivity, specificity and F1, unless the most probable class is the decision."""
+    """Sensitivity, specificity and F1, except where the argmax decides."""
     if record['threshold_rule'] == 'argmax':
         return []
     found, prefix, which = headline(summary, record['multi_label'])
@@ -326,7 +338,7 @@ def threshold_lines(summary, record):
 
 
 def interval_lines(summary, record):
-    """What the intervals are."""
+    """How the intervals were computed, and those of the errors."""
     unit = 'images' if summary['units'] == summary['images'] else 'groups'
     output = [f'intervals: {metrics.LEVEL:.0%}, from {metrics.RESAMPLES:,} bootstrap resamples of '
               f'{summary["units"]:,} {unit}']
@@ -334,28 +346,27 @@ def interval_lines(summary, record):
         output[0] += (f'; error {interval(summary["error_interval"], 2)}%, balanced error '
                       f'{interval(summary["balanced_error_interval"], 2)}%')
     if len(summary['classes']) > metrics.MAX_INTERVALS:
-        output.append(f'of more than {metrics.MAX_INTERVALS} classes, none have an interval of '
-                      f'their own')
+        output.append(f'no intervals per class for more than {metrics.MAX_INTERVALS} classes')
     return output
 
 
 # ---- mistakes -----------------------------------------------------------------------------
 
-def save_mistakes(path, answers, dataset, thresholds=None):
-    """The surest mistakes, with their pictures uint8 [M, H, W, C], as an npz file."""
-    loader, _, found = answers
-    mistakes = predictions.surest_mistakes(found, MAX_MISTAKES, thresholds)
+def save_mistakes(path, result, dataset, thresholds=None):
+    """Write the most confident mistakes with their pictures, uint8 [M, H, W, C], as .npz."""
+    loader, _, found = result
+    mistakes = predictions.most_confident_mistakes(found, MAX_MISTAKES, thresholds)
     indices, files = mistakes.pop('indices'), loader.files
     np.savez(path, pictures=read_pictures(loader, dataset, indices),
              files=[str(files[i]) for i in indices], **mistakes)
 
 
 def read_pictures(loader, dataset, indices):
-    """Images as the model sees them, not normalised: uint8 [M, H, W, C]."""
+    """The model's input images, not normalised: uint8 [M, H, W, C]."""
     if dataset.in_memory:
         pictures = [loader.images[i] for i in indices]
     else:
-        transform = image_files.test_transform(dataset)
+        transform = image_transforms.test_transform(dataset)
         pictures = [image_files.read_pixels(dataset, transform, loader.files[i]) for i in indices]
     if not pictures:
         return np.zeros((0, 1, 1, 1), np.uint8)

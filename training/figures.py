@@ -1,10 +1,10 @@
-"""How the figures of plot.py and report.py look, and how they are written. No torch."""
+"""Style and saving of the figures of plot.py and report.py. No torch."""
 
 import os
 
 import matplotlib
 
-# Okabe and Ito's palette for colour-blind readers, without its yellow, which is too pale here.
+# Okabe and Ito's palette for colour-blind readers, without the yellow, which is too pale.
 COLORS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000']
 MARKERS = 'os^DvPX'
 GREY = '#777777'
@@ -15,18 +15,18 @@ STYLE = {
     'axes.grid': True, 'axes.grid.axis': 'y', 'axes.axisbelow': True, 'grid.color': '#e6e6e6',
     'grid.linewidth': 0.6, 'lines.linewidth': 1.4, 'lines.markersize': 4, 'text.usetex': False,
     'text.parse_math': False,  # names may contain dollars
-    'savefig.dpi': 200, 'pdf.fonttype': 42,  # TrueType: publishers reject Type 3 fonts
+    'savefig.dpi': 200, 'pdf.fonttype': 42,  # TrueType, because publishers reject Type 3
 }
 
 
 def shorten(name, length=40):
-    """The name, or both its ends if it is longer; undecodable bytes become question marks."""
+    """Cut the middle out of a longer name; undecodable bytes become question marks."""
     name = name.encode(errors='surrogateescape').decode(errors='replace')
     return name if len(name) <= length else f'{name[:length // 2 - 1]}…{name[-(length // 2):]}'
 
 
 def save_figure(figure, path):
-    """Write the figure atomically: a viewer may have the old one open."""
+    """Write the figure atomically, because a viewer may have the old one open."""
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')  # train.py removes old ones
     try:
         with matplotlib.rc_context(STYLE):

@@ -1,127 +1,45 @@
-"""The flags of train.py: their names, defaults, aliases, and what does not go together.
+"""The flags of train.py: names, aliases, defaults, and checks.
 
-    given = flags.parse(['--depth', '40'])     # a Namespace of the flags that were given
-    args = flags.complete(given)               # all flags
+    given = flags.parse(['--depth', '40'])     # a Namespace with only the given flags
+    args = flags.complete(given)               # a Namespace with all flags
 
-A flag that is not given has the default of the data set's recipe, or on --resume the value in the
-checkpoint (`checkpoint.with_saved_flags`). The defaults are the paper's, section 4.2; the aliases
-are those of the classic repositories. Opens no file and does not import torch, so that --help and
-wrong flags answer at once.
+Defaults come from the data set's recipe or, on --resume, from the checkpoint
+(`checkpoint.with_saved_flags`). They are the paper's, section 4.2; the aliases are those of the
+classic repositories. Opens no file and does not import torch, so that --help and wrong flags answer
+at once.
 """
 
 import argparse
-import contextlib
-import difflib
 import os
-import sys
 import textwrap
 from pathlib import Path
 
 from training.console import UserError
 from training.datasets import DATASETS, MAX_CHANNELS, MAX_SIZE, is_small, show_size
+from training.parsing import POSITIVE, SHARE, ImageSize, Parser, fold, number
 
 DEVICES = 'auto', 'cpu', 'cuda', 'mps'
 PRECISIONS = 'fp32', 'tf32', 'bf16', 'fp16'
 TORCHVISION_WEIGHTS = ('densenet121', 'densenet161', 'densenet169', 'densenet201')
 ARCHITECTURES = TORCHVISION_WEIGHTS + ('densenet264', 'densenet232_k48', 'densenet264_k48')
 LEARNING_RATES = {'sgd': 0.1, 'adam': 1e-3, 'adamw': 1e-3, 'rmsprop': 1e-2}
-# Defaults with --pretrained: a comparison in attic/own-images.md.
+# Defaults with --pretrained; attic/own-images.md compares them with others.
 FINE_TUNING = dict(epochs=30, lr_schedule='cosine')
 
 LAYER_FLAGS = ('arch', 'depth', 'block_config')  # mutually exclusive
-# Flags that describe the network; a checkpoint can only be evaluated with the same ones.
+# Flags that describe the network. They must agree with a checkpoint that is evaluated or resumed.
 MODEL_FLAGS = (*LAYER_FLAGS, 'growth_rate', 'compression', 'bottleneck', 'init_features',
                'bn_size', 'in_channels')
-# Flags of one call of the script, which --resume does not take from the checkpoint.
+# Flags that --resume does not take from the checkpoint.
 CALL_FLAGS = ('save', 'name', 'resume', 'overwrite', 'start_epoch', 'pretrained',
               'reset_classifier', 'evaluate', 'device')
-# Flags of other repositories (timm, torchvision's references, the official code) and what to use
-# here.
-FLAGS_ELSEWHERE = {
-    **dict.fromkeys(('--gpu', '--gpus', '--gpu-id', '--gpu-ids', '--num-gpu'),
-                    '--device cuda, on the GPU that CUDA_VISIBLE_DEVICES names'),
-    **dict.fromkeys(('--model', '-a', '--netType'), '--arch'),
-    **dict.fromkeys(('-j', '--num-workers', '--num_workers'), '--workers'),
-    **dict.fromkeys(('--amp', '--bf16'), '--precision bf16'), '--fp16': '--precision fp16',
-    **dict.fromkeys(('--output', '--output-dir', '--outdir', '--checkpoint-dir'), '--save'),
-    **dict.fromkeys(('--input-size', '--img-size', '--crop-size'), '--image-size'),
-    **dict.fromkeys(('--data-path', '--data-dir', '--dataroot'), '--data'),
-    **dict.fromkeys(('--weights', '--finetune', '--initial-checkpoint'), '--pretrained'),
-    **dict.fromkeys(('--sched', '--lr-scheduler', '--scheduler'), '--lr-schedule'),
-    **dict.fromkeys(('--test-only', '--eval', '--validate'), '--evaluate'),
-    **dict.fromkeys(('--model-ema', '--model-ema-decay'), '--ema'),
-    **dict.fromkeys(('--reprob', '--random-erase'), '--random-erasing'),
-    **dict.fromkeys(('--mixup-alpha', '--cutmix-alpha'), '--mixup or --cutmix'),
-    **dict.fromkeys(('--early-stopping', '--early-stop'), '--patience'),
-    **dict.fromkeys(('--multi-label', '--multilabel', '--csv', '--label-file'), '--labels'),
-    **dict.fromkeys(('--folds', '--k-fold', '--kfold'), '--fold 1/5'), '--aa': '--auto-augment',
-    **dict.fromkeys(('--hflip', '--no-flip', '--no-hflip'), '--no-mirror'),
-    **dict.fromkeys(('--freeze-bn', '--bn-frozen'), '--freeze-norm'),
-    '--num-classes': '--dataset folder, whose class folders say how many there are',
-    '--drop': '--drop-rate', '--smoothing': '--label-smoothing', '--tta': '--ten-crop',
-    '--log-interval': '--print-freq', '--warmup': '--warmup-epochs',
-    '--lr-warmup-epochs': '--warmup-epochs', '--experiment': '--name', '--logdir': '--save',
-    '--wandb': '--tensorboard', '--log-wandb': '--tensorboard', '--channels': '--in-channels',
-    '--accum-iter': '--grad-accum', '--grad-accum-steps': '--grad-accum',
-    '--checkpointing': '--memory-efficient', '--optMemory': '--memory-efficient',
-    '--torchcompile': '--compile', '--no-aug': '--no-augment', '--da': '--no-augment',
-}
 EXAMPLES = """examples:
   python train.py --depth 40 --no-bottleneck --compression 1 --name densenet-40-12
   python train.py --name densenet-40-12 --resume
   python train.py --dataset folder --data flowers --pretrained --reset-classifier --lr 0.01
 
-With --resume, flags that are not given are the checkpoint's, all but --device.
+With --resume, flags that are not given are taken from the checkpoint, except --device.
 """
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises UserError instead of printing the usage, and suggests flags for unknown ones."""
-
-    def error(self, message):
-        raise UserError(message)
-
-    def parse_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else args
-        for flag in args:  # the official code's single dash: -batchSize would be -b atchSize
-            flag = flag.partition('=')[0]
-            if flag.startswith('-') and f'-{flag}' in self._option_string_actions:
-                raise UserError(f'there is no {flag}: did you mean -{flag}?')
-        args, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            flag = unknown[0].partition('=')[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.85)
-            known = FLAGS_ELSEWHERE.get(flag, near[0] if near else None)
-            raise UserError(f'there is no {flag}' + (f': did you mean {known}?' if known else ''))
-        return args
-
-
-def number(kind, interval):
-    """An argparse type: int or float, in an interval such as '[0, 1)'."""
-    low, high = map(float, interval[1:-1].split(','))
-    ends = [low] * (interval[0] == '[') + [high] * (interval[-1] == ']')  # that are allowed
-    name = {int: 'whole number', float: 'number'}[kind]
-
-    def parse(text):
-        with contextlib.suppress(ValueError):
-            value = kind(text)
-            if low < value < high or value in ends:
-                return value
-        raise argparse.ArgumentTypeError(f'{text!r} is not a {name} in {interval}')
-    return parse
-
-
-class ImageSize(argparse.Action):
-    """One number or HEIGHT WIDTH: an int, or (height, width) if they differ."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        if len(values) > 2:
-            raise argparse.ArgumentError(self, 'one number, or height and width')
-        size = values[0] if len(set(values)) == 1 else tuple(values)
-        setattr(namespace, self.dest, size)
-
-
-POSITIVE, SHARE = number(int, '[1, 1000000000]'), number(float, '[0, 1)')
 
 
 def make_parser():
@@ -138,7 +56,7 @@ def add_data_flags(parser):
     group = parser.add_argument_group('data')
     group.add_argument('--dataset', choices=DATASETS, default='cifar10')
     group.add_argument('--data', metavar='DIR', default='work/data',
-                       help='where the data are or go (default: %(default)s)')
+                       help='where the data set is, or is downloaded to (default: %(default)s)')
     group.add_argument('--image-size', type=number(int, f'[1, {MAX_SIZE}]'), nargs='+',
                        action=ImageSize, metavar='PIXELS',
                        help='folder, imagenet: one number, or height and width (default: 224, or '
@@ -156,11 +74,11 @@ def add_data_flags(parser):
                            help=f'{what} of each channel, of values in 0..1 (default: those of the '
                                 f'data set)')
     group.add_argument('--labels', metavar='FILE', help='folder: a CSV file with the columns file '
-                       'and label, or file and a column a class (1, 0 or empty), and perhaps split '
-                       'and group; the files are in --data (default: a folder a class)')
+                       'and label, or file and a column per class (1, 0 or empty), and optionally '
+                       'split and group; the files are in --data (default: a folder per class)')
     held_out = group.add_mutually_exclusive_group()
     held_out.add_argument('--val-split', type=SHARE, default=0.0, metavar='SHARE',
-                          help='hold out this share of the training images, of each class, to '
+                          help='hold out this share of the training images of each class, to '
                                'choose best.pth; images of one group stay together')
     held_out.add_argument('--fold', type=fold, metavar='I/K',
                           help='hold out fold I, counted from 1, of K')
@@ -177,13 +95,13 @@ def add_data_flags(parser):
     group.add_argument('--random-erasing', type=SHARE, default=0.0, metavar='P',
                        help='erase a part of an image with this probability (default: 0)')
     group.add_argument('--mixup', type=number(float, '[0, 1e3]'), default=0.0, metavar='ALPHA',
-                       help='mix pairs of images and labels (default: 0, do not)')
+                       help='mix pairs of images and labels (default: 0, off)')
     group.add_argument('--cutmix', type=number(float, '[0, 1e3]'), default=0.0, metavar='ALPHA',
-                       help='paste a part of an image into another (default: 0, do not)')
+                       help='paste a part of an image into another (default: 0, off)')
     group.add_argument('--workers', '--nThreads', type=number(int, '[0, 1024]'),
                        default=default_workers(),
-                       help='processes that decode images, for each process of torchrun '
-                            '(default: a core each, at most 8; here %(default)s)')
+                       help='worker processes that decode images, per process of torchrun '
+                            '(default: one per core, at most 8; here %(default)s)')
 
 
 def add_model_flags(parser):
@@ -213,16 +131,8 @@ def add_model_flags(parser):
                        help='recompute instead of storing: less memory, more time')
 
 
-def fold(text):
-    """An argparse type: 'i/k' with 1 <= i <= k and k >= 2."""
-    i, slash, k = text.partition('/')
-    if not (i.isdecimal() and k.isdecimal() and 1 <= int(i) <= int(k) >= 2):
-        raise argparse.ArgumentTypeError(f'{text!r} is not I/K, such as 1/5, with I from 1 to K')
-    return f'{int(i)}/{int(k)}'
-
-
 def default_workers():
-    """A worker for each core that this process may use, shared with the others of torchrun."""
+    """One worker per available core, divided among the processes of torchrun; at most 8."""
     has_affinity = hasattr(os, 'sched_getaffinity')  # not on macOS
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     return max(1, min(8, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
@@ -239,28 +149,29 @@ def add_recipe_flags(parser):
     group.add_argument('--optimizer', '--opt', choices=tuple(LEARNING_RATES),
                        default='sgd', help='sgd has Nesterov momentum (default: %(default)s)')
     group.add_argument('--lr', '--learning-rate', '--LR', type=number(float, '(0, 1e30]'),
-                       help='at the start (default: sgd 0.1, adam and adamw 0.001, rmsprop 0.01)')
+                       help='initial learning rate (default: sgd 0.1, adam and adamw 0.001, '
+                            'rmsprop 0.01)')
     group.add_argument('--lr-schedule', '--lrShape', choices=('multistep', 'cosine'),
                        default='multistep',
-                       help='multistep: a tenth from 50%% and again from 75%% of the epochs on '
-                            '(imagenet: every 30 epochs); cosine: to 0, step by step '
+                       help='multistep: divide by 10 at 50%% and 75%% of the epochs (imagenet: '
+                            'every 30 epochs); cosine: to 0, step by step '
                             '(default: %(default)s; with --pretrained: cosine)')
     group.add_argument('--warmup-epochs', type=number(float, '[0, inf)'), default=0.0,
-                       metavar='EPOCHS', help='let the rate rise to the schedule\'s, from a '
-                       'hundredth of it, step by step (default: 0)')
+                       metavar='EPOCHS', help='linear warm-up from a hundredth of the '
+                       'learning rate, step by step (default: 0)')
     group.add_argument('--momentum', type=SHARE,
                        help='of sgd and rmsprop (default: sgd 0.9, rmsprop 0)')
     group.add_argument('--weight-decay', '--wd', '--weightDecay', type=number(float, '[0, 1e30]'),
-                       default=1e-4, help='on every parameter (default: %(default)s)')
+                       default=1e-4, help='applied to every parameter (default: %(default)s)')
     group.add_argument('--label-smoothing', type=SHARE, default=0.0, help='(default: %(default)s)')
     group.add_argument('--head-lr', type=number(float, '(0, 1e30]'), metavar='LR',
                        help='learning rate of the classifier (default: --lr)')
     group.add_argument('--ema', type=number(float, '(0, 1)'), metavar='DECAY',
                        help='test and save moving averages of the weights, such as 0.999')
     group.add_argument('--patience', type=POSITIVE, metavar='EPOCHS',
-                       help='stop after so many epochs without a better one')
+                       help='stop after this many epochs without improvement')
     group.add_argument('--class-weights', choices=('balanced',),
-                       help='in the loss, rare classes weigh as much as frequent ones')
+                       help='weight the loss by inverse class frequency')
     group.add_argument('--seed', '--manualSeed', type=number(int, '[0, 4294967295]'), default=1,
                        help='(default: %(default)s)')
 
@@ -277,17 +188,18 @@ def add_run_flags(parser):
     group.add_argument('--cuda-graph', action=argparse.BooleanOptionalAction,
                        help='launch a training step as one CUDA graph (default: yes on cuda)')
     group.add_argument('--deterministic', action='store_true',
-                       help='the same bits in every run, on a GPU too, for some of its speed')
-    group.add_argument('--compile', action='store_true', help='torch.compile: minutes to start')
+                       help='bit-identical runs on a GPU too, but slower')
+    group.add_argument('--compile', action='store_true',
+                       help='use torch.compile (minutes to start)')
 
     group = parser.add_argument_group('run')
     group.add_argument('--name', help='the run directory is work/NAME (default: <dataset>.base)')
-    group.add_argument('--save', metavar='DIR', help='the run directory, wherever you like')
+    group.add_argument('--save', metavar='DIR', help='the run directory, instead of work/NAME')
     again = group.add_mutually_exclusive_group()
     again.add_argument('--resume', nargs='?', const='', metavar='CHECKPOINT',
-                       help='go on from a checkpoint (default: latest.pth of the run directory, '
-                            'or from the beginning if there is none)')
-    again.add_argument('--overwrite', action='store_true', help='replace the run that is there')
+                       help='resume from a checkpoint (default: latest.pth in the run directory, '
+                            'or start a new run if there is none)')
+    again.add_argument('--overwrite', action='store_true', help='replace an existing run')
     group.add_argument('--start-epoch', type=POSITIVE, metavar='EPOCH',
                        help='start at the beginning of this epoch, counted from 1')
     group.add_argument('--pretrained', '--retrain', nargs='?', const='', metavar='FILE',
@@ -299,28 +211,27 @@ def add_run_flags(parser):
     group.add_argument('--freeze-features', action='store_true',
                        help='train only the classifier; the rest stays as in --pretrained')
     group.add_argument('--freeze-norm', action='store_true',
-                       help='train all but the norms, whose statistics and weights stay as in '
-                            '--pretrained')
+                       help='keep weights and statistics of the batch norms as in --pretrained')
     group.add_argument('--evaluate', '--testOnly', action='store_true',
-                       help='only test what --resume or --pretrained names')
+                       help='only evaluate the model of --resume or --pretrained')
     group.add_argument('--best-by', choices=('error', 'balanced-error', 'loss', 'auc'),
-                       default='error', help='what chooses best.pth, on the images of val/ or, '
-                       'without them, of test/; balanced: the mean over the classes; auc: the mean '
-                       'area under the ROC curve (default: %(default)s)')
+                       default='error', help='metric that picks best.pth, on val/ or, without it, '
+                       'test/; balanced-error: mean over the classes; auc: mean area under the ROC '
+                       'curve (default: %(default)s)')
     group.add_argument('--ten-crop', '--tenCrop', action='store_true',
                        help='test on ten crops of each image over 64 pixels')
     group.add_argument('--print-freq', '-p', type=POSITIVE, default=50, metavar='STEPS',
-                       help='steps to a row of train.csv (default: %(default)s)')
-    group.add_argument('--tensorboard', action='store_true', help='write event files as well')
+                       help='steps per row of train.csv (default: %(default)s)')
+    group.add_argument('--tensorboard', action='store_true', help='also write event files')
     group.add_argument('--no-plot', dest='plot', action='store_false',
                        help='draw no figures after each epoch')
 
 
 def parse(argv=None, parser=None):
-    """The flags that are given, as a Namespace.
+    """Parse only the given flags, without defaults, into a Namespace.
 
     Args:
-        parser: from `make_parser`, perhaps with more flags.
+        parser: from `make_parser`, perhaps with additional flags.
 
     Raises:
         UserError: an unknown flag or a wrong value.
@@ -334,20 +245,20 @@ def parse(argv=None, parser=None):
 
 
 def with_defaults(given, parser=None):
-    """The given flags and, for all others, the parser's defaults."""
+    """The given flags, completed by the parser's defaults."""
     parser = parser or make_parser()
     return argparse.Namespace(**{**vars(parser.parse_args([])), **vars(given)})
 
 
 def complete(given, saved=None, parser=None):
-    """All flags: those given, then those of a checkpoint or of the recipe, then the defaults.
+    """All flags: as given, else from the checkpoint or the recipe, else the parser's defaults.
 
     Args:
         given: the Namespace of `parse`.
-        saved: dict of flags in the checkpoint to resume, or None.
+        saved: the dict of flags in the checkpoint to resume, or None.
 
     Raises:
-        UserError: flags that don't go together, or a saved flag that is out of range.
+        UserError: contradictory flags, or a saved flag out of range.
     """
     parser = parser or make_parser()
     given, defaults = vars(given), vars(parser.parse_args([]))
@@ -366,7 +277,7 @@ def complete(given, saved=None, parser=None):
 
 
 def recipe(args):
-    """Defaults that depend on other flags, by the data set (section 4.2) and the optimizer."""
+    """Defaults that depend on the data set (section 4.2), the optimizer and --pretrained."""
     dataset = DATASETS[args['dataset'] or 'cifar10']
     flags = dict(lr=LEARNING_RATES[args['optimizer']], augment=dataset.augment, **dataset.recipe,
                  momentum=0.9 if args['optimizer'] == 'sgd' else 0.0)
@@ -378,38 +289,35 @@ def recipe(args):
 
 
 def check_values(saved, parser):
-    """Raises UserError if flags of a checkpoint have values that the command line does not give."""
+    """Raises UserError if a checkpoint's flags have values that the command line would refuse."""
+    as_list = lambda value: [*value] if isinstance(value, (list, tuple)) else value
     for action in parser._actions:
-        value = saved.get(action.dest)
+        value = as_list(saved.get(action.dest))
         if value is None:
             continue
-        is_list = isinstance(value, (list, tuple))
-        values = [*value] if is_list else [value]
-        try:
-            if action.nargs == 0:
-                possible = isinstance(value, bool)
-            else:
-                given = [parser._get_value(action, str(part)) for part in values]
-                for part in given:
-                    parser._check_value(action, part)
-                takes_two = action.nargs == 2 or is_list and isinstance(action, ImageSize)
-                takes_list = takes_two or action.nargs == '+' and not isinstance(action, ImageSize)
-                possible = given == values and is_list == takes_list and (
-                    not takes_two or len(values) == 2)
-            if not possible:
-                raise argparse.ArgumentError(action, f'invalid value: {value!r}')
-        except argparse.ArgumentError as error:
-            raise UserError(f'the checkpoint has {textwrap.shorten(str(error), 200)}') from error
+        if action.nargs == 0:
+            is_valid = isinstance(value, bool)
+        else:
+            flag = action.option_strings[0]
+            argv = [flag, *map(str, value)] if isinstance(value, list) else [f'{flag}={value}']
+            try:
+                is_valid = as_list(getattr(parser.parse_args(argv), action.dest)) == value
+            except UserError as error:
+                raise UserError(f'wrong flags in the checkpoint: '
+                                f'{textwrap.shorten(str(error), 200)}') from None
+        if not is_valid:
+            raise UserError(f'wrong flags in the checkpoint: {"/".join(action.option_strings)}: '
+                            f'invalid value: {textwrap.shorten(repr(value), 150)}')
 
 
 def with_network(args, image_size):
-    """The flags, with depth or architecture and growth rate filled in by the size of the images."""
+    """The flags with depth or architecture, and growth rate, filled in for the image size."""
     chosen = {**vars(args), 'image_size': image_size}
     small = is_small(image_size)
     if args.arch is None and args.block_config is None:
         if small:
             chosen['depth'] = args.depth or 100
-        else:  # as the official code, which takes the depth for the name
+        else:  # as in the official code, the depth names the network
             chosen.update(depth=None, arch=f'densenet{args.depth or 121}')
             if chosen['arch'] not in ARCHITECTURES:
                 raise UserError(f'--depth {args.depth}: for images of {show_size(image_size)} '
@@ -423,34 +331,34 @@ def with_network(args, image_size):
 def check_flags(args):
     for flag in ('evaluate', 'freeze_features', 'freeze_norm'):
         if getattr(args, flag) and args.resume is None and args.pretrained is None:
-            raise UserError(f'--{flag.replace("_", "-")} needs a model: --resume for that of '
+            raise UserError(f'--{flag.replace("_", "-")} needs a model: --resume for the one in '
                             f'{run_directory(args)}, --resume CHECKPOINT or --pretrained [FILE]')
     if args.resume is not None and args.pretrained is not None:
-        raise UserError('--resume and --pretrained exclude each other: both bring weights')
+        raise UserError('--resume and --pretrained are mutually exclusive: both load weights')
     if args.reset_classifier and args.pretrained is None:
-        raise UserError('--reset-classifier is for the weights of --pretrained')
+        raise UserError('--reset-classifier needs --pretrained')
     if args.value_range and args.value_range[0] >= args.value_range[1]:
         raise UserError('--value-range LOW HIGH: LOW must be less than HIGH')
     if args.evaluate:
         return
     for flag in ('auto_augment', 'random_erasing', 'mixup', 'cutmix'):
         if getattr(args, flag) and not args.augment:
-            raise UserError(f'--{flag.replace("_", "-")} needs --augment: without it, and by '
-                            f'default for svhn, training images stay as they are')
+            raise UserError(f'--{flag.replace("_", "-")} needs --augment, which is off by default '
+                            f'for svhn')
     if args.auto_augment and args.in_channels not in (1, 3):
         raise UserError('--auto-augment is for images of 1 or 3 channels')
     if args.head_lr and args.freeze_features:
-        raise UserError('--freeze-features trains the classifier alone: its rate is --lr')
+        raise UserError('--freeze-features trains only the classifier, whose learning rate is --lr')
     processes = int(os.environ.get('WORLD_SIZE', 1))  # set by torchrun
     if args.grad_accum * processes > args.batch_size:
         raise UserError(f'--batch-size {args.batch_size} is for all processes together: it must be '
                         f'at least --grad-accum {args.grad_accum} times {processes} processes')
     if args.start_epoch and args.start_epoch > args.epochs:
-        raise UserError(f'--start-epoch {args.start_epoch} is after the last of {args.epochs}')
+        raise UserError(f'--start-epoch {args.start_epoch} is after the last, {args.epochs}')
 
 
 def run_directory(args):
-    """--save, or work/<name>, or where the resumed checkpoint lies, or work/<dataset>.base."""
+    """--save, work/<name>, the directory of the checkpoint to resume, or work/<dataset>.base."""
     if args.save:
         return Path(args.save)
     if args.name:

@@ -1,13 +1,13 @@
-"""Labels in a CSV file: one class per image, or several findings per image.
+"""Labels in a CSV file: one class per image, or multi-label.
 
     file,label,split,group              file,effusion,nodule,split,group
     a/1.png,cat,train,owner 3           p1/1.png,0,1,train,p1
     a/2.png,dog,test,owner 7            p1/2.png,1,,train,p1
 
-With a column `label`, its values are the classes, and other columns are ignored. Otherwise each
+The values of a column `label` are the classes, and other columns are ignored. Without it, each
 column is a class, with 1 (present), 0 (absent) or nothing (unknown). `split` (train, val, test) and
-`group` are optional; images of one group, such as a patient, belong together. The files are paths
-in the folder of --data.
+`group` are optional; images of one group, such as a patient, stay together. The paths are relative
+to --data.
 """
 
 import collections
@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from training.console import DataError
+from training.csv_files import open_csv
 
-VAL_FOLDERS = ('val', 'valid', 'validation')  # names that people give to folders and splits
+VAL_FOLDERS = ('val', 'valid', 'validation')  # accepted names of folders and splits
 SPLITS = {'train': 'train', **dict.fromkeys(VAL_FOLDERS, 'val'), 'test': 'test'}
 OTHER_COLUMNS = ('file', 'label', 'split', 'group')
 FINDINGS = {'0': 0, '0.0': 0, '1': 1, '1.0': 1, '': np.nan}
@@ -29,23 +30,23 @@ MAX_ROWS = 10  # in an error message
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of a labels file.
+    """The N rows of a labels file.
 
-    Either `labels` has the names of N classes, or the table is multi-label: `columns` has the names
-    of C classes, and `findings` is float32 [N, C] of 0, 1 and NaN (unknown).
+    `labels` has the class name of each row. If it is None, the table is multi-label: `columns` has
+    the names of C classes, and `findings` is float32 [N, C] of 0, 1 and NaN (unknown).
     """
 
     path: str
-    rows: list               # numbers of the lines in the file, the header being 1
+    rows: list               # line numbers in the file; the header is line 1
     files: list
     labels: list = None
     columns: tuple = ()
     findings: np.ndarray = None
-    splits: list = None      # 'train', 'val' or 'test'; None without that column
+    splits: list = None      # 'train', 'val' or 'test'; None without such a column
     groups: list = None
 
     def of_split(self, split):
-        """The rows of a split; all of them if there are no splits."""
+        """A Table with the rows of a split, or all rows if there are no splits."""
         if self.splits is None:
             return self
         kept = [i for i, name in enumerate(self.splits) if name == split]
@@ -55,31 +56,31 @@ class Table:
         return dataclasses.replace(self, **parts, findings=findings)
 
     def classes(self):
-        """Names in the order of the columns, or of a column `label` sorted, numbers by value."""
+        """Class names: the columns, or the sorted labels (by value if all are numbers)."""
         if self.labels is None:
             return self.columns
         names = set(self.labels)
         return tuple(sorted(names, key=int if all(map(str.isdecimal, names)) else None))
 
     def label_array(self, classes):
-        """int64 [N] or, multi-label, float32 [N, C], in the order of `classes`.
+        """Labels by index in `classes`: int64 [N] or, multi-label, float32 [N, C].
 
         Raises:
-            DataError: classes that are not among these.
+            DataError: the table has other classes.
         """
         index = {name: i for i, name in enumerate(classes)}
         if self.labels is not None:
-            self.check('label', [name in index for name in self.labels], 'is no class of training')
+            self.check('label', [name in index for name in self.labels], 'is not a training class')
             return np.array([index[name] for name in self.labels], np.int64)
         result = np.full((len(self.files), len(classes)), np.nan, np.float32)
         for name, column in zip(self.columns, self.findings.T):
             if name not in index:
-                raise DataError(f'{self.path}: the column {name} is no class of training')
+                raise DataError(f'{self.path}: the column {name} is not a training class')
             result[:, index[name]] = column
         return result
 
     def check(self, name, is_right, what, values=None):
-        """Raises DataError if a cell of a column is wrong; names the rows."""
+        """Raises DataError if cells of a column are wrong; names the rows."""
         values = getattr(self, f'{name}s') if values is None else values
         wrong = [f'row {row} ({value})' for row, value, right
                  in zip(self.rows, values, is_right) if not right]
@@ -89,10 +90,10 @@ class Table:
                             f'{what}')
 
     def check_classes(self, split, warn):
-        """Check that labels are known, and warn if all known labels of a class are the same.
+        """Check a multi-label split; warn if all known training labels of a class are equal.
 
         Raises:
-            DataError: no label of the split is known, or none of a class to train on.
+            DataError: no label of the split is known, or no training label of a class.
         """
         if self.labels is not None:
             return
@@ -112,7 +113,7 @@ class Table:
                  f'{", ".join(equal[:MAX_ROWS])}')
 
     def warn_of_shared_groups(self, warn):
-        """Call `warn` with a line if images of one group are in several splits."""
+        """Warn if images of one group are in several splits."""
         if not self.splits or not self.groups:
             return
         splits = collections.defaultdict(set)
@@ -121,21 +122,20 @@ class Table:
         shared = [group for group, found in splits.items() if len(found) > 1]
         if shared:
             warn(f'{self.path}: {len(shared)} groups are in more than one split, such as '
-                 f'{shared[0]} in {" and ".join(sorted(splits[shared[0]]))}: tests on them are too '
-                 f'favourable')
+                 f'{shared[0]} in {" and ".join(sorted(splits[shared[0]]))}: test results on '
+                 f'them are too good')
 
 
 def read_table(path):
-    """The Table in a CSV file.
+    """Read a labels file into a Table.
 
     Raises:
-        DataError: no such file, columns or values that are not as they should be, a file that is
-            named twice; names the rows.
+        DataError: no such file, invalid columns or values, or a duplicate file; names the rows.
     """
     header, rows = _read_rows(path)
     if 'file' not in header:
         raise DataError(f'{path} has no column `file`: its header is {",".join(header)[:100]!r}; '
-                        f'it needs file,label or file and a column a class, separated by commas')
+                        f'it needs file,label or file and a column per class, separated by commas')
     cells = {name: [row[i].strip() for _, row in rows] for i, name in enumerate(header)}
     files = [name and os.path.normpath(name) for name in cells['file']]
     table = Table(str(path), [number for number, _ in rows], files, cells.get('label'),
@@ -148,23 +148,23 @@ def read_table(path):
                     f'is none of {", ".join(SPLITS)}')
         table = dataclasses.replace(table, splits=[SPLITS[name] for name in table.splits])
     if table.groups:
-        table.check('group', table.groups, 'is empty: an image alone is a group of its own')
+        table.check('group', table.groups, 'is empty: give single images a group of their own')
     if table.labels:
         table.check('label', table.labels, 'is empty: each image needs its class')
         return table
     columns = tuple(name for name in header if name not in OTHER_COLUMNS)
     if not columns:
-        raise DataError(f'{path} has no labels: it needs a column `label`, or a column a class')
+        raise DataError(f'{path} has no labels: it needs a column `label`, or one per class')
     for name in columns:
         table.check(name, [value in FINDINGS for value in cells[name]], 'is not 1 (present), 0 '
-                    '(absent) or empty (unknown); take out columns that are no classes',
+                    '(absent) or empty (unknown); remove columns that are not classes',
                     values=cells[name])
     findings = np.array([[FINDINGS[value] for value in cells[name]] for name in columns])
     return dataclasses.replace(table, columns=columns, findings=findings.T.astype(np.float32))
 
 
 def without_empty_columns(lines, header):
-    """Leave out columns at the end that have neither a name nor a value, as spreadsheets add."""
+    """Drop columns at the end without name and values, which spreadsheets add."""
     while header and not header[-1] and all(
             len(row) == len(header) and not row[-1].strip() for _, row in lines):
         lines, header = [(number, row[:-1]) for number, row in lines], header[:-1]
@@ -172,9 +172,9 @@ def without_empty_columns(lines, header):
 
 
 def _read_rows(path):
-    """The names of the columns, and (number of the line, cells) of each row that is not empty."""
-    try:  # -sig: spreadsheets write a byte order mark
-        with open(path, newline='', encoding='utf-8-sig', errors='surrogateescape') as file:
+    """The column names, and (line number, cells) of each row that is not empty."""
+    try:
+        with open_csv(path) as file:
             reader = csv.reader(file, strict=True)
             lines = [(reader.line_num, row) for row in reader if any(map(str.strip, row))]
     except OSError as error:
@@ -182,7 +182,7 @@ def _read_rows(path):
     except csv.Error as error:
         raise DataError(f'{path} is not a CSV file: {error}') from error
     if len(lines) < 2:
-        raise DataError(f'{path} has no rows: it needs a header, and a row an image')
+        raise DataError(f'{path} has no rows: it needs a header, and a row per image')
     header = [name.strip() for name in lines[0][1]]
     lines, header = without_empty_columns(lines, header)
     if '' in header:

@@ -1,17 +1,16 @@
-"""Loaders that yield `(images, labels)` on the device, normalised.
+"""Data loaders that yield `(images, labels)` on the device, normalised.
 
     loader = loaders.make_loader(dataset, 'train', batch_size=64, device=device,
                                  augmentation=Augmentation())
     loader.set_epoch(1)
     for images, labels in loader: ...              # float32 [B, C, H, W] and int64 [B]
 
-Labels are classes, int64 [B], or of multi-label data float32 [B, C] of 0, 1 and NaN (unknown).
+Labels are int64 [B] or, multi-label, float32 [B, C] of 0, 1 and NaN (unknown).
 
-Small images are decoded once, held on the device as uint8 and augmented there, a batch at a time.
-Larger ones are decoded and augmented by worker processes in each epoch. Either way, all that is
-random in an epoch depends on nothing but the seed, the epoch and the image's index: an epoch can be
-resumed at any batch, and the shards of several processes make up the same batches that one process
-has.
+Small images are decoded once, and held and augmented on the device, one batch at a time. Larger
+ones are decoded and augmented by worker processes in each epoch. Everything random depends only on
+the seed, the epoch and the image's index, so an epoch can be resumed at any batch, and the shards
+of several ranks make up the batches of a single process.
 """
 
 import functools
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from training import console, image_files
+from training import console, image_files, image_transforms
 from training.console import DataError
 from training.datasets import DATASETS, show_size
 
@@ -33,31 +32,30 @@ NO_LABEL = -100  # the ignore_index of F.cross_entropy
 
 def make_loader(dataset, split, batch_size, *, device, augmentation=None, seed=1, workers=0,
                 ten_crop=False, shard=(0, 1)):
-    """A loader of a split: of 'train' in random order, of 'val' and 'test' in the files' order.
-
-    It has `len()`, the number of batches in an epoch, of which the last may be smaller;
-    `set_epoch(epoch, start=0)`; `num_images`; `images_in(i)`, the size of batch i; `files`, the
-    names of the images (or numbers); `groups`, the names of their groups, or None; `all_labels`,
-    their labels on the CPU; and `digest`, a hexadecimal string that changes with names, labels and
-    their order.
+    """The loader of a split: 'train' in random order, 'val' and 'test' in the order of the files.
 
     Args:
-        split: 'train', 'test', or 'val' if `dataset.selection_split` says so.
-        batch_size: of all processes together.
-        augmentation: an Augmentation of images that are cropped at random, or None.
-        workers: number of processes that decode images; 0: this one does it itself.
-        ten_crop: images come as [B, 10, C, H, W], in batches of a tenth of the size, so that a
-            batch has `batch_size` crops.
-        shard: (rank, number of processes). Each batch is divided evenly over the processes. If a
-            small last batch has no image for a process, it gets one without a label (`NO_LABEL`
-            or NaN), so that all processes take the same number of steps.
+        split: 'train', 'test' or, if `dataset.selection_split` is 'val', 'val'.
+        batch_size: of all ranks together.
+        augmentation: an Augmentation, which includes random crops, or None.
+        workers: number of worker processes that decode images; 0: decode in this process.
+        ten_crop: yield images [B, 10, C, H, W], in batches of `batch_size` crops.
+        shard: (rank, world size). Each batch is divided evenly among the ranks. If the last batch
+            is too small, a rank gets an image without a label (`NO_LABEL` or NaN), so that all
+            ranks take the same number of steps.
+
+    Returns:
+        A loader with `len()`, the number of batches in an epoch, the last of which may be smaller;
+        `set_epoch(epoch, start=0)`; `num_images`; `images_in(i)`, the size of batch i; `files`, the
+        names of the images (or indices); `groups`, the names of their groups, or None;
+        `all_labels`, on the CPU; and `digest`, a hash of names, labels and their order.
 
     Raises:
         DataError: data missing or broken, a failed download, or ten crops of images in memory.
     """
     if ten_crop and dataset.in_memory:
-        raise DataError(f'--ten-crop is for images that are larger than the network\'s, and those '
-                        f'of {dataset.name} are held in memory in its size, '
+        raise DataError(f'--ten-crop needs images larger than the network\'s input, and those of '
+                        f'{dataset.name} are held in memory at its size, '
                         f'{show_size(dataset.image_size)} pixels')
     common = dict(mean=dataset.mean, std=dataset.std, device=device, shuffle=split == 'train',
                   seed=seed, shard=shard, num_classes=len(dataset.classes),
@@ -72,22 +70,22 @@ def make_loader(dataset, split, batch_size, *, device, augmentation=None, seed=1
         return MemoryLoader(images, labels, batch_size, **common)
     found = image_files.list_images(dataset, split, console.warn if shard[0] == 0 else None)
     if dataset.in_memory:
-        transform = image_files.test_transform(dataset)
+        transform = image_transforms.test_transform(dataset)
         read = functools.partial(image_files.read_pixels, dataset, transform)
         images = image_files.read_all(found, read, workers, f'reading {split}')
         return MemoryLoader(images, torch.from_numpy(found.labels), batch_size, image_list=found,
                             **common)
-    transform = (image_files.train_transform(dataset, augmentation) if augmentation
-                 else image_files.test_transform(dataset, ten_crop))
+    transform = (image_transforms.train_transform(dataset, augmentation) if augmentation
+                 else image_transforms.test_transform(dataset, ten_crop))
     return WorkerLoader(found, functools.partial(image_files.read_pixels, dataset, transform),
                         math.ceil(batch_size / 10) if ten_crop else batch_size, workers=workers,
                         **common)
 
 
 class _Loader:
-    """The order of the images in an epoch, and this process's shard of each batch.
+    """The order of the images in an epoch, and this rank's shard of each batch.
 
-    A subclass has `__iter__`, and `_draw` for what its augmentation needs.
+    Subclasses define `__iter__`, and `_draw` for the random numbers of an epoch.
 
     Args:
         labels: of N images, on the CPU.
@@ -107,14 +105,14 @@ class _Loader:
 
     @property
     def files(self):
-        """The names of the images, or numbers if they have none."""
+        """The paths of the images, or their indices."""
         if self.image_list is None:
             return range(self.num_images)
         return [self.image_list.path(i) for i in range(self.num_images)]
 
     @property
     def label(self):
-        """A tensor of the shape and type of one image's label in a batch."""
+        """A tensor with the shape and dtype of one image's label in a batch."""
         return torch.zeros(self.num_classes) if self.unit == 2 else self.all_labels[0]
 
     @property
@@ -130,9 +128,9 @@ class _Loader:
         return self.image_list.digest()
 
     def set_epoch(self, epoch, start=0):
-        """Choose the epoch of the next iteration, and its first batch (counted from 0)."""
+        """Set the epoch of the next iteration, and its first batch (counted from 0)."""
         self.epoch, self.start = epoch, start
-        # The generator uses 32 bits of its seed; the odd factor keeps different seeds different.
+        # The generator uses 32 bits of its seed; an odd factor keeps different seeds different.
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**32)
         self.permutation = (torch.randperm(self.num_images, generator=generator) if self.shuffle
                             else torch.arange(self.num_images))
@@ -142,11 +140,11 @@ class _Loader:
         return math.ceil(self.num_images / self.batch_size)
 
     def images_in(self, i):
-        """The number of images in batch i, of all processes together."""
+        """The number of images in batch i, over all ranks."""
         return min(self.batch_size, self.num_images - i * self.batch_size)
 
     def _indices(self, i):
-        """Of the images in this process's shard of batch i, int64; at least one."""
+        """Indices of the images in this rank's shard of batch i, int64; at least one."""
         batch = self.permutation[i * self.batch_size:(i + 1) * self.batch_size]
         pieces = torch.arange(math.ceil(len(batch) / self.unit))
         own = pieces.tensor_split(self.processes)[self.rank].tolist()
@@ -154,21 +152,21 @@ class _Loader:
 
     @property
     def unit(self):
-        """Neighbours in a batch that are mixed, and so belong to one shard."""
+        """2 if neighbours in a batch are mixed, and must be in the same shard; otherwise 1."""
         return 2 if self.augmentation and self.augmentation.mixes else 1
 
     def _is_empty(self, i):
-        """Whether this process's shard of batch i is empty."""
+        """True if this rank's shard of batch i is empty."""
         return math.ceil(self.images_in(i) / self.unit) <= self.rank
 
     def _finish(self, i, images, labels):
-        """Images as float32, normalised; the one that stands in an empty shard loses its label."""
+        """Normalise images to float32; remove the label of the image in an empty shard."""
         if self._is_empty(i):
             labels = torch.full_like(labels, math.nan if labels.is_floating_point() else NO_LABEL)
         return (images.float() - self.mean) / self.std, labels
 
     def _mix(self, i, images, labels):
-        """MixUp or CutMix of batch i, if asked for: the same in each process."""
+        """MixUp or CutMix of batch i, the same on each rank; a no-op without them."""
         if self.unit == 1 or self._is_empty(i):
             return images, labels
         rng = np.random.default_rng((self.seed, self.epoch, i))
@@ -176,11 +174,10 @@ class _Loader:
 
 
 class MemoryLoader(_Loader):
-    """Batches of images [N, C, H, W] that are held on the device, as uint8 or float32.
+    """Batches of images [N, C, H, W] held on the device, as uint8 or float32.
 
-    With an augmentation, each image is cropped at random after zero padding, and mirrored half of
-    the time (paper, section 4.1). The padding comes after the normalisation, as in the official
-    code.
+    With an augmentation, images are zero-padded, cropped at random, and half of them mirrored
+    (paper, section 4.1). Padding follows normalisation, as in the official code.
     """
 
     def __init__(self, images, labels, batch_size, *, device, **kwargs):
@@ -190,8 +187,8 @@ class MemoryLoader(_Loader):
             self.mean.flatten().tolist())
 
     def _draw(self, generator):
-        # On the CPU and for the whole epoch: the same numbers for an image on every device, with
-        # any batch size and any number of processes.
+        # On the CPU and for the whole epoch, so that an image gets the same numbers on any device,
+        # with any batch size and world size.
         offsets = torch.randint(2 * PAD + 1, (self.num_images, 2), generator=generator)
         mirrored = torch.randint(2, (self.num_images,), generator=generator, dtype=torch.bool)
         self.offsets, self.mirrored = offsets.to(self.device), mirrored.to(self.device)
@@ -213,7 +210,7 @@ class MemoryLoader(_Loader):
 
 
 def augment_each(images, seeds, augment):
-    """`augment` of each image of a batch, after seeding the generator that it draws from.
+    """Apply `augment` to each image of a batch, with its own seed.
 
     Shapes: images uint8 or float32 [B, C, H, W], in 0..255; seeds int64 [B].
     """
@@ -245,7 +242,7 @@ def crop_and_mirror(images, offsets, mirrored):
 class WorkerLoader(_Loader):
     """Batches of image files that worker processes read and augment, as uint8 if they have 8 bits.
 
-    They are normalised on the device: a quarter of the bytes to copy.
+    Normalising on the device makes the copy to it four times smaller.
     """
 
     def __init__(self, image_list, read, batch_size, *, device, workers=0, **kwargs):
@@ -257,10 +254,10 @@ class WorkerLoader(_Loader):
             pin_memory=device.type == 'cuda')
 
     def _draw(self, generator):
-        # Each image has a seed, for its random transforms; a batch is rows of (index, seed).
+        # Rows of (index, seed); the seed is for the image's random transforms.
         seeds = torch.randint(2**31, (self.num_images,), generator=generator)
         shards = map(self._indices, range(self.start, len(self)))
-        # NumPy, for a tensor that is sent to a worker occupies shared memory as long as it lives.
+        # NumPy, because a tensor sent to a worker would stay in shared memory while it exists.
         self.batches[:] = [torch.stack([shard, seeds[shard]], 1).numpy() for shard in shards]
 
     def __iter__(self):

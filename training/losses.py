@@ -1,9 +1,9 @@
-"""The training loss and what counts as an error, of one class an image or of several findings.
+"""Losses and error counts for single-label and multi-label classification.
 
     loss_sum, error_sum = losses.choose(multi_label=False)
     loss = loss_sum(logits, labels).div(len(labels))
 
-Both are sums over the images of a batch, as tensors on the device.
+Both return sums over the images of a batch, as tensors on the device.
 """
 
 import torch
@@ -17,13 +17,13 @@ def choose(multi_label):
 
 
 def cross_entropy(logits, labels, class_weights=None, label_smoothing=0.0):
-    """Shapes: logits [B, C]; labels int64 [B], or shares of the classes, [B, C]."""
+    """Shapes: logits [B, C]; labels int64 [B], or class probabilities [B, C]."""
     return F.cross_entropy(logits, labels, class_weights, reduction='sum',
                            label_smoothing=label_smoothing)
 
 
 def multi_label_loss(logits, labels, class_weights=None, label_smoothing=0.0):
-    """Binary cross-entropy, the sum over the known labels of an image divided by C.
+    """Binary cross-entropy: an image's sum over its known labels, divided by C.
 
     Args:
         logits: [B, C].
@@ -40,30 +40,26 @@ def multi_label_loss(logits, labels, class_weights=None, label_smoothing=0.0):
 def count_errors(logits, labels):
     """The number of images whose most probable class is not the label.
 
-    Shapes: logits [B, C]; labels int64 [B], or shares of the classes, [B, C].
+    Shapes: logits [B, C]; labels int64 [B], or class probabilities [B, C].
     """
-    if labels.is_floating_point():  # shares of several classes (MixUp): the largest counts
+    if labels.is_floating_point():  # MixUp or CutMix: the class with the largest share counts
         return (logits.argmax(1) != labels.argmax(1)).sum()
     return ((logits.argmax(1) != labels) & (labels >= 0)).sum()  # negative: NO_LABEL
 
 
 def multi_label_errors(logits, labels):
-    """The sum over the images of the share of their known labels that are decided wrongly.
-
-    A label is decided at a probability of 0.5.
-    """
+    """The sum over images of the share of their known labels that are wrong at p = 0.5."""
     known = ~labels.isnan()
     wrong = ((logits >= 0) != (labels > 0.5)) & known
     return (wrong.sum(1) / known.sum(1).clamp(min=1)).sum()
 
 
 def balanced_class_weights(labels, num_classes):
-    """Weights that give rare classes the influence of frequent ones.
+    """Class weights, float32 [C], that give all classes the same total weight.
 
-    Of int64 labels [N], inverse class frequencies, scaled so that their mean over the images is 1:
-    the loss of a batch is still divided by the number of its images, so that the learning rate
-    means the same. Of float labels [N, C], the ratio of negative to positive labels, or 1 where
-    there are none. Returns float32 [C].
+    For int64 labels [N], inverse class frequencies, scaled to a mean of 1 over the images, so that
+    the same learning rates apply. For float labels [N, C], the ratio of negative to positive
+    labels, or 1 where there are none of one kind.
     """
     if labels.dim() == 1:
         counts = labels.bincount(minlength=num_classes)

@@ -13,8 +13,6 @@ import struct
 import numpy as np
 import torch
 
-from training.console import UserError
-
 NIL, NUMBER, STRING, TABLE, OBJECT, BOOLEAN = range(6)
 OLD_FUNCTION, *FUNCTIONS = 6, 7, 8
 # 'torch.CudaStorage' and 'torch.CudaTensor' hold floats; others are named by their element type.
@@ -30,8 +28,8 @@ def load_modules(path):
         `running_var`.
 
     Raises:
-        UserError: the file holds no model.
-        Exception: of any kind, the file is damaged.
+        ValueError: the file holds no model.
+        Exception: any, if the file is damaged.
     """
     with open(path, 'rb') as file:
         # Copy on write, so that NumPy takes it as writable; nothing writes.
@@ -40,7 +38,7 @@ def load_modules(path):
     model = table.get('model', table)
     if 'modules' not in model:
         keys = ', '.join(str(key) for key in [*table][:5])
-        raise UserError(f'{path} is a file of Lua Torch without a model: it holds {keys}')
+        raise ValueError(f'it holds no model, but {keys}')
     return [_tensors(module) for module in _leaves(model, set()) if 'weight' in module]
 
 

@@ -17,7 +17,7 @@ from training.device import AUTOCAST_TYPES
 
 
 def build(args, num_classes, image_size):
-    """The network described by the flags, on the CPU; `args` come from `flags.with_network`.
+    """Build the network that the flags describe, on the CPU; `args` from `flags.with_network`.
 
     Raises:
         UserError: there is no such network, or the images are too small for it.
@@ -39,7 +39,7 @@ def build(args, num_classes, image_size):
             model = densenet.DenseNet(block_config=args.block_config, **settings)
         else:
             model = densenet.densenet_cifar(args.depth, **settings)
-    except (ValueError, RuntimeError) as error:  # RuntimeError: no memory for so many weights
+    except (ValueError, RuntimeError) as error:  # RuntimeError: out of memory
         raise UserError(f'no such model: {error}') from error
     if min(datasets.sides(image_size)) < model.min_size:
         raise UserError(f'this model needs images of at least {model.min_size} pixels, and these '
@@ -56,12 +56,12 @@ def name(args):
 
 
 def fuse(model, device, script='train.py'):
-    """Fuse the dense blocks, for a device to which the model moves later.
+    """Fuse the dense blocks of a model that will be moved to `device`.
 
-    If a change of densenet.py makes this impossible, it runs layer by layer, with a warning.
+    If an edited densenet.py can't be fused, warns; the model then runs layer by layer.
 
     Returns:
-        Why it was not fused, or None.
+        The reason why it was not fused, or None.
     """
     try:
         fused_dense_block.fuse(model, kernels=device.type == 'cpu')

@@ -1,14 +1,13 @@
 """The files of an evaluation, which evaluation.py writes and report.py reads. No torch.
 
-    predictions.csv    an image a row: its class, the three most probable ones, logits
+    predictions.csv    a row per image: its class, the three most probable ones, logits
     predictions.npz    instead of the columns of logits, for more than `MAX_COLUMNS` classes
     confusion.csv      int [C, C]: rows are true classes, columns predicted ones
     metrics.json       all metrics, see `metrics.summarize`
-    mistakes.npz       the `surest_mistakes`, their files, and pictures, uint8 [M, H, W, C]
+    mistakes.npz       the `most_confident_mistakes`, their files, pictures uint8 [M, H, W, C]
 
-Those of the validation images are called predictions-val. CSV files are in UTF-8, with undecodable
-bytes of names written as they are. `labels` are int64 [N] or, if an image can have several labels,
-float32 [N, C] of 0, 1 and NaN (unknown); `logits` are float32 [N, C].
+Predictions on the validation images are in predictions-val.csv and .npz. `labels` are int64 [N] or,
+multi-label, float32 [N, C] of 0, 1 and NaN (unknown); `logits` are float32 [N, C].
 """
 
 import csv
@@ -19,8 +18,9 @@ import numpy as np
 
 from training import metrics
 from training.console import UserError
+from training.csv_files import open_csv
 
-MAX_COLUMNS = 100  # classes up to which predictions.csv has their logits
+MAX_COLUMNS = 100  # predictions.csv has the logits of up to this many classes
 RANKS = 'predicted', 'second', 'third'
 
 
@@ -47,15 +47,10 @@ def suffix(split):
     return '' if split == 'test' else f'-{split}'
 
 
-def open_csv(path, mode='r'):
-    return open(path, mode, newline='', encoding='utf-8-sig' if mode == 'r' else 'utf-8',
-                errors='surrogateescape')
-
-
 # ---- write --------------------------------------------------------------------------------
 
 def save_predictions(directory, split, files, predictions, groups=None):
-    """predictions.csv and, of many classes, predictions.npz.
+    """Write predictions.csv and, for many classes, predictions.npz.
 
     Args:
         files: names or numbers of N images.
@@ -67,19 +62,19 @@ def save_predictions(directory, split, files, predictions, groups=None):
     if groups is not None:
         columns['group'] = ['' if group is None else group for group in groups]
     if len(classes) <= MAX_COLUMNS:
-        for name, values in zip(classes, logits.T):  # 9 digits tell all float32 apart
+        for name, values in zip(classes, logits.T):  # 9 digits determine a float32
             columns[f'logit:{name}'] = [f'{value:.9g}' for value in values.tolist()]
     else:
         np.savez(directory / f'predictions{suffix(split)}.npz', labels=labels, logits=logits,
                  classes=list(classes), files=list(map(str, files)))
     with open_csv(directory / f'predictions{suffix(split)}.csv', 'w') as file:
-        writer = csv.writer(file)  # lines end in \r\n, so that it quotes both in names
+        writer = csv.writer(file)  # lines end in \r\n, so that both are quoted in names
         writer.writerow(columns)
         writer.writerows(zip(*columns.values(), strict=True))
 
 
 def answer_columns(labels, logits, classes):
-    """{column: N values}: the class, whether the answer is wrong, and the most probable classes."""
+    """{column: N values}: true class, 1 for an error, and the most probable classes."""
     shares, rows = metrics.probabilities(logits, multi_label=False), np.arange(len(logits))
     order = np.argsort(-logits, axis=1, kind='stable')[:, :len(RANKS)].T
     columns = {'class': [classes[label] for label in labels],
@@ -92,24 +87,24 @@ def answer_columns(labels, logits, classes):
 
 
 def label_columns(labels, logits, classes):
-    """{column: N values}: 0, 1, or nothing if it is unknown, for each class."""
+    """{column: N values} for each class: 0, 1, or '' if unknown."""
     return {f'label:{name}': ['' if np.isnan(value) else int(value) for value in values]
             for name, values in zip(classes, labels.T)}
 
 
 def save_confusion(path, confusion, classes):
-    """A CSV file with the class names in the header and at the start of each row."""
+    """Write a CSV file with the class names in the header and at the start of each row."""
     with open_csv(path, 'w') as file:
         writer = csv.writer(file)
         writer.writerow(['true / predicted', *classes])
         writer.writerows([name, *row] for name, row in zip(classes, confusion.tolist()))
 
 
-def surest_mistakes(predictions, limit, thresholds=None):
-    """Up to `limit` of the most confident wrong decisions, the most confident first.
+def most_confident_mistakes(predictions, limit, thresholds=None):
+    """Up to `limit` wrong decisions, the most confident first.
 
-    If an image can have several labels, these are labels decided wrongly at the thresholds [C],
-    log-odds (by default at p = 0.5), and classes are written as 'name' and 'not name'.
+    Multi-label: labels that are wrong at the `thresholds` (log-odds [C], by default p = 0.5), with
+    classes written as 'name' and 'not name'.
 
     Returns:
         {column: M values}: `indices` of the images; `true` and `predicted` classes;
@@ -139,7 +134,7 @@ def surest_mistakes(predictions, limit, thresholds=None):
 # ---- read ---------------------------------------------------------------------------------
 
 def read_predictions(directory, split='test'):
-    """The Predictions of a split, from its CSV or npz file; UserError if they have no logits."""
+    """Read the Predictions of a split; raises UserError if the files have no logits."""
     path = directory / f'predictions{suffix(split)}.npz'
     columns = read_columns(path.with_suffix('.csv'))
     classes = [name.removeprefix('logit:') for name in columns if name.startswith('logit:')]
@@ -165,10 +160,10 @@ def read_columns(path):
 
 
 def read_confusion(path):
-    """(int64 [C, C], names of the C classes) from confusion.csv.
+    """Read confusion.csv: int64 [C, C] and the names of the C classes.
 
-    Rows are true classes, columns predicted ones; the names are in the header and in front of each
-    row. Raises UserError for any other file.
+    Raises:
+        UserError: the file is not a table as `save_confusion` writes it.
     """
     with open_csv(path) as file:
         (_, *names), *rows = [row for row in csv.reader(file) if row] or [['']]

@@ -1,16 +1,11 @@
-"""Figures of an evaluation, and a page about a run, from the files of predictions.py. No torch.
+"""Figures of an evaluation, from the files of predictions.py. No torch.
 
     for name, figure in report.figures(directory): ...      # 'roc', 'precision-recall', ...
-    report.write_page(directory / 'report.html', directory, figures)
 
-Up to as many classes as there are colours, each class has its own; of more, the worst have, and the
-others are thin and grey.
+Each class has a colour. If there are more classes than colours, only the worst have, and the others
+are thin and grey.
 """
 
-import base64
-import html
-import io
-import json
 import math
 import os
 
@@ -23,18 +18,18 @@ from matplotlib.ticker import PercentFormatter
 from training import metrics, predictions
 from training.figures import COLORS, GREY, MARKERS, STYLE, shorten
 
-MAX_NUMBERS = 20  # classes of a confusion matrix whose cells get numbers
-MAX_NAMES = 200   # classes whose names are written on the axes
-MAX_ROWS = 40     # classes in the figure of recalls
-NUM_WORST = 5     # classes with a colour of their own, if there are more than colours
-COLUMNS = 6       # of the pictures of mistakes
+MAX_NUMBERS = 20  # numbers in the confusion matrix up to this many classes
+MAX_NAMES = 200   # names on its axes up to this many classes
+MAX_ROWS = 40     # classes in the recall figure
+NUM_WORST = 5     # classes with a colour, if there are more classes than colours
+COLUMNS = 6       # of pictures in the mistakes figure
 
 
 def figures(directory):
-    """Yields (name, Figure) for each figure whose file is in the run directory.
+    """Yield (name, Figure) for each figure whose file is in the run directory.
 
     Raises:
-        UserError: a file is not what it should be.
+        UserError: a file has another format.
     """
     name = os.path.basename(os.path.abspath(directory))
     if (directory / 'confusion.csv').exists():
@@ -61,16 +56,18 @@ def new_figure(name, record, size):
 # ---- confusion ----------------------------------------------------------------------------
 
 def confusion_figure(path, name):
-    """The confusion matrix: colours are shares of a row, numbers are images.
+    """The confusion matrix: colours show shares of a row, numbers count images.
 
-    `path` is confusion.csv, `name` the run's.
+    Args:
+        path: confusion.csv.
+        name: the run's.
     """
     counts, classes = predictions.read_confusion(path)
     num_classes = len(classes)
     with np.errstate(invalid='ignore'):
-        shares = 100 * counts / counts.sum(1, keepdims=True)  # nan, drawn grey: no images
+        shares = 100 * counts / counts.sum(1, keepdims=True)  # NaN: no images, drawn grey
     names = [shorten(name) for name in classes] if num_classes <= MAX_NAMES else []
-    # Inches. Letters are as high as a cell allows, from 6 points (100 classes) to 9 (20).
+    # In inches. The font size follows the cells, from 6 points (100 classes) to 9 (20).
     side = max(2.5, min(0.5 * num_classes, 8), 0.11 * num_classes) if names else 11
     cell = side / num_classes
     font_size = min(9, 72 * cell / 1.3)
@@ -84,7 +81,7 @@ def confusion_figure(path, name):
         figure.suptitle(f'{shorten(name)}\n{counts.sum():,} images, error {error:.2f}%',
                         fontsize=9, color=GREY)
         axes = figure.add_subplot(xlabel='predicted class', ylabel='true class')
-        # On a square-root scale the errors of a good model, a few percent of a row, can be seen.
+        # The square-root scale makes the errors of a good model, a few percent, visible.
         image = axes.imshow(shares, norm=PowerNorm(0.5, 0, 100), interpolation='nearest',
                             cmap=colors.with_extremes(bad=STYLE['grid.color']))
         axes.set_xticks(range(len(names)), names, rotation=90 if is_vertical else 0,
@@ -100,7 +97,7 @@ def confusion_figure(path, name):
             for (i, j), count in np.ndenumerate(counts):
                 color = 'white' if shares[i, j] > 50 else 'black' if count else GREY
                 axes.text(j, i, count, ha='center', va='center', color=color, fontsize=size)
-        # An inset is as high as the axes, which keep their shape.
+        # An inset has the height of the axes and does not change their aspect.
         figure.colorbar(image, cax=axes.inset_axes([1 + 0.1 / side, 0, 0.15 / side, 1]),
                         ticks=[0, 1, 5, 10, 20, 40, 60, 80, 100],
                         label='share of the row (%, square-root scale)')
@@ -110,10 +107,10 @@ def confusion_figure(path, name):
 # ---- curves -------------------------------------------------------------------------------
 
 def drawn_classes(record, key):
-    """[(number, row, line style)] of the classes to draw, the grey ones first."""
+    """[(index, row, line style)] of the classes to draw, the grey ones first."""
     rows = list(enumerate(record['splits']['test']['classes']))
     if len(rows) == 2 and not record['multi_label']:
-        rows = rows[1:]  # the curve of the first is the same, seen from the other side
+        rows = rows[1:]  # the first class has the mirrored curve
     rows = [(c, row) for c, row in rows if row[key] is not None]
     if len(rows) <= len(COLORS):
         return [(c, row, {'color': color}) for (c, row), color in zip(rows, COLORS)]
@@ -125,12 +122,12 @@ def drawn_classes(record, key):
 
 
 def class_curves(record, name, key, word, curve, note=''):
-    """A Figure with a curve a class, and its metric in the legend; its axes.
+    """A Figure with a curve per class, with its metric in the legend, and the axes.
 
     Args:
         key, word: the metric's name in metrics.json and in the legend.
-        curve: function of a class's number that returns the x and y of its curve.
-        note: a line for the legend.
+        curve: function of a class index that returns x and y.
+        note: added to the legend's title.
     """
     drawn, summary = drawn_classes(record, key), record['splits']['test']
     count = len(summary['classes'])
@@ -142,7 +139,7 @@ def class_curves(record, name, key, word, curve, note=''):
         title += f'\nthe {NUM_WORST} lowest{others}'
     title += note
     lines = min(len(drawn), len(COLORS)) + title.count('\n')
-    figure = new_figure(name, record, (5.6, 5.9 + 0.19 * lines))  # the axes are square
+    figure = new_figure(name, record, (5.6, 5.9 + 0.19 * lines))  # square axes
     axes = figure.add_subplot(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     for c, row, style in drawn:
         label, ends = '', row[f'{key}_interval']
@@ -150,7 +147,7 @@ def class_curves(record, name, key, word, curve, note=''):
             label = f'{shorten(row["class"], 24)}, {row[key]:.4f}'
             label += f' ({ends[0]:.4f} to {ends[1]:.4f})' if ends else ''
         axes.plot(*curve(c), label=label, **style)
-    if drawn:  # above the axes, where it can't cover a curve
+    if drawn:  # above the axes, not over a curve
         axes.legend(loc='lower left', bbox_to_anchor=(0, 1), alignment='left', title=title)
     return figure, axes
 
@@ -179,9 +176,9 @@ def roc_figure(found, record, name):
 
 
 def precision_recall_figure(found, record, name):
-    """Precision over recall in steps, as average precision sums it; dotted: the share of positives.
+    """Precision over recall, in steps, as average precision sums it.
 
-    (That is the precision of guessing.)
+    Dotted: the share of positives, which is the precision of guessing.
     """
     from sklearn.metrics import precision_recall_curve  # slow to import
 
@@ -208,7 +205,7 @@ def precision_recall_figure(found, record, name):
 # ---- calibration --------------------------------------------------------------------------
 
 def reliability_figure(found, record, name):
-    """How often predictions of each confidence come true, and how many there are."""
+    """Reliability diagram: accuracy over confidence, and the distribution of confidences."""
     summary, temperature = record['splits']['test'], record['temperature']
     series = [('as trained', 1.0, '')]
     if temperature is not None:
@@ -242,7 +239,7 @@ def reliability_figure(found, record, name):
 
 
 def recall_figure(record, name):
-    """Recall of each class with its interval; sensitivity and specificity for several labels."""
+    """Recall of each class with its interval; multi-label: sensitivity and specificity."""
     rows = record['splits']['test']['classes']
     keys = ['sensitivity', 'specificity'] if record['multi_label'] else ['recall']
     has_intervals = len(rows) <= metrics.MAX_INTERVALS
@@ -275,7 +272,7 @@ def recall_figure(record, name):
 # ---- mistakes -----------------------------------------------------------------------------
 
 def mistakes_figure(path, name):
-    """The pictures of mistakes.npz with true and predicted class; None if there is no mistake."""
+    """The pictures of mistakes.npz with true and predicted class; None if it is empty."""
     with np.load(path) as file:
         mistakes = dict(file)
     count = len(mistakes['pictures'])
@@ -285,10 +282,10 @@ def mistakes_figure(path, name):
     width, height = max(4, 1.7 * columns), 0.6 + 2.1 * rows
     with matplotlib.rc_context({**STYLE, 'axes.grid': False}):
         figure = Figure((width, height))
-        figure.suptitle(f'{shorten(name)}\nthe surest mistakes on the test images: true class, '
+        figure.suptitle(f'{shorten(name)}\nmost confident mistakes on the test images: true class, '
                         f'predicted class and its probability', fontsize=9, color=GREY,
                         y=1 - 0.05 / height)
-        # A constrained layout of so many axes is slow.
+        # A constrained layout would be slow with so many axes.
         all_axes = figure.subplots(rows, columns, squeeze=False, gridspec_kw=dict(
             left=0.1 / width, right=1 - 0.1 / width, bottom=0.1 / height, top=1 - 0.9 / height,
             wspace=0.07, hspace=0.3)).ravel()
@@ -297,149 +294,9 @@ def mistakes_figure(path, name):
         for axes, picture, true, predicted, share in zip(
                 all_axes, *(mistakes[key] for key in ('pictures', 'true', 'predicted',
                                                       'probabilities'))):
-            if picture.shape[2] != 3:  # of other numbers of channels, the first
+            if picture.shape[2] != 3:  # show the first of other numbers of channels
                 picture = picture[:, :, 0]
             axes.imshow(picture, cmap='gray', vmin=0, vmax=255, interpolation='nearest')
             axes.set_title(f'{shorten(str(true), 20)}\n{shorten(str(predicted), 20)} {share:.1%}',
                            fontsize=8)
     return figure
-
-
-# ---- page ---------------------------------------------------------------------------------
-
-PAGE = '''<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 70em; margin: 2em auto;
-       padding: 0 1em }}
-h1 {{ font-size: 1.5em }}
-h2 {{ font-size: 1.15em; margin-top: 2em }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.92em }}
-th, td {{ padding: 0.2em 0.9em 0.2em 0; border-bottom: 1px solid #e6e6e6; text-align: right }}
-th {{ font-weight: 600 }}
-td {{ white-space: nowrap }}
-th:first-child, td:first-child, .text td {{ text-align: left }}
-.text td {{ white-space: normal }}
-img {{ max-width: 100%; vertical-align: top; margin: 0.5em 0 }}
-img.half {{ max-width: 49% }}
-.scroll {{ overflow-x: auto }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-{body}
-</body>
-</html>
-'''
-SECTIONS = {'Training': ('loss-error',), 'Classes': ('recall', 'confusion'),
-            'Thresholds': ('roc', 'precision-recall'), 'Probabilities': ('reliability',),
-            'Mistakes': ('mistakes',)}
-TOTALS = {'error': 'error %', 'error5': 'top-5 error %', 'balanced_error': 'balanced error %',
-          'mean_auc': 'ROC AUC, mean over the classes',
-          'mean_average_precision': 'average precision, mean', 'mean_f1': 'F1, mean',
-          'mean_sensitivity': 'sensitivity, mean', 'mean_specificity': 'specificity, mean',
-          'nll': 'negative log-likelihood',
-          'nll_with_temperature': 'the same, logits divided by the temperature',
-          'expected_calibration_error': 'expected calibration error',
-          'expected_calibration_error_with_temperature':
-              'the same, logits divided by the temperature'}
-CLASS_COLUMNS = {'auc': 'ROC AUC', 'average_precision': 'average precision', 'f1': 'F1',
-                 'sensitivity': 'sensitivity', 'specificity': 'specificity', 'recall': 'recall',
-                 'precision': 'precision', 'threshold': 'threshold'}
-RULES = {'youden': 'F1, sensitivity and specificity of a class are at the threshold of its '
-                   'probability with the highest sensitivity + specificity on val (Youden\'s J).',
-         'argmax': 'F1, sensitivity and specificity are those of the most probable class.',
-         '0.5': 'F1, sensitivity and specificity are at a probability of 0.5.'}
-
-
-def write_page(path, directory, drawn):
-    """One self-contained HTML page about a run with an evaluation, to look at.
-
-    Args:
-        path: where to write it.
-        directory: the run's.
-        drawn: {name: Figure}, figures of plot.py and of `figures`.
-    """
-    record = predictions.read_metrics(directory)
-    parts = [totals_table(record)]
-    for section, names in SECTIONS.items():
-        images = [image(name, drawn[name]) for name in names if name in drawn]
-        if images:
-            parts += [f'<h2>{section}</h2>', *images]
-        if section == 'Classes':
-            parts.append(class_table(record))
-    if (directory / 'args.json').exists():
-        parts += ['<h2>Flags</h2>', flags_table(json.loads((directory / 'args.json').read_text()))]
-    name = os.path.basename(os.path.abspath(directory))
-    page = PAGE.format(title=escape(name), body='\n'.join(parts))
-    path.write_text(page, encoding='utf-8')
-
-
-def escape(text):
-    """For HTML; undecodable bytes become question marks, as in figures."""
-    return html.escape(str(text).encode(errors='surrogateescape').decode(errors='replace'))
-
-
-def image(name, figure):
-    buffer = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(buffer, format='png', dpi=110)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    kind = ' class="half"' if figure.get_figwidth() < 7 else ''  # two beside each other
-    return f'<img{kind} alt="{escape(name)}" src="data:image/png;base64,{data}">'
-
-
-def html_table(header, rows, kind=''):
-    """Rows of strings, which are escaped here."""
-    lines = [''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in row)
-             for tag, row in [('th', header), *(('td', row) for row in rows)]]
-    lines = '\n'.join(f'<tr>{line}</tr>' for line in lines)
-    return f'<div class="scroll"><table class="{kind}">\n{lines}\n</table></div>'
-
-
-def cell(values, key):
-    """A metric with its interval, if it has one."""
-    value, ends = values.get(key), values.get(f'{key}_interval')
-    if value is None:
-        return '-'
-    digits = 2 if key in ('error', 'error5', 'balanced_error') else 3
-    text = f'{value:.{digits}f}'
-    return text + (f' ({ends[0]:.{digits}f} to {ends[1]:.{digits}f})' if ends else '')
-
-
-def totals_table(record):
-    splits = record['splits']
-    rows = [['images', *(f'{summary["images"]:,}' for summary in splits.values())]]
-    rows += [[word, *(cell(summary, key) for summary in splits.values())]
-             for key, word in TOTALS.items()
-             if any(summary.get(key) is not None for summary in splits.values())]
-    intervals, test = record['intervals'], splits['test']
-    unit = 'images' if test['units'] == test['images'] else 'groups'
-    notes = [f'In brackets: {intervals["level"]:.0%} intervals from {intervals["resamples"]:,} '
-             f'bootstrap resamples of the {unit}.', RULES[record['threshold_rule']]]
-    if record['temperature'] is not None:
-        notes.append(f'Temperature, fitted on val: {record["temperature"]:.4g}. val chose the '
-                     f'model, too, so the numbers on it are too good.')
-    return html_table(['', *splits], rows) + f'\n<p>{escape(" ".join(notes))}</p>'
-
-
-def class_table(record):
-    rows = record['splits']['test']['classes']
-    columns = {key: word for key, word in CLASS_COLUMNS.items()
-               if any(row.get(key) is not None for row in rows)}
-    header = ['class', 'positive', 'negative', *columns.values()]
-    return html_table(header, [[row['class'], row['positives'], row['negatives'],
-                                *(cell(row, key) for key in columns)] for row in rows])
-
-
-def flags_table(record):
-    """Of the content of args.json: the flags, and what they ran on."""
-    rows = dict(record.get('args', {}))
-    rows |= {key: value for key, value in record.items() if key not in ('args', 'versions')}
-    rows |= record.get('versions', {})
-    return html_table(['', ''], [[key, '' if value is None else value]
-                                 for key, value in rows.items()], 'text')

@@ -1,4 +1,4 @@
-"""One training run: its directory, log, checkpoints, and the signals that stop it.
+"""One training run: its directory, log, checkpoints, and stop signals.
 
     with Run(args, stop) as run:
         run.start(state, dataset, train_loader, test_loader, precision, step)
@@ -25,15 +25,14 @@ from training.distributed import Stopped
 
 
 class Run:
-    """A training run of one or several processes, each with its own Run; rank 0 writes the files.
+    """A training run. Each rank has a Run, and rank 0 writes the files.
 
-    As a context, it locks the run directory. When a signal stops the run, it saves a checkpoint and
-    exits with 128 + the signal's number.
+    The context locks the run directory. If a signal stops the run, it saves a checkpoint and exits
+    with 128 + the signal number.
 
     Raises:
-        UserError: the directory is in use or holds another run; or, in training, a loss or weight
-            that is not finite.
-        OSError: a file can't be written. What was saved is whole.
+        UserError: the directory is in use or holds another run; a loss or weight is not finite.
+        OSError: a file can't be written. Files saved before are complete.
     """
 
     def __init__(self, args, stop):
@@ -45,8 +44,8 @@ class Run:
     def __enter__(self):
         if distributed.rank() == 0:
             resumed_here = self.resumed and self.resumed.parent == self.directory.resolve()
-            self.lock.enter_context(runlog.claim(
-                self.directory, may_hold_run=resumed_here or self.args.overwrite))
+            self.lock.enter_context(runlog.lock_directory(
+                self.directory, exist_ok=resumed_here or self.args.overwrite))
             if self.args.overwrite:
                 runlog.clear(self.directory)
         return self
@@ -65,14 +64,14 @@ class Run:
             self.log.sync()
         self.save('latest.pth')
         say(f'{stopped}: saved in epoch {self.state.epoch} after step {self.state.step}; --resume '
-            f'goes on from {self.directory / "latest.pth"}')
+            f'continues from {self.directory / "latest.pth"}')
         sys.exit(128 + stopped.signum)
 
     def start(self, state, dataset, train_loader, test_loader, precision, step):
-        """Write the record, start the log, and from now on save when a signal arrives."""
+        """Write args.json and start the log; from now on, a stop signal saves a checkpoint."""
         args, device = self.args, state.sums.device
         self.state, self.dataset, self.loader = state, dataset, train_loader
-        self.split = dataset.selection_split  # that chooses best.pth
+        self.split = dataset.selection_split  # chooses best.pth
         self.with_auc = dataset.multi_label or args.best_by == 'auc'
         self.digests = checkpoint.digests(train_loader, test_loader)
         self.started = time.monotonic() - state.seconds
@@ -80,9 +79,9 @@ class Run:
         self.cpu_kernels = networks.cpu_kernels(state.model, device, precision)
         has_best = distributed.from_rank_0((self.directory / 'best.pth').exists)
         if state.epoch <= args.epochs and not has_best:  # resumed into a new directory
-            state.forget_best()
+            state.reset_best()
         if self.resumed != self.directory.resolve() / 'latest.pth' or args.start_epoch:
-            self.save('latest.pth')  # so that --resume finds it even if this is killed soon
+            self.save('latest.pth')  # for --resume, even if the run is killed in the first epoch
         hardware = torch.cuda.get_device_name() if device.type == 'cuda' else device.type
         graphed = isinstance(step, CudaGraphStep)
         processes = distributed.world_size()
@@ -102,7 +101,7 @@ class Run:
         if args.in_channels not in (1, 3):
             values += f', {args.in_channels} channels'
             if args.mean is None:
-                values += ' normalised by ImageNet\'s statistics, repeated'
+                values += ', normalised with repeated ImageNet statistics'
         kind = 'labels' if dataset.multi_label else 'classes'
         say(f'{networks.name(args)}: {sum(p.numel() for p in state.model.parameters()):,} '
             f'parameters; {dataset.name}: {train_loader.num_images:,} training and '
@@ -115,23 +114,24 @@ class Run:
                 f'{args.lr_schedule}')
 
     def out_of_patience(self):
-        """Whether the last --patience epochs have brought no better one."""
+        """True if the last --patience epochs have brought no improvement."""
         state, patience = self.state, self.args.patience
-        since = state.best_epoch or self.first_epoch - 1  # 0: forgotten, or not found yet
+        since = state.best_epoch or self.first_epoch - 1  # best_epoch is 0 after a reset
         if patience is None or state.epoch - 1 - since < patience:
             return False
-        say(f'no better epoch for {state.epoch - 1 - since}: --patience {patience} ends the run')
+        say(f'no improvement for {state.epoch - 1 - since} epochs: --patience {patience} ends the '
+            f'run')
         return True
 
     def batches(self, loader):
-        """The batches of the rest of an epoch."""
+        """The remaining batches of an epoch."""
         if self.log is None:
             return loader
         self.log.start_epoch(self.state.epoch, self.state.step)
         return self.log.watch(loader)
 
     def after_step(self, num_images, lr):
-        """Count a step of `num_images`, of all processes; at times, add a row to train.csv.
+        """Count a step of `num_images`, over all ranks; every --print-freq steps, log a row.
 
         Raises:
             Stopped: a signal arrived.
@@ -159,7 +159,7 @@ class Run:
         return loss / images, 100 * errors / images
 
     def after_epoch(self, test):
-        """Record an epoch's evaluation.TestResult, and save latest.pth and perhaps best.pth."""
+        """Log an epoch's evaluation.TestResult; save latest.pth and, if improved, best.pth."""
         state = self.state
         if not math.isfinite(test.loss):
             raise self._not_finite(f'the {self.split} loss')
@@ -183,26 +183,26 @@ class Run:
         self.save('latest.pth')
 
     def save(self, name):
-        """Save a checkpoint of all processes; raises UserError if it would not be finite."""
+        """Save a checkpoint of all ranks; raises UserError if a value is not finite."""
         state = self.state
         state.seconds = time.monotonic() - self.started
         state.peak_memory = max(state.peak_memory, torch.cuda.max_memory_allocated())
-        own_states = distributed.all_gather(state.own_state())
+        rank_states = distributed.all_gather(state.rank_state())
         if distributed.rank() > 0:
             return
-        if not all(own['interval'].isfinite().all() for own in own_states):
+        if not all(each['interval'].isfinite().all() for each in rank_states):
             raise self._not_finite('the loss')
         if checkpoint.first_not_finite(state.model):
             raise self._not_finite('a weight')
         checkpoint.save(self.directory / name, {
-            **state.state_dict(own_states), 'args': vars(self.args),
+            **state.state_dict(rank_states), 'args': vars(self.args),
             'num_images': self.loader.num_images, 'digests': self.digests,
             'dataset': self.dataset.plain(), 'cpu_kernels': self.cpu_kernels,
             'config': state.model.config,
         }, keep_previous=name == 'latest.pth')
 
     def finish(self):
-        """Draw the last figures, and say how the run ended."""
+        """Draw the last figures, and print the final and best results."""
         if self.log:
             self.log.end_run()
         state = self.state
@@ -226,4 +226,4 @@ class Run:
         if state.epoch == 1 and state.step == 0:
             return UserError(f'{what} is not finite before the first step{culprit}')
         return UserError(f'{what} in epoch {state.epoch} is not finite{culprit}: try a lower --lr; '
-                         f'the last checkpoint is untouched')
+                         f'the last checkpoint is unchanged')

@@ -1,6 +1,6 @@
-"""The files and the output of a run: directory, CSV files, TensorBoard, figures, console.
+"""Files and console output of a run: directory, CSV files, TensorBoard, figures.
 
-    with claim('work/x') as directory:
+    with lock_directory('work/x') as directory:
         log = RunLog(directory, steps_per_epoch=782, epochs=300)
         log.start_epoch(1)
         for images, labels in log.watch(loader):
@@ -35,7 +35,7 @@ except ImportError:  # Windows
 
 TRAIN_COLUMNS = ('epoch', 'loss', 'error', 'lr', 'images_per_second', 'data_wait')
 TEST_COLUMNS = ('epoch', 'loss', 'error', 'error5', 'balanced_error')
-FIGURES = ('loss', 'error', 'loss-error')  # that plot.py draws
+FIGURES = ('loss', 'error', 'loss-error')  # drawn by plot.py
 RUN_FILES = ('args.json', 'train.csv', 'test.csv', 'latest.pth', 'latest.pth.1', 'best.pth')
 REPORT_FILES = ('metrics.json', 'confusion.csv', 'mistakes.npz', 'predictions.csv',
                 'predictions-val.csv', 'predictions.npz', 'predictions-val.npz')  # of --evaluate
@@ -44,15 +44,15 @@ REPORT_FILES = ('metrics.json', 'confusion.csv', 'mistakes.npz', 'predictions.cs
 # ---- the directory ------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def claim(directory, *, may_hold_run=False):
-    """Make and lock a run's directory; the lock is released if the process dies.
+def lock_directory(directory, *, exist_ok=False):
+    """Create and lock the run directory; the lock is released if the process dies.
 
     Args:
-        may_hold_run: a run's files may be there already, because it is resumed or overwritten.
+        exist_ok: the directory may already hold a run, which is resumed or overwritten.
 
     Raises:
         UserError: it is in use, or holds a run.
-        OSError: it can't be made.
+        OSError: it can't be created.
     """
     directory = Path(directory)
     is_new, lock = not directory.exists(), contextlib.ExitStack()  # closing it twice is a no-op
@@ -63,18 +63,18 @@ def claim(directory, *, may_hold_run=False):
         else:
             _lock(directory, lock)
         held = [name for name in RUN_FILES if (directory / name).exists()]
-        if held and not may_hold_run:
-            raise UserError(f'{directory} holds a run ({", ".join(held)}): go on by --resume, '
-                            f'replace it by --overwrite, or name another directory by --save or '
-                            f'--name')
+        if held and not exist_ok:
+            raise UserError(f'{directory} holds a run ({", ".join(held)}): --resume continues it, '
+                            f'--overwrite replaces it, and --save or --name choose another '
+                            f'directory')
         for pattern in (*(f'.{name}*.tmp' for name in RUN_FILES), '.*.png.*.tmp'):
-            for path in directory.glob(pattern):  # not completed by a killed run
+            for path in directory.glob(pattern):  # left by a killed run
                 path.unlink()
         yield directory
     finally:
         lock.close()
         if is_new:
-            with contextlib.suppress(OSError):  # not empty: otherwise, no litter after an error
+            with contextlib.suppress(OSError):  # if not empty, keep it
                 directory.rmdir()
 
 
@@ -82,25 +82,25 @@ def _lock(directory, lock):
     """Lock the directory until `lock`, an ExitStack, is closed or the process dies."""
     file = os.open(directory, os.O_RDONLY)
     lock.callback(os.close, file)
-    os.register_at_fork(after_in_child=lock.close)  # workers can outlive a killed run
+    os.register_at_fork(after_in_child=lock.close)  # workers may outlive a killed run
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise UserError(f'{directory} is in use by another run: wait for it, or name another '
+        raise UserError(f'{directory} is in use by another run: wait for it, or choose another '
                         f'directory by --save or --name') from error
     except OSError:
         pass  # a file system without locks
 
 
 def clear(directory):
-    """Delete the files of an earlier run; figures stay until they are drawn again."""
+    """Delete the files of an earlier run, except figures, which will be overwritten."""
     for pattern in (*RUN_FILES, *REPORT_FILES, 'tensorboard/events.out.tfevents.*'):
         for path in directory.glob(pattern):
             path.unlink()
 
 
 def write_record(directory, args, **settings):
-    """args.json: the flags, and what they ran on."""
+    """Write args.json: flags, settings and versions."""
     try:
         commit = subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=40'],
                                 cwd=Path(__file__).parent, capture_output=True,
@@ -116,16 +116,16 @@ def write_record(directory, args, **settings):
 # ---- the log ------------------------------------------------------------------------------
 
 class RunLog:
-    """Writes the rows of a run to CSV and TensorBoard and tells its progress on the console.
+    """Logs a run to CSV files, TensorBoard and the console.
 
     Args:
         directory: the run's.
         steps_per_epoch, epochs: for the progress bar and the time left.
-        start: (epoch, step) that the run is resumed at; rows after it are taken out.
-        tensorboard: also write event files, into `tensorboard/`.
+        start: (epoch, step) at which the run is resumed; later rows are removed.
+        tensorboard: also write event files into `tensorboard/`.
         figures: redraw the figures in the background after each epoch.
-        split: 'val' or 'test', of which test.csv tells.
-        auc: test.csv has a column for it.
+        split: 'val' or 'test', the split of test.csv.
+        auc: add a column for the AUC to test.csv.
     """
 
     def __init__(self, directory, *, steps_per_epoch, epochs, start=(1, 0), tensorboard=False,
@@ -143,7 +143,7 @@ class RunLog:
         self.plot_command = [sys.executable, str(plot), str(directory)]
         self.tensorboard = self.bar = self.plotting = None
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # here, for it is slow to import
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
 
             self.tensorboard = SummaryWriter(directory / 'tensorboard', purge_step=epoch)
 
@@ -158,7 +158,7 @@ class RunLog:
         self.images, self.waited, self.row_started = 0, 0.0, time.perf_counter()
 
     def watch(self, loader):
-        """Yields its batches, and counts the time that the loop waits for them."""
+        """Yield the batches of a loader, and measure the time spent waiting for them."""
         batches = iter(loader)
         while True:
             started = time.perf_counter()
@@ -169,15 +169,15 @@ class RunLog:
             yield batch
 
     def advance(self, num_images):
-        """One more step is done."""
+        """Count a step."""
         self.step += 1
         self.images += num_images
         self.bar.update()
 
     def train_row(self, loss, error, lr):
-        """A row of train.csv for the steps since the last one; `error` in percent.
+        """Write a row of train.csv for the steps since the last one; `error` in percent.
 
-        `data_wait` in it is the share of time spent waiting for batches, in percent.
+        Its column `data_wait` is the time spent waiting for batches, in percent.
         """
         now, steps = time.perf_counter(), (self.epoch - 1) * self.steps_per_epoch + self.step
         seconds = now - self.row_started
@@ -195,9 +195,12 @@ class RunLog:
                 f'loss {loss:.4f}  error {error:.2f}%  lr {lr:g}  {speed}  {left} left')
 
     def end_epoch(self, train, test, best):
-        """A row of test.csv: train (loss, error), test a evaluation.TestResult, `best` in words.
+        """Write a row of test.csv, and print it.
 
-        Errors are in percent.
+        Args:
+            train: (loss, error in percent).
+            test: an evaluation.TestResult.
+            best: text about the best epoch so far.
         """
         self.test_csv.write(self.epoch, *(f'{getattr(test, name):.6g}'
                                           for name in self.test_columns[1:]))
@@ -218,13 +221,13 @@ class RunLog:
 
     def start_plot(self):
         """Draw the figures in the background."""
-        with contextlib.suppress(OSError):  # no memory for a process now: the next epoch draws them
+        with contextlib.suppress(OSError):  # no memory to fork: the next epoch draws them
             self.plotting = subprocess.Popen(
                 self.plot_command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL, start_new_session=True)  # Ctrl-C is for the training
+                stderr=subprocess.DEVNULL, start_new_session=True)  # not stopped by Ctrl-C
 
     def end_run(self):
-        """Draw the last figures, and say where they are; that it failed is a warning."""
+        """Draw the last figures and print their paths; a failure is only a warning."""
         if not self.figures:
             return
         if self.plotting:
@@ -236,7 +239,7 @@ class RunLog:
             warn(f'the figures were not drawn: {shlex.join(self.plot_command)} says why')
 
     def sync(self):
-        """Have all rows on the disk before a checkpoint that counts on them."""
+        """Flush all rows to disk before a checkpoint that relies on them."""
         for table in (self.train_csv, self.test_csv):
             os.fsync(table.file.fileno())
 
@@ -250,12 +253,12 @@ class RunLog:
 
 
 class CsvFile:
-    """Appends rows, each flushed; cuts an earlier file off after the rows up to `last_epoch`."""
+    """Appends rows to a file, after removing rows later than `last_epoch`."""
 
     def __init__(self, path, columns, last_epoch):
         def is_kept(line):
             epoch = line.partition(b',')[0]
-            return line.endswith(b'\n') and (  # a process that is killed can leave part of a row
+            return line.endswith(b'\n') and (  # a killed process may leave an incomplete row
                 epoch == b'epoch' or float(epoch) < last_epoch + 1e-5)
 
         self.file = open(path, 'a')
@@ -271,5 +274,5 @@ class CsvFile:
             raise
 
     def close(self):
-        with contextlib.suppress(OSError):  # a row that `write` has failed with
+        with contextlib.suppress(OSError):  # `write` has already raised it
             self.file.close()

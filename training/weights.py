@@ -1,29 +1,24 @@
-"""Weights from the files that people have, for `densenet.DenseNet`.
+"""Load weights from files of this and other libraries into `densenet.DenseNet`.
 
     weights.load_pretrained(model, args)      # --pretrained run.pth.tar
     tensors = weights.read('run.pth.tar')     # {'state_dict.module.features.conv0.weight': ...}
 
-Reads `.safetensors`, models of Lua Torch (`.t7`) and what `torch.save` writes, without running code
-from the file. Nested dictionaries become one with dotted keys, and the prefix of the first dense
-layer's key is taken for all weights: wrappers ('net', 'state_dict') and prefixes ('module.',
+Reads `.safetensors`, models of Lua Torch (`.t7`) and files of `torch.save`, without running code
+from the file. Nested dicts are flattened to dotted keys, and the prefix of the weights is found by
+the key of the first dense layer, so wrappers ('net', 'state_dict') and prefixes ('module.',
 'model.') need no list of names.
 """
 
-import contextlib
 import os
-import pickletools
 import re
 import textwrap
-import warnings
-import zipfile
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from collections import Counter, OrderedDict
+from collections import Counter
 
 import torch
 from torch import nn
 
-from training import distributed, flags, lua_torch
-from training.console import UserError, say
+from training import distributed, flags, lua_torch, torch_files
+from training.console import UserError, explain_errors, say
 from training.datasets import SMALL
 
 # First norm of the first dense layer in torchvision (before 2018: norm.1) and MONAI, in
@@ -43,7 +38,7 @@ RENAMED = tuple((re.compile(pattern), new) for pattern, new in (
 ))
 FEATURES = re.compile(r'(conv0|norm0|denseblock\d+|transition\d+|norm5)\.')
 AVERAGED = re.compile(r'(?<![a-z])(ema|swa)(?![a-z])')
-# The first bytes of files that are taken for weights.
+# The first bytes of files that are mistaken for weights.
 OTHER_FILES = {
     b'<': 'a web page: the download failed',
     b'version https://git-lfs': 'a Git LFS pointer: `git lfs pull` brings the file',
@@ -55,16 +50,16 @@ OTHER_FILES = {
 
 
 def load_pretrained(model, args):
-    """Load the weights that --pretrained names, and say in one line what was changed or left out.
+    """Load the weights that --pretrained names, and print what was changed or left out.
 
-    Without a file it is torchvision's download. `file.pth:name` chooses one of several networks in
-    a file; by default averaged weights (EMA) are preferred, as in timm.
+    Without a file, downloads torchvision's. `file.pth:name` selects one of several networks in a
+    file; by default averaged weights (EMA) are preferred, as in timm.
 
     Args:
         args: flags with `pretrained`, `arch` and `reset_classifier`.
 
     Raises:
-        UserError: a file that can't be read, or of another network.
+        UserError: the file can't be read, or is of another network.
     """
     if args.pretrained:
         source, part = args.pretrained, ''
@@ -77,11 +72,11 @@ def load_pretrained(model, args):
         with distributed.rank_0_first():
             weights = torchvision_weights(args.arch)
     else:
-        raise UserError(f'--pretrained without a file takes torchvision\'s weights, which are for '
+        raise UserError(f'--pretrained without a file loads torchvision\'s weights, which are for '
                         f'--arch {", ".join(flags.TORCHVISION_WEIGHTS)} and images of more than '
                         f'{SMALL} pixels')
     weights = adapt_channels(weights, model.config['in_channels'], notes)
-    fit(model, weights, source, args.reset_classifier)
+    load_into(model, weights, source, args.reset_classifier)
     if notes and distributed.rank() == 0:
         say(f'{source}: {"; ".join(notes)}')
 
@@ -92,37 +87,19 @@ def torchvision_weights(arch):
     Raises:
         UserError: no network, or a broken file in torchvision's cache.
     """
-    import torchvision  # here, because it is slow to import
+    import torchvision  # slow to import
 
-    with explained(f'torchvision could not download or read its weights of {arch}'):
+    with explain_errors(f'torchvision could not download or read its weights of {arch}'):
         return torchvision.models.get_model_weights(arch).DEFAULT.get_state_dict(weights_only=True)
-
-
-@contextlib.contextmanager
-def explained(what):
-    """Turn any error into a UserError: what failed, and the beginning of the error's message."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file makes a reader fail in any way
-        raise UserError(f'{what}: {shortened(error) or type(error).__name__}') from error
-
-
-def shortened(text):
-    # torch.load has the reason between advice to trust the file and a link
-    reason = re.search(r'Weights only load failed.*?(?:Unpickler error:|\n\n)(.*?)(\n\nCheck|$)',
-                       str(text), re.DOTALL)
-    return textwrap.shorten(reason[1] if reason else str(text), 200)
 
 
 # ---- into a model --------------------------------------------------------------------------------
 
-def fit(model, weights, source, reset_classifier=False):
+def load_into(model, weights, source, reset_classifier=False):
     """Load a state dict with our keys into a model that is not fused yet.
 
     Raises:
-        UserError: the two don't fit; names the first difference.
+        UserError: it does not fit; names the first difference, and flags that describe its network.
     """
     own = model.state_dict()
     if reset_classifier:
@@ -141,21 +118,21 @@ def fit(model, weights, source, reset_classifier=False):
                 if key in weights and weights[key].shape != tensor.shape}
     problems |= {key: 'only in the file' for key in weights if key not in own}
     problems |= {key: 'not in the file' for key in own if key not in weights
-                 and not key.endswith('num_batches_tracked')}  # older than PyTorch 0.4.1
+                 and not key.endswith('num_batches_tracked')}  # missing before PyTorch 0.4.1
     if problems:
         key, problem = next(iter(problems.items()))
         if all(key.startswith('classifier.') for key in problems):
             raise UserError(f'{source} does not fit the classifier: {key} is {problem}: '
-                            f'--reset-classifier starts with a new one')
+                            f'--reset-classifier starts with a new classifier')
         theirs = network_flags(weights)
         hint = f'; its network is {theirs}' if theirs not in ('', network_flags(own)) else ''
         raise UserError(f'{source} does not fit the network: {key} is {problem}{hint}')
-    with explained(f'{source} does not fit the network'):
+    with explain_errors(f'{source} does not fit the network'):
         model.load_state_dict(weights)
 
 
 def network_flags(weights):
-    """The flags of train.py that describe the network of a state dict; '' if it is incomplete."""
+    """train.py's flags for the network of a state dict; '' if it is incomplete."""
     layers = [key.split('.')[1] for key in weights
               if re.fullmatch(r'features\.denseblock\d+\.denselayer\d+\.conv1\.weight', key)]
     first = 'features.denseblock1.denselayer1.'
@@ -179,10 +156,10 @@ def network_flags(weights):
 
 
 def adapt_channels(weights, channels, notes):
-    """The state dict with a first convolution for images of another number of channels.
+    """Adapt the first convolution of a state dict to another number of input channels.
 
-    The same output for c equal channels as before for 3: conv(w, [x, x, x]) is
-    conv(w_red + w_green + w_blue, x). Further channels repeat the first, as in timm.
+    As in timm: 1 channel gets the sum of the weights, because conv(w, [x, x, x]) equals
+    conv(w_red + w_green + w_blue, x); other numbers repeat the weights in turn, rescaled.
     """
     key = 'features.conv0.weight'
     weight = weights.get(key)
@@ -200,14 +177,14 @@ def adapt_channels(weights, channels, notes):
 # ---- from a file's keys to ours ------------------------------------------------------------------
 
 def read_weights(path, part, model):
-    """A state dict with our keys, and notes on what was renamed or left out, of a file.
+    """Read a file into a state dict with our keys, and notes on what was renamed or left out.
 
     Args:
         part: name of one of the networks in the file, or '' for the default.
-        model: gives names to the layers of a `.t7` file, which has none.
+        model: names the layers of a `.t7` file, which has no names.
 
     Raises:
-        UserError: it can't be read, or holds no DenseNet.
+        UserError: the file can't be read, or holds no DenseNet.
     """
     if first_bytes(path)[:4] in (b'\3\0\0\0', b'\4\0\0\0'):
         return read_lua_torch(path, model), []
@@ -215,7 +192,7 @@ def read_weights(path, part, model):
     prefixes = dict.fromkeys(match[1] for match in map(FIRST_NORM.fullmatch, tensors) if match)
     if not prefixes:
         raise UserError(f'{path} holds another network, or a DenseNet of an unknown layout: '
-                        f'{shortened([*tensors])}')
+                        f'{textwrap.shorten(str([*tensors]), 200)}')
     networks = {re.sub(r'\.features$', '', prefix[:-1]): prefix for prefix in prefixes}
     name, notes = choose(networks, part, path), []
     prefix = networks[name]
@@ -231,14 +208,14 @@ def read_weights(path, part, model):
         if key not in used and tensor.dim() and not key.startswith(others):
             parts = key.split('.')
             common = len(os.path.commonprefix([parts, prefix.split('.')]))
-            unused['.'.join(parts[:common + 1])] = None  # up to where it leaves the prefix
+            unused['.'.join(parts[:common + 1])] = None  # the first part outside the prefix
     if unused:
         notes.append('not used: ' + textwrap.shorten(', '.join(unused), 100))
     return {ours: tensors[key] for ours, key in names.items()}, notes
 
 
 def choose(networks, part, path):
-    """The name of the network to take: as asked for, or the averaged one, or the only one."""
+    """The name of the network to load: `part` if given, or the averaged one, or the only one."""
     if part:
         found = [name for name in networks if f'{name}.'.startswith(f'{part}.')]
     else:
@@ -252,7 +229,7 @@ def choose(networks, part, path):
 
 
 def our_keys(tensors, prefix):
-    """{our key: the file's key} of the network with this prefix, without what is not a weight."""
+    """{our key: the file's key} for the weights of the network with this prefix."""
     names, rest = {}, []
     for key in tensors:
         if key.startswith(prefix):
@@ -263,10 +240,10 @@ def our_keys(tensors, prefix):
                 names[f'features.{inner}'] = key
             else:
                 rest.append(key)
-    if not rest:  # the classifier is beside the features, not among them
+    if not rest:  # the classifier is outside the module of the features
         parent = prefix[:prefix.rfind('.', 0, -1) + 1]
         rest = [key for key in tensors if key.startswith(parent) and not key.startswith(prefix)]
-    # Whatever its name, it is the only linear layer, and the only layer after the features.
+    # Whatever its name, the classifier is the only layer besides the features, and linear.
     linear = [key.removesuffix('weight') for key in rest
               if key.endswith('weight') and tensors[key].dim() == 2]
     layers = {key.rpartition('.')[0] for key in rest if key.endswith(('bias', 'running_mean'))}
@@ -277,8 +254,8 @@ def our_keys(tensors, prefix):
 
 
 def read_lua_torch(path, model):
-    """A state dict with our keys of an official model, whose layers are in the order of ours."""
-    with explained(f'{path} can\'t be read as a model of Lua Torch'):
+    """A state dict with our keys from an official model, whose layers have the order of ours."""
+    with explain_errors(f'{path} can\'t be read as a model of Lua Torch'):
         theirs = lua_torch.load_modules(path)
     ours = {name: module for name, module in model.named_modules()
             if isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.Linear))}
@@ -294,7 +271,7 @@ def read_lua_torch(path, model):
 # ---- files ---------------------------------------------------------------------------------------
 
 def first_bytes(path):
-    check_is_file(path)
+    torch_files.check_is_file(path)
     try:
         with open(path, 'rb') as file:
             return file.read(32)
@@ -302,32 +279,25 @@ def first_bytes(path):
         raise UserError(f'{path}: {error.strerror}') from error
 
 
-def check_is_file(path):
-    if not os.path.exists(path):
-        raise UserError(f'{path} is not there')
-    if not os.path.isfile(path):  # a pipe may never end
-        raise UserError(f'{path} is not a checkpoint, but a folder or a device')
-
-
 def read(path):
-    """All tensors in the nested dictionaries of a file: {'state_dict.conv1.weight': tensor}.
+    """All tensors in the nested dicts of a file: {'state_dict.conv1.weight': tensor}.
 
     Raises:
-        UserError: the file can't be read without running code, is damaged, or is something else.
+        UserError: the file can't be read without running code, is damaged, or has another format.
     """
     beginning = first_bytes(path)
-    if beginning[8:9] == b'{' or str(path).endswith('.safetensors'):  # { after its length
-        with explained(f'{path} can\'t be read as .safetensors'):
+    if beginning[8:9] == b'{' or str(path).endswith('.safetensors'):  # JSON after its length
+        with explain_errors(f'{path} can\'t be read as .safetensors'):
             from safetensors.torch import load_file
 
             return load_file(path)
     for signature, what in OTHER_FILES.items():
         if beginning.startswith(signature):
             raise UserError(f'{path} holds no weights, but is {what}')
-    saved, names = load_torch_file(path)
+    saved, names = torch_files.load(path, skip_unknown=True)
     found, seen, dictionaries = {}, set(), [('', saved)]
     for prefix, values in dictionaries:
-        # A hostile file may nest without end.
+        # Limited, because a malicious file may nest endlessly.
         if not isinstance(values, dict) or id(values) in seen or prefix.count('.') > 9:
             continue
         seen.add(id(values))
@@ -339,118 +309,8 @@ def read(path):
             else:
                 dictionaries.append((f'{key}.', value))
     if not any(map(FIRST_NORM.fullmatch, found)):
-        raise_if_pickled_model(path, names)
+        torch_files.raise_if_pickled_model(path, names)
     if not found:
         what = list(saved) if isinstance(saved, dict) else type(saved).__name__
-        raise UserError(f'{path} holds no weights: it holds {shortened(what)}')
+        raise UserError(f'{path} holds no weights: it holds {textwrap.shorten(str(what), 200)}')
     return found
-
-
-class _Skipped:
-    """Stands in for any class that torch.load does not allow; an instance is an empty dictionary.
-
-    The unpickler sets items and attributes of an OrderedDict, which most classes need.
-    """
-
-    def __new__(cls, *args):
-        return OrderedDict()
-
-
-class _SkippedNumPy:
-    """The same for NumPy's types, whose state is a tuple."""
-
-    def __init__(self, *args):
-        pass
-
-    def __setstate__(self, state):
-        pass
-
-
-def load_torch_file(path):
-    """What `torch.save` wrote, with tensors on the CPU and `_Skipped` for objects of other classes.
-
-    Weights often come with such objects: Lightning's hyperparameters, NumPy's numbers, loss
-    functions. torch.load with weights_only=True refuses the whole file then.
-
-    Returns:
-        What the file holds, and the names of the classes and functions that its pickle refers to.
-
-    Raises:
-        UserError: the file is damaged, or is something else.
-    """
-    names = []
-    try:
-        names = check_file(path)
-        skipped = [(_SkippedNumPy if name.startswith('numpy.') else _Skipped, name)
-                   for name in names]
-        with torch.serialization.safe_globals(skipped), warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # of the version of the pickle protocol
-            return torch.load(path, map_location='cpu', weights_only=True), names
-    except UserError:
-        raise
-    except Exception as error:  # a file that is no checkpoint makes the reader fail in any way
-        raise_if_pickled_model(path, names)
-        reason = shortened(error) or type(error).__name__
-        raise UserError(f'{path} is not a checkpoint, or a damaged one: {reason}') from error
-
-
-def raise_if_pickled_model(path, names):
-    if any(name.startswith('torch.nn.modules.') for name in names):
-        name = next(name for name in names
-                    if not re.match(r'torch\.(_utils|\w+Storage)|collections', name))
-        raise UserError(f'{path} holds a whole model or module ({name}), and loading it can run '
-                        f'code: where it was made, save the state_dict() of the model alone')
-
-
-def check_file(path):
-    """Check, before torch.load reads it, that a file takes no more memory than its size.
-
-    Returns:
-        The classes and functions that its pickle refers to, in order.
-
-    Raises:
-        UserError: it is missing, no regular file, damaged, compressed, or was not written by
-            `torch.save`.
-    """
-    check_is_file(path)
-    if zipfile.is_zipfile(path):
-        check_archive(path)
-    names = pickled_names(path)
-    if 'builtins.bytearray' in names:  # allowed by torch, and may take any amount of memory
-        raise UserError(f'{path} holds a bytearray: save its state_dict alone')
-    return names
-
-
-def check_archive(path):
-    """Raises UserError if the zip file is damaged or was not written by `torch.save`."""
-    with zipfile.ZipFile(path) as archive:
-        names = [name.rpartition('/')[2] for name in archive.namelist()]
-        if 'constants.pkl' in names:
-            raise UserError(f'{path} is a TorchScript program, which can run code: save its '
-                            f'state_dict()')
-        size = sum(info.file_size for info in archive.infolist())
-        if size > os.path.getsize(path):
-            raise UserError(f'{path} is compressed, and would take {size / 1e9:.3g} GB: torch.save '
-                            f'does not compress')
-        if 'data.pkl' not in names:
-            raise UserError(f'{path} is a zip file that torch.save did not write: it holds '
-                            f'{shortened(archive.namelist())}')
-        record = archive.testzip()  # torch.load does not check the CRCs
-        if record:
-            raise UserError(f'{path} is damaged: the CRC of {record} is wrong')
-
-
-def pickled_names(path):
-    """The classes and functions that a file of `torch.save` refers to, in order."""
-    with contextlib.ExitStack() as stack:
-        if zipfile.is_zipfile(path):
-            archive = stack.enter_context(zipfile.ZipFile(path))
-            record = next(name for name in archive.namelist() if name.endswith('data.pkl'))
-            pickles = [stack.enter_context(archive.open(record))]
-        else:  # before PyTorch 1.6: a magic number, a version, the system, and the content
-            pickles = 4 * [stack.enter_context(open(path, 'rb'))]
-        names = (tuple(argument.split(' ', 1)) for file in pickles
-                 for opcode, argument, _ in pickletools.genops(file) if opcode.name == 'GLOBAL')
-        # Pickles of protocol 2 have Python 2's names.
-        return [*dict.fromkeys('.'.join(NAME_MAPPING.get(
-            (module, name), (IMPORT_MAPPING.get(module, module), name))) for module, name in names)]
