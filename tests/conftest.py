@@ -1,4 +1,5 @@
 import csv
+import gc
 import os
 import tarfile
 from pathlib import Path
@@ -23,6 +24,12 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker('cuda'):
                 item.add_marker(pytest.mark.skip(reason='needs a CUDA device'))
+
+
+def pytest_collection_finish():
+    """Keep the garbage collector from searching all that is imported: a second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope='session')

@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from torchvision import transforms
 from tqdm import tqdm
 
 from training import console
@@ -415,19 +414,27 @@ def _exit_when_parent_says():
 
 # ---- transform -------------------------------------------------------------------------------
 
-class RandomResizedCrop(transforms.RandomResizedCrop):
+def torchvision_transforms():
+    from torchvision import transforms  # here, because torchvision takes seconds to import
+
+    return transforms
+
+
+class RandomResizedCrop(torch.nn.Module):
     """torchvision's, which also takes `Levels`.
 
     The aspect ratio of the crop, 3/4 to 4/3, is relative to the output's.
     """
 
     def __init__(self, size):
+        super().__init__()
         height, width = sides(size)
         ratio = width / height
-        super().__init__((height, width), ratio=(3 / 4 * ratio, 4 / 3 * ratio))
+        self.crop = torchvision_transforms().RandomResizedCrop(
+            (height, width), ratio=(3 / 4 * ratio, 4 / 3 * ratio))
 
     def forward(self, image):
-        return image.map(super().forward) if isinstance(image, Levels) else super().forward(image)
+        return image.map(self.crop) if isinstance(image, Levels) else self.crop(image)
 
 
 class Resize(torch.nn.Module):
@@ -453,7 +460,7 @@ class Resize(torch.nn.Module):
             new_height = int(new_width * kept_height / kept_width)
         else:
             new_width = int(new_height * kept_width / kept_height)
-        resize = transforms.Resize((new_height, new_width))
+        resize = torchvision_transforms().Resize((new_height, new_width))
         return image.map(resize) if isinstance(image, Levels) else resize(image)
 
 
@@ -465,6 +472,7 @@ def train_transform(dataset, augmentation):
     Crop, resize and colour jitter are torchvision's and differ in details that
     attic/imagenet-recipe.md lists.
     """
+    transforms = torchvision_transforms()
     steps = [RandomResizedCrop(dataset.image_size)]
     if augmentation.mirror:
         steps.append(transforms.RandomHorizontalFlip())
@@ -498,7 +506,7 @@ def test_transform(dataset, ten_crop=False):
 
     If height and width differ, it is 224/256 of the largest part with that aspect ratio.
     """
-    size = sides(dataset.image_size)
+    transforms, size = torchvision_transforms(), sides(dataset.image_size)
     crop = [transforms.TenCrop(size), torch.stack] if ten_crop else [transforms.CenterCrop(size)]
     larger = [round(side * 256 / 224) for side in size]
     return transforms.Compose([Resize(size if dataset.in_memory else larger), to_tensor, *crop])
@@ -508,4 +516,6 @@ def to_tensor(image):
     """uint8 [C, H, W] of a PIL image, or float32 of `Levels`; a tensor is returned as it is."""
     if isinstance(image, Levels):
         return image.map(lambda channel: channel)
-    return image if torch.is_tensor(image) else transforms.functional.pil_to_tensor(image)
+    if torch.is_tensor(image):
+        return image
+    return torchvision_transforms().functional.pil_to_tensor(image)
