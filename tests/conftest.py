@@ -87,6 +87,12 @@ def photographs(cifar10_jpeg, tmp_path_factory):
                 return root
 
 
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Evaluations draw none, for which they would take seconds."""
+    monkeypatch.setattr('plot.save_reports', lambda directory: [])
+
+
 def parse_flags(argv):
     """All flags of a command line that resumes nothing."""
     return flags.complete(flags.parse(list(argv)))

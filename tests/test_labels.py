@@ -16,6 +16,8 @@ import train
 from training import checkpoint, datasets, evaluation, folds, labels, loaders, losses
 from training.console import DataError
 
+pytestmark = pytest.mark.usefixtures('no_figures')
+
 CPU = torch.device('cpu')
 
 

@@ -41,6 +41,7 @@ def write_scans(root, counts, ending):
 
 @pytest.mark.parametrize('ending, flags', [
     ('png', []), ('tif', ['--value-range', '-1024', '3071'])])
+@pytest.mark.usefixtures('no_figures')
 def test_a_rare_class_that_differs_by_a_few_levels_is_learned(tmp_path, capsys, ending, flags):
     write_scans(tmp_path, {'train': 24, 'val': 6}, ending)
     run = tmp_path / 'run'
@@ -131,6 +132,7 @@ def test_one_channel_gives_the_same_logits_as_three_equal_ones(tmp_path, build, 
                                    rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures('no_figures')
 def test_a_resumed_run_keeps_its_split_and_other_data_are_all_tested(tmp_path, capsys):
     scans = write_images(tmp_path / 'scans', {'a': 20, 'b': 10}, (8, 8))
     argv = ['--dataset', 'folder', '--data', str(scans), '--val-split', '0.2', '--depth', '10',
