@@ -651,6 +651,7 @@ def test_deterministic_runs_are_the_same(recipe, uninterrupted, tmp_path, monkey
     assert_same_run(run, uninterrupted)
 
 
+@pytest.mark.usefixtures('no_figures')
 def test_pretrained_weights_and_a_new_classifier(folder, small, tmp_path, capsys):
     write_images(tmp_path / 'two', {f'{split}/{c}': 4 for split in ('train', 'val') for c in 'ab'},
                  (8, 8))
@@ -671,6 +672,7 @@ def test_pretrained_weights_and_a_new_classifier(folder, small, tmp_path, capsys
     assert f'error {float(error):.2f}%' in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures('no_figures')
 def test_torchvisions_weights_through_its_own_cache(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.hub, 'download_url_to_file', raise_no_network)
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
