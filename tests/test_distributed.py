@@ -6,6 +6,7 @@ are forked from that. `test_the_command_torchrun` runs the command itself.
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -236,14 +237,16 @@ def uninterrupted(recipe, tmp_path_factory):
 
 
 def test_the_command_torchrun(uninterrupted, tmp_path):
+    run = shutil.copytree(uninterrupted, tmp_path / 'run')  # all its epochs are done
     command = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2, 'train.py',
-               '--evaluate', '--resume', uninterrupted / 'latest.pth', '--save', tmp_path]
+               '--resume', '--save', run]
     ended = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True,
                            text=True, timeout=120, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert ended.returncode == 0, ended.stderr
+    assert '; 2 x cpu, fp32' in ended.stdout
     error = float(read_csv(uninterrupted / 'test.csv')[-1]['error'])
-    assert ended.stdout.count(f'error {error:.2f}%\n') == 1
-    assert len(read_csv(tmp_path / 'predictions.csv')) == 9
+    assert ended.stdout.count(f'final error {error:.2f}% (epoch 4)') == 1
+    assert (run / 'train.csv').read_bytes() == (uninterrupted / 'train.csv').read_bytes()
 
 
 def test_a_signal_to_one_of_three_processes_stops_all_and_the_run_can_be_resumed(

@@ -688,6 +688,7 @@ def test_torchvisions_weights_through_its_own_cache(folder, tmp_path, monkeypatc
 
 # ---- output of a run -------------------------------------------------------------------------
 
+@pytest.mark.usefixtures('no_figures')
 def test_a_run_prints_where_its_files_are(small, tmp_path, capsys):
     run, argv = tmp_path / 'run', [flag for flag in small if flag != '--no-plot']
     train.main([*argv, '--epochs', '2', '--save', str(run)])
@@ -710,7 +711,6 @@ def test_a_run_prints_where_its_files_are(small, tmp_path, capsys):
     assert printed.endswith(f'predictions.csv and their figures are in {run}\n')
     wrong = [int(row['error']) for row in read_csv(run / 'predictions.csv')]
     assert math.isclose(100 * np.mean(wrong), float(rows[-1]['error']), rel_tol=1e-5)
-    assert (run / 'confusion.png').stat().st_size > 5000
 
 
 def test_the_time_that_the_loop_waits_for_its_loader(tmp_path, monkeypatch, capsys):
