@@ -13,7 +13,7 @@ demo: .venv/.installed
 	$(BIN)/python train.py --dataset shapes --depth 16 --growth-rate 8 --epochs 6 --print-freq 10 --name demo --overwrite
 
 test: .venv/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile  # on two cores a third faster
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 torture: .venv/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python attic/torture.py

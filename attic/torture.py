@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch._dynamo  # once, and not in each process for its optimizer
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

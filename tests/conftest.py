@@ -1,16 +1,17 @@
+"""Fixtures and helpers of several files of tests.
+
+They import what is slow to import themselves: pytest-xdist's main process, which runs no test,
+reads this file before it starts the others.
+"""
+
 import csv
+import gc
+import importlib
 import os
 import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
-
-import train
-from attic.torture import check_same_run
-from training import flags
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / 'shared' / 'data'
@@ -19,10 +20,17 @@ SMALL = ['--depth', '10', '--growth-rate', '4', '--batch-size', '4', '--print-fr
 
 
 def pytest_collection_modifyitems(items):
+    import torch
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker('cuda'):
                 item.add_marker(pytest.mark.skip(reason='needs a CUDA device'))
+
+
+def pytest_collection_finish():
+    """Keep the garbage collector from searching all that is imported: a second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope='session')
@@ -48,6 +56,7 @@ def recipe(folder):
 
 @pytest.fixture(scope='session')
 def uninterrupted(recipe, tmp_path_factory):
+    import train
     run = tmp_path_factory.mktemp('uninterrupted')
     train.main([*recipe, '--save', str(run)])
     return run
@@ -80,8 +89,15 @@ def photographs(cifar10_jpeg, tmp_path_factory):
                 return root
 
 
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Evaluations draw none, for which they would take seconds."""
+    monkeypatch.setattr('plot.save_reports', lambda directory: [])
+
+
 def parse_flags(argv):
     """All flags of a command line that resumes nothing."""
+    from training import flags
     return flags.complete(flags.parse(list(argv)))
 
 
@@ -90,8 +106,9 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
-def fails(capsys, *argv, script=train, lines=1):
-    """The error line of a command that fails with exit code 2."""
+def fails(capsys, *argv, script=None, lines=1):
+    """The error line of a command, of train.py or another script, that fails with exit code 2."""
+    script = script or importlib.import_module('train')
     call = getattr(script, 'cli', script.main)
     with pytest.raises(SystemExit) as exit_:
         call(list(map(str, argv)))
@@ -107,6 +124,7 @@ def raise_no_network(*_, **__):
 
 def assert_same_run(one, other):
     """The same weights, optimizer, counters and random state to the bit; the same CSV rows."""
+    from attic.torture import check_same_run
     check_same_run(one, other)
     assert len(read_csv(one / 'train.csv')) == 3 * 4
 
@@ -124,6 +142,7 @@ class Opener:
 def cache_densenet121(home, model, content=None):
     """Put a model's weights (or `content`) into the cache of TORCH_HOME `home`, as DenseNet-121's.
     """
+    import torch
     import torchvision
     folder = home / 'hub' / 'checkpoints'
     folder.mkdir(parents=True, exist_ok=True)
@@ -136,6 +155,8 @@ def cache_densenet121(home, model, content=None):
 
 def write_images(root, counts, size=(32, 32), mode='RGB', ending='png', seed=0):
     """A folder of random images: `counts` maps 'train/class' to how many."""
+    import numpy as np
+    from PIL import Image
     rng = np.random.RandomState(seed)
     shape = (size[1], size[0]) + ((3,) if mode == 'RGB' else ())
     for folder, count in counts.items():

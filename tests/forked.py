@@ -4,6 +4,7 @@
     ended = forked.run(forked.interrupted('evaluate', 3, 'os.kill(os.getpid(), 15)'), argv)
 """
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -16,7 +17,9 @@ from unittest.mock import patch
 
 HERE = Path(__file__).resolve().parent
 CONTEXT = multiprocessing.get_context('forkserver')
-CONTEXT.set_forkserver_preload(['train', 'forked'])
+# torch.optim imports torch._dynamo, and image files torchvision, when they are first needed.
+CONTEXT.set_forkserver_preload(['train', 'torch._dynamo', 'torchvision', 'forked'])
+gc.freeze()  # the forked processes never search what was imported before
 RUN = 'import train; train.cli(sys.argv[1:])'
 
 

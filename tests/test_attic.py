@@ -121,6 +121,7 @@ def cleaned(training, tmp_path_factory):
     return run / 'best.pth', output
 
 
+@pytest.mark.usefixtures('no_figures')
 def test_a_cleaned_checkpoint_is_used_as_before(training, cleaned, tmp_path, capsys):
     logits, best = [], str(cleaned[1])
     before = checkpoint.load(cleaned[0])

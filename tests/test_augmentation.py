@@ -14,6 +14,8 @@ from training import checkpoint, datasets, loaders
 from training.augmentation import Augmentation
 from training.averages import WeightAverages
 
+pytestmark = pytest.mark.usefixtures('no_figures')
+
 CPU = torch.device('cpu')
 ALL = ['--ema', '0.9', '--mixup', '0.4', '--cutmix', '1', '--random-erasing', '0.5',
        '--auto-augment', 'trivialaugment', '--head-lr', '0.1', '--fold', '1/3']

@@ -20,6 +20,8 @@ from training.augmentation import Augmentation
 from training.datasets import DataError
 from training.decoding import ArrayImage, decode
 
+pytestmark = pytest.mark.usefixtures('no_figures')
+
 CPU = torch.device('cpu')
 RNG = np.random.RandomState(0)
 FIVE = RNG.randint(0, 65536, (12, 10, 5)).astype(np.uint16)

@@ -288,17 +288,10 @@ REPORT = ('from fused_dense_block import cpu; '
           'print(cpu.unavailable_reason()); print(cpu.unavailable_reason())')
 
 
-def start(cache, code=REPORT, **env):
-    return subprocess.Popen([sys.executable, '-c', code], text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, cwd=ROOT,
-                            env={**os.environ, 'DENSENET_CPU_KERNELS': '1',
-                                 'XDG_CACHE_HOME': str(cache), **env})
-
-
-def report(cache, **env):
-    """Output and errors of REPORT, in a process that has imported torch already."""
+def report(cache, code=REPORT, **env):
+    """Output and errors of the code, in a process that has imported torch already."""
     settings = {'DENSENET_CPU_KERNELS': '1', 'XDG_CACHE_HOME': str(cache), **env}
-    ended = forked.run(f'import os; os.environ.update({settings}); {REPORT}', [])
+    ended = forked.run(f'import os; os.environ.update({settings}); {code}', [])
     assert ended.returncode == 0, ended.stderr
     return ended.stdout, ended.stderr
 
@@ -324,7 +317,7 @@ def executable(path, script):
 
 def test_a_compiler_that_fails(tmp_path):
     executable(tmp_path / 'bin/g++', r"printf 'error: \377\n' >&2; exit 1")  # not UTF-8
-    out, err = start(tmp_path, PATH=str(tmp_path / 'bin'), CXX='').communicate()
+    out, err = report(tmp_path, PATH=str(tmp_path / 'bin'), CXX='')
     assert out.splitlines() == [out.splitlines()[0]] * 2
     assert re.match('g[+][+] -std=.* fails: error: \ufffd$', out.splitlines()[0])
     assert err.count('DenseNet goes on without its CPU kernels') == 1
@@ -422,7 +415,7 @@ def test_the_build_says_what_it_uses():
 
 
 def test_a_cpu_without_avx2(tmp_path):
-    out, err = start(tmp_path, CXX=f'{compiler()} -U__AVX2__', PATH='').communicate()
+    out, err = report(tmp_path, CXX=f'{compiler()} -U__AVX2__', PATH='')
     assert out.count('#error the kernels need AVX2') == 2 and 'Warning' in err
 
 
@@ -444,28 +437,37 @@ def test_two_processes_build_at_once(tmp_path):
     compiler()
     build = ("from fused_dense_block import library; "  # not optimized, which takes much longer
              "library.FLAGS = [flag.replace('-O3', '-O0') for flag in library.FLAGS]; ") + REPORT
-    for process in [start(tmp_path, build), start(tmp_path, build)]:
-        assert process.communicate()[0].splitlines() == ['None', 'None']
+    out, _ = report(tmp_path, f'child = os.fork(); {build}; child and os.waitpid(child, 0)')
+    assert out.splitlines() == 4 * ['None']
     built, = (tmp_path / 'densenet').iterdir()
     assert built.name.startswith('float-')
     # One OpenMP in the process, torch's; and it is found in the cache without compiling.
     count = ("import re; print(len(set(re.findall(r'\\S*/lib[gi]?omp\\S*\\.so\\S*', "
              "open('/proc/self/maps').read()))))")
-    out, _ = start(tmp_path, f'{build}; {count}').communicate()
+    out = subprocess.run([sys.executable, '-c', f'{build}; {count}'], text=True, cwd=ROOT,
+                         capture_output=True, env={**os.environ, 'DENSENET_CPU_KERNELS': '1',
+                                                   'XDG_CACHE_HOME': str(tmp_path)}).stdout
     if Path('/proc/self/maps').exists():
         assert out.splitlines()[-1] == '1'
 
 
-def run_with(flags, tmp_path, every, **env):
-    """Runs every few comparisons in another process, with kernels that are compiled with flags."""
+def build_with(flags, tmp_path):
+    """The libraries that `compare_with` takes, compiled with flags."""
     command = [compiler(), '-std=c++17', *flags, '-fopenmp', '-fPIC', '-shared',
                '-ffp-contract=fast', str(ROOT / 'fused_dense_block/cpu.cpp')]
     builds = [subprocess.Popen([*command, f'-DMAP={map_type}', '-o', str(tmp_path / map_type)])
               for map_type in cpu.TYPES.values()]
     assert [build.wait() for build in builds] == [0, 0]
-    done = subprocess.run([sys.executable, __file__, str(tmp_path), str(every)], text=True,
-                          capture_output=True, cwd=ROOT, env={**os.environ, **env})
-    assert done.returncode == 0 and 'all agree' in done.stdout, done.stderr[-3000:]
+
+
+def compare_with(directory, every):
+    """Every few comparisons, with the libraries of the directory: for a process of its own."""
+    libraries = {dtype: ctypes.CDLL(f'{directory}/{map_type}')
+                 for dtype, map_type in cpu.TYPES.items()}
+    library.load = lambda dtype: (libraries[dtype], None)
+    for dtype in DTYPES:
+        compare_all(dtype, int(every))
+    print('all agree')
 
 
 def cpu_flags():
@@ -478,7 +480,10 @@ def cpu_flags():
 def test_avx2(tmp_path):
     if 'avx2' not in cpu_flags():
         pytest.skip('this CPU has no AVX2')
-    run_with(['-O1', '-march=haswell'], tmp_path, 5)
+    build_with(['-O0', '-march=haswell'], tmp_path)
+    done = forked.run('import test_cpu_kernels; test_cpu_kernels.compare_with(*sys.argv[1:])',
+                      [tmp_path, 5])
+    assert done.returncode == 0 and 'all agree' in done.stdout, done.stderr[-3000:]
 
 
 def test_sanitizers(tmp_path):
@@ -487,15 +492,13 @@ def test_sanitizers(tmp_path):
     if not os.path.isabs(asan):
         pytest.skip('g++ has no address sanitizer here')
     flags = ['-O0', '-march=native', '-fsanitize=address,undefined', '-fno-sanitize-recover=all']
-    run_with(flags, tmp_path, 17, LD_PRELOAD=os.path.realpath(asan),
-             ASAN_OPTIONS='detect_leaks=0')
+    build_with(flags, tmp_path)
+    done = subprocess.run([sys.executable, __file__, str(tmp_path), '17'], text=True,
+                          capture_output=True, cwd=ROOT, env={
+                              **os.environ, 'LD_PRELOAD': os.path.realpath(asan),
+                              'ASAN_OPTIONS': 'detect_leaks=0'})
+    assert done.returncode == 0 and 'all agree' in done.stdout, done.stderr[-3000:]
 
 
 if __name__ == '__main__':
-    directory, every = sys.argv[1:]
-    libraries = {dtype: ctypes.CDLL(f'{directory}/{map_type}')
-                 for dtype, map_type in cpu.TYPES.items()}
-    library.load = lambda dtype: (libraries[dtype], None)
-    for dtype in DTYPES:
-        compare_all(dtype, int(every))
-    print('all agree')
+    compare_with(*sys.argv[1:])

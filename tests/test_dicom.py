@@ -17,6 +17,8 @@ from training import datasets, image_files
 from training.datasets import DataError
 from training.decoding import ArrayImage, decode
 
+pytestmark = pytest.mark.usefixtures('no_figures')
+
 pydicom = pytest.importorskip('pydicom')
 FILES = Path(pydicom.__file__).parent / 'data' / 'test_files'
 CR = FILES / 'dicomdirtests/77654033/CR1/6154'  # MONOCHROME1 of 12 bits; slope 0.684, intercept 200

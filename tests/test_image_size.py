@@ -17,6 +17,8 @@ from training import checkpoint, datasets, image_transforms, loaders
 from training.augmentation import Augmentation
 from training.decoding import ArrayImage
 
+pytestmark = pytest.mark.usefixtures('no_figures')
+
 CPU = torch.device('cpu')
 LARGE = datasets.Description('folder', None, ('a', 'b'), (72, 48), (0,) * 3, (1,) * 3)
 DEPTH_10 = ['--block-config', '1', '1', '--growth-rate', '4', '--batch-size', '4',

@@ -74,6 +74,7 @@ def test_memory_against_depth(elsewhere, monkeypatch):
             < curves['checkpointed'][-1] < curves['plain'][-1])
 
 
+@pytest.mark.usefixtures('no_figures')
 def test_predictions_agree_with_the_evaluation(tmp_path, capsys, monkeypatch):
     root = write_images(tmp_path, {f'{split}/{name}': 9 for split in ('train', 'test')
                                    for name in 'ab'}, (8, 8))

@@ -1,6 +1,8 @@
 """Labels in a CSV file, several labels an image, held out images and folds."""
 
 import csv
+import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -15,6 +17,8 @@ from PIL import Image
 import train
 from training import checkpoint, datasets, evaluation, folds, labels, loaders, losses
 from training.console import DataError
+
+pytestmark = pytest.mark.usefixtures('no_figures')
 
 CPU = torch.device('cpu')
 
@@ -167,7 +171,9 @@ def test_folds_of_many_small_classes_have_equal_sizes(classes, images, k):
 
 
 def test_folds_of_a_data_set_in_memory_leave_its_test_images_alone(monkeypatch):
-    sizes = {}
+    shapes, sizes = datasets.DATASETS['shapes'], {}
+    monkeypatch.setitem(datasets.DATASETS, 'shapes', dataclasses.replace(
+        shapes, read=functools.cache(shapes.read)))
     for i in (1, 2, 3):
         dataset = datasets.describe('shapes', fold=f'{i}/3')
         assert dataset.selection_split == 'val'

@@ -651,6 +651,7 @@ def test_deterministic_runs_are_the_same(recipe, uninterrupted, tmp_path, monkey
     assert_same_run(run, uninterrupted)
 
 
+@pytest.mark.usefixtures('no_figures')
 def test_pretrained_weights_and_a_new_classifier(folder, small, tmp_path, capsys):
     write_images(tmp_path / 'two', {f'{split}/{c}': 4 for split in ('train', 'val') for c in 'ab'},
                  (8, 8))
@@ -671,6 +672,7 @@ def test_pretrained_weights_and_a_new_classifier(folder, small, tmp_path, capsys
     assert f'error {float(error):.2f}%' in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures('no_figures')
 def test_torchvisions_weights_through_its_own_cache(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.hub, 'download_url_to_file', raise_no_network)
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
@@ -686,6 +688,7 @@ def test_torchvisions_weights_through_its_own_cache(folder, tmp_path, monkeypatc
 
 # ---- output of a run -------------------------------------------------------------------------
 
+@pytest.mark.usefixtures('no_figures')
 def test_a_run_prints_where_its_files_are(small, tmp_path, capsys):
     run, argv = tmp_path / 'run', [flag for flag in small if flag != '--no-plot']
     train.main([*argv, '--epochs', '2', '--save', str(run)])
@@ -708,7 +711,6 @@ def test_a_run_prints_where_its_files_are(small, tmp_path, capsys):
     assert printed.endswith(f'predictions.csv and their figures are in {run}\n')
     wrong = [int(row['error']) for row in read_csv(run / 'predictions.csv')]
     assert math.isclose(100 * np.mean(wrong), float(rows[-1]['error']), rel_tol=1e-5)
-    assert (run / 'confusion.png').stat().st_size > 5000
 
 
 def test_the_time_that_the_loop_waits_for_its_loader(tmp_path, monkeypatch, capsys):

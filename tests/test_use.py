@@ -29,6 +29,8 @@ import train
 from attic import to_safetensors
 from training import checkpoint, datasets, flags, loaders
 
+pytestmark = pytest.mark.usefixtures('no_figures')
+
 NARROW = dict(growth_rate=4, block_config=(2, 2), num_init_features=8)
 NARROW_FLAGS = ['--growth-rate', 4, '--block-config', 2, 2, '--init-features', 8, '--workers', 0,
                 '--batch-size', 4, '--device', 'cpu', '--no-plot']

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torchvision.transforms import v2
 
-AUTO_AUGMENT = {'randaugment': v2.RandAugment, 'trivialaugment': v2.TrivialAugmentWide}
+AUTO_AUGMENT = {'randaugment': 'RandAugment', 'trivialaugment': 'TrivialAugmentWide'}  # in v2
 
 
 @dataclass(frozen=True)
@@ -38,9 +37,11 @@ class Augmentation:
 
         Draws from torch's global generator. `mean`, C values in 0..255, fills erased regions.
         """
-        policy = AUTO_AUGMENT[self.auto_augment]() if self.auto_augment else None
-        if policy is None and not self.random_erasing:
+        if not self.auto_augment and not self.random_erasing:
             return None
+        from torchvision.transforms import v2  # here, because it is slow to import
+
+        policy = getattr(v2, AUTO_AUGMENT[self.auto_augment])() if self.auto_augment else None
         erase = {dtype: v2.RandomErasing(self.random_erasing, value=[v * scale for v in mean])
                  for dtype, scale in ((torch.uint8, 1), (torch.float32, 1 / 255))}
 

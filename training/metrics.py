@@ -14,7 +14,6 @@ are left out of means.
 import warnings
 
 import numpy as np
-from scipy.sparse import csr_array
 from scipy.special import expit, log_softmax, logsumexp, softmax
 
 RESAMPLES = 1000
@@ -76,6 +75,8 @@ def rank_metrics(scores, truth, weights):
     has_positive = np.logical_or.reduceat(positive, starts)
     starts = starts[np.append(True, has_positive[1:] | has_positive[:-1])]
 
+    from scipy.sparse import csr_array  # here, because it is slow to import
+
     def sums(values):  # [steps, R]
         shape = len(starts), len(weights)
         return csr_array((values, order, np.append(starts, len(order))), shape) @ weights
@@ -95,6 +96,8 @@ def decision_metrics(decisions, truth, weights):
 
     Shapes: decisions bool [N, C], truth [N, C], weights [N, R].
     """
+    from scipy.sparse import csr_array  # here, because it is slow to import
+
     count = lambda chosen: csr_array(chosen.astype(float)).T @ weights  # [C, R]
     positives, negatives = count(truth == 1), count(truth == 0)
     hits, false_alarms = count(decisions & (truth == 1)), count(decisions & (truth == 0))

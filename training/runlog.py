@@ -20,10 +20,10 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from importlib import metadata
 from pathlib import Path
 
 import torch
-import torchvision
 from tqdm import tqdm
 
 from training.console import UserError, say, warn
@@ -109,7 +109,8 @@ def write_record(directory, args, **settings):
         commit = None
     record = {'args': vars(args), **settings, 'git_commit': commit,
               'versions': {'python': platform.python_version(), 'torch': torch.__version__,
-                           'torchvision': torchvision.__version__, 'cuda': torch.version.cuda}}
+                           'torchvision': metadata.version('torchvision'),
+                           'cuda': torch.version.cuda}}
     (directory / 'args.json').write_text(json.dumps(record, indent=2))
 
 

@@ -50,6 +50,7 @@ def before_step(number, action):
         yield
 
 
+@pytest.mark.usefixtures('no_figures')
 @pytest.mark.parametrize('argv', [
     [], ['--no-cuda-graph'], ['--precision', 'fp16', '--drop-rate', '0.2', '--optimizer', 'adam'],
     ['--memory-efficient', '--deterministic', '--batch-size', '5']])
