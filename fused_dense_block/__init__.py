@@ -21,7 +21,8 @@ precision of its input and by mode; the first row that applies counts:
              modules, norms in another mode, torch.compile, export, fx, torch.func. Instead of this,
              transitions run 'pooled first': their modules, with the pooling before the convolution
 
-ImageNet's stem is fused in evaluation without gradients on CPUs ('eager').
+ImageNet's stem is fused in evaluation without gradients on CPUs: by the kernels, if the images or
+the weights are in channels_last, otherwise 'eager'.
 """
 
 from torch import nn

@@ -15,7 +15,7 @@ VERSION, DATA_PTR = attrgetter('_version'), torch.Tensor.data_ptr
 
 
 class Packed:
-    """The weights and statistics of a dense block or a transition as the CPU kernels read them.
+    """The weights and statistics of a fused module as the CPU kernels read them.
 
     What bumps the version counter of a tensor, replaces it or moves its memory is always noticed.
     Writes through `.data` or numpy and fused optimizers bump nothing: they are noticed if they
@@ -39,6 +39,7 @@ class Packed:
         halves = [(*half[:4], e, half[4]) for half, e in zip(zip(*[iter(tensors)] * 6), eps)]
         with no_autocast(tensors[0]):
             self.convs, self.owners = cpu.pack(halves, dtype)
+        self.dtype = dtype
         self.growth = sum(conv.outputs for conv in self.convs if conv.side == 3)
 
     def is_current(self, tensors):

@@ -109,6 +109,19 @@ def stem(features):
     return StemModules(modules['conv0'], modules['norm0'], modules['pool0'])
 
 
+def unusual_stem(stem):
+    """Why the CPU kernels can't run these StemModules, or None."""
+    expected = dict(kernel_size=(7, 7), stride=(2, 2), padding=(3, 3), dilation=(1, 1), groups=1,
+                    padding_mode='zeros')
+    expected_pool = dict(kernel_size=3, stride=2, padding=1, dilation=1, ceil_mode=False)
+    for name, module, attributes in (('conv0', stem.conv, expected),
+                                     ('pool0', stem.pool, expected_pool)):
+        for attribute, value in attributes.items():
+            if getattr(module, attribute) not in (value, (value, value)):
+                return f'{name}.{attribute} is not {value}'
+    return None
+
+
 def _children(module, name, expected, table=EXPECTED):
     """The children by name. If the norm includes the ReLU (timm), no relu child is expected."""
     found = module._modules
