@@ -325,6 +325,9 @@ class Plan:
             (norm._parameters, 'weight'), (norm._parameters, 'bias'),
             (norm._buffers, 'running_mean'), (norm._buffers, 'running_var'),
             (conv._parameters, 'weight'), (norm._buffers, 'num_batches_tracked'))]
+        self.packed_dicts = [
+            tensors for norm, conv in norm_convs
+            for tensors in (norm._parameters, norm._buffers, conv._parameters)]
         self.eps = [norm.eps for norm, _ in norm_convs]
         if kind is FusedBlock:
             self.layers = [
@@ -352,12 +355,11 @@ class Plan:
         Then there is no obstacle either, since there was none when it was made.
         """
         packed = None if self.reason else self.packed.get(self._key(x))
-        if packed and packed.is_current([t.get(name) for t, name in self.packed_places]):
-            return packed
-        return None
+        return packed if packed and packed.is_current() else None
 
     def pack(self, x):
-        packed = inference.Packed([tensors[name] for tensors, name in self.packed_places], self.eps,
+        packed = inference.Packed([tensors[name] for tensors, name in self.packed_places],
+                                  self.packed_dicts, self.eps,
                                   self.is_stem and autocast_dtype('cpu') or x.dtype)
         self.packed[self._key(x)] = packed
         return packed

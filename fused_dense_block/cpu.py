@@ -189,6 +189,8 @@ def evaluate_stem(conv, x):
 def _row_stride(x):
     """Elements from a pixel to the next, where x [N, C, H, W] lies in NHWC; else None."""
     n, c, h, w = x.shape
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return c
     strides = [(n, x.stride(0), h * w), (h, x.stride(2), w), (w, x.stride(3), 1)]
     used = [(stride, rows) for size, stride, rows in strides if size > 1]
     if not used:

@@ -3,6 +3,7 @@
 `halves` are modules.NormConvModules.
 """
 
+import gc
 import operator
 from operator import attrgetter
 
@@ -22,11 +23,13 @@ class Packed:
     change one of the 8 values of each tensor that are compared.
     """
 
-    def __init__(self, tensors, eps, dtype):
+    def __init__(self, tensors, dicts, eps, dtype):
         """`tensors`: for each convolution norm weight, bias, running mean and variance, kernel and
         num_batches_tracked: training with nn.BatchNorm2d bumps the version of this one alone.
+        `dicts`: the modules' dicts that have these tensors.
         """
-        self.tensors = tensors
+        self.tensors, self.dicts = tensors, dicts
+        self.values = gc.get_referents(*dicts)
         # Kept, so that no other tensor can get the same address.
         self.storages = [tensor.untyped_storage() for tensor in tensors]
         self.pointers = [*map(DATA_PTR, tensors)]
@@ -42,10 +45,14 @@ class Packed:
         self.dtype = dtype
         self.growth = sum(conv.outputs for conv in self.convs if conv.side == 3)
 
-    def is_current(self, tensors):
-        return (self.versions is not None and all(map(operator.is_, tensors, self.tensors))
-                and [*map(VERSION, tensors)] == self.versions
-                and [*map(DATA_PTR, tensors)] == self.pointers and self.sample() == self.sampled)
+    def is_current(self):
+        if self.versions is None:
+            return False
+        values = gc.get_referents(*self.dicts)  # in one call, all values of the dicts
+        return (len(values) == len(self.values) and all(map(operator.is_, values, self.values))
+                and [*map(VERSION, self.tensors)] == self.versions
+                and [*map(DATA_PTR, self.tensors)] == self.pointers
+                and self.sample() == self.sampled)
 
 
 def run_block(layers, x):

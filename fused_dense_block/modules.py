@@ -9,6 +9,7 @@ norm1, relu1, conv1 and, with bottleneck, norm2, relu2, conv2, in this order:
     MONAI              as torchxrayvision; the children of a layer are in its `layers`
 """
 
+import gc
 import itertools
 from operator import methodcaller
 from typing import NamedTuple
@@ -21,6 +22,8 @@ from torch.autograd import forward_ad
 STEM = 'conv0', 'norm0', 'relu0', 'pool0'
 VALUES = methodcaller('values')
 HOOKS = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
+# These names are private. If a torch version renames one, global hooks are ignored.
+GLOBAL_HOOKS = [getattr(nn.modules.module, f'_global{kind}', {}) for kind in HOOKS]
 
 # Expected class and attributes of each submodule, by name (digits stripped).
 EXPECTED = {
@@ -222,8 +225,8 @@ class Snapshot:
 
     def __init__(self, root, watched):
         self.root, self.modules = root, [module for _, module in watched]
-        self.attributes = [vars(module) for module in self.modules]
-        self.children = [module._modules for module in self.modules if module._modules]
+        self.dicts = [vars(module) for module in self.modules]
+        self.dicts += [module._modules for module in self.modules if module._modules]
         self.hooks = [getattr(module, kind) for module in self.modules for kind in HOOKS]
         self.classes = [vars(cls) for cls in {cls for module in (root, *self.modules)
                                               for cls in own_classes(module)}]
@@ -231,13 +234,13 @@ class Snapshot:
         self.state = self._state()
 
     def _state(self):
-        # Flat lists, made and compared in C, by identity first.
+        # Flat lists, made and compared in C, by identity first. gc.get_referents gives all values
+        # of many dicts in one call.
         root = [value for name, value in vars(self.root).items() if name not in ('path', 'reason')]
         return ([*map(type, self.modules)], [cls.forward for cls in self.torch_classes],
                 [*itertools.chain.from_iterable(map(VALUES, self.classes))],
-                [*itertools.chain.from_iterable(map(VALUES, self.attributes))],
-                [*itertools.chain.from_iterable(map(VALUES, self.children))],
-                [*self.root._modules.values()], [*map(bool, self.hooks)], root)
+                gc.get_referents(*self.dicts), [*self.root._modules.values()],
+                any(self.hooks) and [*map(bool, self.hooks)], root)
 
     def holds(self, root):
         try:
@@ -254,12 +257,10 @@ def is_traced(x):
 
 def transformed_or_hooked():
     """Transforms or global hooks, which need the modules one by one, or None."""
-    # These names are private. If a torch version renames one, transforms still raise, but global
-    # hooks are ignored.
+    # Also private, but without these, transforms raise.
     if (getattr(torch._C, '_are_functorch_transforms_active', lambda: False)()
             or getattr(forward_ad, '_current_level', -1) >= 0):
         return 'torch.func or forward-mode differentiation'
-    if any(getattr(nn.modules.module, f'_global_{kind}_hooks', None)
-           for kind in ('forward', 'forward_pre', 'backward', 'backward_pre')):
+    if any(GLOBAL_HOOKS):
         return 'global module hooks'
     return None

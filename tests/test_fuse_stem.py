@@ -98,7 +98,6 @@ UNUSUAL = {
     'conv0.kernel_size is not (7, 7)': dict(kernel_size=3, padding=1),
     'conv0.stride is not (2, 2)': dict(stride=1),
     'conv0.padding is not (3, 3)': dict(padding=2),
-    'conv0.dilation is not (1, 1)': dict(dilation=2),
     'conv0.padding_mode is not zeros': dict(padding_mode='reflect'),
 }
 
