@@ -325,9 +325,6 @@ class Plan:
             (norm._parameters, 'weight'), (norm._parameters, 'bias'),
             (norm._buffers, 'running_mean'), (norm._buffers, 'running_var'),
             (conv._parameters, 'weight'), (norm._buffers, 'num_batches_tracked'))]
-        self.packed_dicts = [
-            tensors for norm, conv in norm_convs
-            for tensors in (norm._parameters, norm._buffers, conv._parameters)]
         self.eps = [norm.eps for norm, _ in norm_convs]
         if kind is FusedBlock:
             self.layers = [
@@ -358,15 +355,13 @@ class Plan:
         return packed if packed and packed.is_current() else None
 
     def pack(self, x):
-        packed = inference.Packed([tensors[name] for tensors, name in self.packed_places],
-                                  self.packed_dicts, self.eps,
-                                  self.is_stem and autocast_dtype('cpu') or x.dtype)
+        dtype = self.is_stem and autocast_dtype('cpu') or x.dtype
+        packed = inference.Packed(self.packed_places, self.eps, dtype)
         self.packed[self._key(x)] = packed
         return packed
 
     def _key(self, x):
-        """All of x and the context that the obstacles depend on: a Packed has been made on a CPU.
-        """
+        """All of x and the context that obstacles depend on: a Packed has been made on a CPU."""
         return x.dtype, x.shape[1], autocast_dtype('cpu'), self.is_stem and is_channels_last(x)
 
     def obstacle(self, x):

@@ -23,13 +23,14 @@ class Packed:
     change one of the 8 values of each tensor that are compared.
     """
 
-    def __init__(self, tensors, dicts, eps, dtype):
-        """`tensors`: for each convolution norm weight, bias, running mean and variance, kernel and
-        num_batches_tracked: training with nn.BatchNorm2d bumps the version of this one alone.
-        `dicts`: the modules' dicts that have these tensors.
+    def __init__(self, places, eps, dtype):
+        """`places`: for each convolution (dict, name) of norm weight, bias, running mean and
+        variance, kernel and num_batches_tracked: training with nn.BatchNorm2d bumps the version of
+        this one alone.
         """
-        self.tensors, self.dicts = tensors, dicts
-        self.values = gc.get_referents(*dicts)
+        self.dicts = [*{id(tensors): tensors for tensors, _ in places}.values()]
+        self.values = gc.get_referents(*self.dicts)  # before another thread may replace a tensor
+        self.tensors = tensors = [tensors[name] for tensors, name in places]
         # Kept, so that no other tensor can get the same address.
         self.storages = [tensor.untyped_storage() for tensor in tensors]
         self.pointers = [*map(DATA_PTR, tensors)]

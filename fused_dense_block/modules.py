@@ -225,8 +225,9 @@ class Snapshot:
 
     def __init__(self, root, watched):
         self.root, self.modules = root, [module for _, module in watched]
-        self.dicts = [vars(module) for module in self.modules]
-        self.dicts += [module._modules for module in self.modules if module._modules]
+        # From Python 3.13 on, the values of an object's dict may belong to the object instead.
+        self.owners = [*self.modules, *map(vars, self.modules)]
+        self.owners += [module._modules for module in self.modules if module._modules]
         self.hooks = [getattr(module, kind) for module in self.modules for kind in HOOKS]
         self.classes = [vars(cls) for cls in {cls for module in (root, *self.modules)
                                               for cls in own_classes(module)}]
@@ -239,7 +240,7 @@ class Snapshot:
         root = [value for name, value in vars(self.root).items() if name not in ('path', 'reason')]
         return ([*map(type, self.modules)], [cls.forward for cls in self.torch_classes],
                 [*itertools.chain.from_iterable(map(VALUES, self.classes))],
-                gc.get_referents(*self.dicts), [*self.root._modules.values()],
+                gc.get_referents(*self.owners), [*self.root._modules.values()],
                 any(self.hooks) and [*map(bool, self.hooks)], root)
 
     def holds(self, root):
