@@ -44,7 +44,8 @@ FORK = multiprocessing.get_context('fork')  # of this process, which has importe
 def check_same_run(one, other):
     """The same weights, optimizer, counters and random state to the bit; the same CSV rows."""
     first, second = (checkpoint.load(run / 'latest.pth') for run in (one, other))
-    assert first.pop('digests') == second.pop('digests'), 'the images differ'
+    for text in ('digests', 'cpu_kernels'):
+        assert first.pop(text) == second.pop(text), f'the {text} differ'
     for saved in (first, second):
         del saved['optimizer']['param_groups'][0]['lr']  # set before each step
     torch.testing.assert_close(*({key: value for key, value in saved.items()

@@ -21,7 +21,8 @@ precision of its input, and on the mode; the first matching row applies:
              another mode, torch.compile, export, fx and torch.func. Transitions instead run
              'pooled first': their own modules, with the pooling before the convolution
 
-ImageNet's stem is fused in evaluation without gradients on CPUs ('eager').
+ImageNet's stem is fused in evaluation without gradients on CPUs: by the kernels, if the images or
+the weights are in channels_last, otherwise 'eager'.
 """
 
 from torch import nn

@@ -27,7 +27,7 @@ class Fused:
     path = reason = None
     _fused = None  # a `State`, set by fuse; a slice of a fused nn.Sequential has none
     unfused_path = 'layers'
-    trains = kernels = True  # whether training is fused, and whether there are kernels
+    trains = True  # whether training is fused
 
     def forward(self, x):
         path, reason, plan = self._choose(x)
@@ -59,6 +59,9 @@ class Fused:
             obstacle = plan.obstacle(x)
             if obstacle:
                 return 'layers', obstacle, None
+            obstacle = evaluates and plan.why_no_stem_kernel(x)
+            if obstacle:
+                return 'eager', obstacle, plan
         return path, reason, (packed or plan.pack(x)) if evaluates else plan
 
     def choose_by_table(self, x):
@@ -166,7 +169,7 @@ class FusedTransition(Fused):
 class FusedFeatures(Fused):
     """An nn.Sequential that begins with ImageNet's stem."""
 
-    trains = kernels = False
+    trains = False
     read = staticmethod(modules.stem)
     norm_convs = staticmethod(lambda stem: [modules.NormConvModules(stem.norm, stem.conv)])
     in_channels = staticmethod(lambda stem: stem.conv.in_channels)
@@ -175,10 +178,16 @@ class FusedFeatures(Fused):
     def choose_by_table(self, x):
         if self.training or torch.is_grad_enabled() or x.device.type != 'cpu':
             return 'layers', 'the stem is fused in evaluation without gradients on a CPU'
-        return 'eager', None
+        if not self._fused.kernels:
+            return 'eager', 'fused with kernels=False'
+        reason = cpu.why_not_dtype(autocast_dtype(x.device.type) or x.dtype)
+        return 'kernels' if reason is None else 'eager', reason
 
     def run(self, ops, plan, x):
-        x = inference.run_stem(plan.parts, x)
+        if ops is cpu:
+            x = cpu.evaluate_stem(plan.convs, x.to(plan.dtype))
+        else:
+            x = inference.run_stem(plan.parts, x)
         for name, module in self._modules.items():
             if name not in modules.STEM:
                 x = module(x)
@@ -208,6 +217,13 @@ def unfuse(module):
     for name in {'_fused', 'path', 'reason'} & vars(module).keys():
         delattr(module, name)
     return module
+
+
+def autocast_dtype(device):
+    """The dtype of autocast on this type of device, or None."""
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
 
 
 _classes = {}
@@ -295,7 +311,7 @@ class Plan:
         self.parts = kind.read(module)
         norm_convs = kind.norm_convs(self.parts)
         self.channels = kind.in_channels(self.parts)
-        self.casts = kind is FusedFeatures  # under autocast, its convolution takes any precision
+        self.is_stem = kind is FusedFeatures
         # (dict, name) instead of the tensors, because torch.func.functional_call swaps them.
         self.parameter_places = [place for norm, conv in norm_convs for place in (
             (norm._parameters, 'weight'), (norm._parameters, 'bias'), (conv._parameters, 'weight'))]
@@ -338,21 +354,17 @@ class Plan:
         If it is, there is no obstacle, since there was none when it was packed.
         """
         packed = None if self.reason else self.packed.get(self._key(x))
-        if packed and packed.is_current([t.get(name) for t, name in self.packed_places]):
-            return packed
-        return None
+        return packed if packed and packed.is_current() else None
 
     def pack(self, x):
-        packed = inference.Packed([tensors[name] for tensors, name in self.packed_places], self.eps,
-                                  x.dtype)
+        dtype = self.is_stem and autocast_dtype('cpu') or x.dtype
+        packed = inference.Packed(self.packed_places, self.eps, dtype)
         self.packed[self._key(x)] = packed
         return packed
 
-    @staticmethod
-    def _key(x):
-        """All of x and the context that `obstacle` depends on: a Packed has been made on a CPU."""
-        autocast = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else None
-        return x.dtype, x.shape[1], autocast
+    def _key(self, x):
+        """All of x and the context that obstacles depend on: a Packed has been made on a CPU."""
+        return x.dtype, x.shape[1], autocast_dtype('cpu'), self.is_stem and is_channels_last(x)
 
     def obstacle(self, x):
         """Why x can't take a fused path, or None."""
@@ -371,13 +383,29 @@ class Plan:
             return f'an input of {x.shape[1]} channels instead of {self.channels}'
         if {*map(DEVICE, tensors)} != {x.device}:
             return 'weights on another device'
-        if self.casts:
+        if self.is_stem:  # under autocast, its convolution takes any precision
             return None
-        dtypes, device = set(map(DTYPE, tensors)), x.device.type
-        autocast = None
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            autocast = torch.get_autocast_dtype(device)
+        dtypes, autocast = set(map(DTYPE, tensors)), autocast_dtype(x.device.type)
         precision = {torch.float32: autocast or torch.float32, torch.float64: torch.float64}
         if len(dtypes) != 1 or x.dtype != precision.get(*dtypes):
             return f'input of {x.dtype}, weights of {", ".join(map(str, dtypes))}'
         return None
+
+    def why_no_stem_kernel(self, x):
+        """Why the stem, if this is one, runs without kernels, or None. `obstacle` is None."""
+        if not self.is_stem:
+            return None
+        reason = modules.unusual_stem(self.parts)
+        if reason:
+            return reason
+        weight = self.parts.conv.weight
+        if not is_channels_last(x) and not is_channels_last(weight):
+            return 'the images and the weights are not in channels_last'
+        dtypes = {tensors[name].dtype for tensors, name in self.places}
+        if dtypes != {torch.float32} or x.dtype not in (torch.float32, autocast_dtype('cpu')):
+            return f'images of {x.dtype}, weights of {", ".join(map(str, dtypes))}'
+        return None
+
+
+def is_channels_last(x):
+    return x.is_contiguous(memory_format=torch.channels_last)

@@ -145,9 +145,9 @@ template <class... M> INLINE void store(bf16 *p, vec v, M... m) {
 INLINE vec unless_negative(vec condition, vec v) { return condition <= 0 ? vec{} : v; }
 
 INLINE vec keep_lanes(vec v, long n) {  // the first n; the others become 0
-    if (n >= LANES) return v;
-    for (long i = std::max(n, 0L); i < LANES; i++) v[i] = 0;
-    return v;
+    uvec lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    return (vec)((uvec)v & (uvec)(lane < uint32_t(std::max(n, 0L))));
 }
 
 // Up to 3 vectors of columns, from `first`.
@@ -846,7 +846,8 @@ constexpr int ROWS = LANES == 16 ? 8 : 6, VECTORS = 2, PANEL = VECTORS * LANES;
 constexpr long EVALUATION_TILE = 48;  // pixels, at most TILE; they stay in L2
 constexpr long RUN_WORDS = 384;       // of a pixel, at once: such a part of a panel stays in L1
 
-// A convolution and the norm and ReLU before it. The vectors are padded with zeros to whole panels.
+// A convolution and the norm and ReLU before it, in the stem after it. The vectors are padded with
+// zeros to whole panels.
 struct PackedConv {
     const float *mean, *scale, *bias;
     const uint32_t *kernel;  // see pack_panels
@@ -860,7 +861,7 @@ struct Runs { long count, words, stride; };  // stride: words from a run to the 
 // What a convolution reads of a pixel. A 3x3 kernel reads whole vectors of channels.
 template <class T> long words_of_pixel(long taps, long channels) {
     constexpr int PAIR = Product<T>::PAIR;
-    return taps * round_up(channels, taps == 1 ? PAIR : LANES) / PAIR;
+    return taps * round_up(channels, taps == 9 ? LANES : PAIR) / PAIR;
 }
 
 // The kernel [O, taps, C] as panel after panel of columns, in a panel a row for each word.
@@ -963,7 +964,7 @@ template <int N, class Body> INLINE void with_constant(long n, Body body) {
     body(std::integral_constant<int, N>{});
 }
 
-// Calls finish(row, column, sums) for each vector of sums of a tile of n pixels.
+// Calls finish(column, width, sums [n, width]) for each panel of a tile of n pixels.
 template <class T, class Finish>
 INLINE void product_panels(const uint32_t *const *rows, long n, const Runs &runs, long words,
                            const PackedConv &conv, Range panels, Finish finish) {
@@ -985,10 +986,21 @@ INLINE void product_panels(const uint32_t *const *rows, long n, const Runs &runs
                     });
                 });
             }
-        for (long r = 0; r < n; r++)
-            for (long j = 0; j < width; j += LANES)
-                finish(r, column + j, load(sums + r * width + j));
+        finish(column, width, sums);
     }
+}
+
+// z[row + r][column:] = sums[r] for n rows.
+template <class T>
+INLINE void store_panel(const Map<T> &z, long row, long n, const PackedConv &conv, long column,
+                        long width, const float *sums) {
+    const bool whole = column + width <= conv.outputs;
+    for (long r = 0; r < n; r++, sums += width)
+        for (long j = 0; j < width; j += LANES) {
+            T *p = z.row(row + r) + column + j;
+            if (whole) store(p, load(sums + j));
+            else store(p, load(sums + j), first_lanes(conv.outputs - column - j));
+        }
 }
 
 // The rows and columns of one member of a team. The grid of members minimizes the largest part.
@@ -1005,6 +1017,26 @@ Part part_of_member(long rows, long panels, int member, int members) {
             share_of_thread(panels, 1, member % best, best)};
 }
 
+// As norm_relu_tile, for all channels of n pixels, but row by row: rows are so far apart that the
+// hardware does not foresee the next one.
+template <bool POOL, class T, class E>
+INLINE void norm_relu_rows(const Input<T> &in, const Pixels<POOL> &pixels, long n, E *y, long ldy) {
+    const long channels = in.shape.channels, whole = channels / LANES * LANES, ahead = 4;
+    for (long r = 0; r < n; r++) {
+        const T *x = in.x.row(pixels[r]);
+        const T *later = in.x.row(pixels[POOL ? std::min(r + ahead, n - 1) : r + ahead]);
+        prefetch(later, POOL ? in.x.ld + channels : channels);
+        if (POOL) prefetch(later + in.shape.width * in.x.ld, in.x.ld + channels);
+        auto vector = [&](long c, long lanes) __attribute__((always_inline)) {
+            const NormVectors norm = load_norm(in.norm, c, first_lanes(LANES));
+            store(y + r * ldy + c, norm_relu<POOL>(x + c, in.x.ld, in.shape.width, norm,
+                                                   first_lanes(lanes)));
+        };
+        for (long c = 0; c < whole; c += LANES) vector(c, LANES);
+        if (whole < channels) vector(whole, channels - whole);
+    }
+}
+
 // Calls body(row, n) for tile after tile of nearly the same size.
 template <class Body> INLINE void for_tiles(Range rows, Body body) {
     const long n = rows.end - rows.begin, tiles = (n + EVALUATION_TILE - 1) / EVALUATION_TILE;
@@ -1012,21 +1044,22 @@ template <class Body> INLINE void for_tiles(Range rows, Body body) {
         body(rows.begin + n * i / tiles, n * (i + 1) / tiles - n * i / tiles);
 }
 
-// finish(row, column, sums), as above, with start(row, n) for each tile before.
-template <class T, bool POOL, class Start, class Finish>
-void evaluate_1x1(const Input<T> &in, const PackedConv &conv, const Part &part, Start start,
-                  Finish finish) {
+// Calls finish(row, n, column, width, sums), as above, for the tiles of n pixels from `row` on.
+template <class T, bool POOL, class Finish>
+void evaluate_1x1(const Input<T> &in, const PackedConv &conv, const Part &part, Finish finish) {
     typedef typename Product<T>::Element E;
     const long words = words_of_pixel<T>(1, conv.channels);
     const long ld = round_up(conv.channels, LANES) + 64 / sizeof(E);
     const Runs runs = {(words + RUN_WORDS - 1) / RUN_WORDS, RUN_WORDS, RUN_WORDS};
     E *y = input_buffer.get<E>(EVALUATION_TILE * ld);
     for_tiles(part.rows, [&](long row, long n) {
-        norm_relu_tile(in, Pixels<POOL>(in.shape, row), n, 0, conv.channels, y, ld);
+        norm_relu_rows(in, Pixels<POOL>(in.shape, row), n, y, ld);
         const uint32_t *rows[EVALUATION_TILE];
         for (long r = 0; r < n; r++) rows[r] = (const uint32_t *)(y + r * ld);
-        start(row, n);
-        product_panels<T>(rows, n, runs, words, conv, part.panels, finish);
+        product_panels<T>(rows, n, runs, words, conv, part.panels,
+                          [&](long column, long width, const float *sums) {
+                              finish(row, n, column, width, sums);
+                          });
     });
 }
 
@@ -1043,8 +1076,8 @@ void evaluate_3x3(const Bordered<typename Product<T>::Element> &y, const PackedC
         y.pixels(row, n, pixels);
         for (long r = 0; r < n; r++) rows[r] = (const uint32_t *)(pixels[r] - line - y.pitch);
         product_panels<T>(rows, n, runs, 3 * runs.words, conv, part.panels,
-                          [&](long r, long o, vec sums) __attribute__((always_inline)) {
-                              store(z.row(row + r) + o, sums, first_lanes(conv.outputs - o));
+                          [&](long column, long width, const float *sums) {
+                              store_panel(z, row, n, conv, column, width, sums);
                           });
     });
 }
@@ -1119,12 +1152,16 @@ void evaluate_layers(const Block &block, Map<const T> x, Map<T> features, long i
         if (bottleneck) {
             evaluate_1x1<T, false>(
                 in, conv1, team.part(rows, conv1),
-                [&](long row, long n) { y.pixels(row, n, pixels); },
-                [&](long r, long o, vec sums) __attribute__((always_inline)) {
+                [&](long row, long n, long column, long width, const float *sums) {
                     const Norm norm = last.norm();
-                    vec v = (sums - load(norm.mean + o)) * load(norm.scale + o)
-                            + load(norm.bias + o);
-                    store(pixels[r] + o, keep_lanes(unless_negative(v, v), last.channels - o));
+                    y.pixels(row, n, pixels);
+                    for (long r = 0; r < n; r++, sums += width)
+                        for (long j = 0, o = column; j < width; j += LANES, o += LANES) {
+                            vec v = (load(sums + j) - load(norm.mean + o)) * load(norm.scale + o)
+                                    + load(norm.bias + o);
+                            v = keep_lanes(unless_negative(v, v), last.channels - o);
+                            store(pixels[r] + o, v);
+                        }
                 });
         } else {
             for_tiles(mine, [&](long row, long n) {
@@ -1132,8 +1169,8 @@ void evaluate_layers(const Block &block, Map<const T> x, Map<T> features, long i
                 for (long r = 0, next; r < n; r = next) {  // the part of a line
                     for (next = r + 1; next < n && pixels[next] == pixels[next - 1] + y.pitch;)
                         next++;
-                    norm_relu_tile(in, Pixels<false>(shape, row + r), next - r, 0, channels,
-                                   pixels[r], y.pitch);
+                    norm_relu_rows(in, Pixels<false>(shape, row + r), next - r, pixels[r],
+                                   y.pitch);
                 }
             });
         }
@@ -1172,13 +1209,127 @@ void evaluate_block(const Block &block, Map<const T> x, Map<T> features, long im
 template <class T>
 void evaluate_transition(const Input<T> &in, const PackedConv &conv, Map<T> z, int threads) {
     parallel(threads, [&](int thread, int team) {
-        long first = 0;
         evaluate_1x1<T, true>(
             in, conv, part_of_member(in.shape.rows(), conv.panels(), thread, team),
-            [&](long row, long) { first = row; },
-            [&](long r, long o, vec sums) __attribute__((always_inline)) {
-                store(z.row(first + r) + o, sums, first_lanes(conv.outputs - o));
+            [&](long row, long n, long column, long width, const float *sums) {
+                store_panel(z, row, n, conv, column, width, sums);
             });
+    });
+}
+
+// ---- Evaluation: ImageNet's stem, from images in any layout ----
+
+// A 7x7 convolution with stride 2 and padding 3, norm, ReLU, and a 3x3 max-pool with stride 2 and
+// padding 1. What a pixel of the convolution reads is seven runs of memory.
+template <class T> struct Stem {
+    typedef typename Product<T>::Element E;
+
+    const PackedConv &conv;  // its norm is the one after it
+    const T *x;
+    const long *strides;  // of x [N, C, H, W]
+    long height, width;
+    Map<T> z;
+
+    long pitch() const { return round_up(conv.channels, Product<T>::PAIR); }
+    long line_size() const { return (width + 6) * pitch(); }
+    // Of the convolution, and of its lines with a border of zeros.
+    long lines() const { return (height + 1) / 2; }
+    long columns() const { return (width + 1) / 2; }
+    long normed_size() const { return (columns() + 2) * round_up(conv.outputs, LANES); }
+    long out_height() const { return (lines() + 1) / 2; }
+    long out_width() const { return (columns() + 1) / 2; }
+
+    // A line of an image in NHWC, or one of zeros above or below it, with three pixels of zeros
+    // on the left and on the right, and channels of zeros to whole pairs.
+    void pad_line(long image, long line, E *out) const {
+        memset(out, 0, line_size() * sizeof(E));
+        if (line < 0 || line >= height) return;
+        for (long c = 0; c < conv.channels; c++) {
+            const T *p = x + image * strides[0] + c * strides[1] + line * strides[2];
+            for (long i = 0; i < width; i++) {
+                E &value = out[(i + 3) * pitch() + c];
+                if constexpr (std::is_same_v<T, E>) {
+                    value = p[i * strides[3]];
+                } else {
+                    const uint32_t bits = uint32_t(p[i * strides[3]].bits) << 16;
+                    memcpy(&value, &bits, sizeof bits);
+                }
+            }
+        }
+    }
+
+    // A line of relu(norm(convolution)), from seven padded lines of the image.
+    void conv_line(const E *padded, float *normed) const {
+        constexpr int PAIR = Product<T>::PAIR;
+        const long ld = round_up(conv.outputs, LANES);
+        const Runs runs = {7, 7 * pitch() / PAIR, line_size() / PAIR};
+        for_tiles({0, columns()}, [&](long first, long n) {
+            const uint32_t *rows[EVALUATION_TILE];
+            for (long r = 0; r < n; r++)
+                rows[r] = (const uint32_t *)(padded + 2 * (first + r) * pitch());
+            product_panels<T>(
+                rows, n, runs, 7 * runs.words, conv, {0, conv.panels()},
+                [&](long column, long width, const float *sums) {
+                    const Norm norm = conv.norm();
+                    float *out = normed + (first + 1) * ld;
+                    for (long r = 0; r < n; r++, out += ld, sums += width)
+                        for (long j = 0, o = column; j < width; j += LANES, o += LANES) {
+                            vec v = (load(sums + j) - load(norm.mean + o)) * load(norm.scale + o)
+                                    + load(norm.bias + o);
+                            store(out + o, unless_negative(v, v));
+                        }
+                });
+        });
+    }
+
+    // z[row], z[row + 1], ...: the maxima over three lines. No value is negative, so that their
+    // order is the one of their bits, in which NaN is the largest and the border of zeros is least.
+    void pool_line(const float *const (&lines)[3], long row) const {
+        const long ld = round_up(conv.outputs, LANES);
+        for (long i = 0; i < out_width(); i++)
+            for (long o = 0; o < conv.outputs; o += LANES) {
+                uvec most = {};
+                for (const float *line : lines)
+                    for (long j = 2 * i; j < 2 * i + 3; j++) {
+                        uvec bits = load_bits<uvec>(line + j * ld + o);
+                        most = bits > most ? bits : most;
+                    }
+                store(z.row(row + i) + o, (vec)most, first_lanes(conv.outputs - o));
+            }
+    }
+
+    // Some lines of the output of one image.
+    void run(long image, Range out) const {
+        const long first = std::max(0L, 2 * out.begin - 1), end = std::min(lines(), 2 * out.end);
+        const long count = 2 * (end - first) + 5;
+        E *padded = padded_buffer.get<E>(count * line_size());
+        for (long i = 0; i < count; i++)
+            pad_line(image, 2 * first - 3 + i, padded + i * line_size());
+        // The last three lines of the convolution, and one of zeros that stands for any border.
+        float *normed = output_buffer.get<float>(4 * normed_size());
+        memset(normed, 0, 4 * normed_size() * sizeof(float));
+        auto at = [&](long line) {
+            return normed + (line < 0 || line >= lines() ? 3 : line % 3) * normed_size();
+        };
+        long next = first;
+        for (long line = out.begin; line < out.end; line++) {
+            for (; next < std::min(end, 2 * line + 2); next++)
+                conv_line(padded + 2 * (next - first) * line_size(), at(next));
+            pool_line({at(2 * line - 1), at(2 * line), at(2 * line + 1)},
+                      (image * out_height() + line) * out_width());
+        }
+    }
+};
+
+template <class T> void evaluate_stem(const Stem<T> &stem, long images, int threads) {
+    const long height = stem.out_height();
+    parallel(threads, [&](int thread, int team) {
+        Range mine = share_of_thread(images * height, 1, thread, team);
+        for (long line = mine.begin, end; line < mine.end; line = end) {
+            const long image = line / height;
+            end = std::min(mine.end, (image + 1) * height);
+            stem.run(image, {line - image * height, end - image * height});
+        }
     });
 }
 
@@ -1279,6 +1430,11 @@ void evaluate_pooled_conv(const PackedConv *conv, const MAP *x, long ldx, long i
                           long width, MAP *z, long ldz, long threads) {
     Shape shape = {images, height, width, conv->channels, conv->outputs, 1, true};
     evaluate_transition<MAP>({{x, ldx}, conv->norm(), shape}, *conv, {z, ldz}, threads);
+}
+
+void evaluate_stem_conv(const PackedConv *conv, const MAP *x, const long *strides, long images,
+                        long height, long width, MAP *z, long ldz, long threads) {
+    evaluate_stem<MAP>({*conv, x, strides, height, width, {z, ldz}}, images, threads);
 }
 
 }  // extern "C"

@@ -24,13 +24,17 @@ path = 'kernels'
 
 def why_not(x):
     """Why the other functions do not take x as maps, or None."""
-    if x.dtype not in TYPES:
-        return f'no kernels for {x.dtype}'
+    return why_not_dtype(x.dtype) or (None if _row_stride(x) is not None else
+                                      'the input is not in channels_last')
+
+
+def why_not_dtype(dtype):
+    """Why there are no kernels for maps of dtype, or None."""
+    if dtype not in TYPES:
+        return f'no kernels for {dtype}'
     if torch._C._len_torch_dispatch_stack():  # such as FakeTensorMode, whose tensors have no memory
         return 'a TorchDispatchMode is active'
-    if _row_stride(x) is None:
-        return 'the input is not in channels_last'
-    return unavailable_reason(x.dtype)
+    return unavailable_reason(dtype)
 
 
 def new_maps(x, channels, size=None):
@@ -100,7 +104,7 @@ def complete(total, maps, a, b):
 # ---- Evaluation ----
 
 class PackedConv(ctypes.Structure):
-    """A convolution, and the norm before it, as the library reads them: pointers and sizes."""
+    """A convolution and its norm as the library reads them: pointers and sizes."""
 
     _fields_ = [(name, ctypes.c_void_p) for name in ('mean', 'scale', 'bias', 'kernel')]
     _fields_ += [(name, ctypes.c_long) for name in ('channels', 'outputs', 'side')]
@@ -118,9 +122,9 @@ def pack(halves, dtype):
     packed, owners = [], []
     for weight, bias, mean, var, eps, kernel in halves:
         o, c, *_ = kernel.shape
-        vectors = torch.zeros(3, c + 64, dtype=torch.float32, device='cpu')
+        vectors = torch.zeros(3, len(mean) + 64, dtype=torch.float32, device='cpu')
         for vector, value in zip(vectors, (mean, weight * (var + eps).rsqrt(), bias)):
-            vector[:c] = value
+            vector[:len(mean)] = value
         kernel = kernel.contiguous(memory_format=torch.channels_last)
         arguments = kernel, o, kernel[0, 0].numel(), c
         words = torch.empty(_call('pack', dtype, *arguments, None), dtype=torch.int32, device='cpu')
@@ -158,11 +162,22 @@ def evaluate_transition(conv, x):
     return out
 
 
+def evaluate_stem(conv, x):
+    """Images [N, C, H, W] in any layout -> maps [N, outputs, ...] after the max-pool."""
+    n, _, h, w = x.shape
+    out = new_maps(x, conv[0].outputs, ((h + 3) // 4, (w + 3) // 4))
+    _call('evaluate_stem_conv', x.dtype, conv, x, (ctypes.c_long * 4)(*x.stride()), n, h, w,
+          *_map(out))
+    return out
+
+
 # ---- Tensors as arguments ----
 
 def _row_stride(x):
     """Elements from a pixel to the next, where x [N, C, H, W] lies in NHWC; else None."""
     n, c, h, w = x.shape
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return c
     strides = [(n, x.stride(0), h * w), (h, x.stride(2), w), (w, x.stride(3), 1)]
     used = [(stride, rows) for size, stride, rows in strides if size > 1]
     if not used:

@@ -3,6 +3,7 @@
 `halves` are modules.NormConvModules.
 """
 
+import gc
 import operator
 from operator import attrgetter
 
@@ -15,18 +16,21 @@ VERSION, DATA_PTR = attrgetter('_version'), torch.Tensor.data_ptr
 
 
 class Packed:
-    """The weights and statistics of a dense block or a transition as the CPU kernels read them.
+    """The weights and statistics of a fused module as the CPU kernels read them.
 
     What bumps the version counter of a tensor, replaces it or moves its memory is always noticed.
     Writes through `.data` or numpy and fused optimizers bump nothing: they are noticed if they
     change one of the 8 values of each tensor that are compared.
     """
 
-    def __init__(self, tensors, eps, dtype):
-        """`tensors`: for each convolution norm weight, bias, running mean and variance, kernel and
-        num_batches_tracked: training with nn.BatchNorm2d bumps the version of this one alone.
+    def __init__(self, places, eps, dtype):
+        """`places`: for each convolution (dict, name) of norm weight, bias, running mean and
+        variance, kernel and num_batches_tracked: training with nn.BatchNorm2d bumps the version of
+        this one alone.
         """
-        self.tensors = tensors
+        self.dicts = [*{id(tensors): tensors for tensors, _ in places}.values()]
+        self.values = gc.get_referents(*self.dicts)  # before another thread may replace a tensor
+        self.tensors = tensors = [tensors[name] for tensors, name in places]
         # Kept, so that no other tensor can get the same address.
         self.storages = [tensor.untyped_storage() for tensor in tensors]
         self.pointers = [*map(DATA_PTR, tensors)]
@@ -39,12 +43,17 @@ class Packed:
         halves = [(*half[:4], e, half[4]) for half, e in zip(zip(*[iter(tensors)] * 6), eps)]
         with no_autocast(tensors[0]):
             self.convs, self.owners = cpu.pack(halves, dtype)
+        self.dtype = dtype
         self.growth = sum(conv.outputs for conv in self.convs if conv.side == 3)
 
-    def is_current(self, tensors):
-        return (self.versions is not None and all(map(operator.is_, tensors, self.tensors))
-                and [*map(VERSION, tensors)] == self.versions
-                and [*map(DATA_PTR, tensors)] == self.pointers and self.sample() == self.sampled)
+    def is_current(self):
+        if self.versions is None:
+            return False
+        values = gc.get_referents(*self.dicts)  # in one call, all values of the dicts
+        return (len(values) == len(self.values) and all(map(operator.is_, values, self.values))
+                and [*map(VERSION, self.tensors)] == self.versions
+                and [*map(DATA_PTR, self.tensors)] == self.pointers
+                and self.sample() == self.sampled)
 
 
 def run_block(layers, x):

@@ -48,7 +48,9 @@ def description(dtype):
 
     Results are bit-identical only with the same description.
     """
-    return None if unavailable_reason(dtype) else load(dtype)[0].description().decode()
+    if dtype not in TYPES or unavailable_reason(dtype):
+        return None
+    return load(dtype)[0].description().decode()
 
 
 @functools.cache

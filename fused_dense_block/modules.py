@@ -9,6 +9,7 @@ norm1, relu1, conv1 and, with bottleneck, norm2, relu2, conv2, in this order:
     MONAI              like torchxrayvision; the children of a layer are in its `layers`
 """
 
+import gc
 import itertools
 from operator import methodcaller
 from typing import NamedTuple
@@ -21,6 +22,8 @@ from torch.autograd import forward_ad
 STEM = 'conv0', 'norm0', 'relu0', 'pool0'
 VALUES = methodcaller('values')
 HOOKS = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
+# These names are private. If a torch version renames one, global hooks are ignored.
+GLOBAL_HOOKS = [getattr(nn.modules.module, f'_global{kind}', {}) for kind in HOOKS]
 
 # Expected class and attributes of each submodule, by name (digits stripped).
 EXPECTED = {
@@ -107,6 +110,19 @@ def stem(features):
     modules = _children(first, '', STEM, EXPECTED_STEM)
     _check_channels('norm0', modules['norm0'], modules['conv0'].out_channels)
     return StemModules(modules['conv0'], modules['norm0'], modules['pool0'])
+
+
+def unusual_stem(stem):
+    """Why the CPU kernels can't run these StemModules, or None."""
+    expected = dict(kernel_size=(7, 7), stride=(2, 2), padding=(3, 3), dilation=(1, 1), groups=1,
+                    padding_mode='zeros')
+    expected_pool = dict(kernel_size=3, stride=2, padding=1, dilation=1, ceil_mode=False)
+    for name, module, attributes in (('conv0', stem.conv, expected),
+                                     ('pool0', stem.pool, expected_pool)):
+        for attribute, value in attributes.items():
+            if getattr(module, attribute) not in (value, (value, value)):
+                return f'{name}.{attribute} is not {value}'
+    return None
 
 
 def _children(module, name, expected, table=EXPECTED):
@@ -209,8 +225,9 @@ class Snapshot:
 
     def __init__(self, root, watched):
         self.root, self.modules = root, [module for _, module in watched]
-        self.attributes = [vars(module) for module in self.modules]
-        self.children = [module._modules for module in self.modules if module._modules]
+        # From Python 3.13 on, the values of an object's dict may belong to the object instead.
+        self.owners = [*self.modules, *map(vars, self.modules)]
+        self.owners += [module._modules for module in self.modules if module._modules]
         self.hooks = [getattr(module, kind) for module in self.modules for kind in HOOKS]
         self.classes = [vars(cls) for cls in {cls for module in (root, *self.modules)
                                               for cls in own_classes(module)}]
@@ -218,13 +235,13 @@ class Snapshot:
         self.state = self._state()
 
     def _state(self):
-        # Flat lists, built and compared in C, by identity first.
+        # Flat lists, built and compared in C, by identity first. gc.get_referents gives all values
+        # of many dicts in one call.
         root = [value for name, value in vars(self.root).items() if name not in ('path', 'reason')]
         return ([*map(type, self.modules)], [cls.forward for cls in self.torch_classes],
                 [*itertools.chain.from_iterable(map(VALUES, self.classes))],
-                [*itertools.chain.from_iterable(map(VALUES, self.attributes))],
-                [*itertools.chain.from_iterable(map(VALUES, self.children))],
-                [*self.root._modules.values()], [*map(bool, self.hooks)], root)
+                gc.get_referents(*self.owners), [*self.root._modules.values()],
+                any(self.hooks) and [*map(bool, self.hooks)], root)
 
     def holds(self, root):
         try:
@@ -241,11 +258,10 @@ def is_traced(x):
 
 def transformed_or_hooked():
     """Active transforms or global hooks, which need the modules one by one, or None."""
-    # Private names. If torch renames one, transforms still raise, but global hooks are ignored.
+    # Private names too; if torch renames these, transforms still raise.
     if (getattr(torch._C, '_are_functorch_transforms_active', lambda: False)()
             or getattr(forward_ad, '_current_level', -1) >= 0):
         return 'torch.func or forward-mode differentiation'
-    if any(getattr(nn.modules.module, f'_global_{kind}_hooks', None)
-           for kind in ('forward', 'forward_pre', 'backward', 'backward_pre')):
+    if any(GLOBAL_HOOKS):
         return 'global module hooks'
     return None
