@@ -291,6 +291,7 @@ def main(argv=None):
         if args.evaluate:
             checkpoint.check_finite(model, args.resume or args.pretrained or args.arch)
         model = prepare_model(model, args, device)
+        networks.warn_of_slow_bf16(model, device, precision)
         if args.evaluate:
             evaluate_and_report(model, dataset, device, autocast, args)
             return

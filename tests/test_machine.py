@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+from training import networks
 from training.console import UserError
 from training.device import choose_device
 
@@ -115,3 +116,14 @@ def test_openmp_threads_wait_passively_unless_the_user_wants_otherwise(given, po
     assert policies and set(policies) == {policy.upper()}
     for count in re.findall(r"GOMP_SPINCOUNT = '(\w+)'", ended.stderr):
         assert re.fullmatch(spins, count)
+
+
+@pytest.mark.parametrize('kernels, instructions, precision, warns', [
+    ('avx2 fma', False, 'bf16', False), (None, True, 'bf16', False), (None, False, 'fp32', False),
+    (None, False, 'bf16', True)])
+def test_bf16_without_kernels_and_instructions_is_a_warning(
+        kernels, instructions, precision, warns, monkeypatch, capsys):
+    monkeypatch.setattr(networks, 'cpu_kernels', lambda *_: kernels)
+    monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: instructions)
+    networks.warn_of_slow_bf16(None, torch.device('cpu'), precision)
+    assert ('--precision fp32' in capsys.readouterr().err) == warns

@@ -93,3 +93,15 @@ def warn_of_other_kernels(saved, now):
     if before and before != now and distributed.rank() == 0:
         warn(f'trained so far with CPU kernels for {before}, and from now on for {now or "none"}: '
              f'results will differ in the last bits')
+
+
+def warn_of_slow_bf16(model, device, precision):
+    """Warn if bf16 has neither CPU kernels nor instructions.
+
+    torch 2.14 then multiplies bf16 by a plain loop (pytorch/pytorch#146508): on AVX2, convolutions
+    took 10 to 40 times as long as in fp32.
+    """
+    if (precision == 'bf16' and device.type == 'cpu' and not cpu_kernels(model, device, precision)
+            and not torch.ops.mkldnn._is_mkldnn_bf16_supported() and distributed.rank() == 0):
+        warn('this CPU has no bf16 instructions, and without the CPU kernels bf16 can take many '
+             'times as long as --precision fp32')
