@@ -145,8 +145,8 @@ def learning_rate(args, epoch, done=0.0):
 
     cosine: from --lr to 0 over all epochs.
     multistep: divided by 10 at 50% and 75% of the epochs, but not before epoch 2 (of 300: from
-    epochs 150 and 225 on, as in the official code). ImageNet: divided by 10 every 30 epochs (from
-    epochs 31, 61, ... on, as in the official code).
+    epochs 150 and 225 on, as in the official code), whatever `done` is. ImageNet: divided by 10
+    every 30 epochs (from epochs 31, 61, ... on, as in the official code).
     In warm-up epochs, either is multiplied by a factor that rises linearly from 0.01 to 1 (Goyal et
     al.: Accurate, Large Minibatch SGD, 2017, section 2.2).
     """
@@ -193,7 +193,8 @@ def train_step(state, images, labels, batch_size=None, *, autocast, grad_accum=1
                label_smoothing=0.0, class_weights=None, multi_label=False, forward=None):
     """One optimizer step on a batch of images, float32 [B, C, H, W], and a loader's labels.
 
-    Adds the loss and the number of errors to `state.sums`. No GPU sync (except rmsprop with fp16).
+    Adds the loss and the number of errors to `state.sums`. No GPU sync, except in fp16
+    with an optimizer that is not fused.
     With several processes, images and labels are this rank's shard of a batch of `batch_size`
     images, and `forward` is the model wrapped by `distributed.wrap`.
     """
@@ -238,8 +239,8 @@ def make_step(args, state, shapes, autocast, class_weights=None, multi_label=Fal
         return step
     if device != 'cuda':
         reason = f'the device is {device}'
-    elif args.optimizer == 'rmsprop' and state.scaler.is_enabled():
-        reason = 'rmsprop with fp16 synchronizes with the GPU in each step'
+    elif state.scaler.is_enabled() and not state.optimizer.defaults.get('fused'):
+        reason = f'{args.optimizer} with fp16 synchronizes with the GPU in each step'
     elif distributed.world_size() > 1:
         reason = 'several processes exchange gradients'
     else:
@@ -298,7 +299,7 @@ def main(argv=None):
 
         with Run(args, stop) as run:
             train_loader, test_loader = make_loaders(args, dataset, device)
-            stop.deferred = True  # from now on, a signal ends the run after the step, and saves
+            stop.deferred = True  # from now on, a signal lets the step end
             state = make_state(args, model, device, precision)
             if saved:
                 checkpoint.resume(state, saved, args, train_loader, test_loader)

@@ -134,9 +134,10 @@ class FusedBlock(Fused):
 
 
 class FusedTransition(Fused):
-    """A transition. Even its unfused path pools before the convolution.
+    """A transition.
 
-    The two commute, and the convolution then has a quarter of the work.
+    Where no fused path is faster, it runs its own modules, with the pooling before the convolution:
+    the two commute, and the convolution then has a quarter of the work.
     """
 
     unfused_path = 'pooled first'

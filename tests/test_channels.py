@@ -15,7 +15,7 @@ from torchvision import transforms
 import predict
 import train
 from attic import channel_stats
-from training import datasets, image_files, image_transforms, loaders
+from training import checkpoint, datasets, image_files, image_transforms, loaders
 from training.augmentation import Augmentation
 from training.datasets import DataError
 from training.decoding import ArrayImage, decode
@@ -238,3 +238,14 @@ def test_without_tifffile(tmp_path, monkeypatch):
     with pytest.raises(DataError, match='x.tif: TIFF of 4 .* tifffile: pip install tifffile$'):
         decode(tmp_path / 'x.tif', 4)
     assert np.array_equal(decode(tmp_path / 'x.tif'), FOUR[:, :, :3])  # Pillow's, as before
+
+
+def test_a_grey_data_set_in_memory_needs_no_flag(tmp_path, monkeypatch):
+    def read(split, root):
+        return torch.randint(0, 256, (12, 1, 28, 28), dtype=torch.uint8), torch.arange(12) % 2
+
+    monkeypatch.setitem(datasets.DATASETS, 'grey', datasets.Dataset(
+        classes=('a', 'b'), image_size=28, read=read, mean=(72.9,), std=(90.0,)))
+    train.main(['--dataset', 'grey', *SMALL, '--epochs', '1', '--save', str(tmp_path)])
+    saved = checkpoint.load(tmp_path / 'best.pth')
+    assert saved['config']['in_channels'] == 1 and saved['config']['small_inputs']

@@ -498,7 +498,7 @@ def test_test_images_may_lack_classes(tmp_path):
     assert test.labels.tolist() == [2, 2]
     for path in (tmp_path / 'val/c').iterdir():
         path.unlink()
-    with pytest.raises(DataError, match='val has no images to test on'):
+    with pytest.raises(DataError, match='val has no test images'):
         load(tmp_path)
 
 
@@ -587,7 +587,7 @@ def test_folders_that_cannot_be_listed_are_named(plain, monkeypatch, folder):
      'train has only one class, flowers: .* --data a folder too high'),
     ({'Training/a': 1, 'Testing/a': 1}, r'no train in .* \(only Testing/, Training/\)'),
     ({'train/a': 1, 'train/b': 1, 'val/a': 1, 'valid/a': 1}, 'has val and valid: keep one'),
-    ({'train/a': 1, 'train/b': 1, 'val/a': 0}, 'val has no images to test on')])
+    ({'train/a': 1, 'train/b': 1, 'val/a': 0}, 'val has no test images')])
 def test_wrong_folder_layouts_are_refused(tmp_path, counts, said):
     with pytest.raises(DataError, match=said):
         load(write_images(tmp_path, counts, (9, 9)))

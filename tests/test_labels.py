@@ -65,16 +65,16 @@ WRONG = {  # the content of a file: the message about it
     'file,label\n"a.png,x\n': 'is not a CSV file',
     'file,label\na.png,x\n./a.png,y\n': r'row 2 \(a.png\), row 3 \(a.png\) is named more than once',
     ',file,label\n0,a.png,x\n': 'a column without a name, perhaps an index that pandas wrote',
-    'file,a,b\na.png,1,\nb.png,0,\n': 'no label of b is known in the images to train on',
+    'file,a,b\na.png,1,\nb.png,0,\n': 'no label of b is known in the training images',
     'file,a,split\na.png,1,train\nb.png,0,train\nd.png,,val\n':
-        'no label of the images to test on is known',
+        'no label of the test images is known',
     'file,label,split\na.png,x,train\nb.png,y,test\n': 'only one class for training, x',
     'file,label,split\na.png,x,train\nb.png,y,train\nc.png,x,val\n':
         r'column file: row 4 \(c.png\) is not in --data',
     'file,label,split\na.png,x,train\nb.png,y,train\nd.png,z,val\n':
         r'column label: row 4 \(z\) is not a training class',
-    'file,label,split\na.png,x,test\n': 'has no images to train on',
-    'file,label\na.png,x\nb.png,y\n': 'has no images to test on: .* --val-split 0.1 or --fold 1/5',
+    'file,label,split\na.png,x,test\n': 'has no train images',
+    'file,label\na.png,x\nb.png,y\n': 'has no test images: .* --val-split 0.1 or --fold 1/5',
 }
 
 
@@ -276,7 +276,7 @@ def test_other_labels_are_noticed_on_resume(findings, tmp_path, capsys):
     changed = ['--labels', str(write_csv(tmp_path / 'changed.csv', rows))]
     train.main([*findings, *changed, *run, '--resume'])
     said = capsys.readouterr().err
-    assert 'the test images are not those of the checkpoint' in said and 'the train' not in said
+    assert 'the images that choose best.pth are not those' in said and 'the train' not in said
     assert checkpoint.load(tmp_path / 'run' / 'latest.pth')['best_epoch'] == 2
     single = write_csv(tmp_path / 'single.csv', [
         ('file', 'label', 'split'), *((row[0], row[4], row[3]) for row in rows[1:])])
@@ -325,7 +325,7 @@ def test_another_table_is_tested_whole(findings, tmp_path, capsys):
         assert len(read_csv(tmp_path / 'test/predictions.csv')) == expected
     testing = [rows[0], *([*row[:3], 'test', row[4]] for row in rows[1:])]
     write_csv(tmp_path / 'z.csv', testing)
-    assert 'has no images to train on' in fails(
+    assert 'has no train images' in fails(
         capsys, *findings, '--labels', tmp_path / 'z.csv', '--fold', '1/2')
 
 

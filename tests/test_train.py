@@ -975,4 +975,4 @@ def test_a_learning_rate_of_zero_stops_a_graph():
 def test_no_graph_if_the_optimizer_syncs_with_the_host(capsys):
     step, _ = step_and_state(['--optimizer', 'rmsprop'], 'cuda', 'fp16')
     assert not isinstance(step, train.CudaGraphStep)
-    assert 'rmsprop waits for the host' in capsys.readouterr().out
+    assert 'rmsprop with fp16 synchronizes with the GPU' in capsys.readouterr().out

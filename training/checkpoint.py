@@ -23,7 +23,7 @@ from training.datasets import DATASETS
 
 # Flags that must not change on resume, in addition to flags.MODEL_FLAGS.
 FIXED_FLAGS = ('optimizer', 'freeze_features', 'freeze_norm', 'head_lr', 'ema', 'best_by',
-               'val_split', 'fold', 'mean', 'std')
+               'val_split', 'fold', 'mean', 'std', 'value_range')
 
 
 # ---- resuming --------------------------------------------------------------------------------
@@ -157,14 +157,16 @@ def check_classes(dataset, trained_on, args):
 def resume(state, saved, args, train_loader, test_loader):
     """Continue where the checkpoint was saved, or at the beginning of --start-epoch.
 
-    Must not change: the network, the classes, the normalisation, and `FIXED_FLAGS`; within an
-    epoch also the number of training images, the batch size and the seed. All other flags may
-    change; `train.warn_of_new_rate` warns if that changes the learning rate. With another number of
-    processes, rank 0 takes over all sums, and additional processes keep their random state. On the
-    CPU, a resumed run is bit-identical to an uninterrupted one, given the same number of threads
-    and the same kernels; other kernels are a warning (`networks.warn_of_other_kernels`).
+    Must not change: the network and the classes (checked before, by `check_network` and
+    `check_classes`), `FIXED_FLAGS`, and within an epoch the number of training images, the batch
+    size and the seed. All other flags may change; `train.warn_of_new_rate` warns if that changes
+    the learning rate. With another number of processes, rank 0 takes over all sums, and additional
+    processes keep their random state. On the CPU, a resumed run is bit-identical to an
+    uninterrupted one, given the same number of threads and the same kernels; other kernels are a
+    warning (`networks.warn_of_other_kernels`).
 
-    Other training or validation images are a warning. The latter reset the best epoch.
+    Other training images are a warning, and other images that choose best.pth also reset the best
+    epoch.
 
     Args:
         state: a new TrainState with an initialized optimizer.
@@ -231,19 +233,19 @@ def load_scaler(scaler, saved, source):
 
 
 def warn_of_other_images(state, saved, train_loader, test_loader):
-    """Warn if images have changed since the checkpoint; other test images reset the best epoch."""
+    """Warn if images have changed since the checkpoint."""
     now = digests(train_loader, test_loader)
     before = saved.get('digests', now)
     for split, digest in now.items():
         if before[split] == digest:
             continue
-        consequence = ''
-        if split == 'test':
+        which, consequence = 'training images', ''
+        if split == 'test':  # those of val, if there are any
             state.reset_best()
-            consequence = '; best.pth is chosen anew'
+            which, consequence = 'images that choose best.pth', ', and it is chosen anew'
         if distributed.rank() == 0:
-            warn(f'the {split} images are not those of the checkpoint: some were added, removed, '
-                 f'renamed or relabelled{consequence}')
+            warn(f'the {which} are not those of the checkpoint: some were added, removed, renamed '
+                 f'or relabelled{consequence}')
 
 
 def digests(train_loader, test_loader):

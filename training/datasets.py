@@ -272,7 +272,7 @@ def find_splits(root, name, labels_file=None, holds_out=False, only_test=False):
 def missing_split(root, split, labels_file=None):
     """The DataError for a missing split; names the folders found instead."""
     if labels_file:
-        return DataError(f'{labels_file} has no images to {split} on: its column split says train, '
+        return DataError(f'{labels_file} has no {split} images: its column split says train, '
                          f'val or test; without one, --val-split 0.1 or --fold 1/5 divides them')
     names = {'train': 'train', 'val': 'val beside test', 'test': 'val or test'}[split]
     found = []

@@ -149,8 +149,8 @@ def add_recipe_flags(parser):
     group.add_argument('--optimizer', '--opt', choices=tuple(LEARNING_RATES),
                        default='sgd', help='sgd has Nesterov momentum (default: %(default)s)')
     group.add_argument('--lr', '--learning-rate', '--LR', type=number(float, '(0, 1e30]'),
-                       help='initial learning rate (default: sgd 0.1, adam and adamw 0.001, '
-                            'rmsprop 0.01)')
+                       help='initial learning rate (default: ' + ', '.join(
+                           f'{name} {rate:g}' for name, rate in LEARNING_RATES.items()) + ')')
     group.add_argument('--lr-schedule', '--lrShape', choices=('multistep', 'cosine'),
                        default='multistep',
                        help='multistep: divide by 10 at 50%% and 75%% of the epochs (imagenet: '
@@ -279,8 +279,9 @@ def complete(given, saved=None, parser=None):
 def recipe(args):
     """Defaults that depend on the data set (section 4.2), the optimizer and --pretrained."""
     dataset = DATASETS[args['dataset'] or 'cifar10']
-    flags = dict(lr=LEARNING_RATES[args['optimizer']], augment=dataset.augment, **dataset.recipe,
-                 momentum=0.9 if args['optimizer'] == 'sgd' else 0.0)
+    flags = dict(lr=LEARNING_RATES[args['optimizer']], augment=dataset.augment,
+                 in_channels=len(dataset.mean), momentum=0.9 if args['optimizer'] == 'sgd' else 0.0,
+                 **dataset.recipe)
     if not args['augment']:
         flags.update(dataset.recipe_without_augment)
     if args['pretrained'] is not None:

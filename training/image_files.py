@@ -121,9 +121,10 @@ def class_names(folder):
 
 @dataclass(frozen=True)
 class ImageList:
-    """Image files and their labels, in arrays, whose memory worker processes share.
+    """Image files and their labels, in NumPy arrays, whose memory worker processes share.
 
-    (Reading a list changes reference counts, which copies it page by page into each worker.)
+    A list would be copied page by page into each worker, because reading it changes reference
+    counts.
     """
 
     folder: str
@@ -153,7 +154,7 @@ def list_images(dataset, split, warn=None):
 
     Args:
         dataset: a Description of a folder of images.
-        split: 'train', or 'val' or 'test', where classes may be missing.
+        split: 'train', 'val' or 'test'; in the last two, classes may be missing.
         warn: called with a line about each likely mistake.
 
     Raises:
@@ -167,7 +168,7 @@ def list_images(dataset, split, warn=None):
     if dataset.is_divided(split):
         images = images[dataset.choose(split, images.labels, images.names, images.groups)]
     if not len(images):
-        raise DataError(f'{images.folder} has no images to {split} on')
+        raise DataError(f'{images.folder} has no {split} images')
     return images
 
 
@@ -248,10 +249,10 @@ def read_image(path, dataset):
         DataError: as in `decode`, or more than 8 bits without a range.
     """
     image = read_pixels(dataset, image_transforms.test_transform(dataset), path)
-    return (image.float() - channels(dataset.mean, 'cpu')) / channels(dataset.std, 'cpu')
+    return (image.float() - per_channel(dataset.mean, 'cpu')) / per_channel(dataset.std, 'cpu')
 
 
-def channels(values, device):
+def per_channel(values, device):
     return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
 
 
@@ -367,7 +368,7 @@ class _ImageFiles(torch.utils.data.Dataset):
     def __getitem__(self, batch):
         """Pixels and labels, or a DataError with a message for each image that can't be read.
 
-        Returned, not raised: from a worker, the main process would get the text of a traceback.
+        An error that is raised in a worker would reach the main process as text of a traceback.
         """
         pixels, errors = [], []
         with torch.random.fork_rng(devices=[]):  # the transforms draw from the global generator

@@ -99,13 +99,13 @@ class Table:
             return
         known = ~np.isnan(self.findings)
         if not known.any():
-            raise DataError(f'{self.path}: no label of the images to {split} on is known')
+            raise DataError(f'{self.path}: no label of the {split} images is known')
         if split != 'train':
             return
         unknown = [name for name, found in zip(self.columns, known.T) if not found.any()]
         if unknown:
             raise DataError(f'{self.path}: no label of {", ".join(unknown[:MAX_ROWS])} is known in '
-                            f'the images to train on: leave out these columns')
+                            f'the training images: leave out these columns')
         equal = [name for name, found in zip(self.columns, self.findings.T)
                  if np.nanmin(found) == np.nanmax(found)]
         if equal and warn is not None:

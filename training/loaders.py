@@ -97,7 +97,7 @@ class _Loader:
                  seed=1, shard=(0, 1), augmentation=None, num_classes=None):
         self.num_images, self.batch_size, self.device = len(labels), batch_size, device
         self.all_labels, self.image_list = labels, image_list
-        self.mean, self.std = image_files.channels(mean, device), image_files.channels(std, device)
+        self.mean, self.std = (image_files.per_channel(values, device) for values in (mean, std))
         self.shuffle, self.seed, self.num_classes = shuffle, seed, num_classes
         self.augmentation = augmentation
         self.rank, self.processes = shard

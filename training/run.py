@@ -4,7 +4,7 @@
         run.start(state, dataset, train_loader, test_loader, precision, step)
         for images, labels in run.batches(train_loader):
             step(images, labels)
-            run.after_step(len(images), lr)
+            run.after_step(batch_size, lr)  # over all ranks
         run.after_epoch(evaluate(...))
         run.finish()
 """
@@ -27,8 +27,8 @@ from training.distributed import Stopped
 class Run:
     """A training run. Each rank has a Run, and rank 0 writes the files.
 
-    The context locks the run directory. If a signal stops the run, it saves a checkpoint and exits
-    with 128 + the signal number.
+    The context locks the run directory. When a signal stops the run, leaving the context saves a
+    checkpoint and exits with 128 + the signal number.
 
     Raises:
         UserError: the directory is in use or holds another run; a loss or weight is not finite.
@@ -114,7 +114,7 @@ class Run:
                 f'{args.lr_schedule}')
 
     def out_of_patience(self):
-        """True if the last --patience epochs have brought no improvement."""
+        """True, with a message, if the last --patience epochs have brought no improvement."""
         state, patience = self.state, self.args.patience
         since = state.best_epoch or self.first_epoch - 1  # best_epoch is 0 after a reset
         if patience is None or state.epoch - 1 - since < patience:
