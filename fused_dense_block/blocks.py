@@ -43,8 +43,9 @@ class Fused:
         if self._fused is None or '_is_replica' in vars(self):
             return 'layers', 'a slice of a fused module, or a replica of nn.DataParallel', None
         reason = modules.transformed_or_hooked()
-        # nn.BatchNorm2d has its own error for a single value per channel.
-        if reason is None and (x.dim() != 4 or x.numel() <= x.shape[1] * self.training):
+        # nn.BatchNorm2d raises an error for a single value per channel in training.
+        least = x.shape[1] + 1 if self.training and x.dim() == 4 else 1
+        if reason is None and (x.dim() != 4 or x.numel() < least):
             reason = f'an input of shape {list(x.shape)}'
         if reason is not None:
             return 'layers', reason, None
@@ -71,7 +72,9 @@ class Fused:
             return 'layers', 'evaluation with gradients: torch.no_grad() allows faster ways'
         if device == 'cpu':
             reason = cpu.why_not(x) if self._fused.kernels else 'fused with kernels=False'
-            return 'kernels' if reason is None else 'eager' if self.training else 'layers', reason
+            if reason is None:
+                return 'kernels', None
+            return 'eager' if self.training else 'layers', reason
         if self.training and self.recomputes():
             return 'eager', None
         without = 'without memory_efficient ' if self.training else ''
@@ -250,12 +253,12 @@ class State:
 
     def __init__(self, memory_efficient, kernels, verified=None):
         self.memory_efficient, self.kernels = memory_efficient, kernels
-        self.signature, self.with_kernels, self.drop_first_half = verified or (None, False, False)
+        self.signature, self.with_kernels, self.first_half_drops = verified or (None, False, False)
         self.plans = {}
 
     def __deepcopy__(self, memo):
         return State(self.memory_efficient, self.kernels,
-                     (self.signature, self.with_kernels, self.drop_first_half))
+                     (self.signature, self.with_kernels, self.first_half_drops))
 
     def __reduce__(self):
         return State, (self.memory_efficient, self.kernels)
@@ -270,8 +273,8 @@ class State:
             Difference: the results differ.
         """
         signature = modules.signature(module, kind.watched(module))
-        if self.signature != signature or with_kernels > self.with_kernels:
-            self.drop_first_half = selfcheck.verify(kind.sample(module), kind, Plan, with_kernels)
+        if self.signature != signature or with_kernels and not self.with_kernels:
+            self.first_half_drops = selfcheck.verify(kind.sample(module), kind, Plan, with_kernels)
             self.signature, self.with_kernels = signature, with_kernels
 
     def plan(self, module, with_kernels):
@@ -290,7 +293,7 @@ class State:
                         self.verify(module, kind, with_kernels)
             except Difference as difference:
                 reason = str(difference)
-            plan = Plan(module, kind, self.memory_efficient, self.drop_first_half, reason)
+            plan = Plan(module, kind, self.memory_efficient, self.first_half_drops, reason)
             self.plans[module.training] = plan
         return plan
 
@@ -304,7 +307,7 @@ class Plan:
         layers: autograd.Layer for each layer of a dense block.
     """
 
-    def __init__(self, module, kind, memory_efficient=None, drop_first_half=False, reason=None):
+    def __init__(self, module, kind, memory_efficient=None, first_half_drops=False, reason=None):
         self.snapshot = modules.Snapshot(module, kind.watched(module))
         self.reason, self.packed = reason, {}
         if reason:
@@ -322,7 +325,8 @@ class Plan:
         self.shapes = [torch.Size(size) for norm, conv in norm_convs for size in (
             (norm.num_features,), (norm.num_features,),
             (conv.out_channels, conv.in_channels, *conv.kernel_size))]
-        self.shapes += [torch.Size((norm.num_features,)) for norm, _ in norm_convs for _ in '12']
+        for norm, _ in norm_convs:  # its running mean and variance
+            self.shapes += [torch.Size((norm.num_features,))] * 2
         self.buffers = [norm._buffers for norm, _ in norm_convs]
         self.packed_places = [place for norm, conv in norm_convs for place in (
             (norm._parameters, 'weight'), (norm._parameters, 'bias'),
@@ -331,19 +335,19 @@ class Plan:
         self.eps = [norm.eps for norm, _ in norm_convs]
         if kind is FusedBlock:
             self.layers = [
-                self._layer(layer, [norm for norm, _ in halves], memory_efficient, drop_first_half)
+                self._layer(layer, [norm for norm, _ in halves], memory_efficient, first_half_drops)
                 for layer, halves in zip(module._modules.values(), self.parts)]
             self.layers_without_grad = [layer._replace(recompute=True) for layer in self.layers]
             if any(rate >= 1 for layer in self.layers for rate in layer.drop_rates):
                 self.reason = 'a drop_rate of 1'
 
     @staticmethod
-    def _layer(layer, norms, memory_efficient, drop_first_half):
+    def _layer(layer, norms, memory_efficient, first_half_drops):
         rate = vars(layer).get('drop_rate', 0.0)
         if memory_efficient is None:
             memory_efficient = modules.recomputes(layer)
         return Layer(norms, [norm.eps for norm in norms],
-                     [rate * drop_first_half, rate][-len(norms):], memory_efficient)
+                     [rate if first_half_drops else 0.0, rate][-len(norms):], memory_efficient)
 
     def parameters(self):
         """Norm weight, norm bias and kernel of each half."""

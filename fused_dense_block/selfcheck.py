@@ -43,12 +43,12 @@ def verify(module, kind, make_plan, with_kernels):
     with _undisturbed(device) as generator:
         trial = _Trial(_copy(module, device), kind, make_plan, generator)
         truth = trial.run(highest)
-        for drop_first_half in (False, True):
+        for first_half_drops in (False, True):
             try:
-                _compare(trial.run(highest, eager, drop_first_half), truth, highest)
+                _compare(trial.run(highest, eager, first_half_drops), truth, highest)
                 break
             except Difference:
-                if drop_first_half or not trial.has_dropout:
+                if first_half_drops or not trial.has_dropout:
                     raise
         if with_kernels and not trial.is_unusual_stem:
             if trial.has_dropout:  # dropout masks depend on the layout
@@ -57,7 +57,7 @@ def verify(module, kind, make_plan, with_kernels):
             # Each dtype has its own library, and one may fail to compile.
             for dtype in [d for d in cpu.TYPES if cpu.unavailable_reason(d) is None]:
                 _compare_by_kind(trial.run(dtype, cpu), truth, dtype)
-    return drop_first_half
+    return first_half_drops
 
 
 class _Trial:
@@ -108,7 +108,7 @@ class _Trial:
         for layer in self.module.children():
             layer.drop_rate = 0.0
 
-    def run(self, dtype, ops=None, drop_first_half=False):
+    def run(self, dtype, ops=None, first_half_drops=False):
         """[(kind of result, name, value)] in training and evaluation, of the module or of `ops`."""
         module = self.module
         module.to(torch.promote_types(dtype, torch.float32)).requires_grad_(True)
@@ -124,7 +124,7 @@ class _Trial:
                 if ops is None:
                     y = self._run_module(x)
                 else:
-                    plan = self.make_plan(module, self.kind, drop_first_half=drop_first_half)
+                    plan = self.make_plan(module, self.kind, first_half_drops=first_half_drops)
                     if ops is cpu and not training:
                         plan = plan.pack(x)
                     y = self.kind.run(module, ops, plan, x)
