@@ -9,7 +9,7 @@
 A run is a directory that train.py writes. The figures loss, error and loss-error (side by side)
 come from train.csv and test.csv and can be redrawn at any time, also during the run. Losses and
 errors are on logarithmic axes. After --evaluate, there are also the figures of training/report.py,
-and report.html, a page with all of them.
+and, with the format png, report.html, a page with all of them.
 """
 
 import argparse
@@ -339,7 +339,7 @@ def all_figures(paths):
 
 
 def draw(paths, output, formats):
-    """Write all figures into a folder and, if a run has an evaluation, report.html.
+    """Write all figures into a folder and, if a run has an evaluation, report.html with the PNGs.
 
     Yields the path of each file.
     """
@@ -350,7 +350,7 @@ def draw(paths, output, formats):
             save_figure(figure, output / f'{name}.{suffix}')
             yield output / f'{name}.{suffix}'
         figures[name] = figure
-    if len(paths) == 1 and (paths[0] / 'metrics.json').exists():
+    if len(paths) == 1 and 'png' in formats and (paths[0] / 'metrics.json').exists():
         from training import report_page
 
         report_page.write_page(output / 'report.html', paths[0], figures)

@@ -23,13 +23,18 @@ gc.freeze()  # the forked processes never search what was imported before
 RUN = 'import train; train.cli(sys.argv[1:])'
 
 
+def start_server():
+    """Start the process that CONTEXT forks from, unless it runs."""
+    with patch.dict(os.environ, PYTHONPATH=f'{HERE.parent}{os.pathsep}{HERE}'):
+        forkserver.ensure_running()
+
+
 def run(script, argv, while_it_runs=lambda pid: None):
     """Run a script; returns `returncode`, `stdout` and `stderr`, as subprocess.run.
 
     `while_it_runs` is called with its process id, which is that of its process group, too.
     """
-    with patch.dict(os.environ, PYTHONPATH=f'{HERE.parent}{os.pathsep}{HERE}'):
-        forkserver.ensure_running()
+    start_server()
     with tempfile.TemporaryDirectory() as directory:
         process = CONTEXT.Process(target=_run, args=(script, list(map(str, argv)), directory))
         process.start()

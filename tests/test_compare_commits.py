@@ -2,6 +2,7 @@
 
 import re
 
+import forked
 import pytest
 from conftest import ROOT
 
@@ -10,7 +11,9 @@ from attic import compare_commits
 TINY = ['--depth', '10', '--growth-rate', '4', '--batch-size', '4', '--rounds', '2']
 
 
-def test_compares_a_checkout_with_itself(capfd):
+def test_compares_a_checkout_with_itself(monkeypatch, capfd):
+    forked.start_server()  # which has imported what both would import
+    monkeypatch.setattr(compare_commits.multiprocessing, 'get_context', lambda _: forked.CONTEXT)
     compare_commits.main([str(ROOT), str(ROOT), *TINY])
     *checkouts, ratio = capfd.readouterr().out.splitlines()
     for line in checkouts:

@@ -466,10 +466,11 @@ def test_the_page_has_all_in_one_file_and_escapes_names(tmp_path, capsys):
     assert f'{row["auc"]:.3f} ({low:.3f} to {high:.3f})' in page.texts
     assert list(page.images) == ['loss-error', 'recall', 'confusion', 'roc', 'precision-recall',
                                  'reliability', 'mistakes']
-    for source in page.links:
+    for name, source in zip(page.images, page.links, strict=True):
         kind, _, data = source.partition(';base64,')
         assert kind == 'data:image/png'
-        Image.open(io.BytesIO(base64.b64decode(data))).load()
+        assert base64.b64decode(data) == (tmp_path / f'out/{name}.png').read_bytes()
+    Image.open(tmp_path / 'out/mistakes.png').load()
 
 
 def test_missing_files_are_not_drawn(tmp_path, capsys):

@@ -5,14 +5,10 @@
 
 import base64
 import html
-import io
 import json
 import os
 
-import matplotlib
-
 from training import predictions
-from training.figures import STYLE
 
 PAGE = '''<!DOCTYPE html>
 <html lang="en">
@@ -67,14 +63,15 @@ def write_page(path, directory, drawn):
     """Write one self-contained HTML page about a run that has an evaluation.
 
     Args:
-        path: the file to write.
+        path: the file to write; the PNG files of the figures are next to it.
         directory: the run's.
         drawn: {name: Figure}, from plot.py and `figures`.
     """
     record = predictions.read_metrics(directory)
     parts = [totals_table(record)]
     for section, names in SECTIONS.items():
-        images = [image(name, drawn[name]) for name in names if name in drawn]
+        images = [image(path.with_name(f'{name}.png'), drawn[name]) for name in names
+                  if name in drawn]
         if images:
             parts += [f'<h2>{section}</h2>', *images]
         if section == 'Classes':
@@ -91,13 +88,10 @@ def escape(text):
     return html.escape(str(text).encode(errors='surrogateescape').decode(errors='replace'))
 
 
-def image(name, figure):
-    buffer = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(buffer, format='png', dpi=110)
-    data = base64.b64encode(buffer.getvalue()).decode()
+def image(path, figure):
+    data = base64.b64encode(path.read_bytes()).decode()
     kind = ' class="half"' if figure.get_figwidth() < 7 else ''  # two side by side
-    return f'<img{kind} alt="{escape(name)}" src="data:image/png;base64,{data}">'
+    return f'<img{kind} alt="{escape(path.stem)}" src="data:image/png;base64,{data}">'
 
 
 def html_table(header, rows, kind=''):
