@@ -323,9 +323,13 @@ def format_number(value):
 
 # ---- command line -------------------------------------------------------------------------
 
+def is_csv_of_bench(paths):
+    return len(paths) == 1 and paths[0].suffix == '.csv' and not paths[0].is_dir()
+
+
 def all_figures(paths):
     """Yield (file name without suffix, Figure) for runs, or for a CSV file of bench.py."""
-    if len(paths) == 1 and paths[0].suffix == '.csv':
+    if is_csv_of_bench(paths):
         yield paths[0].stem, speed_figure(read_rows(paths[0], BENCH_COLUMNS))
         return
     runs, prefix = read_runs(paths), 'compare-' if len(paths) > 1 else ''
@@ -377,7 +381,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     output = args.output
     if output is None:
-        is_run = len(args.runs) == 1 and args.runs[0].suffix != '.csv'
+        is_run = len(args.runs) == 1 and not is_csv_of_bench(args.runs)
         output = args.runs[0] if is_run else Path(common_parent(args.runs))
     is_empty = True
     try:

@@ -78,6 +78,13 @@ WRONG = {  # the content of a file: the message about it
 }
 
 
+def test_a_table_in_utf_16_is_named(tmp_path):
+    path = tmp_path / 'table.csv'
+    path.write_text('file,label\na.png,x\nb.png,y\n', encoding='utf-16')
+    with pytest.raises(DataError, match='not in UTF-8: save it as|line contains NUL'):
+        labels.read_table(path)
+
+
 @pytest.mark.parametrize('content', WRONG)
 def test_wrong_tables_are_one_line(tmp_path, content):
     for name in 'abd':

@@ -3,6 +3,7 @@
 import csv
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import plot
 from training import report
@@ -560,3 +562,10 @@ def test_comparison_goes_to_the_common_parent(tmp_path):
     for name in names:
         assert (tmp_path / 'work' / name).read_bytes().startswith(MAGIC['png'])
     assert set(os.listdir(tmp_path / 'work' / 'a')) == {'train.csv', 'test.csv'}
+
+
+def test_a_run_whose_name_ends_in_csv(tmp_path):
+    run = shutil.copytree(ROOT / 'work/optimizers/sgd', tmp_path / 'run.csv')
+    (run / 'loss-error.png').unlink()
+    plot.main([str(run)])
+    assert (run / 'loss-error.png').exists()

@@ -114,6 +114,14 @@ def test_predictions_of_imagenets_models_have_words(tmp_path, photos, monkeypatc
 
 # ---- files ---------------------------------------------------------------------------------------
 
+def test_a_file_that_is_no_table_is_not_replaced_by_one(model, photos, capsys):
+    for file in (model, photos / 'a/0.png'):
+        before = file.read_bytes()
+        assert 'would replace a file that is no .csv' in fails(
+            capsys, '--checkpoint', model, photos, '--csv', file, script=predict)
+        assert file.read_bytes() == before
+
+
 def test_files_folders_and_globs(model, photos, capsys):
     every = named(photos, 'a/0.png', 'a/1.jpg', 'b/3.PNG', 'b/c/2.png')
     for images, expected in (

@@ -304,6 +304,9 @@ def damage_momentum(saved):
     (lambda saved: saved['dataset'].update(image_size=10**6), '--image-size: .* in .1, 4096'),
     (lambda saved: saved['dataset'].update(classes=(1, 2, 3, 4)), 'its data set is .*1, 2, 3'),
     (lambda saved: saved['model'].popitem(), 'does not fit the model'),
+    (lambda saved: saved.update(cpu_kernels=5), "altered one: its cpu_kernels are 5"),
+    (lambda saved: saved.update(epoch=-3), 'altered checkpoint: it is in epoch -3'),
+    (lambda saved: saved.update(step=10**9), 'altered checkpoint: .* after step 1000000000'),
     (lambda saved: saved.update(seconds=None), 'its counters are of other types')])
 def test_an_altered_checkpoint_is_a_one_line_error(two_epochs, capsys, change, message):
     change_checkpoint(two_epochs / 'latest.pth', change)

@@ -89,6 +89,8 @@ def check_contents(saved, source):
         if (None in needed.values() or len(dataset.classes) != config['num_classes']
                 or not all(isinstance(name, str) for name in dataset.classes)):
             raise ValueError(f'its data set is {saved["dataset"]}')
+        if not isinstance(saved.get('cpu_kernels'), (str, type(None))):
+            raise ValueError(f'its cpu_kernels are {saved["cpu_kernels"]}')
         flags.check_values({**needed, 'val_split': dataset.val_split, 'seed': dataset.split_seed,
                             'value_range': dataset.value_range}, flags.make_parser())
         if not len(dataset.mean) == len(dataset.std) == config['in_channels']:
@@ -207,6 +209,9 @@ def resume(state, saved, args, train_loader, test_loader):
                  for values in (before, now)]
         raise UserError(f'{source} was saved within an epoch of {texts[0]}, and can\'t be resumed '
                         f'with {texts[1]}; --start-epoch {state.epoch} starts that epoch again')
+    if state.epoch < 1 or not 0 <= state.step <= len(train_loader):
+        raise UserError(f'{source} is an altered checkpoint: it is in epoch {state.epoch} after '
+                        f'step {state.step}')
 
 
 def structure(values):

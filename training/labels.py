@@ -181,6 +181,8 @@ def _read_rows(path):
         raise DataError(f'{path}: {error.strerror}') from error
     except csv.Error as error:
         raise DataError(f'{path} is not a CSV file: {error}') from error
+    if any('\0' in cell for _, row in lines[:2] for cell in row):
+        raise DataError(f'{path} is not in UTF-8: save it as "CSV UTF-8"')
     if len(lines) < 2:
         raise DataError(f'{path} has no rows: it needs a header, and a row per image')
     header = [name.strip() for name in lines[0][1]]

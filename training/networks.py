@@ -84,8 +84,9 @@ def cpu_kernels(model, device, precision):
 
 def choose_kernels(saved, precision):
     """Multiply bf16 as the run of a checkpoint did, if this CPU can; to be called before `fuse`."""
-    if saved.get('cpu_kernels') and precision == 'bf16':
-        os.environ.setdefault('DENSENET_CPU_KERNELS', saved['cpu_kernels'].split()[-1])
+    product = (saved.get('cpu_kernels') or '').rpartition(' ')[2]
+    if product in library.PRODUCTS and precision == 'bf16':
+        os.environ.setdefault('DENSENET_CPU_KERNELS', product)
 
 
 def warn_of_other_kernels(saved, now):
