@@ -209,7 +209,7 @@ def resume(state, saved, args, train_loader, test_loader):
                  for values in (before, now)]
         raise UserError(f'{source} was saved within an epoch of {texts[0]}, and can\'t be resumed '
                         f'with {texts[1]}; --start-epoch {state.epoch} starts that epoch again')
-    if state.epoch < 1 or not 0 <= state.step <= len(train_loader):
+    if state.epoch < 1 or state.step and not 0 < state.step <= len(train_loader):
         raise UserError(f'{source} is an altered checkpoint: it is in epoch {state.epoch} after '
                         f'step {state.step}')
 

@@ -109,8 +109,6 @@ def check_is_file(path):
         raise UserError(f'{path} is not there')
     if not os.path.isfile(path):  # reading a pipe may never end
         raise UserError(f'{path} is not a checkpoint, but a folder or a device')
-    if not os.path.getsize(path):
-        raise UserError(f'{path} is empty')
 
 
 def check_archive(path):
