@@ -78,7 +78,6 @@ import gc
 import importlib.util
 import math
 import platform
-import re
 import tempfile
 import time
 import timeit
@@ -95,6 +94,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import plot
 import train
 from fused_dense_block import cpu, fuse
+from fused_dense_block.library import cpu_field
 from training import datasets, evaluation, networks
 from training.console import UserError
 from training.device import (
@@ -447,13 +447,6 @@ def print_table(table):
 
 
 # ---- command line -------------------------------------------------------------------------
-
-def cpu_field(name):
-    """A field of /proc/cpuinfo, or ''."""
-    info = Path('/proc/cpuinfo')
-    found = info.exists() and re.search(rf'^{name}\s*: (.*)', info.read_text(), re.MULTILINE)
-    return found[1] if found else ''
-
 
 def instruction_sets():
     present = cpu_field('flags').split()

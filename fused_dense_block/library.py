@@ -143,12 +143,15 @@ def choose(times):
                 if seconds <= MARGIN * min(medians.values()))
 
 
+def cpu_field(name):
+    """A field of /proc/cpuinfo, or ''."""
+    info = Path('/proc/cpuinfo')
+    found = info.exists() and re.search(rf'^{name}\s*: (.*)', info.read_text(), re.MULTILINE)
+    return found[1] if found else ''
+
+
 def _cpu_name():
-    with contextlib.suppress(OSError):
-        found = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text())
-        if found:
-            return found[1]
-    return platform.processor()
+    return cpu_field('model name') or platform.processor()
 
 
 def _read(file):
