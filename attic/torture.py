@@ -34,7 +34,7 @@ from training.console import UserError
 
 # All that is random, and all that is carried from step to step, has a part in these runs.
 RECIPE = ['--dataset', 'folder', '--depth', '10', '--growth-rate', '4', '--batch-size', '4',
-          '--epochs', '6', '--lr', '0.05', '--drop-rate', '0.2', '--grad-accum', '2',
+          '--lr', '0.05', '--drop-rate', '0.2', '--grad-accum', '2',
           '--lr-schedule', 'cosine', '--print-freq', '4', '--device', 'cpu']
 STOP_SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 OF_ONE_PROCESS = 'args', 'dataset', 'config', 'seconds', 'peak_memory'  # two equal runs differ here
@@ -67,8 +67,9 @@ def run_train(argv, output):
 class Lab:
     """A temporary directory with images, and runs in it."""
 
-    def __init__(self):
-        self.directory, self.rng = Path(tempfile.mkdtemp(prefix='torture-')), random.Random(1)
+    def __init__(self, epochs):
+        self.epochs, self.rng = epochs, random.Random(1)
+        self.directory = Path(tempfile.mkdtemp(prefix='torture-'))
         for folder, count in {'train/a': 18, 'train/b': 18, 'val/a': 4, 'val/b': 4}.items():
             (self.directory / folder).mkdir(parents=True)
             for i in range(count):
@@ -79,7 +80,8 @@ class Lab:
 
     def start(self, run, *flags):
         """A process of the run, whose output is in `log` beside the run's directory."""
-        argv = [*RECIPE, '--data', str(self.directory), '--save', str(run), *flags]
+        argv = [*RECIPE, '--epochs', str(self.epochs), '--data', str(self.directory),
+                '--save', str(run), *flags]
         if self.rng.random() < 0.8:  # figures take longer than all else
             argv.append('--no-plot')
         process = FORK.Process(target=run_train, args=(argv, run.parent / 'log'))
@@ -170,7 +172,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     for number in STOP_SIGNALS:  # of the processes, too, until train.py handles them
         signal.signal(number, lambda number, _: os._exit(128 + number))
-    lab, tries, all_lost = Lab(), 1 if args.short else 25, 0
+    lab, tries, all_lost = Lab(3 if args.short else 6), 1 if args.short else 25, 0
     print(f'{"fault":<15}{"tried":>6}{"survived":>10}{"lost":>6}', flush=True)
     for fault in (killed, stopped, disk_full, damaged, two_at_once):
         lost = 0

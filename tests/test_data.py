@@ -22,7 +22,7 @@ import scipy.io
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import ROOT, SHARED, Opener, fails, write_images
+from conftest import ROOT, SHARED, SMALL, Opener, fails, write_images
 from PIL import Image
 from torchvision import transforms
 
@@ -908,8 +908,8 @@ def test_bad_images_of_both_splits_are_named_at_once(tmp_path, capsys):
     bad = [tmp_path / name for name in ('train/a/1.png', 'train/b/0.png', 'val/b/3.png')]
     for path in bad:
         path.write_bytes(path.read_bytes()[:-30])
-    error = fails(capsys, '--dataset', 'folder', '--data', tmp_path, '--batch-size', 4, '--save',
-                  tmp_path / 'run', '--device', 'cpu')
+    error = fails(capsys, '--dataset', 'folder', '--data', tmp_path, *SMALL, '--save',
+                  tmp_path / 'run')
     assert all(error.count(f'{path}: cannot be read') == 1 for path in bad)
 
 
