@@ -134,7 +134,7 @@ def test_one_channel_gives_the_same_logits_as_three_equal_ones(tmp_path, build, 
     three, one = build(num_classes=3).eval(), build(num_classes=3, in_channels=1).eval()
     torch.save(three.state_dict(), tmp_path / 'three.pth')
     weights.load_pretrained(one, Namespace(pretrained=str(tmp_path / 'three.pth'), arch=None,
-                                         reset_classifier=False))
+                                           reset_classifier=False, evaluate=False))
     grey = torch.randn(2, 1, size, size)
     with torch.no_grad():
         torch.testing.assert_close(one(grey), three(grey.expand(-1, 3, -1, -1)),

@@ -179,6 +179,15 @@ def test_images_are_normalised_as_in_the_checkpoint(uninterrupted, folder, tmp_p
     truth = train.evaluate(model, loader, torch.autocast('cpu', enabled=False))
     line, *_ = run(capsys, '--evaluate', '--resume', tmp_path / 'other.pth', '--device', 'cpu')
     assert line.startswith(f'test loss {truth[0]:.4f}, ')
+    argv = ['--evaluate', '--pretrained', tmp_path / 'other.pth', '--dataset', 'folder', '--data',
+            folder, '--depth', 10, '--growth-rate', 4, '--device', 'cpu', '--save', tmp_path / 'x']
+    said, line, *_ = run(capsys, *argv)
+    assert 'normalized by the mean and std of this data set' in said
+    assert not line.startswith(f'test loss {truth[0]:.4f}, ')
+    shares = [[value / 255 for value in saved['dataset'][name]] for name in ('mean', 'std')]
+    said, line, *_ = run(capsys, *argv, '--mean', *shares[0], '--std', *shares[1])
+    assert 'normalized' not in said
+    assert line.startswith(f'test loss {truth[0]:.4f}, ')
 
 
 # ---- hostile files ---------------------------------------------------------------------------

@@ -40,8 +40,8 @@ def load(state, tmp_path, part='', reset=False, save=torch.save, name='theirs.pt
     save(state, tmp_path / name)
     model = densenet.DenseNet(**(config or NARROW)).eval()
     source = f'{tmp_path / name}{part and ":"}{part}'
-    weights.load_pretrained(model, argparse.Namespace(pretrained=source, arch=None,
-                                                      reset_classifier=reset))
+    weights.load_pretrained(model, argparse.Namespace(
+        pretrained=source, arch=None, reset_classifier=reset, evaluate=False))
     return model
 
 

@@ -56,7 +56,7 @@ def load_pretrained(model, args):
     file; by default averaged weights (EMA) are preferred, as in timm.
 
     Args:
-        args: flags with `pretrained`, `arch` and `reset_classifier`.
+        args: flags with `pretrained`, `arch`, `reset_classifier`, `evaluate` and `mean`.
 
     Raises:
         UserError: the file can't be read, or is of another network.
@@ -67,6 +67,10 @@ def load_pretrained(model, args):
         if os.path.exists(file) and not os.path.exists(source):
             source, part = file, name
         weights, notes = read_weights(source, part, model)
+        if args.evaluate and args.mean is None and model.config['small_inputs']:
+            # another std, as many projects have it, can cost half a point on CIFAR-10
+            notes.append('images are normalized by the mean and std of this data set; if the '
+                         'weights need others, give --mean and --std')
     elif args.arch in flags.TORCHVISION_WEIGHTS:
         source, notes = 'torchvision\'s file', []
         with distributed.rank_0_first():
