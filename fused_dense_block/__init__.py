@@ -25,6 +25,7 @@ ImageNet's stem is fused in evaluation without gradients on CPUs: by the kernels
 the weights are in channels_last, otherwise 'eager'.
 """
 
+import torch
 from torch import nn
 
 from . import blocks, cpu
@@ -42,7 +43,8 @@ def fuse(model, *, memory_efficient=None, kernels=True):
     None.
 
     First, each module is compared with its fused version on small random maps: outputs, gradients
-    and running statistics, in training and evaluation. Behaviour that depends on sizes, batches or
+    and running statistics, in training and evaluation (with the CPU kernels for bfloat16, when
+    these are first used). Behaviour that depends on sizes, batches or
     steps is not detected. Transitions and stems with other modules than DenseNet's are not fused.
 
     In evaluation, the CPU kernels keep a packed copy of the weights until the next forward in
@@ -74,8 +76,9 @@ def fuse(model, *, memory_efficient=None, kernels=True):
     for name, module, kind in found:
         state = State(any_recomputes if kind is FusedTransition else memory_efficient, kernels)
         on_cpu = next(module.parameters()).device.type in ('cpu', 'meta')
+        has_kernels = kernels and on_cpu and cpu.unavailable_reason() is None
         try:
-            state.verify(module, kind, kernels and on_cpu and cpu.unavailable_reason() is None)
+            state.verify(module, kind, torch.float32 if has_kernels else None)
         except Difference as difference:
             raise ValueError(f'not fused: {difference.inside(name)}') from difference
         states.append(state)

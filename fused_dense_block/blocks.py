@@ -53,7 +53,7 @@ class Fused:
         path = self.unfused_path if path == 'layers' else path
         if path == 'layers':
             return path, reason, None
-        plan = self._fused.plan(self, path == 'kernels')
+        plan = self._fused.plan(self, self.maps_dtype(x) if path == 'kernels' else None)
         evaluates = path == 'kernels' and not self.training
         packed = plan.current_packed(x) if evaluates else None
         if packed is None:
@@ -82,6 +82,11 @@ class Fused:
 
     def recomputes(self):
         return self._fused.memory_efficient
+
+    @staticmethod
+    def maps_dtype(x):
+        """The dtype of the maps that the CPU kernels would read."""
+        return x.dtype
 
     def __reduce_ex__(self, protocol):  # for copy and pickle: the class can't be found by name
         return _rebuild, (kind_of(self), base_class(self)), vars(self)
@@ -184,8 +189,12 @@ class FusedFeatures(Fused):
             return 'layers', 'the stem is fused in evaluation without gradients on a CPU'
         if not self._fused.kernels:
             return 'eager', 'fused with kernels=False'
-        reason = cpu.why_not_dtype(autocast_dtype(x.device.type) or x.dtype)
+        reason = cpu.why_not_dtype(self.maps_dtype(x))
         return 'kernels' if reason is None else 'eager', reason
+
+    @staticmethod
+    def maps_dtype(x):
+        return autocast_dtype(x.device.type) or x.dtype
 
     def run(self, ops, plan, x):
         if ops is cpu:
@@ -246,51 +255,59 @@ def _rebuild(kind, base):
 
 
 class State:
-    """The options of a fused module, its verified signature, and a plan for each mode.
+    """The options of a fused module, what has been verified, and a plan for each mode.
+
+    `signature` is that of the verified module, and `dtypes` are the dtypes of the maps for which
+    the CPU kernels were verified, too: each has its own library, which takes long to compile.
 
     Copies keep the signature. Pickles drop it, because the code may differ where they are loaded.
     """
 
     def __init__(self, memory_efficient, kernels, verified=None):
         self.memory_efficient, self.kernels = memory_efficient, kernels
-        self.signature, self.with_kernels, self.first_half_drops = verified or (None, False, False)
+        self.signature, self.dtypes, self.first_half_drops = verified or (None, set(), False)
         self.plans = {}
 
     def __deepcopy__(self, memo):
         return State(self.memory_efficient, self.kernels,
-                     (self.signature, self.with_kernels, self.first_half_drops))
+                     (self.signature, {*self.dtypes}, self.first_half_drops))
 
     def __reduce__(self):
         return State, (self.memory_efficient, self.kernels)
 
-    def verify(self, module, kind, with_kernels):
+    def verify(self, module, kind, dtype=None):
         """Compare a module with its fused version, unless it is unchanged since the last time.
 
         Args:
             module: accepted by `kind.read`.
+            dtype: also compare with the CPU kernels for maps of this dtype.
 
         Raises:
             Difference: the results differ.
         """
         signature = modules.signature(module, kind.watched(module))
-        if self.signature != signature or with_kernels and not self.with_kernels:
-            self.first_half_drops = selfcheck.verify(kind.sample(module), kind, Plan, with_kernels)
-            self.signature, self.with_kernels = signature, with_kernels
+        if self.signature != signature or not self.is_verified(dtype):
+            self.first_half_drops = selfcheck.verify(kind.sample(module), kind, Plan, dtype)
+            self.dtypes = {dtype} | (self.dtypes if self.signature == signature else set())
+            self.signature = signature
 
-    def plan(self, module, with_kernels):
-        """The verified plan for the current mode of the module."""
+    def is_verified(self, dtype):
+        return dtype is None or dtype in self.dtypes
+
+    def plan(self, module, dtype=None):
+        """The verified plan for the current mode of the module; `dtype` as for `verify`."""
         if module.training and False in self.plans:
             self.plans[False].packed.clear()  # training may need the memory
         plan = self.plans.get(module.training)
         if plan is None or not plan.snapshot.holds(module) or (
-                with_kernels and not self.with_kernels and plan.reason is None):
+                plan.reason is None and not self.is_verified(dtype)):
             kind = kind_of(module)
             try:
                 kind.read(module)
                 reason = modules.obstacle(module, kind.watched(module))
                 if reason is None:
                     with VERIFYING:
-                        self.verify(module, kind, with_kernels)
+                        self.verify(module, kind, dtype)
             except Difference as difference:
                 reason = str(difference)
             plan = Plan(module, kind, self.memory_efficient, self.first_half_drops, reason)
@@ -315,7 +332,7 @@ class Plan:
         self.parts = kind.read(module)
         norm_convs = kind.norm_convs(self.parts)
         self.channels = kind.in_channels(self.parts)
-        self.is_stem = kind is FusedFeatures
+        self.kind, self.is_stem = kind, kind is FusedFeatures
         # (dict, name) instead of the tensors, because torch.func.functional_call swaps them.
         self.parameter_places = [place for norm, conv in norm_convs for place in (
             (norm._parameters, 'weight'), (norm._parameters, 'bias'), (conv._parameters, 'weight'))]
@@ -362,8 +379,7 @@ class Plan:
         return packed if packed and packed.is_current() else None
 
     def pack(self, x):
-        dtype = self.is_stem and autocast_dtype('cpu') or x.dtype
-        packed = inference.Packed(self.packed_places, self.eps, dtype)
+        packed = inference.Packed(self.packed_places, self.eps, self.kind.maps_dtype(x))
         self.packed[self._key(x)] = packed
         return packed
 

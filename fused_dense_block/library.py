@@ -1,8 +1,9 @@
 """The library of CPU kernels: compiles cpu.cpp when first used, keeps and loads what was compiled.
 
-There is a library for each type of map. Compiling takes some seconds and needs a C++ compiler,
-preferably g++. Libraries are kept in the user's cache directory, `$XDG_CACHE_HOME/densenet` or
-`~/.cache/densenet`. Without a compiler, or on a CPU without AVX2, a warning says so once.
+There is a library for each type of map. Compiling one takes 20 to 60 seconds and needs a C++
+compiler, preferably g++. Libraries are kept in the user's cache directory,
+`$XDG_CACHE_HOME/densenet` or `~/.cache/densenet`. Without a compiler, or on a CPU without AVX2, a
+warning says so once.
 
 bf16 can be multiplied in two ways, whose results differ in the last bits: `vdpbf16ps`, an
 instruction of some CPUs with AVX-512, or widened to fp32 and then as fp32 is, `fma`. Which one is
@@ -23,6 +24,7 @@ import shlex
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -105,6 +107,8 @@ def _compile(command, map_type, macros):
         if library.stem == f'{name}-{_digest(library)}':
             return library
         library.unlink(missing_ok=True)
+    print(f'fused_dense_block: compiling the CPU kernels for {map_type} maps, once; this can take '
+          f'a minute', file=sys.stderr, flush=True)
     # Several processes may do this at once: each in its own directory, and the last one wins.
     with tempfile.TemporaryDirectory(dir=cache) as build:
         compiled, linked = f'{build}/kernels.o', Path(build, 'kernels.so')

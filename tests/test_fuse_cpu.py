@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from test_fuse import block_input
 
-from densenet import DenseBlock, DenseNet, Transition
+from densenet import DenseBlock, DenseLayer, DenseNet, Transition
 from fused_dense_block import cpu, fuse, library
 
 reason = cpu.unavailable_reason()
@@ -152,6 +152,46 @@ def test_batched_gradients_are_an_error():
         for grads in (torch.randn(3, n, c, h, w), torch.randn(3, n, h, w, c).movedim(-1, 2)):
             with pytest.raises(RuntimeError, match='vmap|data pointer'):
                 torch.autograd.grad(output, x, grads, is_grads_batched=True, retain_graph=True)
+
+
+def test_the_kernels_of_a_dtype_are_compiled_and_verified_when_first_used(monkeypatch):
+    loaded, load, conv = set(), library.load, cpu.norm_relu_conv
+
+    def wrong_in_bf16(maps, *args, **kwargs):
+        z, *rest = conv(maps, *args, **kwargs)
+        return [-z if z.dtype == torch.bfloat16 else z, *rest]
+
+    monkeypatch.setattr(library, 'load', lambda dtype: loaded.add(dtype) or load(dtype))
+    monkeypatch.setattr(cpu, 'norm_relu_conv', wrong_in_bf16)
+    model, (images, _) = fuse(network()), batch()
+    assert loaded == {torch.float32}
+    block = model.features.denseblock1
+    with torch.autocast('cpu'):
+        model(images)
+    assert block.path == 'layers' and torch.bfloat16 in loaded
+    assert 'other outputs by the CPU kernels in torch.bfloat16' in block.reason
+    monkeypatch.setattr(cpu, 'norm_relu_conv', conv)
+    with torch.autocast('cpu'):
+        fuse(model)(images)
+    assert block.path == 'kernels'
+
+
+def test_fuse_takes_one_thread_and_gives_the_others_back():
+    class Layer(DenseLayer):
+        def forward(self, x):
+            threads.append(torch.get_num_threads())
+            return super().forward(x)
+
+    threads, model = [], network()
+    for layer in model.features.denseblock1.children():
+        layer.__class__ = Layer
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        fuse(model)
+        assert {*threads} == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_library_that_fails_to_compile_only_turns_off_its_own_dtype(monkeypatch):
