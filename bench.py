@@ -31,7 +31,7 @@ from training.parsing import POSITIVE, Parser
 
 def make_parser():
     parser = Parser(prog='bench.py', description=__doc__, allow_abbrev=False,
-                          formatter_class=argparse.RawDescriptionHelpFormatter)
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group('network, as for train.py').add_argument
     add('--arch', metavar='NAME', help='an ImageNet network')
     add('--depth', help='(default: 100)')

@@ -6,7 +6,7 @@
     feature_map = model.features(images)                   # before the last ReLU and the pooling
 
 Arguments of `DenseNet`, module names and state-dict keys are torchvision's, so either can replace
-the other. `fused_dense_block.fuse(model)` trains faster, with memory linear in depth.
+the other. On CPUs `fused_dense_block.fuse(model)` trains faster, in memory linear in depth.
 
 "The paper" is Huang, Liu, van der Maaten, Weinberger: Densely Connected Convolutional Networks,
 CVPR 2017, https://arxiv.org/abs/1608.06993; "the technical report" Pleiss et al.: Memory-Efficient
@@ -256,7 +256,7 @@ def _is_traced(x):
 def densenet121(weights=None, progress=True, **kwargs):
     """DenseNet-121 (paper, table 1), 7,978,856 parameters.
 
-    The ImageNet constructors take torchvision's arguments:
+    The ImageNet constructors take torchvision's arguments, except weights named by a string:
 
     Args:
         weights: a member of torchvision's enum, such as `DenseNet121_Weights.DEFAULT`, whose file

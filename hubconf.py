@@ -4,10 +4,11 @@
     model = torch.hub.load('path/to/clone', 'densenet_cifar', source='local', depth=40)
     model = torch.hub.load('path/to/clone', 'densenet_bc_100_12', source='local', pretrained=True)
 
-All take the arguments of `densenet.DenseNet`. Weights are torchvision's for ImageNet, and ours for
-CIFAR-10. Models are in eval mode, with fused dense blocks (see fused_dense_block/). With
-`pretrained`, the attributes `classes`, `mean` and `std` have the class names and the statistics per
-channel of images in 0..1; otherwise they are None.
+The networks for ImageNet take the arguments of `densenet.DenseNet`, and `densenet_cifar` those of
+`densenet.densenet_cifar`. With `pretrained`, densenet121, 161, 169 and 201 have torchvision's
+weights for ImageNet, and densenet_bc_100_12 ours for CIFAR-10; the attributes `classes`, `mean` and
+`std` then have the class names and the statistics per channel of images in 0..1, otherwise they are
+None. Models are in eval mode, with fused dense blocks (see fused_dense_block/).
 """
 
 import functools

@@ -189,8 +189,8 @@ def new_graph(title):
 
 def build_model(argv):
     """The flags, the network on torch's meta device, and the size of its images in pixels."""
-    given = flags.parse(argv, make_parser())
-    args, saved = checkpoint.with_saved_flags(given, make_parser())
+    parser = make_parser()
+    args, saved = checkpoint.with_saved_flags(flags.parse(argv, parser), parser)
     if args.output.suffix not in FORMATS:
         raise UserError(f'--output {args.output}: its name must end in {", ".join(FORMATS)}')
     if saved:

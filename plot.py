@@ -27,9 +27,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from training import console
 from training.console import UserError
 from training.csv_files import open_csv
 from training.figures import COLORS, GREY, MARKERS, STYLE, save_figure, shorten
+from training.parsing import Parser
 
 CURVES = {'loss': ['loss'], 'error': ['error'], 'loss-error': ['loss', 'error']}
 AXIS_LABELS = {'loss': 'cross-entropy loss (log scale)', 'error': 'error (%, log scale)'}
@@ -47,14 +49,6 @@ class Run(NamedTuple):
 
 # ---- reading ------------------------------------------------------------------------------
 
-def warn(message):
-    print(f'plot.py: warning: {message}', file=sys.stderr)
-
-
-def bad_file(path, problem):
-    return UserError(f'{path} is not {problem}')
-
-
 def read_table(path):
     """Read a CSV file of numbers as {column: values}; empty columns if it does not exist.
 
@@ -64,14 +58,15 @@ def read_table(path):
     header, *lines = [line.split(',') for line in text.splitlines()] or [COLUMNS]
     header, rows = [name.strip() for name in header], []
     if not {*COLUMNS} <= {*header}:
-        raise bad_file(path, f'a CSV file of a run: its first line must be a header such as '
-                             f'{",".join(COLUMNS)}')
+        raise UserError(f'{path} is not a CSV file of a run: its first line must be a header such '
+                        f'as {",".join(COLUMNS)}')
     for line in lines:
         with contextlib.suppress(ValueError):  # the last row is incomplete if the run was killed
             # The header has fewer columns if an older version started the run.
             rows.append([float(field) for _, field in zip(header, line[:len(header)], strict=True)])
     if len(rows) < len(lines):
-        warn(f'{path}: left out {len(lines) - len(rows)} incomplete rows of {len(lines)}')
+        console.warn(f'{path}: left out {len(lines) - len(rows)} incomplete rows of {len(lines)}',
+                     script='plot.py')
     return dict(zip(header, np.array(rows).reshape(-1, len(header)).T))
 
 
@@ -102,7 +97,7 @@ def read_runs(directories):
         if any(len(points(table, column)[0]) for table in run[1:3] for column in AXIS_LABELS):
             runs.append(run)
         elif len(directories) > 1:
-            warn(f'{directory}: left out, nothing to draw yet')
+            console.warn(f'{directory}: left out, nothing to draw yet', script='plot.py')
     return runs
 
 
@@ -111,7 +106,7 @@ def read_rows(path, columns):
     with open_csv(path) as file:
         rows = list(csv.DictReader(file))
     if not rows or not {*columns} <= rows[0].keys():
-        raise bad_file(path, f'a table with rows and the columns {",".join(columns)}')
+        raise UserError(f'{path} is not a table with rows and the columns {",".join(columns)}')
     return rows
 
 
@@ -366,10 +361,9 @@ def save_reports(directory):
     return list(draw([directory], directory, ['png']))
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(prog='plot.py', description=__doc__,
-                                     usage=argparse.SUPPRESS,  # an error is one line
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser():
+    parser = Parser(prog='plot.py', description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('runs', metavar='RUN', nargs='*', type=Path,
                         default=[Path('work/cifar10.base')],
                         help='run directory; several are compared; or a CSV file of bench.py '
@@ -378,21 +372,30 @@ def main(argv=None):
                         help='one or more of png, pdf, svg (default: png)')
     parser.add_argument('--output', metavar='DIR', type=Path,
                         help='where to write (default: the run, or the parent of several)')
-    args = parser.parse_args(argv)
+    return parser
+
+
+def run(argv):
+    args = make_parser().parse_args(argv)
     output = args.output
     if output is None:
         is_run = len(args.runs) == 1 and not is_csv_of_bench(args.runs)
         output = args.runs[0] if is_run else Path(common_parent(args.runs))
     is_empty = True
-    try:
-        for path in draw(args.runs, output, args.format):
-            is_empty = False
-            print(str(path).encode(errors='backslashreplace').decode())
-    except (UserError, OSError) as error:
-        parser.error(error)
+    for path in draw(args.runs, output, args.format):
+        is_empty = False
+        print(str(path).encode(errors='backslashreplace').decode())
     if is_empty:
-        parser.error(f'nothing to draw in {", ".join(map(str, args.runs))}: give run directories '
-                     f'with a row in train.csv or test.csv')
+        raise UserError(f'nothing to draw in {", ".join(map(str, args.runs))}: give run '
+                        f'directories with a row in train.csv or test.csv')
+
+
+def main(argv=None):
+    try:
+        run(argv)
+    except (UserError, OSError) as error:
+        console.warn(error, 'error', 'plot.py')
+        sys.exit(2)
 
 
 if __name__ == '__main__':

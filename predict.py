@@ -55,7 +55,7 @@ from tqdm import tqdm
 
 import densenet
 from training import checkpoint, datasets, image_files, image_transforms, networks
-from training.console import UserError
+from training.console import DataError, UserError
 from training.csv_files import escape_formula, open_csv
 from training.device import choose_device
 from training.figures import shorten
@@ -77,7 +77,7 @@ def load_model(args):
         model = build()
     else:
         dataset = datasets.Description('imagenet', None, IMAGENET_CLASSES, 224,
-                                   **datasets.IMAGENET_STATISTICS)
+                                       **datasets.IMAGENET_STATISTICS)
         model = getattr(densenet, args.arch)()
         weights = torchvision_weights(args.arch)
     model.load_state_dict(weights)
@@ -110,7 +110,7 @@ def read(dataset, files):
     for file in files:
         try:  # NumPy: tensors would need shared memory, which is small in containers
             batch.append((file, image_files.read_image(file, dataset).numpy()))
-        except datasets.DataError as error:
+        except DataError as error:
             batch.append((file, error))
     return batch
 
@@ -141,8 +141,11 @@ def classify(model, images, label=None, multi_label=False):
     Shapes: images [N, C, H, W] to probabilities [N, classes] and heat [N, h, w], of the size of the
     last feature map, on the CPU.
     """
-    maps = F.relu(model.features(images))                        # [N, channels, h, w]
-    logits = model.classifier(maps.mean((2, 3)))
+    kept = []
+    hook = model.features.register_forward_hook(lambda module, args, output: kept.append(output))
+    logits = model(images)
+    hook.remove()
+    maps = F.relu(kept[0])                                       # [N, channels, h, w]
     labels = logits.argmax(1) if label is None else label
     weight = model.classifier.weight[labels].expand(len(maps), -1)  # [N, channels]
     heat = F.relu(torch.einsum('nc,nchw->nhw', weight, maps))
@@ -239,7 +242,7 @@ def run(args):
         writer = csv.writer(table)
         writer.writerow(('file', 'class', 'probability'))
         for file, answer in bar:
-            if isinstance(answer, datasets.DataError):
+            if isinstance(answer, DataError):
                 with bar.external_write_mode():
                     console.warn(answer, script='predict.py')
                 broken += 1

@@ -144,9 +144,9 @@ def learning_rate(args, epoch, done=0.0):
     """The learning rate in `epoch`, counted from 1, after the fraction `done` of its steps.
 
     cosine: from --lr to 0 over all epochs.
-    multistep: divided by 10 at 50% and 75% of the epochs, but not before epoch 2 (of 300: from
-    epochs 150 and 225 on, as in the official code), whatever `done` is. ImageNet: divided by 10
-    every 30 epochs (from epochs 31, 61, ... on, as in the official code).
+    multistep: divided by 10 at 50% and 75% of the epochs (of 300: from epochs 150 and 225 on, as in
+    the official code), but not before epoch 2. ImageNet: every 30 epochs (from epochs 31, 61, ...
+    on, as in the official code). It changes between epochs only.
     In warm-up epochs, either is multiplied by a factor that rises linearly from 0.01 to 1 (Goyal et
     al.: Accurate, Large Minibatch SGD, 2017, section 2.2).
     """

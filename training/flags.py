@@ -110,11 +110,13 @@ def add_model_flags(parser):
     layers.add_argument('--arch', choices=ARCHITECTURES, metavar='NAME',
                         help=f'one of {", ".join(ARCHITECTURES)}')
     layers.add_argument('--depth', '--layers', type=POSITIVE,
-                        help='L: 6n+4, or 3n+4 without bottleneck (default: 100; imagenet: 121)')
+                        help='L: 6n+4, or 3n+4 without bottleneck (default: 100; images of more '
+                             'than 64 pixels: 121)')
     layers.add_argument('--block-config', type=POSITIVE, nargs='+', metavar='LAYERS',
                         help='layers of each block, instead of --depth')
     group.add_argument('--growth-rate', '--growth', '--growthRate', type=POSITIVE,
-                       help='k (default: 12, or the one of --arch)')
+                       help='k (default: 12; images of more than 64 pixels: 32, or the one of '
+                            '--arch)')
     group.add_argument('--compression', '--reduce', '--reduction', default=0.5,
                        type=number(float, '(0, 1]'),
                        help='share of channels that a transition keeps (default: %(default)s)')
@@ -236,12 +238,11 @@ def parse(argv=None, parser=None):
     Raises:
         UserError: an unknown flag or a wrong value.
     """
-    parser = parser or make_parser()
-    parser.parse_args(argv)  # --help shows the defaults
-    parser._defaults.clear()
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return parser.parse_args(argv)
+    parser, absent = parser or make_parser(), object()
+    names = vars(parser.parse_args(argv))  # --help shows the defaults
+    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, absent)))
+    return argparse.Namespace(**{name: value for name, value in vars(given).items()
+                                 if value is not absent})
 
 
 def with_defaults(given, parser=None):
