@@ -46,7 +46,7 @@ class Maps(NamedTuple):
 
 
 class NormConv(NamedTuple):
-    """The parameters of norm-ReLU-convolution: half a dense layer, or a transition."""
+    """The parameters of norm, ReLU and convolution: half a dense layer, or a transition."""
     weight: torch.Tensor  # of the norm, [C]
     bias: torch.Tensor
     kernel: torch.Tensor  # of the convolution, [O, C, 1, 1] or [O, C, 3, 3]
@@ -59,7 +59,7 @@ class NormConv(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """The settings of a dense layer; each tuple has an entry per half (two, or one)."""
+    """The settings of a dense layer; each tuple has an entry per NormConv (two, or one)."""
     norms: tuple          # modules, whose running statistics are updated
     eps: tuple
     drop_rates: tuple     # of the dropout after each convolution
@@ -70,7 +70,7 @@ class DenseBlockFunction(torch.autograd.Function):
     """apply(ops, layers, x, *parameters)
 
     x is [N, C, H, W], the result [N, C + num_layers * growth_rate, H, W], which must not be
-    modified in place. `parameters` are norm weight, norm bias and kernel of each half of each
+    modified in place. `parameters` are norm weight, norm bias and kernel of each NormConv of each
     layer.
     """
 
@@ -78,29 +78,30 @@ class DenseBlockFunction(torch.autograd.Function):
     def forward(ctx, ops, layers, x, *parameters):
         ctx.ops, ctx.layers = ops, layers
         triples = zip(*[iter(parameters)] * 3)
-        halves = [[NormConv(*next(triples), eps) for eps in layer.eps] for layer in layers]
+        # of each layer: two, or one
+        norm_convs = [[NormConv(*next(triples), eps) for eps in layer.eps] for layer in layers]
         c = x.shape[1]  # channels that the layer reads
-        channels = c + sum(len(half[-1].kernel) for half in halves)
+        channels = c + sum(len(last.kernel) for *_, last in norm_convs)
         features = Maps(ops.new_maps(x, channels), *parameters[0].new_empty(2, channels))
         saved, norms, statistics = [], [], []
         with no_autocast(x):
             features.part(0, c).copy_(Maps(x, *ops.statistics(x)))
-            for layer, layer_halves in zip(layers, halves):
-                new = features.part(c, c + len(layer_halves[-1].kernel))
+            for layer, (*first, last) in zip(layers, norm_convs):
+                new = features.part(c, c + len(last.kernel))
                 maps = features.part(0, c)
-                for half, rate in zip(layer_halves, layer.drop_rates):
-                    is_last, mask = half is layer_halves[-1], None
+                for norm_conv, rate in zip((*first, last), layer.drop_rates):
+                    is_last, mask = norm_conv is last, None
                     statistics.append(maps._replace(data=None))
-                    maps = Maps(*ops.norm_relu_conv(maps, half, with_statistics=not rate,
+                    maps = Maps(*ops.norm_relu_conv(maps, norm_conv, with_statistics=not rate,
                                                     out=new.data if is_last else None))
                     if rate:
                         data, mask = torch.native_dropout(maps.data, rate, True)
                         maps = Maps(data, *ops.statistics(data))
                     is_saved = not (is_last or layer.recompute)
-                    saved += [*half[:3], mask, maps.data if is_saved else None, *maps[1:]]
+                    saved += [*norm_conv[:3], mask, maps.data if is_saved else None, *maps[1:]]
                 new.copy_(maps)
                 norms += layer.norms
-                c += len(layer_halves[-1].kernel)
+                c += len(last.kernel)
         update_running_statistics(norms, statistics, x.numel() // x.shape[1])
         ctx.save_for_backward(*features, *saved)
         return features.data
@@ -110,7 +111,7 @@ class DenseBlockFunction(torch.autograd.Function):
         check_first_order()
         data, mean, var, *saved = ctx.saved_tensors
         features, rows = Maps(data, mean, var), zip(*[iter(saved)] * 7)
-        # For each half of each layer: its parameters, drop rate, dropout mask or None, and output.
+        # For each NormConv of each layer: itself, drop rate, dropout mask or None, and output.
         # `output.data` is None if it is in the buffer or will be recomputed.
         layers = [[(NormConv(*row[:3], eps), rate, row[3], Maps(*row[4:]))
                    for eps, rate, row in zip(layer.eps, layer.drop_rates, rows)]
@@ -122,19 +123,19 @@ class DenseBlockFunction(torch.autograd.Function):
             for layer in reversed(layers):
                 c = end - len(layer[-1][0].kernel)  # channels that the layer has read
                 inputs = [features.part(0, c)]
-                for half, rate, mask, output in layer[:-1]:
+                for norm_conv, rate, mask, output in layer[:-1]:
                     if output.data is None:
-                        z, *_ = ops.norm_relu_conv(inputs[-1], half)
+                        z, *_ = ops.norm_relu_conv(inputs[-1], norm_conv)
                         output = output._replace(data=dropout_backward(z, mask, rate))
                     inputs.append(output)
                 # All readers of the new channels are done, so their gradient can be completed.
                 grad, pending = G[:, c:end], (features.part(c, end), A[c:end], B[c:end])
-                for maps, (half, rate, mask, _) in zip(reversed(inputs), reversed(layer)):
+                for maps, (norm_conv, rate, mask, _) in zip(reversed(inputs), reversed(layer)):
                     if mask is not None:
                         grad = dropout_backward(ops.complete(grad, *pending), mask, rate)
                         pending = None
                     grad, pending, found = norm_conv_backward(
-                        ops, grad, maps, half, pending=pending,
+                        ops, grad, maps, norm_conv, pending=pending,
                         total=G[:, :c] if maps is inputs[0] else None)
                     gradients = found + gradients
                 A[:c].add_(pending[1])
@@ -172,16 +173,16 @@ class TransitionFunction(torch.autograd.Function):
             return None, None, ctx.ops.complete(total, *pending), *found
 
 
-def norm_conv_backward(ops, grad, maps, half, **options):
-    """`ops.norm_relu_conv_backward`, and this half's part of A and B.
+def norm_conv_backward(ops, grad, maps, norm_conv, **options):
+    """`ops.norm_relu_conv_backward`, and its part of A and B.
 
     Returns:
         total; (maps, a, b), its pending terms; [gradients of norm weight, norm bias and kernel].
     """
-    invstd = (maps.var + half.eps).rsqrt()
-    total, *found = ops.norm_relu_conv_backward(grad, maps, half, invstd, **options)
+    invstd = (maps.var + norm_conv.eps).rsqrt()
+    total, *found = ops.norm_relu_conv_backward(grad, maps, norm_conv, invstd, **options)
     d_weight, d_bias, _ = found
-    share = half.weight * invstd / (maps.data.numel() // len(invstd))
+    share = norm_conv.weight * invstd / (maps.data.numel() // len(invstd))
     return total, (maps, share * d_bias, share * invstd * d_weight), found
 
 

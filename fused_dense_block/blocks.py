@@ -116,10 +116,11 @@ class FusedBlock(Fused):
     """A dense block."""
 
     read = staticmethod(modules.dense_layers)
-    norm_convs = staticmethod(lambda layers: [half for halves in layers for half in halves])
+    norm_convs = staticmethod(lambda layers: sum(layers, []))
     in_channels = staticmethod(lambda layers: layers[0][0].norm.num_features)
     output_shape = staticmethod(lambda layers, x: (
-        len(x), x.shape[1] + sum(halves[-1].conv.out_channels for halves in layers), *x.shape[2:]))
+        len(x), x.shape[1] + sum(norm_convs[-1].conv.out_channels for norm_convs in layers),
+        *x.shape[2:]))
 
     def recomputes(self):
         if self._fused.memory_efficient is None:
@@ -137,7 +138,7 @@ class FusedBlock(Fused):
 
     @staticmethod
     def split(block, y):
-        sizes = [halves[-1].conv.out_channels for halves in modules.dense_layers(block)]
+        sizes = [norm_convs[-1].conv.out_channels for norm_convs in modules.dense_layers(block)]
         return zip(('', *block._modules), y.split([y.shape[1] - sum(sizes), *sizes], 1))
 
 
@@ -265,12 +266,12 @@ class State:
 
     def __init__(self, memory_efficient, kernels, verified=None):
         self.memory_efficient, self.kernels = memory_efficient, kernels
-        self.signature, self.dtypes, self.first_half_drops = verified or (None, set(), False)
+        self.signature, self.dtypes, self.drops_after_conv1 = verified or (None, set(), False)
         self.plans = {}
 
     def __deepcopy__(self, memo):
         return State(self.memory_efficient, self.kernels,
-                     (self.signature, {*self.dtypes}, self.first_half_drops))
+                     (self.signature, {*self.dtypes}, self.drops_after_conv1))
 
     def __reduce__(self):
         return State, (self.memory_efficient, self.kernels)
@@ -287,7 +288,7 @@ class State:
         """
         signature = modules.signature(module, kind.watched(module))
         if self.signature != signature or not self.is_verified(dtype):
-            self.first_half_drops = selfcheck.verify(kind.sample(module), kind, Plan, dtype)
+            self.drops_after_conv1 = selfcheck.verify(kind.sample(module), kind, Plan, dtype)
             self.dtypes = {dtype} | (self.dtypes if self.signature == signature else set())
             self.signature = signature
 
@@ -310,7 +311,7 @@ class State:
                         self.verify(module, kind, dtype)
             except Difference as difference:
                 reason = str(difference)
-            plan = Plan(module, kind, self.memory_efficient, self.first_half_drops, reason)
+            plan = Plan(module, kind, self.memory_efficient, self.drops_after_conv1, reason)
             self.plans[module.training] = plan
         return plan
 
@@ -324,7 +325,7 @@ class Plan:
         layers: autograd.Layer for each layer of a dense block.
     """
 
-    def __init__(self, module, kind, memory_efficient=None, first_half_drops=False, reason=None):
+    def __init__(self, module, kind, memory_efficient=None, drops_after_conv1=False, reason=None):
         self.snapshot = modules.Snapshot(module, kind.watched(module))
         self.reason, self.packed = reason, {}
         if reason:
@@ -352,22 +353,22 @@ class Plan:
         self.eps = [norm.eps for norm, _ in norm_convs]
         if kind is FusedBlock:
             self.layers = [
-                self._layer(layer, [norm for norm, _ in halves], memory_efficient, first_half_drops)
-                for layer, halves in zip(module._modules.values(), self.parts)]
+                self._layer(layer, [norm for norm, _ in pair], memory_efficient, drops_after_conv1)
+                for layer, pair in zip(module._modules.values(), self.parts)]
             self.layers_without_grad = [layer._replace(recompute=True) for layer in self.layers]
             if any(rate >= 1 for layer in self.layers for rate in layer.drop_rates):
                 self.reason = 'a drop_rate of 1'
 
     @staticmethod
-    def _layer(layer, norms, memory_efficient, first_half_drops):
+    def _layer(layer, norms, memory_efficient, drops_after_conv1):
         rate = vars(layer).get('drop_rate', 0.0)
         if memory_efficient is None:
             memory_efficient = modules.recomputes(layer)
         return Layer(norms, [norm.eps for norm in norms],
-                     [rate if first_half_drops else 0.0, rate][-len(norms):], memory_efficient)
+                     [rate if drops_after_conv1 else 0.0, rate][-len(norms):], memory_efficient)
 
     def parameters(self):
-        """Norm weight, norm bias and kernel of each half."""
+        """Norm weight, norm bias and kernel of each NormConv."""
         return [tensors[name] for tensors, name in self.parameter_places]
 
     def current_packed(self, x):

@@ -59,19 +59,19 @@ def statistics(data):
     return mean, var
 
 
-def norm_relu_conv(maps, half, pool=False, out=None, with_statistics=False):
+def norm_relu_conv(maps, norm_conv, pool=False, out=None, with_statistics=False):
     """The output, in `out` if given, and its `statistics` if wanted, otherwise two Nones."""
     if out is None:
         size = [size // 2 if pool else size for size in maps.data.shape[2:]]
-        out = new_maps(maps.data, len(half.kernel), size)
-    mean, var = _vectors(out, 2, len(half.kernel)) if with_statistics else (None, None)
-    invstd = (maps.var + half.eps).rsqrt()
-    _call('norm_relu_conv', out.dtype, *_input(maps, half, invstd), *_shape(maps, half, pool),
-          *_map(out), mean, var)
+        out = new_maps(maps.data, len(norm_conv.kernel), size)
+    mean, var = _vectors(out, 2, len(norm_conv.kernel)) if with_statistics else (None, None)
+    invstd = (maps.var + norm_conv.eps).rsqrt()
+    _call('norm_relu_conv', out.dtype, *_input(maps, norm_conv, invstd),
+          *_shape(maps, norm_conv, pool), *_map(out), mean, var)
     return out, mean, var
 
 
-def norm_relu_conv_backward(grad, maps, half, invstd, pool=False, total=None, pending=None):
+def norm_relu_conv_backward(grad, maps, norm_conv, invstd, pool=False, total=None, pending=None):
     """`total` (new, or added to in place), and the gradients of weight, bias and kernel."""
     n, c, h, w = maps.data.shape
     grad = grad.to(maps.data.dtype)
@@ -85,10 +85,10 @@ def norm_relu_conv_backward(grad, maps, half, invstd, pool=False, total=None, pe
     z, *coefficients = pending or [None] * 3
     outputs = [None, 0, None] if z is None else [*_map(z.data), z.mean]
     sum_g, sum_gx = _vectors(maps.data, 2, c)
-    d_kernel = torch.empty_like(half.kernel, memory_format=torch.channels_last)
+    d_kernel = torch.empty_like(norm_conv.kernel, memory_format=torch.channels_last)
     _call('norm_relu_conv_backward', grad.dtype, *_map(grad), *outputs, *coefficients,
-          *_input(maps, half, invstd), *_shape(maps, half, pool), *_map(total), add, sum_g, sum_gx,
-          d_kernel)
+          *_input(maps, norm_conv, invstd), *_shape(maps, norm_conv, pool), *_map(total), add,
+          sum_g, sum_gx, d_kernel)
     return total, sum_gx * invstd, sum_g, d_kernel
 
 
@@ -110,17 +110,17 @@ class PackedConv(ctypes.Structure):
     _fields_ += [(name, ctypes.c_long) for name in ('channels', 'outputs', 'side')]
 
 
-def pack(halves, dtype):
+def pack(norm_convs, dtype):
     """Packs for maps of dtype.
 
     Args:
-        halves: weight, bias, mean and variance of a norm, its eps, and the convolution's kernel.
+        norm_convs: tuples of a norm's weight, bias, mean, variance and eps, and the kernel.
 
     Returns:
         [PackedConv], and the tensors that own their memory.
     """
     packed, owners = [], []
-    for weight, bias, mean, var, eps, kernel in halves:
+    for weight, bias, mean, var, eps, kernel in norm_convs:
         o, c, *_ = kernel.shape
         vectors = torch.zeros(3, len(mean) + 64, dtype=torch.float32, device='cpu')
         for vector, value in zip(vectors, (mean, weight * (var + eps).rsqrt(), bias)):
@@ -196,15 +196,15 @@ def _map(x):
     return x, row
 
 
-def _input(maps, half, invstd):
-    kernel = half.kernel.contiguous(memory_format=torch.channels_last)
-    return (*_map(maps.data), maps.mean.contiguous(), (half.weight * invstd).contiguous(),
-            half.bias.contiguous(), kernel)
+def _input(maps, norm_conv, invstd):
+    kernel = norm_conv.kernel.contiguous(memory_format=torch.channels_last)
+    return (*_map(maps.data), maps.mean.contiguous(), (norm_conv.weight * invstd).contiguous(),
+            norm_conv.bias.contiguous(), kernel)
 
 
-def _shape(maps, half, pool):
+def _shape(maps, norm_conv, pool):
     n, c, h, w = maps.data.shape
-    return n, h, w, c, len(half.kernel), half.kernel.shape[-1], pool
+    return n, h, w, c, len(norm_conv.kernel), norm_conv.kernel.shape[-1], pool
 
 
 def _vectors(x, count, channels):

@@ -4,9 +4,9 @@ Maps may have any layout and may be a slice of channels. They are in the precisi
 convolutions; statistics, parameters and their gradients are in float32 or float64. The operations
 compute the following, with y 2x2 average-pooled before the convolution if `pool`:
 
-    normed = (maps.data - maps.mean) / sqrt(maps.var + half.eps),
-    y = relu(normed * half.weight + half.bias),
-    output = conv(y, half.kernel).
+    normed = (maps.data - maps.mean) / sqrt(maps.var + norm_conv.eps),
+    y = relu(normed * norm_conv.weight + norm_conv.bias),
+    output = conv(y, norm_conv.kernel).
 """
 
 import math
@@ -36,20 +36,20 @@ def statistics(data):
     return torch.ops.aten.batch_norm_update_stats.default(data, unused, unused.clone(), 0)
 
 
-def norm_relu_conv(maps, half, pool=False, out=None, with_statistics=False):
+def norm_relu_conv(maps, norm_conv, pool=False, out=None, with_statistics=False):
     """The output, in `out` if given, and its mean and variance, or None, None."""
-    y = _conv(_norm_relu(maps, half, pool), half.kernel)
+    y = _conv(_norm_relu(maps, norm_conv, pool), norm_conv.kernel)
     found = statistics(y) if with_statistics else (None, None)
     return y if out is None else out.copy_(y), *found
 
 
-def norm_relu_conv_backward(grad, maps, half, invstd, pool=False, total=None, pending=None):
+def norm_relu_conv_backward(grad, maps, norm_conv, invstd, pool=False, total=None, pending=None):
     """The gradients of the input and the parameters, from the gradient of the output.
 
     Args:
         grad: the gradient of the output.
         pending: arguments of `complete` for grad, if it is pending.
-        invstd: 1 / sqrt(maps.var + half.eps).
+        invstd: 1 / sqrt(maps.var + norm_conv.eps).
 
     Returns:
         total: g * weight * invstd, added to `total` in place if given; g is the gradient of
@@ -66,17 +66,17 @@ def norm_relu_conv_backward(grad, maps, half, invstd, pool=False, total=None, pe
         if c > width / 2:
             ranges = (0, math.ceil(c / 2)), (math.ceil(c / 2), c)
             _, *found = zip(*(_backward(
-                grad, maps.part(*part), half.part(*part), invstd[slice(*part)], pool,
+                grad, maps.part(*part), norm_conv.part(*part), invstd[slice(*part)], pool,
                 total[:, slice(*part)]) for part in ranges))
             return total, *map(torch.cat, found[:2]), torch.cat(found[2], 1)
-    return _backward(grad, maps, half, invstd, pool, total)
+    return _backward(grad, maps, norm_conv, invstd, pool, total)
 
 
-def _backward(grad, maps, half, invstd, pool, total):
-    y = _norm_relu(maps, half)
+def _backward(grad, maps, norm_conv, invstd, pool, total):
+    y = _norm_relu(maps, norm_conv)
     g, d_kernel, _ = torch.ops.aten.convolution_backward.default(
-        grad, F.avg_pool2d(y, 2) if pool else y, half.kernel.to(y.dtype), None, [1, 1],
-        [half.kernel.shape[-1] // 2] * 2, [1, 1], False, [0, 0], 1, [True, True, False])
+        grad, F.avg_pool2d(y, 2) if pool else y, norm_conv.kernel.to(y.dtype), None, [1, 1],
+        [norm_conv.kernel.shape[-1] // 2] * 2, [1, 1], False, [0, 0], 1, [True, True, False])
     if pool:
         g = torch.ops.aten.avg_pool2d_backward.default(g, y, [2, 2], [2, 2], [0, 0], False, True,
                                                        None)
@@ -84,10 +84,10 @@ def _backward(grad, maps, half, invstd, pool, total):
     del y
     # train=False treats mean and variance as constants. The CPU uses the variance, CUDA 1 / std.
     g, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward.default(
-        g, _dense(maps.data), half.weight, maps.mean, maps.var, maps.mean, invstd, False, half.eps,
-        [True] * 3)
+        g, _dense(maps.data), norm_conv.weight, maps.mean, maps.var, maps.mean, invstd, False,
+        norm_conv.eps, [True] * 3)
     return (g if total is None else total.add_(g), d_weight, d_bias,
-            d_kernel.to(half.kernel.dtype))
+            d_kernel.to(norm_conv.kernel.dtype))
 
 
 def complete(total, maps, a, b):
@@ -96,8 +96,8 @@ def complete(total, maps, a, b):
     return torch.sub(total, share, out=share)
 
 
-def _norm_relu(maps, half, pool=False):
-    y = _affine(maps, half.weight, half.bias, maps.var, half.eps).relu_()
+def _norm_relu(maps, norm_conv, pool=False):
+    y = _affine(maps, norm_conv.weight, norm_conv.bias, maps.var, norm_conv.eps).relu_()
     return F.avg_pool2d(y, 2) if pool else y
 
 

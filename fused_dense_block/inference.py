@@ -1,6 +1,4 @@
 """A dense block, a transition and ImageNet's stem in evaluation, without gradients.
-
-`halves` are modules.NormConvModules.
 """
 
 import gc
@@ -40,9 +38,11 @@ class Packed:
             self.versions = [*map(VERSION, tensors)]
         self.sample = cpu.sample([tensor for tensor in tensors if tensor.is_floating_point()])
         self.sampled = self.sample()
-        halves = [(*half[:4], e, half[4]) for half, e in zip(zip(*[iter(tensors)] * 6), eps)]
+        # without num_batches_tracked, and with eps
+        norm_convs = [(*vectors, e, kernel) for (*vectors, kernel, _), e in
+                      zip(zip(*[iter(tensors)] * 6), eps)]
         with no_autocast(tensors[0]):
-            self.convs, self.owners = cpu.pack(halves, dtype)
+            self.convs, self.owners = cpu.pack(norm_convs, dtype)
         self.dtype = dtype
         self.growth = sum(conv.outputs for conv in self.convs if conv.side == 3)
 
@@ -58,16 +58,16 @@ class Packed:
 
 def run_block(layers, x):
     """A dense block by eager operations, for the self-check alone."""
-    for halves in layers:
+    for norm_convs in layers:
         new = x
-        for half in halves:
-            new = run_norm_conv(half, new)
+        for norm_conv in norm_convs:
+            new = run_norm_conv(norm_conv, new)
         x = torch.cat([x, new], 1)
     return x
 
 
-def run_norm_conv(half, x, pool=False):
-    norm, conv = half
+def run_norm_conv(norm_conv, x, pool=False):
+    norm, conv = norm_conv
     parameters = NormConv(norm.weight, norm.bias, conv.weight, norm.eps)
     return eager.norm_relu_conv(Maps(x, norm.running_mean, norm.running_var), parameters, pool)[0]
 

@@ -77,14 +77,14 @@ def dense_layers(block):
         digits = '12' if 'norm2' in layer._modules else '1'
         modules = _children(layer, name, [kind + digit for digit in digits
                                           for kind in ('norm', 'relu', 'conv')])
-        halves = [NormConvModules(modules[f'norm{digit}'], modules[f'conv{digit}'])
+        norm_convs = [NormConvModules(modules[f'norm{digit}'], modules[f'conv{digit}'])
                   for digit in digits]
-        for digit, (norm, conv) in zip(digits, halves):
+        for digit, (norm, conv) in zip(digits, norm_convs):
             _check_channels(f'{name}.norm{digit}', norm, channels)
             _check_conv(f'{name}.conv{digit}', conv, norm, 3 if digit == digits[-1] else 1)
             channels = conv.out_channels
-        channels = halves[0].norm.num_features + halves[-1].conv.out_channels
-        layers.append(halves)
+        channels = norm_convs[0].norm.num_features + norm_convs[-1].conv.out_channels
+        layers.append(norm_convs)
     return layers
 
 

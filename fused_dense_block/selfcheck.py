@@ -43,19 +43,19 @@ def verify(module, kind, make_plan, dtype=None):
     with _undisturbed(device) as generator:
         trial = _Trial(_copy(module, device), kind, make_plan, generator)
         truth = trial.run(highest)
-        for first_half_drops in (False, True):
+        for drops_after_conv1 in (False, True):
             try:
-                _compare(trial.run(highest, eager, first_half_drops), truth, highest)
+                _compare(trial.run(highest, eager, drops_after_conv1), truth, highest)
                 break
             except Difference:
-                if first_half_drops or not trial.has_dropout:
+                if drops_after_conv1 or not trial.has_dropout:
                     raise
         if dtype is not None and not trial.is_unusual_stem:
             if trial.has_dropout:  # dropout masks depend on the layout
                 trial.without_dropout()
                 truth = trial.run(highest)
             _compare_by_kind(trial.run(dtype, cpu), truth, dtype)
-    return first_half_drops
+    return drops_after_conv1
 
 
 class _Trial:
@@ -105,7 +105,7 @@ class _Trial:
         for layer in self.module.children():
             layer.drop_rate = 0.0
 
-    def run(self, dtype, ops=None, first_half_drops=False):
+    def run(self, dtype, ops=None, drops_after_conv1=False):
         """[(kind of result, name, value)] in training and evaluation, of the module or of `ops`."""
         module = self.module
         module.to(torch.promote_types(dtype, torch.float32)).requires_grad_(True)
@@ -121,7 +121,7 @@ class _Trial:
                 if ops is None:
                     y = self._run_module(x)
                 else:
-                    plan = self.make_plan(module, self.kind, first_half_drops=first_half_drops)
+                    plan = self.make_plan(module, self.kind, drops_after_conv1=drops_after_conv1)
                     if ops is cpu and not training:
                         plan = plan.pack(x)
                     y = self.kind.run(module, ops, plan, x)

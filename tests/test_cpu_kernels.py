@@ -75,7 +75,7 @@ class Case:
         self.x = self.wide[:, 3:3 + channels]
         self.maps = maps_of(self.x)
         kernel = torch.randn(outputs, channels, side, side) / (channels * side**2) ** 0.5
-        self.half = NormConv(*torch.randn(2, channels), kernel, 1e-3)
+        self.norm_conv = NormConv(*torch.randn(2, channels), kernel, 1e-3)
         self.out = channels_last(n, outputs + 7, *((h // 2, w // 2) if pool else (h, w)), dtype)
         self.grad = channels_last(*self.out[:, 7:].shape, dtype)
         self.total = channels_last(n, channels + 8, h, w, dtype)
@@ -86,9 +86,9 @@ class Case:
 
         The convolution is in dtype, all else in float64.
         """
-        std = per_channel(self.maps.var + self.half.eps).sqrt()
+        std = per_channel(self.maps.var + self.norm_conv.eps).sqrt()
         normed = ((self.x.double() - per_channel(self.maps.mean)) / std).requires_grad_()
-        weight, bias, kernel = (v.double().requires_grad_() for v in self.half[:3])
+        weight, bias, kernel = (v.double().requires_grad_() for v in self.norm_conv[:3])
         y = F.relu(normed * weight.view(-1, 1, 1) + bias.view(-1, 1, 1))
         y = F.avg_pool2d(y, 2) if self.pool else y
         z = F.conv2d(y.to(dtype), kernel.to(dtype), padding=kernel.shape[-1] // 2)
@@ -96,11 +96,11 @@ class Case:
         return z.detach(), (normed.grad / std, weight.grad, bias.grad, kernel.grad)
 
     def forward(self, **options):
-        return cpu.norm_relu_conv(self.maps, self.half, self.pool, **options)
+        return cpu.norm_relu_conv(self.maps, self.norm_conv, self.pool, **options)
 
     def backward(self, **options):
-        invstd = (self.maps.var + self.half.eps).rsqrt()
-        return cpu.norm_relu_conv_backward(self.grad, self.maps, self.half, invstd,
+        invstd = (self.maps.var + self.norm_conv.eps).rsqrt()
+        return cpu.norm_relu_conv_backward(self.grad, self.maps, self.norm_conv, invstd,
                                                     self.pool, **options)
 
 
@@ -155,15 +155,15 @@ def compare_all(dtype, every=1):
         compare_stem(*case, dtype, seed=i)
 
 
-def random_half(channels, outputs, side):
+def random_norm_conv(channels, outputs, side):
     """Weight, bias, mean, variance, eps and kernel."""
     kernel = torch.randn(outputs, channels, side, side) / (channels * side**2) ** 0.5
     return *torch.randn(3, channels), torch.rand(channels) + 0.1, 1e-3, kernel
 
 
-def reference_half(x, half, pool=False):
+def reference_norm_conv(x, norm_conv, pool=False):
     weight, bias, mean, var, eps, kernel = (
-        value.double() if torch.is_tensor(value) else value for value in half)
+        value.double() if torch.is_tensor(value) else value for value in norm_conv)
     y = F.relu(F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps))
     y = F.avg_pool2d(y, 2) if pool else y
     return F.conv2d(y, kernel, padding=kernel.shape[-1] // 2)
@@ -173,15 +173,15 @@ def compare_evaluation(n, h, w, channels, width, growth, layers, dtype, seed=0):
     torch.manual_seed(seed)
     near = 2e-6 if dtype == torch.float32 else 0.006
     x = channels_last(n, channels + 8, h, w, dtype)[:, 3:3 + channels]
-    halves, expected = [], x.double()
+    norm_convs, expected = [], x.double()
     for c in range(channels, channels + layers * growth, growth):
-        layer = ([random_half(c, width, 1), random_half(width, growth, 3)] if width else
-                 [random_half(c, growth, 3)])
+        layer = ([random_norm_conv(c, width, 1), random_norm_conv(width, growth, 3)] if width else
+                 [random_norm_conv(c, growth, 3)])
         new = expected
-        for half in layer:
-            new = reference_half(new, half)
-        halves, expected = halves + layer, torch.cat([expected, new], 1)
-    convs, _owners = cpu.pack(halves, dtype)
+        for norm_conv in layer:
+            new = reference_norm_conv(new, norm_conv)
+        norm_convs, expected = norm_convs + layer, torch.cat([expected, new], 1)
+    convs, _owners = cpu.pack(norm_convs, dtype)
     found = cpu.evaluate_block(convs, layers * growth, x)
     assert torch.equal(found[:, :channels], x)
     assert error(found, expected) < near
@@ -190,17 +190,17 @@ def compare_evaluation(n, h, w, channels, width, growth, layers, dtype, seed=0):
             assert torch.equal(cpu.evaluate_block(convs, layers * growth, x), found)
             assert torch.equal(cpu.evaluate_block(convs, layers * growth, x[-1:]), found[-1:])
     if min(h, w) > 1:
-        half = random_half(channels, growth, 1)
-        convs, _owners = cpu.pack([half], dtype)
+        norm_conv = random_norm_conv(channels, growth, 1)
+        convs, _owners = cpu.pack([norm_conv], dtype)
         found = cpu.evaluate_transition(convs, x)
-        assert error(found, reference_half(x.double(), half, pool=True)) < near
+        assert error(found, reference_norm_conv(x.double(), norm_conv, pool=True)) < near
 
 
 def compare_stem(n, h, w, channels, outputs, dtype, seed=0):
     torch.manual_seed(seed)
     x = torch.randn(n, channels, h, w).to(dtype)
-    weight, bias, mean, var, eps, _ = random_half(outputs, 1, 1)
-    kernel = random_half(channels, outputs, 7)[-1]
+    weight, bias, mean, var, eps, _ = random_norm_conv(outputs, 1, 1)
+    kernel = random_norm_conv(channels, outputs, 7)[-1]
     y = F.conv2d(x.double(), kernel.double(), stride=2, padding=3)
     y = F.batch_norm(y, mean.double(), var.double(), weight.double(), bias.double(), eps=eps)
     expected = F.max_pool2d(F.relu(y), 3, 2, 1)
