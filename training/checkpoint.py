@@ -62,8 +62,14 @@ def with_saved_flags(given, parser=None):
                              for flag in ('data', 'labels')):
         for flag in ('labels', 'val_split', 'fold'):  # test on all images of other data
             saved_flags.pop(flag, None)
-    given = argparse.Namespace(**{**vars(given), 'resume': found})
-    return flags.complete(given, saved_flags, parser), saved
+        if not is_another_path(given, saved_flags, 'data'):
+            warn(f'{given.labels}: images that {found} was trained on, if there are any, make the '
+                 f'result too good')
+    args = flags.complete(argparse.Namespace(**{**vars(given), 'resume': found}), saved_flags,
+                          parser)
+    if args.evaluate:  # another split would test on training images
+        check_fixed_flags(args, saved_flags, ('val_split', 'fold'))
+    return args, saved
 
 
 def is_another_path(given, saved_flags, flag):
@@ -86,7 +92,8 @@ def check_contents(saved, source):
         dataset = datasets.Description(root=None, **saved['dataset'])
         needed = {'dataset': dataset.name, 'image_size': dataset.image_size, 'mean': dataset.mean,
                   'std': dataset.std}
-        if (None in needed.values() or len(dataset.classes) != config['num_classes']
+        if (None in needed.values()
+                or not len(dataset.classes) == len({*dataset.classes}) == config['num_classes']
                 or not all(isinstance(name, str) for name in dataset.classes)):
             raise ValueError(f'its data set is {saved["dataset"]}')
         if not isinstance(saved.get('cpu_kernels'), (str, type(None))):
@@ -280,7 +287,8 @@ def check_fixed_flags(args, saved_flags, names):
         now = getattr(args, flag)
         before = saved_flags.get(flag, now)
         if now != before:
-            raise UserError(f'{args.resume} can\'t be resumed with another {flag}: it has '
+            verb = 'evaluated' if args.evaluate else 'resumed'
+            raise UserError(f'{args.resume} can\'t be {verb} with another {flag}: it has '
                             f'{before}, not {now}')
 
 
