@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import functools
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -313,6 +314,23 @@ def test_a_fold_of_a_run_is_kept_on_resume(findings, tmp_path, capsys):
         capsys, *tested, '--val-split', '0.25')
     for wrong in ('0/4', '5/4', '1/1', '2', 'a/b'):
         assert 'is not I/K, such as 1/5' in fails(capsys, '--fold', wrong)
+
+
+def test_other_held_out_images_are_a_warning(tmp_path, capsys):
+    data = write_images(tmp_path / 'data', {'train/a': 8, 'train/b': 8}, (8, 8))
+    run = ['--save', str(tmp_path / 'run'), '--epochs']
+    train.main(['--dataset', 'folder', '--data', str(data), *SMALL, '--fold', '1/4', *run, '1'])
+    tested = ['--evaluate', '--resume', str(tmp_path / 'run/best.pth'), '--device', 'cpu',
+              '--save', str(tmp_path / 'test')]
+    train.main(tested)
+    assert capsys.readouterr().err == ''
+    for name in '89':
+        shutil.copy(data / 'train/a/0.png', data / f'train/a/{name}.png')
+    train.main(tested)
+    assert f'the held out images are not those of {tmp_path}/run/best.pth' in (
+        capsys.readouterr().err)
+    train.main(['--resume', *run, '2'])
+    assert 'some that are now held out may have been trained on' in capsys.readouterr().err
 
 
 def test_another_table_is_tested_whole(findings, tmp_path, capsys):

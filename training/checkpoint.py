@@ -145,6 +145,8 @@ def describe_data(args, saved):
         check_classes(dataset, trained_on, args)
         dataset = dataclasses.replace(dataset, classes=tuple(trained_on['classes']),
                                       mean=trained_on['mean'], std=trained_on['std'])
+        if args.evaluate:
+            warn_of_other_held_out_images(dataset, saved, args.resume)
     return datasets.with_statistics(dataset, args.mean, args.std)
 
 
@@ -208,7 +210,7 @@ def resume(state, saved, args, train_loader, test_loader):
         state.sums.copy_(sums[rank] if len(processes) == world_size else sums.sum(0) * (rank == 0))
     if args.start_epoch:
         state.begin_epoch(args.start_epoch)
-    warn_of_other_images(state, saved, train_loader, test_loader)
+    warn_of_other_images(state, saved, args, train_loader, test_loader)
     now = train_loader.num_images, args.batch_size, args.seed
     before = saved.get('num_images'), saved['args'].get('batch_size'), saved['args'].get('seed')
     if state.step and before != now:
@@ -244,7 +246,7 @@ def load_scaler(scaler, saved, source):
     scaler.load_state_dict(saved)
 
 
-def warn_of_other_images(state, saved, train_loader, test_loader):
+def warn_of_other_images(state, saved, args, train_loader, test_loader):
     """Warn if images have changed since the checkpoint."""
     now = digests(train_loader, test_loader)
     before = saved.get('digests', now)
@@ -255,9 +257,23 @@ def warn_of_other_images(state, saved, train_loader, test_loader):
         if split == 'test':  # those of val, if there are any
             state.reset_best()
             which, consequence = 'images that choose best.pth', ', and it is chosen anew'
+            if args.val_split or args.fold:
+                consequence += '; some that are now held out may have been trained on'
         if distributed.rank() == 0:
             warn(f'the {which} are not those of the checkpoint: some were added, removed, renamed '
                  f'or relabelled{consequence}')
+
+
+def warn_of_other_held_out_images(dataset, saved, source):
+    """Warn if the images held out for an evaluation are not those of the checkpoint."""
+    split = dataset.selection_split
+    if dataset.is_divided(split) and DATASETS[dataset.name].read is None and 'digests' in saved:
+        from training import image_files  # imports torchvision
+
+        if image_files.list_images(dataset, split).digest() != saved['digests']['test']:
+            warn(f'the held out images are not those of {source}: some images were added, removed, '
+                 f'renamed or relabelled, and it may have been trained on some that are now held '
+                 f'out')
 
 
 def digests(train_loader, test_loader):
