@@ -42,10 +42,11 @@ def test_a_table_is_read_as_it_is_written(tmp_path):
                                   np.float32([[math.nan, math.nan, 1], [1, math.nan, 0]]))
     assert (table.files, table.groups) == (['a, 1.png', 'b.png'], ['p 1', 'p2'])
     assert table.splits == ['train', 'val'] and table.of_split('val').files == ['b.png']
-    write_csv(path, [('file', 'label', 'age'), *((f'{i}.png', i, 30) for i in (10, 9, 1))])
+    write_csv(path, [('file', 'label', 'age'), *((f'{i}.png', i, 30)
+                                                 for i in ('10', '9', '1', '01'))])
     table = labels.read_table(path)
-    assert table.classes() == ('1', '9', '10')  # by value
-    assert table.label_array(table.classes()).tolist() == [2, 1, 0]
+    assert table.classes() == ('01', '1', '9', '10')  # by value
+    assert table.label_array(table.classes()).tolist() == [3, 2, 1, 0]
 
 
 WRONG = {  # the content of a file: the message about it

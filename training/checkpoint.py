@@ -60,9 +60,10 @@ def with_saved_flags(given, parser=None):
                                       if flag not in ('pretrained', 'reset_classifier')})
     if args.evaluate and any(is_another_path(given, saved_flags, flag)
                              for flag in ('data', 'labels')):
+        held_out = saved_flags.get('val_split') or saved_flags.get('fold')
         for flag in ('labels', 'val_split', 'fold'):  # test on all images of other data
             saved_flags.pop(flag, None)
-        if not is_another_path(given, saved_flags, 'data'):
+        if held_out and getattr(given, 'labels', None) is not None:
             warn(f'{given.labels}: images that {found} was trained on, if there are any, make the '
                  f'result too good')
     args = flags.complete(argparse.Namespace(**{**vars(given), 'resume': found}), saved_flags,
