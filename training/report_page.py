@@ -123,7 +123,7 @@ def totals_table(record):
     unit = 'images' if test['units'] == test['images'] else 'groups'
     notes = [f'Tested on {record["data"]}.'] if 'data' in record else []
     notes += [f'In brackets: {intervals["level"]:.0%} intervals from {intervals["resamples"]:,} '
-             f'bootstrap resamples of the {unit}.', RULES[record['threshold_rule']]]
+              f'bootstrap resamples of the {unit}.', RULES[record['threshold_rule']]]
     if record['temperature'] is not None:
         notes.append(f'Temperature, fitted on val: {record["temperature"]:.4g}. val also chose the '
                      f'model, so its metrics are too good.')
