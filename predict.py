@@ -222,7 +222,7 @@ def run(args):
     """Predict all images: print the classes, write them to --csv, and draw the heat maps."""
     if args.heatmap is None and (args.heatmap_class or args.one_scale):
         raise UserError('--class and --one-scale need --heatmap')
-    if args.csv and args.csv.is_file() and args.csv.suffix != '.csv':
+    if args.csv and args.csv.is_file() and args.csv.suffix.lower() != '.csv':
         raise UserError(f'--csv {args.csv} would replace a file that is no .csv')
     files = [*dict.fromkeys(file for name in args.images for file in find_images(name))]
     root = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])

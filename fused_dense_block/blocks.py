@@ -346,6 +346,7 @@ class Plan:
         for norm, _ in norm_convs:  # its running mean and variance
             self.shapes += [torch.Size((norm.num_features,))] * 2
         self.buffers = [norm._buffers for norm, _ in norm_convs]
+        self.conv_parameters = [conv._parameters for _, conv in norm_convs]
         self.packed_places = [place for norm, conv in norm_convs for place in (
             (norm._parameters, 'weight'), (norm._parameters, 'bias'),
             (norm._buffers, 'running_mean'), (norm._buffers, 'running_var'),
@@ -399,6 +400,8 @@ class Plan:
             return 'a weight or a running statistic is missing'
         if any(buffers.get('num_batches_tracked') is None for buffers in self.buffers):
             return 'a norm without num_batches_tracked'
+        if any(parameters.get('bias') is not None for parameters in self.conv_parameters):
+            return 'a convolution with bias'
         if not same_shapes:
             return 'a weight or a running statistic has another shape'
         if x.shape[1] != self.channels:

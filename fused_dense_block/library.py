@@ -58,6 +58,10 @@ def description(dtype):
 @functools.cache
 def load(dtype):
     """The library for maps of dtype and None, or None and why there is none; also a warning."""
+    chosen = os.environ.get('DENSENET_CPU_KERNELS')
+    if chosen not in (None, '', '0', '1', *PRODUCTS):
+        warnings.warn(f'DENSENET_CPU_KERNELS={chosen} is ignored: it may be 0 or '
+                      f'{" or ".join(PRODUCTS)}', stacklevel=2)
     try:
         return _open(_build(TYPES[dtype])), None
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:

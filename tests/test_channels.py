@@ -63,6 +63,7 @@ def test_npy(tmp_path, dtype):
     (FIVE[:, :, 0][None], 1, r'shape is \[1, 12, 10\], with the channels first'),
     (FIVE, 4, '5 channels, and --in-channels is 4'), (FIVE, 3, '5 channels, and .* is 3'),
     (FIVE[:, :, 0], 5, '1 channels, and'), (FIVE[:, :, 0, None, None], 1, 'must be .H, W. or'),
+    (FIVE[:0], 5, 'it has no pixels'),
     (FIVE > 9, 5, 'it holds bool: save'), (FIVE * 1j, 5, 'it holds complex128'),
     (np.array([[{}]]), 1, 'Python objects'), (np.full((4, 4, 5), np.inf), 5, 'not finite')])
 def test_npy_that_is_refused(tmp_path, values, channels, message):

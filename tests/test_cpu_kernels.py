@@ -443,6 +443,8 @@ def test_switched_off(tmp_path):
     out, err = report(tmp_path, DENSENET_CPU_KERNELS='0')
     assert out.splitlines() == ['DENSENET_CPU_KERNELS=0'] * 2 and err == ''
     assert not list(tmp_path.iterdir())
+    _, err = report(tmp_path, DENSENET_CPU_KERNELS='off', PATH='', CXX='')
+    assert err.count('DENSENET_CPU_KERNELS=off is ignored: it may be 0 or vdpbf16ps or fma') == 1
 
 
 def test_an_unsafe_directory(tmp_path):

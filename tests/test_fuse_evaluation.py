@@ -90,6 +90,16 @@ def test_weights_are_packed_again_when_they_change(change):
     assert not torch.equal(assert_equals_plain(model), before)
 
 
+@pytest.mark.parametrize('name', ['denseblock1.denselayer1.conv1', 'transition1.conv'])
+def test_a_bias_that_a_convolution_gets_later_is_added(name):
+    model = fuse(network())
+    before, conv = evaluate(model), model.features.get_submodule(name)
+    conv.bias = nn.Parameter(torch.ones(conv.out_channels))
+    found = evaluate(model)
+    assert not torch.equal(found, before)
+    torch.testing.assert_close(found, evaluate(unfuse(model)))
+
+
 def test_weights_are_packed_once_and_given_up_in_training(monkeypatch):
     model, calls = fuse(network()), []
     monkeypatch.setattr(cpu, 'pack', lambda *args, pack=cpu.pack: calls.append(1) or pack(*args))

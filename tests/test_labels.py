@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import functools
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -41,10 +42,11 @@ def test_a_table_is_read_as_it_is_written(tmp_path):
                                   np.float32([[math.nan, math.nan, 1], [1, math.nan, 0]]))
     assert (table.files, table.groups) == (['a, 1.png', 'b.png'], ['p 1', 'p2'])
     assert table.splits == ['train', 'val'] and table.of_split('val').files == ['b.png']
-    write_csv(path, [('file', 'label', 'age'), *((f'{i}.png', i, 30) for i in (10, 9, 1))])
+    write_csv(path, [('file', 'label', 'age'), *((f'{i}.png', i, 30)
+                                                 for i in ('10', '9', '1', '01'))])
     table = labels.read_table(path)
-    assert table.classes() == ('1', '9', '10')  # by value
-    assert table.label_array(table.classes()).tolist() == [2, 1, 0]
+    assert table.classes() == ('01', '1', '9', '10')  # by value
+    assert table.label_array(table.classes()).tolist() == [3, 2, 1, 0]
 
 
 WRONG = {  # the content of a file: the message about it
@@ -167,7 +169,7 @@ def test_folds_keep_groups_together_and_classes_balanced(multi_label):
 
 def test_the_choice_is_the_same_on_every_machine():
     chosen = folds.hold_out(np.arange(20) % 2, names_of(20), (0.2,) * 5, 1)
-    assert np.flatnonzero(chosen).tolist() == [6, 11, 14, 15]
+    assert np.flatnonzero(chosen).tolist() == [0, 13, 18, 19]
 
 
 @pytest.mark.parametrize('classes, images, k', [(150, 2, 5), (100, 7, 5), (100, 3, 10)])
@@ -175,6 +177,14 @@ def test_folds_of_many_small_classes_have_equal_sizes(classes, images, k):
     labels, n = np.arange(classes * images) % classes, classes * images
     sizes = [folds.hold_out(labels, names_of(n), (1 / k,) * k, i).sum() for i in range(k)]
     assert sum(sizes) == n and max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize('shares', [(0.2,) * 5, (0.2, 0.8)])
+def test_an_added_image_moves_few_others(shares):
+    classes = np.arange(200) % 2
+    before = folds.hold_out(classes, names_of(200), shares, 0)
+    after = folds.hold_out(np.append(classes, 0), names_of(201), shares, 0)[:200]
+    assert before.sum() == 40 and (before != after).sum() <= 4
 
 
 def test_folds_of_a_data_set_in_memory_leave_its_test_images_alone(monkeypatch):
@@ -306,8 +316,30 @@ def test_a_fold_of_a_run_is_kept_on_resume(findings, tmp_path, capsys):
     assert '30 training and 10 test images' in said.out and 'not those' not in said.err
     assert 'another fold: it has 2/4, not 3/4' in fails(
         capsys, *argv, '--resume', '--fold', '3/4', lines=2)
+    tested = '--evaluate', '--resume', tmp_path / 'run/best.pth'
+    assert "can't be evaluated with another fold: it has 2/4, not 1/4" in fails(
+        capsys, *tested, '--fold', '1/4')
+    assert "can't be evaluated with another val_split: it has 0.0, not 0.25" in fails(
+        capsys, *tested, '--val-split', '0.25')
     for wrong in ('0/4', '5/4', '1/1', '2', 'a/b'):
         assert 'is not I/K, such as 1/5' in fails(capsys, '--fold', wrong)
+
+
+def test_other_held_out_images_are_a_warning(tmp_path, capsys):
+    data = write_images(tmp_path / 'data', {'train/a': 8, 'train/b': 8}, (8, 8))
+    run = ['--save', str(tmp_path / 'run'), '--epochs']
+    train.main(['--dataset', 'folder', '--data', str(data), *SMALL, '--fold', '1/4', *run, '1'])
+    tested = ['--evaluate', '--resume', str(tmp_path / 'run/best.pth'), '--device', 'cpu',
+              '--save', str(tmp_path / 'test')]
+    train.main(tested)
+    assert capsys.readouterr().err == ''
+    for name in '89':
+        shutil.copy(data / 'train/a/0.png', data / f'train/a/{name}.png')
+    train.main(tested)
+    assert f'the held out images are not those of {tmp_path}/run/best.pth' in (
+        capsys.readouterr().err)
+    train.main(['--resume', *run, '2'])
+    assert 'some that are now held out may have been trained on' in capsys.readouterr().err
 
 
 def test_another_table_is_tested_whole(findings, tmp_path, capsys):
@@ -330,6 +362,8 @@ def test_another_table_is_tested_whole(findings, tmp_path, capsys):
         train.main(['--evaluate', '--resume', str(tmp_path / 'run/best.pth'), '--labels',
                     str(tmp_path / table), '--save', str(tmp_path / 'test'), *flags])
         assert len(read_csv(tmp_path / 'test/predictions.csv')) == expected
+        warning = f'{table}: images that {tmp_path}/run/best.pth was trained on, if'
+        assert (warning in capsys.readouterr().err) == (table != 'x.csv')  # the run's own
     testing = [rows[0], *([*row[:3], 'test', row[4]] for row in rows[1:])]
     write_csv(tmp_path / 'z.csv', testing)
     assert 'has no train images' in fails(

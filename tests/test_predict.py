@@ -120,6 +120,8 @@ def test_a_file_that_is_no_table_is_not_replaced_by_one(model, photos, capsys):
         assert 'would replace a file that is no .csv' in fails(
             capsys, '--checkpoint', model, photos, '--csv', file, script=predict)
         assert file.read_bytes() == before
+    for _ in range(2):
+        predictions(capsys, photos / 'a/0.png', '--checkpoint', model, '--csv', photos / 'x.CSV')
 
 
 def test_files_folders_and_globs(model, photos, capsys):
@@ -207,6 +209,7 @@ def test_wrong_files_are_one_line_errors(model, photos, tmp_path, monkeypatch, c
 @pytest.mark.parametrize('part, values, message', [
     ('dataset', dict(image_size=10**6), '--image-size: .* not a whole number in .1, 4096'),
     ('dataset', dict(classes=None), "'NoneType' has no len"),
+    ('dataset', dict(classes=('dark', 'dark')), 'its data set is .*dark'),
     ('dataset', dict(mean=(1.0,)), 'statistics of 1 channels, and images of 3'),
     ('dataset', dict(extra=1), "unexpected keyword argument 'extra'"),
     ('config', dict(block_config=(10**7, 2)), 'has 10000002 layers, and 67 weights'),

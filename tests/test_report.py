@@ -59,7 +59,8 @@ def write_report(directory, capsys, test, val=None):
     directory.mkdir(exist_ok=True)
     sys.stdout.reconfigure(errors='backslashreplace')  # as in train.py
     answers = {'test': test} if val is None else {'test': test, 'val': val}
-    evaluation.write_report(answers, SimpleNamespace(in_memory=True), directory)
+    dataset = SimpleNamespace(name='folder', root='more', labels_file=None, in_memory=True)
+    evaluation.write_report(answers, dataset, directory)
     return (capsys.readouterr().out.splitlines(),
             json.loads((directory / 'metrics.json').read_text()))
 
@@ -338,7 +339,8 @@ def test_report_of_a_model(tmp_path, monkeypatch, capsys):
         made[split] = loaders.MemoryLoader(images, labels, 4, device=torch.device('cpu'),
                                            mean=(100,) * 3, std=(50,) * 3)
     monkeypatch.setattr(loaders, 'make_loader', lambda dataset, split, *_, **__: made[split])
-    dataset = SimpleNamespace(classes=('a', 'b', 'c'), selection_split='val', in_memory=True)
+    dataset = SimpleNamespace(name='folder', root='more', labels_file=None, in_memory=True,
+                              classes=('a', 'b', 'c'), selection_split='val')
     args = SimpleNamespace(save=str(tmp_path / 'run'), batch_size=4, workers=0, ten_crop=False)
     directory = evaluation.report(PixelsAsLogits(), dataset, torch.device('cpu'),
                                   torch.autocast('cpu', enabled=False), args)
@@ -461,6 +463,7 @@ def test_the_page_has_all_in_one_file_and_escapes_names(tmp_path, capsys):
     page = Page((tmp_path / 'out/report.html').read_text(encoding='utf-8'))
     assert page.open == [] and page.texts[-1] == '2.6'
     assert {'<b>run & co', names[0], 'caf\ufffd', 'a & b', '<i>'} <= set(page.texts)
+    assert any(text.startswith('Tested on folder in more.') for text in page.texts)
     row = record['splits']['test']['classes'][0]
     low, high = row['auc_interval']
     assert f'{row["auc"]:.3f} ({low:.3f} to {high:.3f})' in page.texts

@@ -677,11 +677,10 @@ def test_torchvisions_weights_through_its_own_cache(folder, tmp_path, monkeypatc
     monkeypatch.setattr(torch.hub, 'download_url_to_file', raise_no_network)
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     large = ['--dataset', 'folder', '--data', folder, '--image-size', 65, '--arch', 'densenet121',
-             '--pretrained', '--evaluate', '--reset-classifier', '--batch-size', 4, '--workers', 0,
-             '--save', tmp_path]
+             '--pretrained', '--evaluate', '--batch-size', 4, '--workers', 0, '--save', tmp_path]
     # torch before 2.7 also says what it downloads.
     assert 'could not download' in fails(capsys, *large, lines=2)
-    cache_densenet121(tmp_path, torchvision.models.densenet121())
+    cache_densenet121(tmp_path, torchvision.models.densenet121(num_classes=4))
     train.main(list(map(str, large)))
     assert 'balanced error' in capsys.readouterr().out
 
@@ -815,6 +814,7 @@ def test_a_failing_plot_is_one_warning(small, tmp_path, capsys, monkeypatch):
     (['--depth', '99'], 'nearest 94 and 100'),
     (['--depth', '41', '--no-bottleneck'], 'nearest 40 and 43'),
     (['--depth', '40', '--arch', 'densenet121'], '--arch: not allowed with argument --depth'),
+    (['--depth', '1000000000'], r'not a whole number in \[1, 10000\]'),
     (['--growth-rate', '0'], r'0.* is not a whole number in \[1, 1000000000\]'),
     (['--growth-rate', '1.5'], 'not a whole number'),
     (['--batch-size', '0'], 'not a whole number'),
@@ -835,6 +835,7 @@ def test_a_failing_plot_is_one_warning(small, tmp_path, capsys, monkeypatch):
     (['--value-range', '0', 'nan'], "'nan' is not a number"),
     (['--evaluate', '--resume'], 'work/cifar10.base/latest.pth is not there'),
     (['--reset-classifier'], '--reset-classifier needs --pretrained'),
+    (['--evaluate', '--pretrained', '--reset-classifier'], 'a classifier without training'),
     (['--pretrained'], 'torchvision.s weights, .* images of more than 64 pixels'),
     (['--resume', '--overwrite'], 'not allowed with'),
     (['--resume', 'nowhere.pth'], 'nowhere.pth is not there'),

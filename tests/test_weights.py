@@ -276,6 +276,10 @@ def test_averaged_weights_come_first_and_others_by_name(tmp_path, capsys):
     file = tmp_path / 'theirs.pth'
     assert f'choose {file}:teacher, {file}:student' in says(twins, tmp_path)
     assert_same_weights(load(twins, tmp_path, part='student'), model)
+    shadow = {key: value for key, value in ema.state_dict().items() if 'running' not in key}
+    assert 'norm0.running_mean is not in the file' in says(
+        {'model': model.state_dict(), 'ema': shadow}, tmp_path)
+    assert f'takes ema, not {file}:model\n' in capsys.readouterr().out
 
 
 def test_first_convolution_for_other_channels(tmp_path, capsys):

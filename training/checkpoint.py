@@ -60,10 +60,17 @@ def with_saved_flags(given, parser=None):
                                       if flag not in ('pretrained', 'reset_classifier')})
     if args.evaluate and any(is_another_path(given, saved_flags, flag)
                              for flag in ('data', 'labels')):
+        held_out = saved_flags.get('val_split') or saved_flags.get('fold')
         for flag in ('labels', 'val_split', 'fold'):  # test on all images of other data
             saved_flags.pop(flag, None)
-    given = argparse.Namespace(**{**vars(given), 'resume': found})
-    return flags.complete(given, saved_flags, parser), saved
+        if held_out and getattr(given, 'labels', None) is not None:
+            warn(f'{given.labels}: images that {found} was trained on, if there are any, make the '
+                 f'result too good')
+    args = flags.complete(argparse.Namespace(**{**vars(given), 'resume': found}), saved_flags,
+                          parser)
+    if args.evaluate:  # another split would test on training images
+        check_fixed_flags(args, saved_flags, ('val_split', 'fold'))
+    return args, saved
 
 
 def is_another_path(given, saved_flags, flag):
@@ -86,7 +93,8 @@ def check_contents(saved, source):
         dataset = datasets.Description(root=None, **saved['dataset'])
         needed = {'dataset': dataset.name, 'image_size': dataset.image_size, 'mean': dataset.mean,
                   'std': dataset.std}
-        if (None in needed.values() or len(dataset.classes) != config['num_classes']
+        if (None in needed.values()
+                or not len(dataset.classes) == len({*dataset.classes}) == config['num_classes']
                 or not all(isinstance(name, str) for name in dataset.classes)):
             raise ValueError(f'its data set is {saved["dataset"]}')
         if not isinstance(saved.get('cpu_kernels'), (str, type(None))):
@@ -138,6 +146,8 @@ def describe_data(args, saved):
         check_classes(dataset, trained_on, args)
         dataset = dataclasses.replace(dataset, classes=tuple(trained_on['classes']),
                                       mean=trained_on['mean'], std=trained_on['std'])
+        if args.evaluate:
+            warn_of_other_held_out_images(dataset, saved, args.resume)
     return datasets.with_statistics(dataset, args.mean, args.std)
 
 
@@ -201,7 +211,7 @@ def resume(state, saved, args, train_loader, test_loader):
         state.sums.copy_(sums[rank] if len(processes) == world_size else sums.sum(0) * (rank == 0))
     if args.start_epoch:
         state.begin_epoch(args.start_epoch)
-    warn_of_other_images(state, saved, train_loader, test_loader)
+    warn_of_other_images(state, saved, args, train_loader, test_loader)
     now = train_loader.num_images, args.batch_size, args.seed
     before = saved.get('num_images'), saved['args'].get('batch_size'), saved['args'].get('seed')
     if state.step and before != now:
@@ -237,7 +247,7 @@ def load_scaler(scaler, saved, source):
     scaler.load_state_dict(saved)
 
 
-def warn_of_other_images(state, saved, train_loader, test_loader):
+def warn_of_other_images(state, saved, args, train_loader, test_loader):
     """Warn if images have changed since the checkpoint."""
     now = digests(train_loader, test_loader)
     before = saved.get('digests', now)
@@ -248,9 +258,23 @@ def warn_of_other_images(state, saved, train_loader, test_loader):
         if split == 'test':  # those of val, if there are any
             state.reset_best()
             which, consequence = 'images that choose best.pth', ', and it is chosen anew'
+            if args.val_split or args.fold:
+                consequence += '; some that are now held out may have been trained on'
         if distributed.rank() == 0:
             warn(f'the {which} are not those of the checkpoint: some were added, removed, renamed '
                  f'or relabelled{consequence}')
+
+
+def warn_of_other_held_out_images(dataset, saved, source):
+    """Warn if the images held out for an evaluation are not those of the checkpoint."""
+    split = dataset.selection_split
+    if dataset.is_divided(split) and DATASETS[dataset.name].read is None and 'digests' in saved:
+        from training import image_files  # imports torchvision
+
+        if image_files.list_images(dataset, split).digest() != saved['digests']['test']:
+            warn(f'the held out images are not those of {source}: some images were added, removed, '
+                 f'renamed or relabelled, and it may have been trained on some that are now held '
+                 f'out')
 
 
 def digests(train_loader, test_loader):
@@ -280,7 +304,8 @@ def check_fixed_flags(args, saved_flags, names):
         now = getattr(args, flag)
         before = saved_flags.get(flag, now)
         if now != before:
-            raise UserError(f'{args.resume} can\'t be resumed with another {flag}: it has '
+            verb = 'evaluated' if args.evaluate else 'resumed'
+            raise UserError(f'{args.resume} can\'t be {verb} with another {flag}: it has '
                             f'{before}, not {now}')
 
 

@@ -120,6 +120,8 @@ def decode(path, channels=3):
 
 def make_image(values, channels, white_is_low=False):
     """The image that `decode` returns, from an array [H, W] or [H, W, C]."""
+    if not values.size:
+        raise ValueError('it has no pixels')
     values = values[:, :, 0] if values.shape[2:] == (1,) else values
     found = 1 if values.ndim == 2 else values.shape[2]
     if found != channels and {found, channels} != {1, 3}:

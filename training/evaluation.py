@@ -175,6 +175,7 @@ def write_report(results, dataset, directory):
     multi_label = results['test'].predictions.multi_label
     chosen = choose_on_val(results['val'].predictions) if 'val' in results else {}
     record = {
+        'data': f'{dataset.name} in {dataset.labels_file or dataset.root}',
         'multi_label': multi_label,
         'threshold_rule': 'youden' if chosen else '0.5' if multi_label else 'argmax',
         'temperature': chosen.get('temperature'),

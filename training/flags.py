@@ -23,6 +23,7 @@ PRECISIONS = 'fp32', 'tf32', 'bf16', 'fp16'
 TORCHVISION_WEIGHTS = ('densenet121', 'densenet161', 'densenet169', 'densenet201')
 ARCHITECTURES = TORCHVISION_WEIGHTS + ('densenet264', 'densenet232_k48', 'densenet264_k48')
 LEARNING_RATES = {'sgd': 0.1, 'adam': 1e-3, 'adamw': 1e-3, 'rmsprop': 1e-2}
+LAYERS = number(int, '[1, 10000]')  # of a block, or --depth; more take minutes to build
 # Defaults with --pretrained; attic/own-images.md compares them with others.
 FINE_TUNING = dict(epochs=30, lr_schedule='cosine')
 
@@ -109,10 +110,10 @@ def add_model_flags(parser):
     layers = group.add_mutually_exclusive_group()
     layers.add_argument('--arch', choices=ARCHITECTURES, metavar='NAME',
                         help=f'one of {", ".join(ARCHITECTURES)}')
-    layers.add_argument('--depth', '--layers', type=POSITIVE,
+    layers.add_argument('--depth', '--layers', type=LAYERS,
                         help='L: 6n+4, or 3n+4 without bottleneck (default: 100; images of more '
                              'than 64 pixels: 121)')
-    layers.add_argument('--block-config', type=POSITIVE, nargs='+', metavar='LAYERS',
+    layers.add_argument('--block-config', type=LAYERS, nargs='+', metavar='LAYERS',
                         help='layers of each block, instead of --depth')
     group.add_argument('--growth-rate', '--growth', '--growthRate', type=POSITIVE,
                        help='k (default: 12; images of more than 64 pixels: 32, or the one of '
@@ -339,6 +340,8 @@ def check_flags(args):
         raise UserError('--resume and --pretrained are mutually exclusive: both load weights')
     if args.reset_classifier and args.pretrained is None:
         raise UserError('--reset-classifier needs --pretrained')
+    if args.evaluate and args.reset_classifier:
+        raise UserError('--evaluate --reset-classifier would test a classifier without training')
     if args.value_range and args.value_range[0] >= args.value_range[1]:
         raise UserError('--value-range LOW HIGH: LOW must be less than HIGH')
     if args.evaluate:

@@ -51,8 +51,10 @@ def _divide_classes(labels, names, shares, seed):
     for label in np.unique(labels):
         images = np.flatnonzero(labels == label)
         images = images[np.argsort([_hash(seed, names[i]) for i in images], kind='stable')]
-        if len(set(shares)) == 1:  # round-robin over all classes, for equal sizes of the parts
-            parts[images] = (dealt + np.arange(len(images))) % len(shares)
+        if len(set(shares)) == 1:
+            # Sizes as in round-robin over all classes, for equal parts; sorted, so that another
+            # image moves few.
+            parts[images] = np.sort((dealt + np.arange(len(images))) % len(shares))
             dealt += len(images)
             continue
         ends = np.round(np.cumsum(shares) * len(images))

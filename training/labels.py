@@ -59,7 +59,7 @@ class Table:
         """Class names: the columns, or the sorted labels (by value if all are numbers)."""
         if self.labels is None:
             return self.columns
-        names = set(self.labels)
+        names = sorted(set(self.labels))
         return tuple(sorted(names, key=int if all(map(str.isdecimal, names)) else None))
 
     def label_array(self, classes):

@@ -77,7 +77,8 @@ def write_page(path, directory, drawn):
         if section == 'Classes':
             parts.append(class_table(record))
     if (directory / 'args.json').exists():
-        parts += ['<h2>Flags</h2>', flags_table(json.loads((directory / 'args.json').read_text()))]
+        parts += ['<h2>Flags of the training</h2>',
+                  flags_table(json.loads((directory / 'args.json').read_text()))]
     name = os.path.basename(os.path.abspath(directory))
     page = PAGE.format(title=escape(name), body='\n'.join(parts))
     path.write_text(page, encoding='utf-8')
@@ -120,8 +121,9 @@ def totals_table(record):
              if any(summary.get(key) is not None for summary in splits.values())]
     intervals, test = record['intervals'], splits['test']
     unit = 'images' if test['units'] == test['images'] else 'groups'
-    notes = [f'In brackets: {intervals["level"]:.0%} intervals from {intervals["resamples"]:,} '
-             f'bootstrap resamples of the {unit}.', RULES[record['threshold_rule']]]
+    notes = [f'Tested on {record["data"]}.'] if 'data' in record else []
+    notes += [f'In brackets: {intervals["level"]:.0%} intervals from {intervals["resamples"]:,} '
+              f'bootstrap resamples of the {unit}.', RULES[record['threshold_rule']]]
     if record['temperature'] is not None:
         notes.append(f'Temperature, fitted on val: {record["temperature"]:.4g}. val also chose the '
                      f'model, so its metrics are too good.')

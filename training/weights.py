@@ -80,9 +80,9 @@ def load_pretrained(model, args):
                         f'--arch {", ".join(flags.TORCHVISION_WEIGHTS)} and images of more than '
                         f'{SMALL} pixels')
     weights = adapt_channels(weights, model.config['in_channels'], notes)
-    load_into(model, weights, source, args.reset_classifier)
     if notes and distributed.rank() == 0:
         say(f'{source}: {"; ".join(notes)}')
+    load_into(model, weights, source, args.reset_classifier)
 
 
 def torchvision_weights(arch):
