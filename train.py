@@ -298,11 +298,11 @@ def main(argv=None):
             return
 
         with Run(args, stop) as run:
-            train_loader, test_loader = make_loaders(args, dataset, device)
+            train_loader, eval_loader = make_loaders(args, dataset, device)
             stop.deferred = True  # from now on, a signal lets the step end
             state = make_state(args, model, device, precision)
             if saved:
-                checkpoint.resume(state, saved, args, train_loader, test_loader)
+                checkpoint.resume(state, saved, args, train_loader, eval_loader)
                 say(f'resuming {args.resume} in epoch {state.epoch} after step {state.step}')
                 warn_of_new_rate(args, saved['args'], state)
                 networks.warn_of_other_kernels(
@@ -320,7 +320,7 @@ def main(argv=None):
                     train_loader.all_labels, len(dataset.classes)).to(device)
             step = make_step(args, state, [(n, *image) for n in sizes if n], autocast,
                              class_weights, dataset.multi_label, train_loader.label)
-            run.start(state, dataset, train_loader, test_loader, precision, step)
+            run.start(state, dataset, train_loader, eval_loader, precision, step)
             for epoch in range(state.epoch, args.epochs + 1):
                 if run.out_of_patience():
                     break
@@ -334,8 +334,8 @@ def main(argv=None):
                     run.after_step(batch_size, lr)
                 distributed.share_statistics(state)
                 with state.tested_weights():
-                    test = evaluate(model, test_loader, autocast, stop, auc=run.with_auc)
-                run.after_epoch(test)
+                    result = evaluate(model, eval_loader, autocast, stop, auc=run.with_auc)
+                run.after_epoch(result)
             run.finish()
             if dataset.selection_split == 'val':
                 evaluate_best(run, model, dataset, device, autocast, args)
@@ -360,7 +360,11 @@ def evaluate_best(run, model, dataset, device, autocast, args):
 
 
 def make_loaders(args, dataset, device):
-    """The loaders of the training images and of the images that choose best.pth."""
+    """The loaders of the training images and of those that are evaluated after each epoch.
+
+    The second, which choose best.pth, are the validation images, or the test images if there are
+    no validation images.
+    """
     common = dict(device=device, workers=args.workers,
                   shard=(distributed.rank(), distributed.world_size()))
     augmentation = Augmentation.of_flags(args) if args.augment else None

@@ -2,7 +2,7 @@
 
     save('work/x/latest.pth', {**state.state_dict(), 'args': vars(args)}, keep_previous=True)
     args, saved = with_saved_flags(flags.parse(['--resume', 'work/x/latest.pth']))
-    resume(state, saved, args, train_loader, test_loader)
+    resume(state, saved, args, train_loader, eval_loader)
 
 A checkpoint holds only tensors and plain values. The model's state dict is
 `torch.load(path, map_location='cpu', weights_only=True)['model']`.
@@ -166,7 +166,7 @@ def check_classes(dataset, trained_on, args):
         raise UserError(f'{args.resume} was trained on other classes than those of {where}: {what}')
 
 
-def resume(state, saved, args, train_loader, test_loader):
+def resume(state, saved, args, train_loader, eval_loader):
     """Continue where the checkpoint was saved, or at the beginning of --start-epoch.
 
     Must not change: the network and the classes (checked before, by `check_network` and
@@ -183,7 +183,7 @@ def resume(state, saved, args, train_loader, test_loader):
     Args:
         state: a new TrainState with an initialized optimizer.
         saved: a checkpoint that has passed `check_contents` and `check_network`.
-        test_loader: of the images that choose best.pth.
+        eval_loader: of the images that choose best.pth (see make_loaders in train.py).
 
     Raises:
         UserError: the checkpoint is of another model, damaged, holds only weights, or was saved
@@ -211,7 +211,7 @@ def resume(state, saved, args, train_loader, test_loader):
         state.sums.copy_(sums[rank] if len(processes) == world_size else sums.sum(0) * (rank == 0))
     if args.start_epoch:
         state.begin_epoch(args.start_epoch)
-    warn_of_other_images(state, saved, args, train_loader, test_loader)
+    warn_of_other_images(state, saved, args, train_loader, eval_loader)
     now = train_loader.num_images, args.batch_size, args.seed
     before = saved.get('num_images'), saved['args'].get('batch_size'), saved['args'].get('seed')
     if state.step and before != now:
@@ -247,9 +247,9 @@ def load_scaler(scaler, saved, source):
     scaler.load_state_dict(saved)
 
 
-def warn_of_other_images(state, saved, args, train_loader, test_loader):
+def warn_of_other_images(state, saved, args, train_loader, eval_loader):
     """Warn if images have changed since the checkpoint."""
-    now = digests(train_loader, test_loader)
+    now = digests(train_loader, eval_loader)
     before = saved.get('digests', now)
     for split, digest in now.items():
         if before[split] == digest:
@@ -277,8 +277,8 @@ def warn_of_other_held_out_images(dataset, saved, source):
                  f'out')
 
 
-def digests(train_loader, test_loader):
-    return {'train': train_loader.digest, 'test': test_loader.digest}
+def digests(train_loader, eval_loader):
+    return {'train': train_loader.digest, 'test': eval_loader.digest}
 
 
 def load_optimizer(optimizer, saved):

@@ -1,7 +1,7 @@
 """One training run: its directory, log, checkpoints, and stop signals.
 
     with Run(args, stop) as run:
-        run.start(state, dataset, train_loader, test_loader, precision, step)
+        run.start(state, dataset, train_loader, eval_loader, precision, step)
         for images, labels in run.batches(train_loader):
             step(images, labels)
             run.after_step(batch_size, lr)  # over all ranks
@@ -67,13 +67,13 @@ class Run:
             f'continues from {self.directory / "latest.pth"}')
         sys.exit(128 + stopped.signum)
 
-    def start(self, state, dataset, train_loader, test_loader, precision, step):
+    def start(self, state, dataset, train_loader, eval_loader, precision, step):
         """Write args.json and start the log; from now on, a stop signal saves a checkpoint."""
         args, device = self.args, state.sums.device
         self.state, self.dataset, self.loader = state, dataset, train_loader
         self.split = dataset.selection_split  # chooses best.pth
         self.with_auc = dataset.multi_label or args.best_by == 'auc'
-        self.digests = checkpoint.digests(train_loader, test_loader)
+        self.digests = checkpoint.digests(train_loader, eval_loader)
         self.started = time.monotonic() - state.seconds
         self.first_epoch = state.epoch
         self.cpu_kernels = networks.cpu_kernels(state.model, device, precision)
@@ -105,7 +105,7 @@ class Run:
         kind = 'labels' if dataset.multi_label else 'classes'
         say(f'{networks.name(args)}: {sum(p.numel() for p in state.model.parameters()):,} '
             f'parameters; {dataset.name}: {train_loader.num_images:,} training and '
-            f'{test_loader.num_images:,} {self.split} images of '
+            f'{eval_loader.num_images:,} {self.split} images of '
             f'{datasets.show_size(dataset.image_size)} pixels{values}, {len(dataset.classes)} '
             f'{kind}; {f"{processes} x " if processes > 1 else ""}{hardware}, {precision}'
             f'{", CUDA graph" if graphed else ""}')
