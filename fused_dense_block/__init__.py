@@ -43,9 +43,10 @@ def fuse(model, *, memory_efficient=None, kernels=True):
     None.
 
     First, each module is compared with its fused version on small random maps: outputs, gradients
-    and running statistics, in training and evaluation (with the CPU kernels for bfloat16, when
-    these are first used). Behaviour that depends on sizes, batches or
-    steps is not detected. Transitions and stems with other modules than DenseNet's are not fused.
+    and running statistics, in training and evaluation. (With the CPU kernels for bfloat16 it is
+    compared when they are first used; if they differ, the module runs unfused and `reason` says
+    so.) Behaviour that depends on sizes, batches or steps is not detected. Transitions and stems
+    with other modules than DenseNet's are not fused.
 
     In evaluation, the CPU kernels keep a packed copy of the weights until the next forward in
     training. It is updated when a weight or statistic changes, but changes of a few values through
