@@ -1,6 +1,6 @@
 # make demo      train a small DenseNet on drawn shapes and show its figures
 # make test      run the test suite
-# make torture   kill, stop and damage small runs at random: two minutes
+# make torture   kill, stop and damage small runs at random: 2 to 10 minutes
 # make figures   draw the README's figures again, and measure for some of them: three minutes
 # All install what they need into .venv, once; PYTHON=python3.12 chooses another Python.
 

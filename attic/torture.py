@@ -1,6 +1,6 @@
 """Break runs of train.py on purpose, at random moments, and count what is lost by it.
 
-    python attic/torture.py            # in full: two minutes on two CPU cores
+    python attic/torture.py            # in full: 2 to 10 minutes on two CPU cores
     python attic/torture.py --short    # each fault once, as the tests do
 
 The runs are small, on random images in a temporary directory. A run has survived a fault if, after
