@@ -514,10 +514,7 @@ def run(options):
 
 def main(argv=None):
     try:
-        run(make_parser().parse_args(argv))
-    except (UserError, OSError) as error:
-        console.warn(error, 'error', 'bench.py')
-        sys.exit(2)
+        console.exit_on_user_error(lambda: run(make_parser().parse_args(argv)), 'bench.py')
     except KeyboardInterrupt:
         sys.exit(130)
 

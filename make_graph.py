@@ -13,7 +13,6 @@ program `dot` (`apt install graphviz`).
 """
 
 import re
-import sys
 from pathlib import Path
 
 from training import console, flags
@@ -219,19 +218,19 @@ def render(graph, suffix):
                         'graphviz brings it; --output FILE.dot does without') from None
 
 
+def run(argv):
+    args, model, image_size = build_model(argv)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    title = f'{networks.name(args)}, {count:,} parameters'
+    draw = autograd_graph if args.view == 'autograd' else block_graph
+    content = render(draw(model, image_size, title), args.output.suffix)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_bytes(content)
+    print(args.output)
+
+
 def main(argv=None):
-    try:
-        args, model, image_size = build_model(argv)
-        count = sum(parameter.numel() for parameter in model.parameters())
-        title = f'{networks.name(args)}, {count:,} parameters'
-        draw = autograd_graph if args.view == 'autograd' else block_graph
-        content = render(draw(model, image_size, title), args.output.suffix)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_bytes(content)
-        print(args.output)
-    except (UserError, OSError) as error:
-        console.warn(error, 'error', 'make_graph.py')
-        sys.exit(2)
+    console.exit_on_user_error(lambda: run(argv), 'make_graph.py')
 
 
 if __name__ == '__main__':

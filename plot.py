@@ -17,7 +17,6 @@ import contextlib
 import csv
 import json
 import os
-import sys
 import textwrap
 from pathlib import Path
 from typing import NamedTuple
@@ -391,11 +390,7 @@ def run(argv):
 
 
 def main(argv=None):
-    try:
-        run(argv)
-    except (UserError, OSError) as error:
-        console.warn(error, 'error', 'plot.py')
-        sys.exit(2)
+    console.exit_on_user_error(lambda: run(argv), 'plot.py')
 
 
 if __name__ == '__main__':

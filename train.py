@@ -193,10 +193,9 @@ def train_step(state, images, labels, batch_size=None, *, autocast, grad_accum=1
                label_smoothing=0.0, class_weights=None, multi_label=False, forward=None):
     """One optimizer step on a batch of images, float32 [B, C, H, W], and a loader's labels.
 
-    Adds the loss and the number of errors to `state.sums`. No GPU sync, except in fp16
-    with an optimizer that is not fused.
-    With several processes, images and labels are this rank's shard of a batch of `batch_size`
-    images, and `forward` is the model wrapped by `distributed.wrap`.
+    Adds the loss and the number of errors to `state.sums`. No GPU sync, except in fp16 with an
+    optimizer that is not fused. With several processes, images and labels are this rank's shard of
+    a batch of `batch_size` images, and `forward` is the model wrapped by `distributed.wrap`.
     """
     forward = state.model if forward is None else forward
     loss_sum, error_sum = losses.choose(multi_label)

@@ -78,7 +78,7 @@ class DenseBlockFunction(torch.autograd.Function):
     def forward(ctx, ops, layers, x, *parameters):
         ctx.ops, ctx.layers = ops, layers
         triples = zip(*[iter(parameters)] * 3)
-        # of each layer: two, or one
+        # for each layer two, or one without bottleneck
         norm_convs = [[NormConv(*next(triples), eps) for eps in layer.eps] for layer in layers]
         c = x.shape[1]  # channels that the layer reads
         channels = c + sum(len(last.kernel) for *_, last in norm_convs)
@@ -86,10 +86,11 @@ class DenseBlockFunction(torch.autograd.Function):
         saved, norms, statistics = [], [], []
         with no_autocast(x):
             features.part(0, c).copy_(Maps(x, *ops.statistics(x)))
-            for layer, (*first, last) in zip(layers, norm_convs):
+            for layer, pair in zip(layers, norm_convs):
+                last = pair[-1]
                 new = features.part(c, c + len(last.kernel))
                 maps = features.part(0, c)
-                for norm_conv, rate in zip((*first, last), layer.drop_rates):
+                for norm_conv, rate in zip(pair, layer.drop_rates):
                     is_last, mask = norm_conv is last, None
                     statistics.append(maps._replace(data=None))
                     maps = Maps(*ops.norm_relu_conv(maps, norm_conv, with_statistics=not rate,

@@ -46,9 +46,9 @@ def warn(message, kind='warning', script='train.py'):
 
 
 def exit_on_user_error(function, script):
-    """Call `function`; print a UserError on stderr and exit with code 2."""
+    """Call `function`; print a UserError or OSError on stderr and exit with code 2."""
     try:
         return function()
-    except UserError as error:
+    except (UserError, OSError) as error:
         warn(error, 'error', script)
         sys.exit(2)

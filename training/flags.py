@@ -253,7 +253,7 @@ def with_defaults(given, parser=None):
 
 
 def complete(given, saved=None, parser=None):
-    """All flags: as given, else from the checkpoint or the recipe, else the parser's defaults.
+    """All flags: given ones first, then the checkpoint's or the recipe's, then parser defaults.
 
     Args:
         given: the Namespace of `parse`.

@@ -45,7 +45,7 @@ def make_loader(dataset, split, batch_size, *, device, augmentation=None, seed=1
             ranks take the same number of steps.
 
     Returns:
-        A loader with `len()`, the number of batches in an epoch, the last of which may be smaller;
+        A loader with `len()`, the number of batches in an epoch (the last batch may be smaller);
         `set_epoch(epoch, start=0)`; `num_images`; `images_in(i)`, the size of batch i; `files`, the
         names of the images (or indices); `groups`, the names of their groups, or None;
         `all_labels`, on the CPU; and `digest`, a hash of names, labels and their order.

@@ -1,6 +1,7 @@
 """The recorded step: its kernels are an eager step's, and a call does no more than launch it."""
 
 import contextlib
+import itertools
 from unittest.mock import patch
 
 import pytest
@@ -104,10 +105,9 @@ def check_graph(argv, *rest, **kwargs):
 
 
 @pytest.mark.parametrize('precision, optimizer', [
-    # of fp16, the scaler has a part in the optimizer's step
-    ('fp32', 'sgd'), ('tf32', 'sgd'), ('bf16', 'sgd'), ('bf16', 'rmsprop'),
-    ('bf16', 'rmsprop --momentum 0.9'), ('fp16', 'sgd'), ('fp16', 'sgd --momentum 0'),
-    ('fp16', 'adam'), ('fp16', 'adamw'), ('fp16', 'rmsprop')])
+    ('fp32', 'sgd'), ('tf32', 'sgd'),  # the optimizer's part of a step is that of bf16
+    *itertools.product(['bf16', 'fp16'], ['sgd', 'sgd --momentum 0', 'adam', 'adamw', 'rmsprop',
+                                          'rmsprop --momentum 0.9'])])
 def test_optimizers(optimizer, precision):
     argv = f'--optimizer {optimizer}'.split()
     if precision == 'fp16' and 'rmsprop' in argv:
