@@ -36,25 +36,39 @@
 #include <vector>
 #include <omp.h>
 #include <sched.h>
+#include <unistd.h>
+#include <sys/syscall.h>
 #include <immintrin.h>
 
 #define INLINE inline __attribute__((always_inline))
 
 namespace {
 
-// A product is accumulated in registers, as a block of BLOCK rows by up to 3 vectors of LANES
-// columns: 24 of the 32 registers of AVX-512, 12 of the 16 of AVX2. (To spill them: 20 times slower.)
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define AVX512
-constexpr int LANES = 16, BLOCK = 8;
+constexpr int LANES = 16;
 #else
-constexpr int LANES = 8, BLOCK = 4;
+constexpr int LANES = 8;
 #endif
-// With BF16_DOT, bf16 is multiplied by vdpbf16ps, which sums pairs of products in float; without,
-// it is widened to float.
-#if defined(BF16_DOT) && !(defined(AVX512) && defined(__AVX512BF16__))
-#error vdpbf16ps needs AVX-512 and its bf16 instructions
+
+// A build multiplies bf16 in one of three ways: widened to float; with BF16_DOT by vdpbf16ps, which
+// sums products of pairs in float; with BF16_AMX by AMX, which does the same for matrices.
+#if defined(BF16_DOT) || defined(BF16_AMX)
+#define BF16_PAIRS
+#if !(defined(AVX512) && defined(__AVX512BF16__))
+#error pairs of bf16 need AVX-512 and its bf16 instructions
 #endif
+#endif
+#ifdef BF16_AMX
+constexpr bool AMX = true;
+#else
+constexpr bool AMX = false;
+#endif
+
+// A product is accumulated in registers, as a block of BLOCK rows by up to 3 vectors of LANES
+// columns: 24 of the 32 registers of AVX-512, 12 of the 16 of AVX2 (to spill them: 20 times slower),
+// and 6 of the 8 of AMX, each of which has 16 rows. STEP words of a row are multiplied at once.
+constexpr int BLOCK = AMX ? 32 : LANES / 2, STEP = AMX ? 16 : 1;
 
 constexpr long TILE = 64;            // pixels
 
@@ -71,11 +85,19 @@ template <class T> constexpr long WORDS_AT_ONCE = LANES == 8 && sizeof(T) == 4 ?
 // What a product reads, from maps of T. With the dot product a pair of bf16 fills a 32-bit word, as
 // a float does: the loops over words are the same for both.
 template <class T> struct Product { typedef float Element; static constexpr int PAIR = 1; };
-#ifdef BF16_DOT
+#ifdef BF16_PAIRS
 template <> struct Product<bf16> { typedef bf16 Element; static constexpr int PAIR = 2; };
 #endif
 
-long round_up(long n, long multiple) { return (n + multiple - 1) / multiple * multiple; }
+constexpr long round_up(long n, long multiple) {
+    return (n + multiple - 1) / multiple * multiple;
+}
+
+// How many words hold n values that are summed over, in whole steps; the values in them.
+template <class T> constexpr long words(long n) {
+    return round_up((n + Product<T>::PAIR - 1) / Product<T>::PAIR, STEP);
+}
+template <class T> constexpr long whole_steps(long n) { return words<T>(n) * Product<T>::PAIR; }
 
 // ---- Vectors: whole, or their first lanes (the others read as 0 and are not written) ----
 
@@ -123,7 +145,7 @@ template <class V> INLINE void store_bits(void *p, V v, Mask mask) {
 
 INLINE uvec widen(hvec v) { return __builtin_convertvector(v, uvec); }
 INLINE hvec round_to_bf16(vec v) {  // to nearest, ties to even; NaN stays NaN
-#ifdef BF16_DOT
+#ifdef BF16_PAIRS
     return (hvec)_mm512_cvtneps_pbh((__m512)v);
 #else
     uvec bits = (uvec)v, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -236,6 +258,95 @@ template <bool POOL> struct Pixels {
     INLINE long operator[](long r) const { return POOL ? at[r] : first + r; }
 };
 
+// ---- AMX: registers of 16 rows of 64 bytes, called tiles ----
+//
+// By inline assembly: the intrinsics of GCC take no constant of a template as a register's number,
+// and those of GCC 12 tell the compiler of 8 bytes of the configuration only.
+
+constexpr long TILE_ROWS = 16;
+
+// All eight tiles are whole. The configuration belongs to a thread, and costs when it is switched.
+struct TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+struct TilesInUse {
+    TilesInUse() {
+        static constexpr TileConfig config;
+        if (AMX) asm volatile("ldtilecfg %0" :: "m"(config));
+    }
+    ~TilesInUse() { if (AMX) asm volatile("tilerelease"); }
+};
+
+template <int TO> INLINE void tile_zero() { asm volatile("tilezero %%tmm%c0" :: "i"(TO)); }
+template <int TO> INLINE void tile_load(const void *from, long stride) {
+    asm volatile("tileloadd (%1, %2), %%tmm%c0" :: "i"(TO), "r"(from), "r"(stride) : "memory");
+}
+template <int FROM> INLINE void tile_store(void *to, long stride) {
+    asm volatile("tilestored %%tmm%c2, (%0, %1)" :: "r"(to), "r"(stride), "i"(FROM) : "memory");
+}
+template <int SUM, int A, int B> INLINE void tile_multiply_add() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" :: "i"(SUM), "i"(A), "i"(B));
+}
+
+// Calls body(constant) for the constants 0 to N - 1.
+template <int N, class Body> INLINE void repeat(Body body) {
+    if constexpr (N > 0) {
+        repeat<N - 1>(body);
+        body(std::integral_constant<int, N - 1>{});
+    }
+}
+
+struct Runs { long count, words, stride; };  // of memory; stride: words from a run to the next
+
+// sums = or += a b, for R * 16 rows of a and NV * 16 columns. A row of a is runs of words, `all`
+// words in total; b has a row of NV * 16 words for each of them. lda and ld count words.
+template <int R, int NV>
+INLINE void multiply_tiles(const uint32_t *a, long lda, const Runs &runs, long all,
+                           const uint32_t *b, float *sums, long ld, bool add) {
+    static_assert(R * NV <= 6);
+    const long width = NV * TILE_ROWS;
+    auto sums_at = [&](int i) { return sums + i / NV * TILE_ROWS * ld + i % NV * TILE_ROWS; };
+    repeat<R * NV>([&](auto i) {
+        if (add) tile_load<i>(sums_at(i), 4 * ld);
+        else tile_zero<i>();
+    });
+    for (long run = 0; run < runs.count; run++, a += runs.stride) {
+        const long count = std::min(runs.words, all - run * runs.words);
+        for (long k = 0; k < count; k += STEP, b += STEP * width)
+            repeat<NV>([&](auto v) {
+                tile_load<7>(b + v * TILE_ROWS, 4 * width);
+                repeat<R>([&](auto r) {
+                    tile_load<6>(a + r * TILE_ROWS * lda + k, 4 * lda);
+                    tile_multiply_add<r * NV + v, 6, 7>();
+                });
+            });
+    }
+    repeat<R * NV>([&](auto i) { tile_store<i>(sums_at(i), 4 * ld); });
+}
+
+// rows[j][i] = rows[i][j]: exchanges quarters off the diagonal, then quarters of each quarter.
+INLINE void transpose(uvec (&rows)[LANES]) {
+#ifdef AVX512
+#pragma GCC unroll 4
+    for (uint32_t size = LANES / 2; size; size /= 2) {
+        uvec upper, lower;  // lanes of row i, or LANES + lanes of row i + size
+        for (uint32_t lane = 0; lane < LANES; lane++) {
+            upper[lane] = lane & size ? LANES + lane - size : lane;
+            lower[lane] = lane & size ? LANES + lane : lane + size;
+        }
+#pragma GCC unroll 16
+        for (uint32_t i = 0; i < LANES; i++) {
+            if (i & size) continue;
+            const __m512i first = (__m512i)rows[i], second = (__m512i)rows[i + size];
+            rows[i] = (uvec)_mm512_permutex2var_epi32(first, (__m512i)upper, second);
+            rows[i + size] = (uvec)_mm512_permutex2var_epi32(first, (__m512i)lower, second);
+        }
+    }
+#endif
+}
+
 // Runs body(thread, team) in a team of threads, and returns their number.
 template <class Body> int parallel(int threads, Body body) {
     int team = 1;
@@ -243,6 +354,7 @@ template <class Body> int parallel(int threads, Body body) {
     {
 #pragma omp single
         team = omp_get_num_threads();
+        TilesInUse tiles;
         body(omp_get_thread_num(), team);
     }
     return team;
@@ -297,6 +409,34 @@ template <int NV> INLINE void store_block(const vec (&block)[BLOCK][NV], float *
         for (int v = 0; v < NV; v++) store(p + r * ld + v * LANES, block[r][v]);
 }
 
+// block = a b
+template <class T, int NV>
+INLINE void multiply_block(vec (&block)[BLOCK][NV], const void *a, long lda, const uint32_t *b,
+                           long count) {
+    if constexpr (AMX) {
+        multiply_tiles<BLOCK / TILE_ROWS, NV>((const uint32_t *)a, lda, {1, count, 0}, count, b,
+                                              (float *)block, NV * LANES, false);
+    } else {
+        load_block(block, nullptr, 0);
+        multiply<T, NV, false>(block, a, lda, b, count);
+    }
+}
+
+// BLOCK rows of sums = or += a b
+template <class T, int NV, bool TRANSPOSED = false>
+INLINE void multiply_block(const void *a, long lda, const uint32_t *b, long count, float *sums,
+                           long ld, bool add) {
+    if constexpr (AMX) {
+        multiply_tiles<BLOCK / TILE_ROWS, NV>((const uint32_t *)a, lda, {1, count, 0}, count, b,
+                                              sums, ld, add);
+    } else {
+        vec block[BLOCK][NV];
+        load_block(block, add ? sums : nullptr, ld);
+        multiply<T, NV, TRANSPOSED>(block, a, lda, b, count);
+        store_block(block, sums, ld);
+    }
+}
+
 INLINE uvec pair(hvec low, hvec high) { return widen(low) | (widen(high) << 16); }
 
 // Values of a kernel as a product reads them: one in a word, or a pair.
@@ -308,11 +448,11 @@ template <class T> INLINE uvec as_words(vec low, vec high) {
 
 // The kernel [O, taps, C] as a matrix with a row for each channel and a column for each (tap, o),
 // or its transpose with the taps in reverse, as a product reads it: panel after panel of columns,
-// in a panel row after row (or pair of rows). Padded with zeros to whole pairs and vectors.
+// in a panel row after row (or pair of rows). Padded with zeros to whole steps and vectors.
 template <class T>
 void pack_kernel(const float *kernel, const Shape &s, bool transpose, uint32_t *packed) {
     constexpr int PAIR = Product<T>::PAIR;
-    const long rows = transpose ? s.columns() : s.channels, steps = (rows + PAIR - 1) / PAIR;
+    const long rows = transpose ? s.columns() : s.channels, steps = words<T>(rows);
     const long columns = transpose ? s.channels : s.columns();
     // Where in the kernel the values of a row or column begin.
     auto offset = [&](long i, bool is_channel) {
@@ -363,21 +503,23 @@ INLINE vec norm_relu(const T *x, long ld, long width, const NormVectors &norm, M
     return (one(x) + one(x + ld) + one(below) + one(below + ld)) * 0.25f;
 }
 
-// A tile's rows and `count` channels from `first` into y, whose rows are padded with zeros.
+// A tile's rows and `count` channels from `first` into y, padded with zeros to whole steps.
 template <bool POOL, class T, class E>
 INLINE void norm_relu_tile(const Input<T> &in, const Pixels<POOL> &pixels, long n, long first,
                            long count, E *y, long ldy) {
-    for_panels(count, [&](auto panel) {
+    for_panels(whole_steps<T>(count), [&](auto panel) {
         constexpr int NV = panel.NV;
+        Mask mask[NV];
         NormVectors norm[NV];
-        for (int v = 0; v < NV; v++)
-            norm[v] = load_norm(in.norm, first + panel.first + v * LANES, panel.mask(v));
+        for (int v = 0; v < NV; v++) {
+            mask[v] = first_lanes(count - panel.first - v * LANES);
+            norm[v] = load_norm(in.norm, first + panel.first + v * LANES, mask[v]);
+        }
         for (long r = 0; r < n; r++) {
             const T *x = in.x.row(pixels[r]) + first + panel.first;
             for (int v = 0; v < NV; v++)
                 store(y + r * ldy + panel.first + v * LANES,
-                      norm_relu<POOL>(x + v * LANES, in.x.ld, in.shape.width, norm[v],
-                                      panel.mask(v)));
+                      norm_relu<POOL>(x + v * LANES, in.x.ld, in.shape.width, norm[v], mask[v]));
         }
     });
 }
@@ -486,22 +628,19 @@ void product_tile(const Input<T> &in, const uint32_t *packed, long row, long n, 
                   long ld_sums) {
     constexpr int PAIR = Product<T>::PAIR;
     const Shape &s = in.shape;
-    const long all_steps = (s.channels + PAIR - 1) / PAIR, at_once = WORDS_AT_ONCE<T> * PAIR;
-    const long ldy = round_up(std::min(s.channels, at_once), LANES) + LANES;
+    const long all_steps = words<T>(s.channels), at_once = WORDS_AT_ONCE<T> * PAIR;
+    const long ldy = round_up(whole_steps<T>(std::min(s.channels, at_once)), LANES) + std::max(LANES, STEP * PAIR);
     auto *y = input_buffer.get<typename Product<T>::Element>(TILE * ldy);
     Pixels<POOL> pixels(s, row), next(s, row + TILE);
     for (long first = 0; first < s.channels; first += at_once) {
-        long count = std::min(at_once, s.channels - first), steps = (count + PAIR - 1) / PAIR;
+        long count = std::min(at_once, s.channels - first), steps = words<T>(count);
         norm_relu_tile(in, pixels, n, first, count, y, ldy);
         for_panels(s.columns(), [&](auto panel) {
             const uint32_t *w = packed + panel.first * all_steps + first / PAIR * panel.WIDTH;
             for (long r = 0; r < n; r += BLOCK) {
                 if (panel.first == 0) prefetch_block(in.x, s, next, r, first, count);
-                float *out = sums + r * ld_sums + panel.first;
-                vec block[BLOCK][panel.NV];
-                load_block(block, first ? out : nullptr, ld_sums);
-                multiply<T, panel.NV, false>(block, y + r * ldy, ldy / PAIR, w, steps);
-                store_block(block, out, ld_sums);
+                multiply_block<T, panel.NV>(y + r * ldy, ldy / PAIR, w, steps,
+                                            sums + r * ld_sums + panel.first, ld_sums, first > 0);
             }
         });
     }
@@ -577,7 +716,8 @@ template <class T>
 void forward(const Input<T> &in, const float *kernel, Map<T> z, float *mean, float *variance,
              int threads) {
     const Shape &s = in.shape;
-    auto *packed = kernel_buffer.get<uint32_t>(s.channels * round_up(s.columns(), LANES));
+    auto *packed = kernel_buffer.get<uint32_t>(words<T>(s.channels)
+                                               * round_up(s.columns(), LANES));
     with_moments(s.outputs, mean, variance, threads, [&](Moments &moments, int thread, int team) {
         pack_kernel<T>(kernel, s, false, packed);
         Range lines = share_of_thread(s.images * s.height, 1, thread, team);
@@ -659,6 +799,7 @@ void pad_gradient(const Gradient<T> &gradient, const Shape &s, E *padded) {
 }
 
 // The gradients at the nine pixels around each of n pixels, line by line: in memory, three runs.
+// Zeros follow, to a whole step.
 template <class E>
 INLINE void neighbours(const E *padded, const Shape &s, long row, long n, E *out, long ld) {
     long x = row % s.width, y = row / s.width % s.height, image = row / s.width / s.height;
@@ -668,7 +809,7 @@ INLINE void neighbours(const E *padded, const Shape &s, long row, long n, E *out
         for (int dy = 0; dy < 3; dy++)
             for (long i = 0; i < run; i += 64 / sizeof(E))  // may write beyond its end, but not ld
                 memcpy(out + dy * run + i, p + dy * line + i, 64);
-        memset(out + 3 * run, 0, sizeof(E));  // it may be half of a pair
+        memset(out + 3 * run, 0, 64);
         p += s.outputs;
         if (++x == s.width) x = 0, y++, p += 2 * s.outputs;
         if (y == s.height) y = 0, p += 2 * line;
@@ -727,6 +868,28 @@ struct Partial {
     float *d_kernel, *sum_g, *sum_gx;
 };
 
+// Columns of the kernel, the rows of its gradient, in whole blocks.
+long whole_columns(const Shape &s) { return round_up(s.columns(), std::max(LANES, BLOCK)); }
+
+// The rows of a tile two by two, as the product for d_kernel reads them: [pair, column] in words, for
+// AMX [column, pair].
+template <class E>
+INLINE void pair_rows(const E *rows, long ld, long columns, uint32_t *pairs) {
+    auto words_at = [&](long k, long column) {
+        const E *first = rows + 2 * k * ld + column;
+        return pair(load_bits<hvec>(first), load_bits<hvec>(first + ld));
+    };
+    for (long column = 0; column < columns; column += LANES)
+        for (long k = 0; k < TILE / 2; k += LANES) {
+            uvec block[LANES];
+            for (long i = 0; i < LANES; i++) block[i] = words_at(k + i, column);
+            if (AMX) transpose(block);
+            for (long i = 0; i < LANES; i++)
+                store_bits(pairs + (AMX ? (column + i) * (TILE / 2) + k : (k + i) * ld + column),
+                           block[i]);
+        }
+}
+
 // `padded` is from pad_gradient, or null for a 1x1 kernel.
 template <class T, bool POOL>
 void backward_rows(const Input<T> &in, const uint32_t *packed, const Gradient<T> &gradient,
@@ -735,11 +898,11 @@ void backward_rows(const Input<T> &in, const uint32_t *packed, const Gradient<T>
     const Shape &s = in.shape;
     typedef typename Product<T>::Element E;
     constexpr int PAIR = Product<T>::PAIR;
-    const long columns = s.columns(), padded_columns = round_up(columns, LANES);
-    const long steps = (columns + PAIR - 1) / PAIR, ld = padded_columns + 64 / sizeof(E);
+    const long columns = s.columns(), padded_columns = whole_columns(s);
+    const long steps = words<T>(columns), ld = padded_columns + 64 / sizeof(E);
     E *gradients = gradient_buffer.get<E>(TILE * ld);
-    uint32_t *transposed = PAIR == 1 ? (uint32_t *)gradients
-                                     : pairs_buffer.get<uint32_t>(TILE / 2 * ld);
+    uint32_t *pairs = PAIR == 1 ? (uint32_t *)gradients
+                                : pairs_buffer.get<uint32_t>(TILE / 2 * ld);
     uint32_t *y = input_buffer.get<uint32_t>(TILE * 3 * LANES);
     memset(gradients, 0, TILE * ld * sizeof(E));
     for (long row = rows.begin; row < rows.end; row += TILE) {
@@ -748,12 +911,7 @@ void backward_rows(const Input<T> &in, const uint32_t *packed, const Gradient<T>
         if (padded) neighbours(padded, s, row, n, gradients, ld);
         else gradient.copy(row, n, s.outputs, gradients, ld);
         memset(gradients + n * ld, 0, (TILE - n) * ld * sizeof(E));
-        if constexpr (PAIR == 2)
-            for (long k = 0; k < TILE / 2; k++)
-                for (long j = 0; j < padded_columns; j += LANES)
-                    store_bits(transposed + k * ld + j,
-                               pair(load_bits<hvec>(gradients + 2 * k * ld + j),
-                                    load_bits<hvec>(gradients + (2 * k + 1) * ld + j)));
+        if constexpr (PAIR == 2) pair_rows(gradients, ld, padded_columns, pairs);
         for_panels(s.channels, [&](auto panel) {
             constexpr int NV = panel.NV, WIDTH = panel.WIDTH;
             const long channel = panel.first;
@@ -769,9 +927,9 @@ void backward_rows(const Input<T> &in, const uint32_t *packed, const Gradient<T>
             for (long r = 0; r < n; r += BLOCK) {
                 prefetch_block(in.x, s, ahead, r, after, width);
                 if (add) prefetch_block(total, s, ahead, r, after, width);
-                vec block[BLOCK][NV] = {};
-                multiply<T, NV, false>(block, gradients + r * ld, ld / PAIR,
-                                       packed + channel * steps, steps);
+                vec block[BLOCK][NV];
+                multiply_block<T>(block, gradients + r * ld, ld / PAIR, packed + channel * steps,
+                                  steps);
                 finish_block<T>(block, in, total, add, pixels, r, n, panel, norm, sums, products,
                                 y);
             }
@@ -781,13 +939,14 @@ void backward_rows(const Input<T> &in, const uint32_t *packed, const Gradient<T>
                 store(sum_g, load(sum_g) + sums[v]);
                 store(sum_gx, load(sum_gx) + products[v]);
             }
+            const long pixel_words = words<T>(n), written = (n + PAIR - 1) / PAIR;
+            if (written < pixel_words)
+                memset(y + written * WIDTH, 0, (pixel_words - written) * WIDTH * sizeof *y);
             float *d_panel = partial.d_kernel + channel * padded_columns;
-            for (long column = 0; column < columns; column += BLOCK) {
-                vec block[BLOCK][NV];
-                load_block(block, d_panel + column * WIDTH, WIDTH);
-                multiply<T, NV, true>(block, transposed + column, ld, y, (n + PAIR - 1) / PAIR);
-                store_block(block, d_panel + column * WIDTH, WIDTH);
-            }
+            for (long column = 0; column < columns; column += BLOCK)
+                multiply_block<T, NV, !AMX>(AMX ? pairs + column * (TILE / 2) : pairs + column,
+                                            AMX ? TILE / 2 : ld, y, pixel_words,
+                                            d_panel + column * WIDTH, WIDTH, true);
         });
     }
 }
@@ -797,9 +956,9 @@ void backward(const Gradient<T> &gradient, const Input<T> &in, const float *kern
               bool add, float *sum_g, float *sum_gx, float *d_kernel, int threads) {
     typedef typename Product<T>::Element E;
     const Shape &s = in.shape;
-    const long channels = round_up(s.channels, LANES), columns = round_up(s.columns(), LANES);
+    const long channels = round_up(s.channels, LANES), columns = whole_columns(s);
     const long size = channels * (columns + 2);  // of the sums of a thread
-    uint32_t *packed = kernel_buffer.get<uint32_t>(s.columns() * channels);
+    uint32_t *packed = kernel_buffer.get<uint32_t>(words<T>(s.columns()) * channels);
     float *partials = partial_buffer.get<float>(size * threads);
     E *padded = nullptr;
     if (s.side == 3)
@@ -838,11 +997,12 @@ void backward(const Gradient<T> &gradient, const Input<T> &in, const float *kern
 // ---- Evaluation: a whole dense block, or a transition, in one call ----
 //
 // Kernels are packed beforehand. A tile of pixels is ROWS pixels by PANEL columns at a time in
-// registers. What a pixel reads is `count` runs of memory: for a 1x1 kernel the normalised input,
-// for a 3x3 kernel the three lines around it in a map with a border of zeros. The order of a sum
-// depends on the shape of the kernel alone: not on threads, the batch or the place in the map.
+// registers, with AMX all of it. What a pixel reads is `count` runs of memory: for a 1x1 kernel the
+// normalised input, for a 3x3 kernel the three lines around it in a map with a border of zeros. The
+// order of a sum depends on the shape of the kernel alone: not on threads, the batch or the place in
+// the map.
 
-constexpr int ROWS = LANES == 16 ? 8 : 6, VECTORS = 2, PANEL = VECTORS * LANES;
+constexpr int ROWS = AMX ? TILE_ROWS : LANES == 16 ? 8 : 6, VECTORS = 2, PANEL = VECTORS * LANES;
 constexpr long EVALUATION_TILE = 48;  // pixels, at most TILE; they stay in L2
 constexpr long RUN_WORDS = 384;       // of a pixel, at once: such a part of a panel stays in L1
 
@@ -856,62 +1016,89 @@ struct PackedConv {
     long panels() const { return (outputs + PANEL - 1) / PANEL; }
 };
 
-struct Runs { long count, words, stride; };  // stride: words from a run to the next
+// What a convolution reads of a pixel: as many runs as its kernel has lines. From a pixel to the next
+// there are `pitch` elements: in a map with a border whole vectors and steps, in images whole pairs.
+template <class T> struct Reads {
+    static constexpr int PAIR = Product<T>::PAIR;
+    long side, channels;
+    long pitch() const {
+        return round_up(channels, side == 3 ? std::max(LANES, STEP * PAIR) : PAIR);
+    }
+    long run_words() const { return words<T>(side * pitch()); }
+    long all_words() const { return side * run_words(); }
+};
 
-// What a convolution reads of a pixel. A 3x3 kernel reads whole vectors of channels.
-template <class T> long words_of_pixel(long taps, long channels) {
-    constexpr int PAIR = Product<T>::PAIR;
-    return taps * round_up(channels, taps == 9 ? LANES : PAIR) / PAIR;
-}
-
-// The kernel [O, taps, C] as panel after panel of columns, in a panel a row for each word.
+// The kernel [O, side, side, C] as panel after panel of columns, in a panel a row for each word.
 template <class T>
-void pack_panels(const float *kernel, long outputs, long taps, long channels, uint32_t *packed,
+void pack_panels(const float *kernel, long outputs, const Reads<T> &reads, uint32_t *packed,
                  int threads) {
     constexpr int PAIR = Product<T>::PAIR;
-    const long words = words_of_pixel<T>(taps, channels), pitch = words * PAIR / taps;
+    const long all = reads.all_words(), run_elements = reads.run_words() * PAIR;
     parallel(threads, [&](int thread, int team) {
-        Range mine = share_of_thread(words, 1, thread, team);
+        Range mine = share_of_thread(all, 1, thread, team);
         for (long first = 0; first < outputs; first += PANEL) {
             const long n = std::min<long>(PANEL, outputs - first), width = round_up(n, LANES);
             for (long k = mine.begin; k < mine.end; k++) {
                 float values[2][PANEL] = {};
                 for (long i = k * PAIR; i < (k + 1) * PAIR; i++) {
-                    const long tap = i / pitch, c = i % pitch;
-                    for (long o = 0; o < n && c < channels; o++)
-                        values[i % PAIR][o] = kernel[((first + o) * taps + tap) * channels + c];
+                    const long y = i / run_elements, x = i % run_elements / reads.pitch();
+                    const long c = i % run_elements % reads.pitch();
+                    for (long o = 0; o < n && x < reads.side && c < reads.channels; o++)
+                        values[i % PAIR][o] =
+                            kernel[(((first + o) * reads.side + y) * reads.side + x)
+                                   * reads.channels + c];
                 }
                 for (long j = 0; j < width; j += LANES)
-                    store_bits(packed + first * words + k * width + j,
+                    store_bits(packed + first * all + k * width + j,
                                as_words<T>(load(values[0] + j), load(values[1] + j)));
             }
         }
     });
 }
 
-// A map with a border of zeros. The channels of a pixel are padded with zeros to whole vectors.
+// A map with a border of zeros. The channels of a pixel are padded with zeros to its pitch.
 template <class E> struct Bordered {
     E *data;
     long images, height, width, pitch;
 
-    static long elements(long images, long height, long width, long channels) {
-        return images * (height + 2) * (width + 2) * round_up(channels, LANES);
+    static long elements(long images, long height, long width, long pitch) {
+        const long beyond = AMX ? TILE_ROWS : 0;  // pixels that are read, and not used
+        return (images * (height + 2) * (width + 2) + beyond) * pitch;
+    }
+    long lines() const { return images * (height + 2); }
+    // The place of a pixel among those of the map and its borders.
+    long place(long row) const {
+        const long line = row / width, image = line / height;
+        return (line + 2 * image + 1) * (width + 2) + row % width + 1;
+    }
+    // Calls body(row, i, count) for the pixels in each line of n places: from places first + i on.
+    template <class Body> INLINE void for_pixels(long first, long n, Body body) const {
+        for (long i = 0, count; i < n; i += count) {
+            const long line = (first + i) / (width + 2), x = (first + i) % (width + 2);
+            const long image = line / (height + 2), y = line % (height + 2);
+            count = 1;
+            if (x == 0 || x > width || y == 0 || y > height) continue;
+            count = std::min(n - i, width + 1 - x);
+            body((image * height + y - 1) * width + x - 1, i, count);
+        }
     }
     // Pointers to n pixels, by their number without borders.
     INLINE void pixels(long row, long n, E **at) const {
-        long x = row % width, line = row / width, y = line % height, image = line / height;
-        E *p = data + ((image * (height + 2) + y + 1) * (width + 2) + x + 1) * pitch;
+        long x = row % width, y = row / width % height;
+        E *p = data + place(row) * pitch;
         for (long r = 0; r < n; r++, p += pitch) {
             at[r] = p;
             if (++x == width) x = 0, y++, p += 2 * pitch;
             if (y == height) y = 0, p += 2 * (width + 2) * pitch;
         }
     }
-    void clear_border(Range lines) const {  // of images * (height + 2)
+    // Zeros in the border, and everywhere if the pitch leaves room for more vectors than are written.
+    void clear(Range lines, long channels) const {
+        const bool all = pitch > round_up(channels, LANES);
         const long size = (width + 2) * pitch;
         for (long line = lines.begin; line < lines.end; line++) {
             E *p = data + line * size;
-            if (line % (height + 2) % (height + 1) == 0) {
+            if (all || line % (height + 2) % (height + 1) == 0) {
                 memset(p, 0, size * sizeof(E));
             } else {
                 memset(p, 0, pitch * sizeof(E));
@@ -964,28 +1151,47 @@ template <int N, class Body> INLINE void with_constant(long n, Body body) {
     body(std::integral_constant<int, N>{});
 }
 
+// Where the words begin that each pixel of a tile reads. AMX needs them at a fixed stride.
+struct PixelRows {
+    const uint32_t *at[EVALUATION_TILE];
+    long stride = 0;  // words
+    PixelRows() = default;
+    PixelRows(const void *first, long stride, long n) : stride(stride) {
+        for (long r = 0; r < n; r++) at[r] = (const uint32_t *)first + r * stride;
+    }
+};
+
 // Calls finish(column, width, sums [n, width]) for each panel of a tile of n pixels.
 template <class T, class Finish>
-INLINE void product_panels(const uint32_t *const *rows, long n, const Runs &runs, long words,
+INLINE void product_panels(const PixelRows &rows, long n, const Runs &runs, long words,
                            const PackedConv &conv, Range panels, Finish finish) {
-    float sums[EVALUATION_TILE * PANEL];
+    alignas(64) float sums[EVALUATION_TILE * PANEL];
     const long blocks = (n + ROWS - 1) / ROWS, at_once = std::max(1L, RUN_WORDS / runs.words);
     for (long panel = panels.begin; panel < panels.end; panel++) {
         const long column = panel * PANEL;
         const long width = std::min<long>(PANEL, round_up(conv.outputs - column, LANES));
         const uint32_t *kernel = conv.kernel + column * words;
-        for (long run = 0; run < runs.count; run += at_once)
-            for (long block = 0; block < blocks; block++) {
-                // All blocks have nearly the same size: one of 6 and one of 1 would take longer.
-                const long row = n * block / blocks, end = n * (block + 1) / blocks;
-                with_constant<ROWS>(end - row, [&](auto r) {
-                    with_constant<VECTORS>(width / LANES, [&](auto v) {
-                        product_block<T, r, v>(rows + row, runs, run,
-                                               std::min(runs.count, run + at_once), kernel, words,
-                                               sums + row * width);
-                    });
+        if constexpr (AMX) {
+            with_constant<EVALUATION_TILE / ROWS>(blocks, [&](auto r) {
+                with_constant<VECTORS>(width / LANES, [&](auto v) {
+                    multiply_tiles<r, v>(rows.at[0], rows.stride, runs, words, kernel, sums, width,
+                                         false);
                 });
-            }
+            });
+        } else {
+            for (long run = 0; run < runs.count; run += at_once)
+                for (long block = 0; block < blocks; block++) {
+                    // All have nearly the same size: one of 6 and one of 1 would take longer.
+                    const long row = n * block / blocks, end = n * (block + 1) / blocks;
+                    with_constant<ROWS>(end - row, [&](auto r) {
+                        with_constant<VECTORS>(width / LANES, [&](auto v) {
+                            product_block<T, r, v>(rows.at + row, runs, run,
+                                                   std::min(runs.count, run + at_once), kernel,
+                                                   words, sums + row * width);
+                        });
+                    });
+                }
+        }
         finish(column, width, sums);
     }
 }
@@ -1018,10 +1224,11 @@ Part part_of_member(long rows, long panels, int member, int members) {
 }
 
 // As norm_relu_tile, for all channels of n pixels, but row by row: rows are so far apart that the
-// hardware does not foresee the next one.
+// hardware does not foresee the next one. The vectors of the norm are padded with zeros.
 template <bool POOL, class T, class E>
 INLINE void norm_relu_rows(const Input<T> &in, const Pixels<POOL> &pixels, long n, E *y, long ldy) {
     const long channels = in.shape.channels, whole = channels / LANES * LANES, ahead = 4;
+    const long padded = whole_steps<T>(channels);
     for (long r = 0; r < n; r++) {
         const T *x = in.x.row(pixels[r]);
         const T *later = in.x.row(pixels[POOL ? std::min(r + ahead, n - 1) : r + ahead]);
@@ -1033,30 +1240,30 @@ INLINE void norm_relu_rows(const Input<T> &in, const Pixels<POOL> &pixels, long 
                                                    first_lanes(lanes)));
         };
         for (long c = 0; c < whole; c += LANES) vector(c, LANES);
-        if (whole < channels) vector(whole, channels - whole);
+        for (long c = whole; c < padded; c += LANES) vector(c, channels - c);
     }
 }
 
 // Calls body(row, n) for tile after tile of nearly the same size.
 template <class Body> INLINE void for_tiles(Range rows, Body body) {
     const long n = rows.end - rows.begin, tiles = (n + EVALUATION_TILE - 1) / EVALUATION_TILE;
-    for (long i = 0; i < tiles; i++)
-        body(rows.begin + n * i / tiles, n * (i + 1) / tiles - n * i / tiles);
+    for (long i = 0; i < tiles; i++) {
+        const Range tile = share_of_thread(n, AMX ? TILE_ROWS : 1, i, tiles);
+        body(rows.begin + tile.begin, tile.end - tile.begin);
+    }
 }
 
 // Calls finish(row, n, column, width, sums), as above, for the tiles of n pixels from `row` on.
 template <class T, bool POOL, class Finish>
 void evaluate_1x1(const Input<T> &in, const PackedConv &conv, const Part &part, Finish finish) {
     typedef typename Product<T>::Element E;
-    const long words = words_of_pixel<T>(1, conv.channels);
-    const long ld = round_up(conv.channels, LANES) + 64 / sizeof(E);
+    const long words = Reads<T>{1, conv.channels}.all_words();
+    const long ld = round_up(whole_steps<T>(conv.channels), LANES) + 64 / sizeof(E);
     const Runs runs = {(words + RUN_WORDS - 1) / RUN_WORDS, RUN_WORDS, RUN_WORDS};
     E *y = input_buffer.get<E>(EVALUATION_TILE * ld);
     for_tiles(part.rows, [&](long row, long n) {
         norm_relu_rows(in, Pixels<POOL>(in.shape, row), n, y, ld);
-        const uint32_t *rows[EVALUATION_TILE];
-        for (long r = 0; r < n; r++) rows[r] = (const uint32_t *)(y + r * ld);
-        product_panels<T>(rows, n, runs, words, conv, part.panels,
+        product_panels<T>({y, ld / Product<T>::PAIR, n}, n, runs, words, conv, part.panels,
                           [&](long column, long width, const float *sums) {
                               finish(row, n, column, width, sums);
                           });
@@ -1070,11 +1277,25 @@ void evaluate_3x3(const Bordered<typename Product<T>::Element> &y, const PackedC
     constexpr int PAIR = Product<T>::PAIR;
     const long line = (y.width + 2) * y.pitch;
     const Runs runs = {3, 3 * y.pitch / PAIR, line / PAIR};
+    if (part.rows.begin == part.rows.end) return;
+    if constexpr (AMX) {  // the places between lines, too: so the stride is fixed
+        const Range places = {y.place(part.rows.begin), y.place(part.rows.end - 1) + 1};
+        return for_tiles(places, [&](long first, long n) {
+            const E *corner = y.data + first * y.pitch - line - y.pitch;
+            product_panels<T>({corner, y.pitch / PAIR, n}, n, runs, 3 * runs.words, conv,
+                              part.panels, [&](long column, long width, const float *sums) {
+                                  y.for_pixels(first, n, [&](long row, long i, long count) {
+                                      store_panel(z, row, count, conv, column, width,
+                                                  sums + i * width);
+                                  });
+                              });
+        });
+    }
     for_tiles(part.rows, [&](long row, long n) {
         E *pixels[EVALUATION_TILE];
-        const uint32_t *rows[EVALUATION_TILE];
+        PixelRows rows;
         y.pixels(row, n, pixels);
-        for (long r = 0; r < n; r++) rows[r] = (const uint32_t *)(pixels[r] - line - y.pitch);
+        for (long r = 0; r < n; r++) rows.at[r] = (const uint32_t *)(pixels[r] - line - y.pitch);
         product_panels<T>(rows, n, runs, 3 * runs.words, conv, part.panels,
                           [&](long column, long width, const float *sums) {
                               store_panel(z, row, n, conv, column, width, sums);
@@ -1118,11 +1339,11 @@ struct Block {
     long count;
     long channels, height, width;  // of the input
     // The most elements that Bordered needs in any layer.
-    long elements(long images) const {
+    template <class T> long elements(long images) const {
         long most = 0;
         for (long i = 0; i < count; i++)
-            if (convs[i].side == 3) most = std::max(most, convs[i].channels);
-        return Bordered<char>::elements(images, height, width, most);
+            if (convs[i].side == 3) most = std::max(most, Reads<T>{3, convs[i].channels}.pitch());
+        return Bordered<T>::elements(images, height, width, most);
     }
 };
 
@@ -1144,9 +1365,11 @@ void evaluate_layers(const Block &block, Map<const T> x, Map<T> features, long i
         const Shape shape = {images, block.height, block.width, channels, 0, 1, false};
         const Input<T> in = {{features.data, features.ld}, conv1.norm(), shape};
         team.wait();  // the features are complete, and y is not read any more
-        if (y.pitch != round_up(last.channels, LANES)) {
-            y.pitch = round_up(last.channels, LANES);
-            y.clear_border(team.share(images * (block.height + 2)));
+        const long pitch = Reads<T>{3, last.channels}.pitch();
+        if (y.pitch != pitch) {
+            y.pitch = pitch;
+            y.clear(team.share(y.lines()), last.channels);
+            team.wait();
         }
         E *pixels[EVALUATION_TILE];
         if (bottleneck) {
@@ -1192,13 +1415,13 @@ void evaluate_block(const Block &block, Map<const T> x, Map<T> features, long im
                            {features.row(first * pixels), features.ld}, count, buffer, team);
     };
     // For the remaining images; the team may be smaller than asked for.
-    E *shared = shared_buffer.get<E>(block.elements(std::min<long>(images, threads)));
+    E *shared = shared_buffer.get<E>(block.elements<T>(std::min<long>(images, threads)));
     parallel(threads, [&](int thread, int team) {
         const long whole = images / team * team, own = whole / team;
         if (own) {
             // Small maps together, so that a kernel that was read serves some more pixels.
             const long group = std::clamp(4 * EVALUATION_TILE / pixels, 1L, own);
-            E *buffer = padded_buffer.get<E>(block.elements(group));
+            E *buffer = padded_buffer.get<E>(block.elements<T>(group));
             for (long i = 0; i < own; i += group)
                 run(thread * own + i, std::min(group, own - i), buffer, {0, 1, nullptr});
         }
@@ -1230,7 +1453,8 @@ template <class T> struct Stem {
     long height, width;
     Map<T> z;
 
-    long pitch() const { return round_up(conv.channels, Product<T>::PAIR); }
+    Reads<T> reads() const { return {7, conv.channels}; }
+    long pitch() const { return reads().pitch(); }
     long line_size() const { return (width + 6) * pitch(); }
     // Of the convolution, and of its lines with a border of zeros.
     long lines() const { return (height + 1) / 2; }
@@ -1261,14 +1485,27 @@ template <class T> struct Stem {
     // A line of relu(norm(convolution)), from seven padded lines of the image.
     void conv_line(const E *padded, float *normed) const {
         constexpr int PAIR = Product<T>::PAIR;
-        const long ld = round_up(conv.outputs, LANES);
-        const Runs runs = {7, 7 * pitch() / PAIR, line_size() / PAIR};
+        const long ld = round_up(conv.outputs, LANES), words = reads().run_words();
+        const long row_size = 7 * words * PAIR + 64 / sizeof(E);
+        E *copy = nullptr;
+        if (AMX) {
+            copy = input_buffer.get<E>(EVALUATION_TILE * row_size);
+            memset(copy, 0, EVALUATION_TILE * row_size * sizeof(E));
+        }
         for_tiles({0, columns()}, [&](long first, long n) {
-            const uint32_t *rows[EVALUATION_TILE];
-            for (long r = 0; r < n; r++)
-                rows[r] = (const uint32_t *)(padded + 2 * (first + r) * pitch());
+            const E *source = padded + 2 * first * pitch();
+            PixelRows rows(source, 2 * pitch() / PAIR, n);
+            Runs runs = {7, words, line_size() / PAIR};
+            if (copy) {  // every run with zeros after it, to whole steps
+                for (long i = 0; i < 7 * n; i++)
+                    memcpy(copy + i / 7 * row_size + i % 7 * words * PAIR,
+                           source + i / 7 * 2 * pitch() + i % 7 * line_size(),
+                           7 * pitch() * sizeof(E));
+                rows = {copy, row_size / PAIR, n};
+                runs.stride = words;
+            }
             product_panels<T>(
-                rows, n, runs, 7 * runs.words, conv, {0, conv.panels()},
+                rows, n, runs, 7 * words, conv, {0, conv.panels()},
                 [&](long column, long width, const float *sums) {
                     const Norm norm = conv.norm();
                     float *out = normed + (first + 1) * ld;
@@ -1341,7 +1578,9 @@ extern "C" {
 
 // The instructions of this build, on which the last bits of the results depend.
 const char *description() {
-#ifdef BF16_DOT
+#if defined(BF16_AMX)
+    return "avx512 amx";
+#elif defined(BF16_DOT)
     return "avx512 vdpbf16ps";
 #elif defined(AVX512)
     return "avx512 fma";
@@ -1349,6 +1588,43 @@ const char *description() {
     return "avx2 fma";
 #endif
 }
+
+#ifdef BF16_AMX
+// Whether the system permits this process to use AMX, and its products are right.
+long ready() {
+    const long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+    if (syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)) return 0;
+    constexpr long pairs = 2 * STEP, columns = 3 * LANES;
+    alignas(64) static uint16_t a[BLOCK][2 * pairs], b[pairs][columns][2];
+    alignas(64) static float sums[BLOCK][columns], expected[BLOCK][columns];
+    uint32_t state = 1;
+    // Small integers, whose sums are exact in any order.
+    auto next = [&] { return float((state = state * 1664525 + 1013904223) >> 28) - 8; };
+    auto bits = [&] {
+        const float value = next();
+        uint32_t word;
+        memcpy(&word, &value, sizeof word);
+        return uint16_t(word >> 16);
+    };
+    auto value = [](uint16_t half) {
+        const uint32_t word = uint32_t(half) << 16;
+        float value;
+        memcpy(&value, &word, sizeof value);
+        return value;
+    };
+    for (auto &row : a) for (uint16_t &half : row) half = bits();
+    for (auto &row : b) for (auto &column : row) for (uint16_t &half : column) half = bits();
+    for (long i = 0; i < BLOCK; i++)
+        for (long j = 0; j < columns; j++) {
+            expected[i][j] = sums[i][j] = next();
+            for (long k = 0; k < 2 * pairs; k++)
+                expected[i][j] += value(a[i][k]) * value(b[k / 2][j][k % 2]);
+        }
+    TilesInUse tiles;
+    multiply_block<bf16, 3>(a, pairs, (uint32_t *)b, pairs, sums[0], columns, true);
+    return !memcmp(sums, expected, sizeof sums);
+}
+#endif
 
 // The time of a 1x1 and a 3x3 convolution and their backward, in DenseNet-121's third block.
 double seconds(long threads) {
@@ -1403,11 +1679,13 @@ void complete(const MAP *total, long ldt, const MAP *x, long ldx, const float *m
 
 // ---- Evaluation ----
 
-// The kernel is [O, taps, C]. Returns how many words it takes when packed; writes them if `packed`.
-long pack(const float *kernel, long outputs, long taps, long channels, uint32_t *packed,
+// The kernel is [O, side, side, C]. Returns how many words it takes when packed; writes them if
+// `packed`.
+long pack(const float *kernel, long outputs, long side, long channels, uint32_t *packed,
           long threads) {
-    if (packed) pack_panels<MAP>(kernel, outputs, taps, channels, packed, threads);
-    return round_up(outputs, LANES) * words_of_pixel<MAP>(taps, channels);
+    const Reads<MAP> reads = {side, channels};
+    if (packed) pack_panels<MAP>(kernel, outputs, reads, packed, threads);
+    return round_up(outputs, LANES) * reads.all_words();
 }
 
 // Sums up some values of each of n arrays, at scattered places.

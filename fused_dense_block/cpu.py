@@ -126,7 +126,7 @@ def pack(norm_convs, dtype):
         for vector, value in zip(vectors, (mean, weight * (var + eps).rsqrt(), bias)):
             vector[:len(mean)] = value
         kernel = kernel.contiguous(memory_format=torch.channels_last)
-        arguments = kernel, o, kernel[0, 0].numel(), c
+        arguments = kernel, o, kernel.shape[-1], c
         words = torch.empty(_call('pack', dtype, *arguments, None), dtype=torch.int32, device='cpu')
         _call('pack', dtype, *arguments, words)
         owners += [vectors, words]

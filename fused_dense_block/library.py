@@ -5,12 +5,13 @@ compiler, preferably g++. Libraries are kept in the user's cache directory,
 `$XDG_CACHE_HOME/densenet` or `~/.cache/densenet`. Without a compiler, or on a CPU without AVX2, a
 warning says so once.
 
-bf16 can be multiplied in two ways, whose results differ in the last bits: `vdpbf16ps`, an
-instruction of some CPUs with AVX-512, or widened to fp32 and then as fp32 is, `fma`. Which one is
-faster depends on the CPU, so they are timed once, and the result is kept beside the libraries.
+bf16 can be multiplied in three ways, whose results differ in the last bits: by the matrix
+instructions AMX, `amx`; by `vdpbf16ps`, an instruction of some CPUs with AVX-512; or widened to
+fp32 and then as fp32 is, `fma`. Which one is fastest depends on the CPU, so those that it has are
+timed once, and the result is kept beside the libraries.
 
-DENSENET_CPU_KERNELS=vdpbf16ps or =fma chooses one of them; DENSENET_CPU_KERNELS=0 turns the kernels
-off.
+DENSENET_CPU_KERNELS=amx, =vdpbf16ps or =fma chooses one of them; DENSENET_CPU_KERNELS=0 turns the
+kernels off.
 """
 
 import contextlib
@@ -34,7 +35,8 @@ import torch
 SOURCE = Path(__file__).with_name('cpu.cpp')
 FLAGS = '-std=c++17 -O3 -march=native -ffp-contract=fast -fopenmp -fPIC'.split()
 TYPES = {torch.float32: 'float', torch.bfloat16: 'bf16'}
-PRODUCTS = {'vdpbf16ps': ['-DBF16_DOT'], 'fma': []}  # the flags of each way to multiply
+# The flags of each way to multiply, in order of preference.
+PRODUCTS = {'amx': ['-DBF16_AMX'], 'vdpbf16ps': ['-DBF16_DOT'], 'fma': []}
 MARGIN = 1.2  # the first product is taken unless another one is faster by more than this
 
 
@@ -61,7 +63,7 @@ def load(dtype):
     chosen = os.environ.get('DENSENET_CPU_KERNELS')
     if chosen not in (None, '', '0', '1', *PRODUCTS):
         warnings.warn(f'DENSENET_CPU_KERNELS={chosen} is ignored: it may be 0 or '
-                      f'{" or ".join(PRODUCTS)}', stacklevel=2)
+                      f'{", ".join(PRODUCTS)}', stacklevel=2)
     try:
         return _open(_build(TYPES[dtype])), None
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
@@ -90,14 +92,21 @@ def _build_with(compiler, map_type):
     products = _products(map_type, macros)
     paths = {product: _compile([*command, *PRODUCTS[product]], map_type, macros)
              for product in products}
-    return paths[products[0] if len(products) == 1 else _fastest(paths)]
+    if 'amx' in paths and not _open(paths['amx']).ready():
+        reason = 'the system does not permit AMX, or its products are wrong'
+        if len(paths) == 1:
+            raise RuntimeError(reason)
+        del paths['amx']
+        warnings.warn(f'bf16 is multiplied without AMX: {reason}', stacklevel=2)
+    return paths[_fastest(paths) if len(paths) > 1 else next(iter(paths))]
 
 
 def _products(map_type, macros):
-    """The ways to multiply that this CPU has, in order of preference."""
-    products = ['fma']
-    if map_type == 'bf16' and '__AVX512BF16__' in macros:
-        products.insert(0, 'vdpbf16ps')
+    """The ways to multiply that this CPU and the compiler have, in order of preference."""
+    needed = {'amx': ['__AMX_BF16__', '__AVX512BF16__'], 'vdpbf16ps': ['__AVX512BF16__'], 'fma': []}
+    products = [product for product in PRODUCTS
+                if not needed[product] or
+                map_type == 'bf16' and all(macro in macros for macro in needed[product])]
     chosen = os.environ.get('DENSENET_CPU_KERNELS')
     return [chosen] if chosen in products else products
 

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import forked
 import pytest
@@ -416,20 +417,55 @@ def test_a_product_can_be_chosen(monkeypatch):
     monkeypatch.delenv('DENSENET_CPU_KERNELS', raising=False)
     macros = '#define __AVX512BF16__ 1'
     assert library._products('bf16', macros) == ['vdpbf16ps', 'fma']
+    assert library._products('bf16', f'{macros}\n#define __AMX_BF16__ 1') == [*library.PRODUCTS]
     assert library._products('float', macros) == library._products('bf16', '') == ['fma']
     for product in 'vdpbf16ps', 'fma':
         monkeypatch.setenv('DENSENET_CPU_KERNELS', product)
         assert library._products('bf16', macros) == [product]
-    monkeypatch.setenv('DENSENET_CPU_KERNELS', 'vdpbf16ps')
-    assert library._products('float', macros) == library._products('bf16', '') == ['fma']
+    for product in 'amx', 'vdpbf16ps':
+        monkeypatch.setenv('DENSENET_CPU_KERNELS', product)
+        assert library._products('float', macros) == library._products('bf16', '') == ['fma']
+
+
+@pytest.mark.parametrize('ready', [0, 1])
+def test_amx_steps_aside_unless_it_is_ready(ready, monkeypatch):
+    monkeypatch.setattr(library, '_run', lambda command: '')
+    monkeypatch.setattr(library, '_compile', lambda command, *_: command[-1])
+    monkeypatch.setattr(library, '_open', lambda path: SimpleNamespace(ready=lambda: ready))
+    monkeypatch.setattr(library, '_fastest', lambda paths: [*paths][0])
+    monkeypatch.setattr(library, '_products', lambda *_: ['amx', 'vdpbf16ps', 'fma'])
+    with contextlib.nullcontext() if ready else pytest.warns(match='without AMX: the system'):
+        assert library._build_with(['g++'], 'bf16') == ('-DBF16_AMX' if ready else '-DBF16_DOT')
+    monkeypatch.setattr(library, '_products', lambda *_: ['amx'])
+    with contextlib.nullcontext() if ready else pytest.raises(RuntimeError, match='not permit'):
+        assert library._build_with(['g++'], 'bf16') == '-DBF16_AMX'
+
+
+@pytest.mark.parametrize('product', ['amx', 'vdpbf16ps'])
+def test_a_product_of_bf16(product, tmp_path):
+    """Compiled everywhere, and compared where the CPU has it."""
+    command = [compiler(), *library.FLAGS, '-O0', '-march=sapphirerapids', '-DMAP=bf16',
+               *library.PRODUCTS[product], '-c', str(library.SOURCE), '-o', str(tmp_path / 'o')]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if 'sapphirerapids' in done.stderr:
+        pytest.skip('this g++ does not know the CPU')
+    assert done.returncode == 0, done.stderr[-3000:]
+    if {'amx': 'amx_bf16', 'vdpbf16ps': 'avx512_bf16'}[product] not in cpu_flags():
+        pytest.skip(f'compiled, but this CPU has no {product}')
+    code = (f'import os; os.environ["DENSENET_CPU_KERNELS"] = "{product}"; '
+            f'import test_cpu_kernels as tests; tests.compare_all(tests.torch.bfloat16, 1); '
+            f'print(tests.library.description(tests.torch.bfloat16))')
+    done = forked.run(code, [])
+    assert done.returncode == 0 and product in done.stdout, done.stderr[-3000:]
 
 
 @needs_kernels
 def test_the_build_says_what_it_uses():
-    dot = 'avx512_bf16' in cpu_flags() and library._products('bf16', '__AVX512BF16__')[0] != 'fma'
     vectors = 'avx512' if 'avx512dq' in cpu_flags() else 'avx2'
     assert library.description(torch.float32) == f'{vectors} fma'
-    assert dot or library.description(torch.bfloat16) == f'{vectors} fma'
+    macros = '__AVX512BF16__ __AMX_BF16__' if 'avx512_bf16' in cpu_flags() else ''
+    assert library.description(torch.bfloat16) in [
+        f'{vectors} {product}' for product in library._products('bf16', macros)]
     for dtype in DTYPES:
         assert library.load(dtype)[0].seconds(ctypes.c_long(2)) > 0
 
@@ -444,7 +480,7 @@ def test_switched_off(tmp_path):
     assert out.splitlines() == ['DENSENET_CPU_KERNELS=0'] * 2 and err == ''
     assert not list(tmp_path.iterdir())
     _, err = report(tmp_path, DENSENET_CPU_KERNELS='off', PATH='', CXX='')
-    assert err.count('DENSENET_CPU_KERNELS=off is ignored: it may be 0 or vdpbf16ps or fma') == 1
+    assert err.count('DENSENET_CPU_KERNELS=off is ignored: it may be 0 or amx, vdpbf16ps, fma') == 1
 
 
 def test_an_unsafe_directory(tmp_path):
