@@ -27,7 +27,7 @@ from PIL import Image
 from torchvision import transforms
 
 import predict
-from training import datasets, image_files, image_transforms, loaders
+from training import datasets, decoding, image_files, image_transforms, loaders
 from training.augmentation import Augmentation
 from training.console import DataError, UserError
 from training.loaders import MemoryLoader
@@ -360,6 +360,24 @@ def test_photographs_of_cameras_and_printers_become_rgb(tmp_path):
         assert abs(decoded[name] - decoded['rgb']).mean() < 6
     grey = colours @ (0.299, 0.587, 0.114)
     assert abs(decoded['grey'] - grey[..., None]).mean() < 4
+
+
+@pytest.mark.parametrize('name', ['photo.jpg', 'photo.png', 'photo.webp', 'photo.tif'])
+def test_a_photograph_of_a_turned_camera_is_upright(name, tmp_path):
+    pixels = np.kron(np.arange(0, 240, 40).reshape(2, 3), np.ones((32, 32))).astype(np.uint8)
+    for orientation, stored in ((1, pixels), (3, np.rot90(pixels, 2)), (6, np.rot90(pixels)),
+                                (8, np.rot90(pixels, 3)), (2, pixels[:, ::-1])):
+        exif = Image.Exif()
+        exif[0x112] = orientation
+        Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / name, exif=exif, quality=95)
+        for channels in (1, 3):
+            image = decoding.decode(tmp_path / name, channels)
+            assert image.size == (96, 64)
+            assert abs(np.asarray(image.convert('L'), float) - pixels).mean() < 2
+        if name == 'photo.tif':
+            scan = Image.fromarray(np.ascontiguousarray(stored).astype(np.uint16))
+            scan.save(tmp_path / name, exif=exif)
+            assert np.array_equal(decoding.decode(tmp_path / name, 1).values[0], pixels)
 
 
 @pytest.fixture(scope='module')

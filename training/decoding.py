@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from training import dicom, formats
 from training.console import DataError
@@ -98,13 +98,16 @@ def decode(path, channels=3):
         elif suffix in ('.tif', '.tiff') and channels not in (1, 3):
             values = formats.read_tiff(path, channels)
         else:
-            with Image.open(path) as image:
+            # Pillow 11 to 13 scrambles turned grey TIFFs that it opens by their path.
+            with open(path, 'rb') as file, Image.open(file) as image:
                 if channels not in (1, 3):
                     values = formats.read_bands(image, path, channels)
                 else:
                     formats.check_contents(image)
                     values = formats.read_high_depth(image, path)
                     if values is None:
+                        # A camera stores what its sensor saw, and how it was held.
+                        ImageOps.exif_transpose(image, in_place=True)
                         return convert(image, 'RGB' if channels == 3 else 'L')
                     if values.ndim == 3:
                         values = values.transpose(1, 2, 0)
