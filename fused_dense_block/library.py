@@ -33,6 +33,7 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_name('cpu.cpp')
+HEADERS = sorted(SOURCE.parent.glob('kernels/*.h'))
 FLAGS = '-std=c++17 -O3 -march=native -ffp-contract=fast -fopenmp -fPIC'.split()
 TYPES = {torch.float32: 'float', torch.bfloat16: 'bf16'}
 # The flags of each way to multiply, in order of preference.
@@ -113,7 +114,8 @@ def _products(map_type, macros):
 
 def _compile(command, map_type, macros):
     """The path of the library that this command makes, from the cache if it is there."""
-    key = hashlib.sha256(repr((SOURCE.read_bytes(), command, macros)).encode()).hexdigest()
+    code = [file.read_bytes() for file in (SOURCE, *HEADERS)]
+    key = hashlib.sha256(repr((code, command, macros)).encode()).hexdigest()
     cache, name = _cache_directory(), f'{map_type}-{key[:32]}'
     # The name ends with the digest: loading a damaged library would end the process by a signal.
     for library in cache.glob(f'{name}-*.so'):
