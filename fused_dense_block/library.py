@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -91,8 +92,9 @@ def _build_with(compiler, map_type):
     # They name the compiler's version and all that -march=native stands for on this machine.
     macros = _run([*command, '-dM', '-E', '-x', 'c++', os.devnull])
     products = _products(map_type, macros)
-    paths = {product: _compile([*command, *PRODUCTS[product]], map_type, macros)
-             for product in products}
+    with ThreadPoolExecutor() as pool:  # each thread waits for its compiler
+        paths = dict(zip(products, pool.map(
+            lambda product: _compile(command, product, map_type, macros), products)))
     if 'amx' in paths and not _open(paths['amx']).ready():
         reason = 'the system does not permit AMX, or its products are wrong'
         if len(paths) == 1:
@@ -112,8 +114,9 @@ def _products(map_type, macros):
     return [chosen] if chosen in products else products
 
 
-def _compile(command, map_type, macros):
-    """The path of the library that this command makes, from the cache if it is there."""
+def _compile(command, product, map_type, macros):
+    """The path of the library that multiplies this way, from the cache if it is there."""
+    command = [*command, *PRODUCTS[product]]
     code = [file.read_bytes() for file in (SOURCE, *HEADERS)]
     key = hashlib.sha256(repr((code, command, macros)).encode()).hexdigest()
     cache, name = _cache_directory(), f'{map_type}-{key[:32]}'
@@ -122,8 +125,8 @@ def _compile(command, map_type, macros):
         if library.stem == f'{name}-{_digest(library)}':
             return library
         library.unlink(missing_ok=True)
-    print(f'fused_dense_block: compiling the CPU kernels for {map_type} maps, once; this can take '
-          f'a minute', file=sys.stderr, flush=True)
+    print(f'fused_dense_block: compiling the CPU kernels for {map_type} maps ({product}), once; '
+          f'this can take a minute', file=sys.stderr, flush=True)
     # Several processes may do this at once: each in its own directory, and the last one wins.
     with tempfile.TemporaryDirectory(dir=cache) as build:
         compiled, linked = f'{build}/kernels.o', Path(build, 'kernels.so')

@@ -430,15 +430,15 @@ def test_a_product_can_be_chosen(monkeypatch):
 @pytest.mark.parametrize('ready', [0, 1])
 def test_amx_steps_aside_unless_it_is_ready(ready, monkeypatch):
     monkeypatch.setattr(library, '_run', lambda command: '')
-    monkeypatch.setattr(library, '_compile', lambda command, *_: command[-1])
+    monkeypatch.setattr(library, '_compile', lambda command, product, *_: product)
     monkeypatch.setattr(library, '_open', lambda path: SimpleNamespace(ready=lambda: ready))
     monkeypatch.setattr(library, '_fastest', lambda paths: [*paths][0])
     monkeypatch.setattr(library, '_products', lambda *_: ['amx', 'vdpbf16ps', 'fma'])
     with contextlib.nullcontext() if ready else pytest.warns(match='without AMX: the system'):
-        assert library._build_with(['g++'], 'bf16') == ('-DBF16_AMX' if ready else '-DBF16_DOT')
+        assert library._build_with(['g++'], 'bf16') == ('amx' if ready else 'vdpbf16ps')
     monkeypatch.setattr(library, '_products', lambda *_: ['amx'])
     with contextlib.nullcontext() if ready else pytest.raises(RuntimeError, match='not permit'):
-        assert library._build_with(['g++'], 'bf16') == '-DBF16_AMX'
+        assert library._build_with(['g++'], 'bf16') == 'amx'
 
 
 @pytest.mark.parametrize('product', ['amx', 'vdpbf16ps'])
