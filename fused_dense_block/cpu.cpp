@@ -1,6 +1,6 @@
 // The operations of a dense block in training, as CPU kernels: norm-ReLU-convolution, its backward,
 // batch statistics, and the last step of a norm's backward; and in evaluation a whole block.
-// `cpu.py` compiles and calls them.
+// `library.py` compiles them, and `cpu.py` calls them.
 //
 // A feature map [N, C, H, W] lies in NHWC: a matrix with a row for each pixel and a column for each
 // channel. `ld` elements lead from a row to the next, so that some channels of a wider buffer are a
@@ -56,12 +56,13 @@ long ready() { return amx_is_permitted() && amx_is_right(); }
 
 // The time of a 1x1 and a 3x3 convolution and their backward, in DenseNet-121's third block.
 double seconds(long threads) {
-    const long images = 8, side = 14, channels = 128, outputs = 32, rows = images * side * side;
-    std::vector<MAP> x(rows * channels), z(rows * outputs), total(rows * channels);
-    std::vector<float> norm(channels, 1), sums(2 * channels), kernel(9 * channels * outputs, 1);
+    const long images = 8, side = 14, rows = images * side * side, most = 512;  // channels
+    std::vector<MAP> x(rows * most), z(rows * most), total(rows * most);
+    std::vector<float> norm(most, 1), sums(2 * most), kernel(most * most, 1);
     std::vector<float> d_kernel(kernel.size());
     const double start = omp_get_wtime();
     for (long kernel_side : {1, 3}) {
+        const long channels = kernel_side == 1 ? 512 : 128, outputs = kernel_side == 1 ? 128 : 32;
         const Shape shape = {images, side, side, channels, outputs, kernel_side, false};
         const Input<MAP> in = {{x.data(), channels}, {&norm[0], &norm[0], &norm[0]}, shape};
         forward<MAP>(in, kernel.data(), {z.data(), outputs}, nullptr, nullptr, threads);
@@ -116,7 +117,7 @@ long pack(const float *kernel, long outputs, long side, long channels, uint32_t 
     return round_up(outputs, LANES) * reads.all_words();
 }
 
-// Sums up some values of each of n arrays, at scattered places.
+// A hash of some values of each of n arrays, which are not empty, at scattered places.
 long sample(const uint32_t *const *arrays, const long *sizes, long n) {
     uint64_t sum = 0;
     for (long i = 0; i < n; i++)

@@ -10,8 +10,8 @@ instructions AMX, `amx`; by `vdpbf16ps`, an instruction of some CPUs with AVX-51
 fp32 and then as fp32 is, `fma`. Which one is fastest depends on the CPU, so those that it has are
 timed once, and the result is kept beside the libraries.
 
-DENSENET_CPU_KERNELS=amx, =vdpbf16ps or =fma chooses one of them; DENSENET_CPU_KERNELS=0 turns the
-kernels off.
+DENSENET_CPU_KERNELS=amx, =vdpbf16ps or =fma chooses one of them if the CPU has it;
+DENSENET_CPU_KERNELS=0 turns the kernels off.
 """
 
 import contextlib
@@ -80,7 +80,9 @@ def _build(map_type):
         try:
             command = shlex.split(name)
             if command and shutil.which(command[0]):
-                return _build_with(command, map_type)
+                path = _build_with(command, map_type)
+                _open(path)  # clang's needs another OpenMP than torch's
+                return path
         except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
             errors.append(f'CXX={name}: {error}' if isinstance(error, ValueError) else str(error))
     raise RuntimeError(errors[0] if errors else
@@ -93,15 +95,20 @@ def _build_with(compiler, map_type):
     macros = _run([*command, '-dM', '-E', '-x', 'c++', os.devnull])
     products = _products(map_type, macros)
     with ThreadPoolExecutor() as pool:  # each thread waits for its compiler
-        paths = dict(zip(products, pool.map(
-            lambda product: _compile(command, product, map_type, macros), products)))
-    if 'amx' in paths and not _open(paths['amx']).ready():
-        reason = 'the system does not permit AMX, or its products are wrong'
-        if len(paths) == 1:
-            raise RuntimeError(reason)
-        del paths['amx']
-        warnings.warn(f'bf16 is multiplied without AMX: {reason}', stacklevel=2)
-    return paths[_fastest(paths) if len(paths) > 1 else next(iter(paths))]
+        builds = {product: pool.submit(_compile, command, product, map_type, macros)
+                  for product in products}
+    paths = {}
+    for product, build in builds.items():
+        try:
+            path = build.result()
+            if product == 'amx' and not _open(path).ready():
+                raise RuntimeError('the system does not permit AMX, or its products are wrong')
+            paths[product] = path
+        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+            if product == products[-1]:
+                raise
+            warnings.warn(f'bf16 is not multiplied by {product}: {error}', stacklevel=2)
+    return paths[_fastest(paths) if len(paths) > 1 else products[-1]]
 
 
 def _products(map_type, macros):
@@ -142,20 +149,25 @@ def _fastest(paths):
     """The product that is fastest on this kind of CPU, {product: library}; timed only once."""
     kind = repr((_cpu_name(), *(path.name for path in paths.values())))
     record = _cache_directory() / f'fastest-{hashlib.sha256(kind.encode()).hexdigest()[:32]}'
-    if _read(record) not in paths:
+    found = _read(record)
+    if found not in paths:
         libraries = {product: _open(path) for product, path in paths.items()}
         times = {product: [] for product in paths}
         for _ in range(7):  # interleaved, because other processes come and go
             for product, library in libraries.items():
                 times[product].append(library.seconds(ctypes.c_long(torch.get_num_threads())))
-        record.unlink(missing_ok=True)
+        chosen = choose(times)
+        if found is not None:  # the record is damaged
+            record.unlink(missing_ok=True)
         with tempfile.NamedTemporaryFile('w', dir=record.parent) as file:
-            file.write(choose(times))
+            file.write(chosen)
             file.flush()
-            # The first of several processes wins: all have to use the same.
-            with contextlib.suppress(FileExistsError):
+            # The first of several processes wins: all have to use the same. (OSError: it exists, or
+            # the file system has no hard links.)
+            with contextlib.suppress(OSError):
                 os.link(file.name, record)
-    return _read(record)
+        found = _read(record) or chosen
+    return found
 
 
 def choose(times):
@@ -187,8 +199,9 @@ def _digest(file):
 def _run(command):
     done = subprocess.run(command, capture_output=True, text=True, errors='replace', timeout=300)
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if 'error' in line] or ['']
-        raise RuntimeError(f'{" ".join(command)} fails: {lines[0]}')
+        lines = done.stderr.splitlines() or ['']
+        errors = [line for line in lines if 'error' in line.lower()] or lines[-1:]
+        raise RuntimeError(f'{" ".join(command)} fails: {errors[0]}')
     return done.stdout
 
 

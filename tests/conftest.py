@@ -33,6 +33,14 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.fixture(scope='session', autouse=True)
+def compiled_kernels():
+    """Compiles them before the tests that count lines on stderr: compiling prints one."""
+    from fused_dense_block import library
+    for dtype in library.TYPES:
+        library.unavailable_reason(dtype)
+
+
 @pytest.fixture(scope='session')
 def folder(tmp_path_factory):
     """36 images to train on and 8 to test: 9 steps an epoch in batches of 4."""

@@ -355,6 +355,7 @@ def test_the_next_compiler_is_taken_if_one_is_broken(tmp_path, monkeypatch):
     monkeypatch.setenv('PATH', str(tmp_path / 'bin'))
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     monkeypatch.setenv('CXX', 'g++ "')
+    monkeypatch.setattr(library, '_open', lambda path: None)
     assert library._build('float').read_text() == 'library\n'
     (tmp_path / 'bin/clang++').unlink()
     with pytest.raises(RuntimeError, match='^CXX=g[+][+] ": No closing quotation$'):
@@ -413,6 +414,30 @@ def test_products_are_timed_once_for_each_kind_of_cpu(tmp_path, monkeypatch):
     assert library._fastest(paths) == 'fma'
 
 
+def test_processes_agree_on_the_fastest_product(tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    monkeypatch.setattr(library, '_open', Timed)
+    paths = {'vdpbf16ps': tmp_path / 'bf16-dot', 'fma': tmp_path / 'bf16-fma'}
+
+    def another_process_is_faster(times):
+        monkeypatch.setattr(library, 'choose', lambda times: 'vdpbf16ps')
+        assert library._fastest(paths) == 'vdpbf16ps'
+        return 'fma'
+
+    monkeypatch.setattr(library, 'choose', another_process_is_faster)
+    assert library._fastest(paths) == 'vdpbf16ps'
+
+
+def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
+    def link(source, target):
+        raise PermissionError(1, 'Operation not permitted')
+
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    monkeypatch.setattr(library, '_open', Timed)
+    monkeypatch.setattr(library.os, 'link', link)
+    assert library._fastest({'fma': tmp_path / 'bf16-fma', 'amx': tmp_path / 'bf16-dot'}) == 'fma'
+
+
 def test_a_product_can_be_chosen(monkeypatch):
     monkeypatch.delenv('DENSENET_CPU_KERNELS', raising=False)
     macros = '#define __AVX512BF16__ 1'
@@ -427,18 +452,30 @@ def test_a_product_can_be_chosen(monkeypatch):
         assert library._products('float', macros) == library._products('bf16', '') == ['fma']
 
 
-@pytest.mark.parametrize('ready', [0, 1])
-def test_amx_steps_aside_unless_it_is_ready(ready, monkeypatch):
+@pytest.mark.parametrize('case', ['ready', 'does not permit AMX', 'no such instruction'])
+def test_amx_steps_aside_unless_it_is_ready(case, monkeypatch):
+    def compile(command, product, *_):
+        if product == 'amx' and case == 'no such instruction':
+            raise RuntimeError('g++ fails: Error: no such instruction')
+        return product
+
+    ready = case == 'ready'
     monkeypatch.setattr(library, '_run', lambda command: '')
-    monkeypatch.setattr(library, '_compile', lambda command, product, *_: product)
+    monkeypatch.setattr(library, '_compile', compile)
     monkeypatch.setattr(library, '_open', lambda path: SimpleNamespace(ready=lambda: ready))
     monkeypatch.setattr(library, '_fastest', lambda paths: [*paths][0])
     monkeypatch.setattr(library, '_products', lambda *_: ['amx', 'vdpbf16ps', 'fma'])
-    with contextlib.nullcontext() if ready else pytest.warns(match='without AMX: the system'):
+    with contextlib.nullcontext() if ready else pytest.warns(match=f'not multiplied by amx.*{case}'):
         assert library._build_with(['g++'], 'bf16') == ('amx' if ready else 'vdpbf16ps')
     monkeypatch.setattr(library, '_products', lambda *_: ['amx'])
-    with contextlib.nullcontext() if ready else pytest.raises(RuntimeError, match='not permit'):
+    with contextlib.nullcontext() if ready else pytest.raises(RuntimeError, match=case):
         assert library._build_with(['g++'], 'bf16') == 'amx'
+
+
+def test_an_assembler_that_fails_is_quoted(tmp_path):
+    executable(tmp_path / 'g++', "echo 'x.s: Error: no such instruction: tdpbf16ps' >&2; exit 1")
+    with pytest.raises(RuntimeError, match='fails: x.s: Error: no such instruction: tdpbf16ps$'):
+        library._run([str(tmp_path / 'g++')])
 
 
 @pytest.mark.parametrize('product', ['amx', 'vdpbf16ps'])

@@ -9,6 +9,7 @@ import pickle
 import re
 import runpy
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
@@ -365,8 +366,9 @@ def test_photographs_of_cameras_and_printers_become_rgb(tmp_path):
 @pytest.mark.parametrize('name', ['photo.jpg', 'photo.png', 'photo.webp', 'photo.tif'])
 def test_a_photograph_of_a_turned_camera_is_upright(name, tmp_path):
     pixels = np.kron(np.arange(0, 240, 40).reshape(2, 3), np.ones((32, 32))).astype(np.uint8)
-    for orientation, stored in ((1, pixels), (3, np.rot90(pixels, 2)), (6, np.rot90(pixels)),
-                                (8, np.rot90(pixels, 3)), (2, pixels[:, ::-1])):
+    for orientation, stored in ((1, pixels), (2, pixels[:, ::-1]), (3, np.rot90(pixels, 2)),
+                                (4, pixels[::-1]), (5, pixels.T), (6, np.rot90(pixels)),
+                                (7, np.rot90(pixels, 2).T), (8, np.rot90(pixels, 3))):
         exif = Image.Exif()
         exif[0x112] = orientation
         Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / name, exif=exif, quality=95)
@@ -374,10 +376,36 @@ def test_a_photograph_of_a_turned_camera_is_upright(name, tmp_path):
             image = decoding.decode(tmp_path / name, channels)
             assert image.size == (96, 64)
             assert abs(np.asarray(image.convert('L'), float) - pixels).mean() < 2
-        if name == 'photo.tif':
+        if name in ('photo.tif', 'photo.png'):
             scan = Image.fromarray(np.ascontiguousarray(stored).astype(np.uint16))
             scan.save(tmp_path / name, exif=exif)
             assert np.array_equal(decoding.decode(tmp_path / name, 1).values[0], pixels)
+            bands = np.stack([stored, 255 - stored, stored // 2, stored], -1)
+            Image.fromarray(bands).save(tmp_path / name, exif=exif)
+            values = decoding.decode(tmp_path / name, 4).values
+            assert np.array_equal(values, [pixels, 255 - pixels, pixels // 2, pixels])
+
+
+DAMAGED_EXIF = {  # of Orientation 6, where that can be read
+    'header': (b'Exif\0\0XX*\0', 1), 'cut off': (b'Exif\0\0II*\0', 1),
+    'text instead of a number': (
+        b'Exif\0\0II*\0\x08\0\0\0\x02\0' + struct.pack('<HHIHH', 0x112, 3, 1, 6, 0)
+        + struct.pack('<HHI4s', 0x11a, 2, 4, b'abc\0') + b'\0' * 4, 6)}
+
+
+@pytest.mark.parametrize('case', DAMAGED_EXIF)
+@pytest.mark.parametrize('name', ['photo.jpg', 'photo.png', 'photo.webp'])
+def test_damaged_exif_data_do_not_matter(name, case, tmp_path):
+    exif, orientation = DAMAGED_EXIF[case]
+    pixels = np.kron(np.arange(0, 240, 40).reshape(2, 3), np.ones((32, 32))).astype(np.uint8)
+    stored = np.rot90(pixels) if orientation == 6 else pixels
+    Image.fromarray(np.ascontiguousarray(stored)).save(
+        tmp_path / name, exif=exif, quality=95, **({'dpi': (72, 72)} if 'jpg' in name else {}))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')  # decoding.py, imported here, lets none through
+        decode = runpy.run_path(str(ROOT / 'training' / 'decoding.py'))['decode']
+        image = decode(tmp_path / name, 1)
+    assert abs(np.asarray(image, float) - pixels).mean() < 2
 
 
 @pytest.fixture(scope='module')

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from training import dicom, formats
 from training.console import DataError
@@ -24,7 +24,7 @@ from training.formats import SetupError
 LUMA = 0.299, 0.587, 0.114  # weights of red, green and blue in grey, as in Pillow
 
 # Many cameras write truncated EXIF data; the pixels are complete.
-warnings.filterwarnings('ignore', 'Corrupt EXIF data', UserWarning)
+warnings.filterwarnings('ignore', 'Corrupt EXIF data|Metadata Warning|Tag data', UserWarning)
 warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)  # MAX_PIXELS is lower
 warnings.filterwarnings('ignore', module='pydicom')  # about values that violate the standard
 
@@ -106,11 +106,15 @@ def decode(path, channels=3):
                     formats.check_contents(image)
                     values = formats.read_high_depth(image, path)
                     if values is None:
-                        # A camera stores what its sensor saw, and how it was held.
-                        ImageOps.exif_transpose(image, in_place=True)
-                        return convert(image, 'RGB' if channels == 3 else 'L')
+                        picture = convert(image, 'RGB' if channels == 3 else 'L')
+                        orientation = formats.orientation(image)
+                        if orientation == 1:
+                            return picture
+                        upright = formats.turn(np.asarray(picture), orientation)
+                        return Image.fromarray(np.ascontiguousarray(upright))
                     if values.ndim == 3:
                         values = values.transpose(1, 2, 0)
+                values = formats.turn(values, formats.orientation(image))
         return make_image(values, channels, white_is_low)
     except SetupError as error:
         raise SetupError(f'{path}: {error}') from None

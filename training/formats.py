@@ -24,7 +24,7 @@ STRIP = 256              # rows that are converted at a time, to save memory
 REDUCED = 1  # TIFF's NewSubfileType of thumbnails
 # TIFF tags.
 SUBFILE_TYPE, BITS, PHOTOMETRIC, SAMPLES = 254, 258, 262, 277
-EXTRA_SAMPLES, SAMPLE_FORMAT = 338, 339
+ORIENTATION, EXTRA_SAMPLES, SAMPLE_FORMAT = 274, 338, 339
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, SIGNED = 0, 1, 2, 2
 
 
@@ -63,6 +63,25 @@ def check_contents(image):
     if bands > len(image.getbands()) or undeclared:
         raise ValueError(f'it has {bands} bands, more than grey or colours and alpha: save it '
                          f'without the others')
+
+
+def orientation(image):
+    """How a loaded image is to be turned, 1 to 8: a camera stores how it was held."""
+    try:
+        # Pillow turns TIFFs itself.
+        found = 1 if image.format == 'TIFF' else image.getexif().get(ORIENTATION)
+    except Exception:  # of any class, for damaged EXIF data; the pixels are complete
+        found = 1
+    return found if found in range(1, 9) else 1
+
+
+def turn(values, orientation):
+    """Pixels [H, W, ...] as the tag Orientation of EXIF and TIFF, 1 to 8, says: upright."""
+    if orientation in (5, 6, 7, 8):
+        values = values.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        values = values[::-1]
+    return values[:, ::-1] if orientation in (2, 3, 6, 7) else values
 
 
 def read_high_depth(image, path):
@@ -228,6 +247,7 @@ def read_tiff(path, channels):
         if len(file.series) != 1:
             raise ValueError(f'it holds {len(file.series)} images: save each as a separate file')
         series, photometric = file.series[0], file.pages[0].photometric
+        orientation = file.pages[0].tags.valueof(ORIENTATION)
         if photometric not in (BLACK_IS_ZERO, RGB):
             raise ValueError(f'its photometric interpretation is {photometric.name}: save it with '
                              f'black as zero')
@@ -241,8 +261,9 @@ def read_tiff(path, channels):
         raise ValueError(f'it holds {values.dtype}: save integers or floats')
     if values.ndim not in (2, 3):
         raise ValueError(f'its axes are {series.axes} of {[*values.shape]}: save one image')
-    if values.ndim == 2 or series.axes[2] == 'S':
-        return values
     # tifffile.imwrite stores [H, W, C] with C > 4 as H pages.
-    is_last = series.axes[0] == 'Q' and values.shape[0] != channels == values.shape[2]
-    return values if is_last else np.moveaxis(values, 0, -1)
+    if series.axes[0] == 'Q' and values.shape[0] != channels == values.shape[2]:
+        return values
+    if values.ndim == 3 and series.axes[2] != 'S':
+        values = np.moveaxis(values, 0, -1)
+    return turn(values, orientation)

@@ -34,12 +34,12 @@ template <class T> struct Stem {
         for (long c = 0; c < conv.channels; c++) {
             const T *p = x + image * strides[0] + c * strides[1] + line * strides[2];
             for (long i = 0; i < width; i++) {
-                E &value = out[(i + 3) * pitch() + c];
+                E *to = &out[(i + 3) * pitch() + c];  // will be read as words
                 if constexpr (std::is_same_v<T, E>) {
-                    value = p[i * strides[3]];
+                    memcpy(to, &p[i * strides[3]], sizeof(E));
                 } else {
                     const uint32_t bits = uint32_t(p[i * strides[3]].bits) << 16;
-                    memcpy(&value, &bits, sizeof bits);
+                    memcpy(to, &bits, sizeof bits);
                 }
             }
         }

@@ -182,8 +182,9 @@ struct Buffer {
         return (E *)data;
     }
 };
-// Each thread has its own; those of the second line are shared by the threads that it starts.
+// Each thread has its own. Those of the second line, and padded_buffer in training, belong to the
+// thread that starts a team, and are shared by it.
 thread_local Buffer input_buffer, gradient_buffer, pairs_buffer, output_buffer, tile_buffer;
-thread_local Buffer kernel_buffer, partial_buffer, statistics_buffer, padded_buffer, shared_buffer;
+thread_local Buffer kernel_buffer, partial_buffer, statistics_buffer, shared_buffer, padded_buffer;
 
 }  // namespace
