@@ -465,7 +465,8 @@ def test_amx_steps_aside_unless_it_is_ready(case, monkeypatch):
     monkeypatch.setattr(library, '_open', lambda path: SimpleNamespace(ready=lambda: ready))
     monkeypatch.setattr(library, '_fastest', lambda paths: [*paths][0])
     monkeypatch.setattr(library, '_products', lambda *_: ['amx', 'vdpbf16ps', 'fma'])
-    with contextlib.nullcontext() if ready else pytest.warns(match=f'not multiplied by amx.*{case}'):
+    warns = pytest.warns(match=f'not multiplied by amx.*{case}')
+    with contextlib.nullcontext() if ready else warns:
         assert library._build_with(['g++'], 'bf16') == ('amx' if ready else 'vdpbf16ps')
     monkeypatch.setattr(library, '_products', lambda *_: ['amx'])
     with contextlib.nullcontext() if ready else pytest.raises(RuntimeError, match=case):
