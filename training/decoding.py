@@ -82,7 +82,7 @@ def decode(path, channels=3):
 
     Returns:
         A PIL image of mode L or RGB, without alpha, if the network has 1 or 3 channels and the
-        image has 8 bits; otherwise an ArrayImage.
+        image has 8 bits; otherwise an ArrayImage. Turned upright, as its EXIF data say.
 
     Raises:
         DataError: not an image, damaged, too large, several pages, or values that can't be read
