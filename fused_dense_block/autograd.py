@@ -118,7 +118,9 @@ class DenseBlockFunction(torch.autograd.Function):
                    for eps, rate, row in zip(layer.eps, layer.drop_rates, rows)]
                   for layer in ctx.layers]
         ops, gradients, end = ctx.ops, [], len(mean)
-        G = ops.new_maps(data, end).copy_(grad)  # names as above
+        # Names as above. G holds the channels that the last layer has read; until then they are in
+        # the gradient of the block's output.
+        G, before = ops.new_maps(data, end - len(layers[-1][-1][0].kernel)), grad
         A, B = torch.zeros_like(mean), torch.zeros_like(mean)
         with no_autocast(grad):
             for layer in reversed(layers):
@@ -130,18 +132,18 @@ class DenseBlockFunction(torch.autograd.Function):
                         output = output._replace(data=dropout_backward(z, mask, rate))
                     inputs.append(output)
                 # All readers of the new channels are done, so their gradient can be completed.
-                grad, pending = G[:, c:end], (features.part(c, end), A[c:end], B[c:end])
+                grad, pending = before[:, c:end], (features.part(c, end), A[c:end], B[c:end])
                 for maps, (norm_conv, rate, mask, _) in zip(reversed(inputs), reversed(layer)):
                     if mask is not None:
                         grad = dropout_backward(ops.complete(grad, *pending), mask, rate)
                         pending = None
-                    grad, pending, found = norm_conv_backward(
-                        ops, grad, maps, norm_conv, pending=pending,
-                        total=G[:, :c] if maps is inputs[0] else None)
+                    sums = dict(before=before[:, :c], out=G[:, :c]) if maps is inputs[0] else {}
+                    grad, pending, found = norm_conv_backward(ops, grad, maps, norm_conv,
+                                                              pending=pending, **sums)
                     gradients = found + gradients
                 A[:c].add_(pending[1])
                 B[:c].add_(pending[2])
-                end = c
+                before, end = G, c
             dx = ops.complete(G[:, :c], inputs[0], A[:c], B[:c])
             return None, None, dx, *gradients
 
@@ -169,22 +171,23 @@ class TransitionFunction(torch.autograd.Function):
         check_first_order()
         x, mean, var, *parameters = ctx.saved_tensors
         with no_autocast(grad):
-            total, pending, found = norm_conv_backward(
+            grad, pending, found = norm_conv_backward(
                 ctx.ops, grad, Maps(x, mean, var), NormConv(*parameters, ctx.eps), pool=True)
-            return None, None, ctx.ops.complete(total, *pending), *found
+            return None, None, ctx.ops.complete(grad, *pending), *found
 
 
 def norm_conv_backward(ops, grad, maps, norm_conv, **options):
     """`ops.norm_relu_conv_backward`, and its part of A and B.
 
     Returns:
-        total; (maps, a, b), its pending terms; [gradients of norm weight, norm bias and kernel].
+        The gradient of maps; (maps, a, b), its pending terms; [gradients of norm weight, norm bias
+            and kernel].
     """
     invstd = (maps.var + norm_conv.eps).rsqrt()
-    total, *found = ops.norm_relu_conv_backward(grad, maps, norm_conv, invstd, **options)
+    grad, *found = ops.norm_relu_conv_backward(grad, maps, norm_conv, invstd, **options)
     d_weight, d_bias, _ = found
     share = norm_conv.weight * invstd / (maps.data.numel() // len(invstd))
-    return total, (maps, share * d_bias, share * invstd * d_weight), found
+    return grad, (maps, share * d_bias, share * invstd * d_weight), found
 
 
 def update_running_statistics(norms, maps, count):

@@ -67,7 +67,7 @@ double seconds(long threads) {
         const Input<MAP> in = {{x.data(), channels}, {&norm[0], &norm[0], &norm[0]}, shape};
         forward<MAP>(in, kernel.data(), {z.data(), outputs}, nullptr, nullptr, threads);
         backward<MAP, false>({{z.data(), outputs}, {}, nullptr, nullptr, nullptr}, in,
-                             kernel.data(), {total.data(), channels}, false, &sums[0],
+                             kernel.data(), {}, {total.data(), channels}, &sums[0],
                              &sums[channels], d_kernel.data(), threads);
     }
     return omp_get_wtime() - start;
@@ -92,13 +92,13 @@ void norm_relu_conv_backward(const MAP *dz, long lddz, const MAP *z, long ldz, c
                              const float *a, const float *b, const MAP *x, long ldx,
                              const float *mean, const float *scale, const float *bias,
                              const float *kernel, long images, long height, long width,
-                             long channels, long outputs, long side, long pool, MAP *total,
-                             long ldt, long add, float *sum_g, float *sum_gx, float *d_kernel,
-                             long threads) {
+                             long channels, long outputs, long side, long pool,
+                             const MAP *before, long ldb, MAP *total, long ldt, float *sum_g,
+                             float *sum_gx, float *d_kernel, long threads) {
     Shape shape = {images, height, width, channels, outputs, side, pool != 0};
     auto run = pool ? backward<MAP, true> : backward<MAP, false>;
     run({{dz, lddz}, {z, ldz}, z_mean, a, b}, {{x, ldx}, {mean, scale, bias}, shape}, kernel,
-        {total, ldt}, add, sum_g, sum_gx, d_kernel, threads);
+        {before, ldb}, {total, ldt}, sum_g, sum_gx, d_kernel, threads);
 }
 
 void complete(const MAP *total, long ldt, const MAP *x, long ldx, const float *mean, const float *a,

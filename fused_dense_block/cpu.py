@@ -71,33 +71,31 @@ def norm_relu_conv(maps, norm_conv, pool=False, out=None, with_statistics=False)
     return out, mean, var
 
 
-def norm_relu_conv_backward(grad, maps, norm_conv, invstd, pool=False, total=None, pending=None):
-    """`total` (new, or added to in place), and the gradients of weight, bias and kernel."""
+def norm_relu_conv_backward(grad, maps, norm_conv, invstd, pool=False, before=None, out=None,
+                            pending=None):
+    """`out`, or new maps, and the gradients of weight, bias and kernel."""
     n, c, h, w = maps.data.shape
-    grad = grad.to(maps.data.dtype)
-    if _row_stride(grad) is None:
-        grad = grad.contiguous(memory_format=torch.channels_last)
-    add = total is not None
-    if not add:
-        total = new_maps(maps.data, c)
+    if out is None:
+        out = new_maps(maps.data, c)
         if pool and (h % 2 or w % 2):
-            total.zero_()  # the last line and column have no gradient
+            out.zero_()  # the last line and column have no gradient
     z, *coefficients = pending or [None] * 3
-    outputs = [None, 0, None] if z is None else [*_map(z.data), z.mean]
+    output = [None, 0, None] if z is None else [*_map(z.data), z.mean]
     sum_g, sum_gx = _vectors(maps.data, 2, c)
     d_kernel = torch.empty_like(norm_conv.kernel, memory_format=torch.channels_last)
-    _call('norm_relu_conv_backward', grad.dtype, *_map(grad), *outputs, *coefficients,
-          *_input(maps, norm_conv, invstd), *_shape(maps, norm_conv, pool), *_map(total), add,
-          sum_g, sum_gx, d_kernel)
-    return total, sum_gx * invstd, sum_g, d_kernel
+    _call('norm_relu_conv_backward', out.dtype, *_gradient(grad, out.dtype), *output,
+          *coefficients, *_input(maps, norm_conv, invstd), *_shape(maps, norm_conv, pool),
+          *([None, 0] if before is None else _gradient(before, out.dtype)), *_map(out), sum_g,
+          sum_gx, d_kernel)
+    return out, sum_gx * invstd, sum_g, d_kernel
 
 
 def complete(total, maps, a, b):
     """total - (a + (data - mean) * b)"""
     n, c, h, w = maps.data.shape
     out = new_maps(maps.data, c)
-    _call('complete', out.dtype, *_map(total), *_map(maps.data), maps.mean, a, b, *_map(out),
-          n * h * w, c)
+    _call('complete', out.dtype, *_gradient(total, out.dtype), *_map(maps.data), maps.mean, a, b,
+          *_map(out), n * h * w, c)
     return out
 
 
@@ -194,6 +192,13 @@ def _map(x):
         raise ValueError(f'a map that is not in channels_last: shape {list(x.shape)}, strides '
                          f'{x.stride()}')
     return x, row
+
+
+def _gradient(grad, dtype):
+    grad = grad.to(dtype)
+    if _row_stride(grad) is None:
+        grad = grad.contiguous(memory_format=torch.channels_last)
+    return _map(grad)
 
 
 def _input(maps, norm_conv, invstd):

@@ -43,36 +43,39 @@ def norm_relu_conv(maps, norm_conv, pool=False, out=None, with_statistics=False)
     return y if out is None else out.copy_(y), *found
 
 
-def norm_relu_conv_backward(grad, maps, norm_conv, invstd, pool=False, total=None, pending=None):
+def norm_relu_conv_backward(grad, maps, norm_conv, invstd, pool=False, before=None, out=None,
+                            pending=None):
     """The gradients of the input and the parameters, from the gradient of the output.
 
     Args:
         grad: the gradient of the output.
-        pending: arguments of `complete` for grad, if it is pending.
         invstd: 1 / sqrt(maps.var + norm_conv.eps).
+        before: added to the gradient of the input, together with `out`, where the sum is written;
+            they may be the same.
+        pending: arguments of `complete` for grad, if it is pending.
 
     Returns:
-        total: g * weight * invstd, added to `total` in place if given; g is the gradient of
+        The gradient of the input, g * weight * invstd, where g is the gradient of
             normed * weight + bias.
         Gradients of weight (sum of g * normed), of bias (sum of g) and of the kernel.
     """
     if pending is not None:
         grad = complete(grad, *pending)
     c = maps.data.shape[1]
-    if total is not None:
+    if out is not None:
         # The memory peak is in the last layers of a block, which read almost all of its channels:
         # process these in two parts, of at most half of the block's channels each.
-        width = total.untyped_storage().nbytes() // total.element_size() // total[:, 0].numel()
+        width = out.untyped_storage().nbytes() // out.element_size() // out[:, 0].numel()
         if c > width / 2:
             ranges = (0, math.ceil(c / 2)), (math.ceil(c / 2), c)
             _, *found = zip(*(_backward(
                 grad, maps.part(*part), norm_conv.part(*part), invstd[slice(*part)], pool,
-                total[:, slice(*part)]) for part in ranges))
-            return total, *map(torch.cat, found[:2]), torch.cat(found[2], 1)
-    return _backward(grad, maps, norm_conv, invstd, pool, total)
+                before[:, slice(*part)], out[:, slice(*part)]) for part in ranges))
+            return out, *map(torch.cat, found[:2]), torch.cat(found[2], 1)
+    return _backward(grad, maps, norm_conv, invstd, pool, before, out)
 
 
-def _backward(grad, maps, norm_conv, invstd, pool, total):
+def _backward(grad, maps, norm_conv, invstd, pool, before, out):
     y = _norm_relu(maps, norm_conv)
     g, d_kernel, _ = torch.ops.aten.convolution_backward.default(
         grad, F.avg_pool2d(y, 2) if pool else y, norm_conv.kernel.to(y.dtype), None, [1, 1],
@@ -86,7 +89,7 @@ def _backward(grad, maps, norm_conv, invstd, pool, total):
     g, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward.default(
         g, _dense(maps.data), norm_conv.weight, maps.mean, maps.var, maps.mean, invstd, False,
         norm_conv.eps, [True] * 3)
-    return (g if total is None else total.add_(g), d_weight, d_bias,
+    return (g if out is None else torch.add(before, g, out=out), d_weight, d_bias,
             d_kernel.to(norm_conv.kernel.dtype))
 
 

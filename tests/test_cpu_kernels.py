@@ -120,8 +120,14 @@ def compare(case, dtype):
 
     before = case.total.clone()
     part = slice(3, 3 + case.channels)
-    total, *rest = case.backward(total=case.total[:, part])
+    apart = torch.empty_like(before)
+    if not case.pool:  # of odd maps, that leaves a line and a column as they are
+        case.backward(before=case.total[:, part], out=apart[:, part])
+        torch.testing.assert_close(case.total, before, **exact)
+    total, *rest = case.backward(before=case.total[:, part], out=case.total[:, part])
     assert error(total, before[:, part].double() + case.gradients[0]) < near
+    if not case.pool:
+        torch.testing.assert_close(apart[:, part], total, **exact)
     torch.testing.assert_close(case.total[:, :3], before[:, :3], **exact)
     torch.testing.assert_close(case.total[:, part.stop:], before[:, part.stop:], **exact)
     fresh, *again = case.backward()

@@ -306,13 +306,13 @@ INLINE void neighbours(const E *padded, const Shape &s, long row, long n, E *out
     }
 }
 
-// Through ReLU and norm: total (+)= g * scale, and sums of g and of g * (x - mean); also the
-// convolution's input, into y as a product reads it.
+// Through ReLU and norm: total = before + g * scale, and sums of g and of g * (x - mean); also the
+// convolution's input, into y as a product reads it. `before.data` may be null, for zeros.
 template <class T, bool POOL, int NV>
-INLINE void finish_block(const vec (&block)[BLOCK][NV], const Input<T> &in, const Map<T> &total,
-                         bool add, const Pixels<POOL> &pixels, long first, long n,
-                         const Panel<NV> &panel, const NormVectors *norm, vec *sums,
-                         vec *products, uint32_t *y) {
+INLINE void finish_block(const vec (&block)[BLOCK][NV], const Input<T> &in,
+                         const Map<const T> &before, const Map<T> &total,
+                         const Pixels<POOL> &pixels, long first, long n, const Panel<NV> &panel,
+                         const NormVectors *norm, vec *sums, vec *products, uint32_t *y) {
     constexpr int PAIR = Product<T>::PAIR;
     const long width = in.shape.width;
 #pragma GCC unroll 4
@@ -326,7 +326,7 @@ INLINE void finish_block(const vec (&block)[BLOCK][NV], const Input<T> &in, cons
             sum += g;
             product += g * deviation;
             vec share = g * norm[v].scale;
-            if (add) share += load(total.row(i) + j, panel.mask(v));
+            if (before.data) share += load(before.row(i) + j, panel.mask(v));
             store(total.row(i) + j, share, panel.mask(v));
             return unless_negative(normed, normed);
         };
@@ -385,8 +385,8 @@ INLINE void pair_rows(const E *rows, long ld, long columns, uint32_t *pairs) {
 // `padded` is from pad_gradient, or null for a 1x1 kernel.
 template <class T, bool POOL>
 void backward_rows(const Input<T> &in, const uint32_t *packed, const Gradient<T> &gradient,
-                   const typename Product<T>::Element *padded, const Map<T> &total, bool add,
-                   Range rows, const Partial &partial) {
+                   const typename Product<T>::Element *padded, const Map<const T> &before,
+                   const Map<T> &total, Range rows, const Partial &partial) {
     const Shape &s = in.shape;
     typedef typename Product<T>::Element E;
     constexpr int PAIR = Product<T>::PAIR;
@@ -418,12 +418,12 @@ void backward_rows(const Input<T> &in, const uint32_t *packed, const Gradient<T>
             const long width = std::min<long>(WIDTH, s.channels - after);
             for (long r = 0; r < n; r += BLOCK) {
                 prefetch_block(in.x, s, ahead, r, after, width);
-                if (add) prefetch_block(total, s, ahead, r, after, width);
+                if (before.data) prefetch_block(before, s, ahead, r, after, width);
                 vec block[BLOCK][NV];
                 multiply_block<T>(block, gradients + r * ld, ld / PAIR, packed + channel * steps,
                                   steps);
-                finish_block<T>(block, in, total, add, pixels, r, n, panel, norm, sums, products,
-                                y);
+                finish_block<T>(block, in, before, total, pixels, r, n, panel, norm, sums,
+                                products, y);
             }
             for (int v = 0; v < NV; v++) {
                 float *sum_g = partial.sum_g + channel + v * LANES;
@@ -444,8 +444,9 @@ void backward_rows(const Input<T> &in, const uint32_t *packed, const Gradient<T>
 }
 
 template <class T, bool POOL>
-void backward(const Gradient<T> &gradient, const Input<T> &in, const float *kernel, Map<T> total,
-              bool add, float *sum_g, float *sum_gx, float *d_kernel, int threads) {
+void backward(const Gradient<T> &gradient, const Input<T> &in, const float *kernel,
+              Map<const T> before, Map<T> total, float *sum_g, float *sum_gx, float *d_kernel,
+              int threads) {
     typedef typename Product<T>::Element E;
     const Shape &s = in.shape;
     const long channels = round_up(s.channels, LANES), columns = whole_columns(s);
@@ -460,7 +461,7 @@ void backward(const Gradient<T> &gradient, const Input<T> &in, const float *kern
         pack_kernel<T>(kernel, s, true, packed);
         float *mine = partials + size * thread, *vectors = mine + channels * columns;
         memset(mine, 0, size * sizeof(float));
-        backward_rows<T, POOL>(in, packed, gradient, padded, total, add,
+        backward_rows<T, POOL>(in, packed, gradient, padded, before, total,
                                share_of_thread(s.rows(), BLOCK, thread, team),
                                {mine, vectors, vectors + channels});
 #pragma omp barrier
