@@ -23,7 +23,6 @@ FORMATS = ('.png', '.svg', '.pdf', '.dot')
 def make_parser():
     parser = flags.make_parser()
     parser.prog, parser.description, parser.epilog = 'make_graph.py', __doc__, None
-    parser.set_defaults(dataset=None)
     group = parser.add_argument_group('picture')
     group.add_argument('--view', choices=('blocks', 'autograd'), default='blocks',
                        help='(default: %(default)s)')
@@ -57,7 +56,7 @@ def block_graph(model, image_size, title):
     Each box in a block, and the box before it, has an edge to every later box in the block. The
     model is on torch's meta device, which computes only shapes.
     """
-    dropout = ', dropout' * (model.config['drop_rate'] > 0)
+    dropout = ', dropout' if model.config['drop_rate'] > 0 else ''
     layer = '; '.join(f'BN, ReLU, {show(conv.kernel_size)} convolution to {conv.out_channels}'
                       f'{dropout}' for conv in convolutions(model.features.denseblock1.denselayer1))
     graph = new_graph(f'{title}\nLayer: {layer}\nAn edge carries all the feature maps of the box '
@@ -128,7 +127,7 @@ def add_block(graph, name, block, source, input_shape):
 def add_edge(graph, source, target, shape, is_main=True, **style):
     """Add an edge. A main edge has a label, and a weight that aligns its ends in a column."""
     graph.edge(source, target, tooltip=f'{source} to {target}: {show(shape)}',
-               label=f'  {show(shape)}' * is_main, weight='9' if is_main else '1', **style)
+               label=f'  {show(shape)}' if is_main else '', weight='9' if is_main else '1', **style)
 
 
 def convolutions(module):
@@ -189,15 +188,16 @@ def new_graph(title):
 def build_model(argv):
     """The flags, the network on torch's meta device, and the size of its images in pixels."""
     parser = make_parser()
-    args, saved = checkpoint.with_saved_flags(flags.parse(argv, parser), parser)
+    given = flags.parse(argv, parser)
+    args, saved = checkpoint.with_saved_flags(given, parser)
     if args.output.suffix not in FORMATS:
         raise UserError(f'--output {args.output}: its name must end in {", ".join(FORMATS)}')
     if saved:
         num_classes, image_size = len(saved['dataset']['classes']), saved['dataset']['image_size']
-    elif args.dataset == 'imagenet' or args.arch and not args.dataset:  # reads no images
+    elif args.dataset == 'imagenet' or args.arch and 'dataset' not in given:  # reads no images
         num_classes, image_size = 1000, args.image_size or 224
     else:
-        dataset = datasets.describe(args.dataset or 'cifar10', args.data, args.image_size,
+        dataset = datasets.describe(args.dataset, args.data, args.image_size,
                                     in_channels=args.in_channels)
         num_classes, image_size = len(dataset.classes), dataset.image_size
     args = flags.with_network(args, image_size)

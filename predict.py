@@ -1,7 +1,7 @@
 """Predict the classes of images with a trained model, and draw heat maps of what it looks at.
 
     python predict.py --checkpoint work/flowers/best.pth rose.jpg tulips/ 'scans/**/*.png'
-    python predict.py --checkpoint work/flowers/best.pth photos/ --csv x.csv --heatmap heatmaps/
+    python predict.py --checkpoint work/flowers/best.pth photos/ --csv x.csv --heatmap-dir maps/
     python predict.py --checkpoint work/scans/best.pth scans/ --heatmap --class lesion --one-scale
     python predict.py --arch densenet121 photo.jpg        # torchvision's weights for ImageNet
 
@@ -25,8 +25,9 @@ def make_parser():
     which.add_argument('--checkpoint', metavar='FILE', help='latest.pth or best.pth of a run')
     which.add_argument('--arch', choices=flags.TORCHVISION_WEIGHTS, help='of torchvision\'s')
     parser.add_argument('--csv', type=Path, metavar='FILE', help='also write a CSV file')
-    parser.add_argument('--heatmap', nargs='?', const='', metavar='DIR',
-                        help='draw heat maps, beside each image or in this folder')
+    parser.add_argument('--heatmap', action='store_true', help='draw a heat map beside each image')
+    parser.add_argument('--heatmap-dir', type=Path, metavar='DIR',
+                        help='draw the heat maps into this folder')
     parser.add_argument('--class', dest='heatmap_class', metavar='NAME',
                         help='class of the heat map (default: the most probable)')
     parser.add_argument('--one-scale', action='store_true',
@@ -58,9 +59,11 @@ from training import checkpoint, datasets, image_files, image_transforms, networ
 from training.console import DataError, UserError
 from training.csv_files import escape_formula, open_csv
 from training.device import choose_device
+from training.errors import explanation
 from training.figures import shorten
 from training.weights import torchvision_weights
 
+CSV_COLUMNS = 'file', 'class', 'probability'
 COLORMAP = 'inferno'  # perceptually uniform, also for colour-blind readers
 MIN_WIDTH = 280       # pixels; smaller heat maps are enlarged, for the line of text
 IMAGENET_CLASSES = tuple(torchvision.models.DenseNet121_Weights.DEFAULT.meta['categories'])
@@ -119,8 +122,9 @@ def predict(model, dataset, files, batch_size, label=None):
     """Yield (file, (probabilities [classes], heat [h, w])) or (file, DataError), in order."""
     device = next(model.parameters()).device
     multi_label = dataset.multi_label
+    workers = flags.default_workers() if len(files) > batch_size else 0
     for batch in DataLoader(files, batch_size, collate_fn=functools.partial(read, dataset),
-                            num_workers=flags.default_workers() * (len(files) > batch_size)):
+                            num_workers=workers):
         images = [image for _, image in batch if isinstance(image, np.ndarray)]
         if images:
             batch_tensor = torch.from_numpy(np.stack(images)).to(device)
@@ -220,10 +224,14 @@ def find_class(name, names):
 
 def run(args):
     """Predict all images: print the classes, write them to --csv, and draw the heat maps."""
-    if args.heatmap is None and (args.heatmap_class or args.one_scale):
-        raise UserError('--class and --one-scale need --heatmap')
-    if args.csv and args.csv.is_file() and args.csv.suffix.lower() != '.csv':
-        raise UserError(f'--csv {args.csv} would replace a file that is no .csv')
+    draws = args.heatmap or args.heatmap_dir is not None
+    if not draws and (args.heatmap_class or args.one_scale):
+        raise UserError('--class and --one-scale need --heatmap or --heatmap-dir')
+    if args.csv and args.csv.is_file():
+        with open_csv(args.csv) as file:
+            if file.readline(1000).rstrip('\r\n') not in ('', ','.join(CSV_COLUMNS)):
+                raise UserError(f'--csv {args.csv} would replace a file that predict.py has not '
+                                f'written')
     files = [*dict.fromkeys(file for name in args.images for file in find_images(name))]
     root = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
     model, dataset = load_model(args)
@@ -240,7 +248,7 @@ def run(args):
                leave=False, disable=None)  # None: only on a terminal
     with open_csv(args.csv or os.devnull, 'w') as table:
         writer = csv.writer(table)
-        writer.writerow(('file', 'class', 'probability'))
+        writer.writerow(CSV_COLUMNS)
         for file, answer in bar:
             if isinstance(answer, DataError):
                 with bar.external_write_mode():
@@ -248,19 +256,19 @@ def run(args):
                 broken += 1
                 continue
             probabilities, heat = answer
-            best = [(names[i], share.item()) for share, i in zip(*probabilities.topk(num_shown))]
+            best = [(names[i], value.item()) for value, i in zip(*probabilities.topk(num_shown))]
             with bar.external_write_mode():
-                print(f'{file}:', ', '.join(f'{name} {share:.2%}' for name, share in best),
+                print(f'{file}:', ', '.join(f'{name} {value:.2%}' for name, value in best),
                       flush=True)
-            writer.writerows((escape_formula(file), name, f'{share:.6f}') for name, share in best)
-            if args.heatmap is not None:
+            writer.writerows((escape_formula(file), name, f'{value:.6f}') for name, value in best)
+            if draws:
                 shown = probabilities.argmax() if label is None else label
                 text = f'{shorten(names[shown], 34)} {probabilities[shown]:.1%}'
                 heats.append((file, heat, text))
             if not args.one_scale:
-                save_heatmaps(heats, dataset, args.heatmap or root, root)
+                save_heatmaps(heats, dataset, args.heatmap_dir or root, root)
                 heats.clear()
-    save_heatmaps(heats, dataset, args.heatmap or root, root)
+    save_heatmaps(heats, dataset, args.heatmap_dir or root, root)
     if broken:
         raise UserError(f'{broken} of {len(files)} images could not be read')
 
@@ -270,8 +278,11 @@ def main(argv=None):
         run(make_parser().parse_args(argv))
     except BrokenPipeError:  # `| head`; Python would raise again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (UserError, OSError, RuntimeError) as error:
-        console.warn(' '.join(str(error).split()), 'error', 'predict.py')
+    except (UserError, OSError, RuntimeError, MemoryError) as error:
+        message = explanation(error, 'give a lower --batch-size')
+        if message is None:
+            raise
+        console.warn(message, 'error', 'predict.py')
         sys.exit(2)
 
 

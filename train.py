@@ -40,14 +40,9 @@ from training.augmentation import Augmentation
 from training.averages import WeightAverages
 from training.console import BadImages, DataError, UserError, say
 from training.cuda_graph import ONE_CLASS, CudaGraphStep
-from training.device import (
-    choose_device,
-    choose_precision,
-    make_autocast,
-    ran_out_of_memory,
-    set_determinism,
-)
+from training.device import choose_device, choose_precision, make_autocast, set_determinism
 from training.distributed import StopSignals
+from training.errors import explanation
 from training.evaluation import at_least_fp32, evaluate
 from training.run import Run
 from training.train_state import TrainState, initialize_optimizer
@@ -198,7 +193,7 @@ def train_step(state, images, labels, batch_size=None, *, autocast, grad_accum=1
     a batch of `batch_size` images, and `forward` is the model wrapped by `distributed.wrap`.
     """
     forward = state.model if forward is None else forward
-    loss_sum, error_sum = losses.choose(multi_label)
+    loss_sum, error_sum = losses.for_task(multi_label)
     # DDP averages gradients, so divide by the per-rank batch size.
     divisor = batch_size / distributed.world_size() if batch_size else len(images)
     state.optimizer.zero_grad()
@@ -293,7 +288,9 @@ def main(argv=None):
         model = prepare_model(model, args, device)
         networks.warn_of_slow_bf16(model, device, precision)
         if args.evaluate:
-            evaluate_and_report(model, dataset, device, autocast, args)
+            source = (f'{args.resume}, {checkpoint.progress(saved)}' if saved else
+                      args.pretrained or f'torchvision\'s {args.arch}')
+            evaluate_and_report(model, dataset, device, autocast, args, source)
             return
 
         with Run(args, stop) as run:
@@ -330,6 +327,8 @@ def main(argv=None):
                     set_learning_rate(state.optimizer, lr)
                     batch_size = train_loader.images_in(state.step)  # of all processes
                     step(images, labels, batch_size)
+                    if state.averages:
+                        state.averages.update()
                     run.after_step(batch_size, lr)
                 distributed.share_statistics(state)
                 with state.tested_weights():
@@ -337,12 +336,14 @@ def main(argv=None):
                 run.after_epoch(result)
             run.finish()
             if dataset.selection_split == 'val':
+                stop.check()
+                stop.deferred = False  # everything is saved
                 evaluate_best(run, model, dataset, device, autocast, args)
 
 
-def evaluate_and_report(model, dataset, device, autocast, args):
-    """Test the model, and write tables and figures into the run directory."""
-    directory = evaluation.report(model, dataset, device, autocast, args)
+def evaluate_and_report(model, dataset, device, autocast, args, source):
+    """Test the model of `source`, and write tables and figures into the run directory."""
+    directory = evaluation.report(model, dataset, device, autocast, args, source)
     if distributed.rank() == 0:
         import plot  # imports matplotlib, which is slow and which training doesn't need
 
@@ -352,17 +353,19 @@ def evaluate_and_report(model, dataset, device, autocast, args):
 
 def evaluate_best(run, model, dataset, device, autocast, args):
     """Test best.pth, which was chosen on the validation images, on the test images."""
-    best = distributed.from_rank_0(lambda: checkpoint.load(run.directory / 'best.pth')['model'])
+    path = run.directory / 'best.pth'
+    best = distributed.from_rank_0(lambda: checkpoint.load(path)['model'])
     model.load_state_dict(best)
     say(f'testing best.pth, of epoch {run.state.best_epoch}, which was chosen on val:')
-    evaluate_and_report(model, dataset, device, autocast, args)
+    evaluate_and_report(model, dataset, device, autocast, args,
+                        f'{path}, after epoch {run.state.best_epoch}')
 
 
 def make_loaders(args, dataset, device):
-    """The loaders of the training images and of those that are evaluated after each epoch.
+    """The loader of the training images, and that of the images that choose best.pth.
 
-    The second, which choose best.pth, are the validation images, or the test images if there are
-    no validation images.
+    These are the validation images, or the test images if there are no validation images; they are
+    evaluated after each epoch.
     """
     common = dict(device=device, workers=args.workers,
                   shard=(distributed.rank(), distributed.world_size()))
@@ -391,32 +394,13 @@ def cli(argv=None):
     except (UserError, OSError, EOFError, RuntimeError, MemoryError) as error:
         if hasattr(signal, 'SIGCHLD'):  # torch's handler would raise for each worker that exits now
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        message = explanation(error)
+        message = explanation(error, 'give --memory-efficient, a lower --batch-size, a higher '
+                              '--grad-accum, --precision bf16, smaller images or a smaller network')
         if message is None:
             raise
         rank = distributed.rank()
         console.warn(f'rank {rank}: {message}' if rank else message, 'error')
         distributed.exit_now(1 if distributed.lost_a_peer(error) else 2)
-
-
-def explanation(error):
-    """One-line message for user errors, None for bugs."""
-    text = ' '.join(str(error).split())
-    if isinstance(error, UserError):
-        return text
-    if ran_out_of_memory(error):
-        return ('out of memory: give --memory-efficient, a lower --batch-size, a higher '
-                '--grad-accum, --precision bf16, smaller images or a smaller network')
-    # torch reports a dead worker, or its connection is reset or closed.
-    if 'DataLoader worker' in text or isinstance(error, (ConnectionError, EOFError)):
-        return (f'a worker process has died ({text}): if it ran out of memory, give fewer '
-                f'--workers')
-    if isinstance(error, OSError):  # such as a full disk
-        where = f'{error.filename}: ' if error.filename else ''
-        return where + (error.strerror or text)
-    if distributed.lost_a_peer(error):
-        return 'the connection to another process was lost; its error may be above'
-    return None
 
 
 if __name__ == '__main__':

@@ -9,7 +9,7 @@ images. The standard deviation is the sample's, with n - 1.
 
 import argparse
 import csv
-import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -18,7 +18,8 @@ if __name__ == '__main__':  # run as a script, attic/ is the import path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from training import console
-from training.console import UserError
+from training.console import UserError, explain_errors
+from training.json_files import read_json
 
 METRICS = ('error', 'balanced_error', 'mean_auc', 'mean_average_precision', 'mean_sensitivity',
            'mean_specificity')
@@ -33,7 +34,21 @@ def last_epoch(run):
         raise UserError(f'{run}/test.csv: {error.strerror}') from error
     if not rows:
         raise UserError(f'{run}/test.csv has no epoch yet')
-    return {name: float(value) for name, value in rows[-1].items() if name != 'epoch'}
+    with explain_errors(f'{run}/test.csv is not as train.py has written it'):
+        return {name: float(value) for name, value in rows[-1].items()}
+
+
+def check_folds(runs):
+    """Raises UserError if the runs are not different folds of one division of the same images."""
+    flags = [read_json(run / 'args.json')['args'] for run in runs]
+    for name in ('dataset', 'data', 'labels', 'val_split', 'seed'):
+        values = {str(found.get(name)) for found in flags}
+        if len(values) > 1 and (name != 'seed' or any(found.get('fold') for found in flags)):
+            raise UserError(f'these are runs on other images: --{name} is '
+                            f'{", ".join(sorted(values))}')
+    folds = [found['fold'] for found in flags if found.get('fold')]
+    if len({*folds}) < len(folds) or len({fold.partition('/')[2] for fold in folds}) > 1:
+        raise UserError(f'these are not the folds of one division: --fold {", ".join(folds)}')
 
 
 def test_metrics(run):
@@ -41,12 +56,13 @@ def test_metrics(run):
     path = run / 'metrics.json'
     if not path.exists():
         return {}
-    found = json.loads(path.read_text())['splits']['test']
+    found = read_json(path)['splits']['test']
     return {name: found[name] for name in METRICS if found.get(name) is not None}
 
 
 def summarize(runs):
     """Lines: a metric, mean, standard deviation and the values of the runs."""
+    check_folds(runs)
     for title, read in (('last epoch, held out images', last_epoch),
                         ('best.pth, test images', test_metrics)):
         values = [read(run) for run in runs]
@@ -55,10 +71,12 @@ def summarize(runs):
             yield f'{title}:'
         for name in common:
             column = [found[name] for found in values]
-            if all(value == value for value in column):  # NaN: top-5 error of several labels
+            shown = ', '.join(f'{value:.4g}' for value in column)
+            if not any(map(math.isnan, column)):
                 yield (f'  {name:<24} {statistics.mean(column):.4g} +- '
-                       f'{statistics.stdev(column):.2g}   '
-                       f'({", ".join(f"{value:.4g}" for value in column)})')
+                       f'{statistics.stdev(column):.2g}   ({shown})')
+            elif not all(map(math.isnan, column)):  # all: the top-5 error of several labels
+                yield f'  {name:<24} undefined in some runs   ({shown})'
 
 
 def main(argv=None):

@@ -66,6 +66,8 @@ def fuse(model, *, memory_efficient=None, kernels=True):
         ValueError: there is no dense block, or one computes something else. The message names the
             layer and the difference, and nothing is fused.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError('not fused: this is a TorchScript model; fuse it before')
     found = list(_find(unfuse(model)))
     if not any(kind is FusedBlock for _, _, kind in found):
         raise ValueError(f'not fused: this {type(model).__name__} has no dense block (a module '
@@ -76,10 +78,11 @@ def fuse(model, *, memory_efficient=None, kernels=True):
     states = []
     for name, module, kind in found:
         state = State(any_recomputes if kind is FusedTransition else memory_efficient, kernels)
-        on_cpu = next(module.parameters()).device.type in ('cpu', 'meta')
+        on_cpu = all(parameter.device.type in ('cpu', 'meta') for parameter in module.parameters())
         has_kernels = kernels and on_cpu and cpu.unavailable_reason() is None
         try:
-            state.verify(module, kind, torch.float32 if has_kernels else None)
+            with blocks.VERIFYING:
+                state.verify(module, kind, torch.float32 if has_kernels else None)
         except Difference as difference:
             raise ValueError(f'not fused: {difference.inside(name)}') from difference
         states.append(state)

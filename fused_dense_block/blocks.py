@@ -10,7 +10,6 @@ from torch import nn
 
 from . import cpu, eager, inference, modules, selfcheck
 from .autograd import DenseBlockFunction, Layer, TransitionFunction
-from .modules import Difference
 
 SHAPE, DTYPE, DEVICE = attrgetter('shape'), attrgetter('dtype'), attrgetter('device')
 VERIFYING = threading.Lock()  # verification temporarily changes the global random state
@@ -42,7 +41,7 @@ class Fused:
             return 'layers', 'torch.compile, export, jit.trace or fx records a graph', None
         if self._fused is None or '_is_replica' in vars(self):
             return 'layers', 'a slice of a fused module, or a replica of nn.DataParallel', None
-        reason = modules.transformed_or_hooked()
+        reason = modules.transformed_or_hooked() or modules.unusual_class([x])
         # nn.BatchNorm2d raises an error for a single value per channel in training.
         least = x.shape[1] + 1 if self.training and x.dim() == 4 else 1
         if reason is None and (x.dim() != 4 or x.numel() < least):
@@ -68,7 +67,7 @@ class Fused:
     def choose_by_table(self, x):
         """path and reason according to the table in __init__.py."""
         device = x.device.type
-        if not self.training and torch.is_grad_enabled():
+        if not self.training and self.needs_gradients(x):
             return 'layers', 'evaluation with gradients: torch.no_grad() allows faster ways'
         if device == 'cpu':
             reason = cpu.why_not(x) if self._fused.kernels else 'fused with kernels=False'
@@ -80,6 +79,12 @@ class Fused:
         without = 'without memory_efficient ' if self.training else ''
         return 'layers', f'on {device} the layers are fastest {without}'.rstrip()
 
+    def needs_gradients(self, x):
+        """Whether autograd would record what is fused; not if its parameters are frozen."""
+        return torch.is_grad_enabled() and (x.requires_grad or any(
+            parameter.requires_grad for _, module in self.watched(self)
+            for parameter in module.parameters(recurse=False)))
+
     def recomputes(self):
         return self._fused.memory_efficient
 
@@ -89,7 +94,7 @@ class Fused:
         return x.dtype
 
     def __reduce_ex__(self, protocol):  # for copy and pickle: the class can't be found by name
-        return _rebuild, (kind_of(self), base_class(self)), vars(self)
+        return _rebuild, (kind_of(self), base_class(self)), self.__getstate__()
 
     def __prepare_scriptable__(self):  # torch.jit.script compiles the plain module
         plain = base_class(self).__new__(base_class(self))
@@ -186,7 +191,7 @@ class FusedFeatures(Fused):
     output_shape = staticmethod(lambda stem, x: stem.pool(stem.conv(x)).shape)
 
     def choose_by_table(self, x):
-        if self.training or torch.is_grad_enabled() or x.device.type != 'cpu':
+        if self.training or self.needs_gradients(x) or x.device.type != 'cpu':
             return 'layers', 'the stem is fused in evaluation without gradients on a CPU'
         if not self._fused.kernels:
             return 'eager', 'fused with kernels=False'
@@ -309,8 +314,8 @@ class State:
                 if reason is None:
                     with VERIFYING:
                         self.verify(module, kind, dtype)
-            except Difference as difference:
-                reason = str(difference)
+            except Exception as error:  # of any class: the layers are right whatever it is
+                reason = str(error) or type(error).__name__
             plan = Plan(module, kind, self.memory_efficient, self.drops_after_conv1, reason)
             self.plans[module.training] = plan
         return plan
@@ -386,7 +391,7 @@ class Plan:
         return packed
 
     def _key(self, x):
-        """All of x and the context that obstacles depend on: a Packed has been made on a CPU."""
+        """All of x and its context that decides whether a Packed, made on a CPU, can be used."""
         return x.dtype, x.shape[1], autocast_dtype('cpu'), self.is_stem and is_channels_last(x)
 
     def obstacle(self, x):
@@ -402,6 +407,9 @@ class Plan:
             return 'a norm without num_batches_tracked'
         if any(parameters.get('bias') is not None for parameters in self.conv_parameters):
             return 'a convolution with bias'
+        unusual = modules.unusual_class(tensors)
+        if unusual:
+            return unusual
         if not same_shapes:
             return 'a weight or a running statistic has another shape'
         if x.shape[1] != self.channels:

@@ -44,10 +44,10 @@ def new_maps(x, channels, size=None):
     """
     height, width = size or x.shape[2:]
     maps = x.new_empty(len(x), height, width, channels)
-    start = -(-maps.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    size = (maps.data_ptr() + maps.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
-    if size >= 4 << 20 and _madvise:
-        _madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
+    # Whole pages; a page that the memory shares with other data does not matter.
+    start = maps.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    if maps.nbytes >= 4 << 20 and _madvise:
+        _madvise(ctypes.c_void_p(start), ctypes.c_size_t(maps.nbytes), mmap.MADV_HUGEPAGE)
     return maps.permute(0, 3, 1, 2)
 
 
@@ -80,12 +80,12 @@ def norm_relu_conv_backward(grad, maps, norm_conv, invstd, pool=False, before=No
         if pool and (h % 2 or w % 2):
             out.zero_()  # the last line and column have no gradient
     z, *coefficients = pending or [None] * 3
-    output = [None, 0, None] if z is None else [*_map(z.data), z.mean]
+    output = [None, 0, None] if z is None else [*_read(z.data, out.dtype), z.mean]
     sum_g, sum_gx = _vectors(maps.data, 2, c)
     d_kernel = torch.empty_like(norm_conv.kernel, memory_format=torch.channels_last)
-    _call('norm_relu_conv_backward', out.dtype, *_gradient(grad, out.dtype), *output,
+    _call('norm_relu_conv_backward', out.dtype, *_read(grad, out.dtype), *output,
           *coefficients, *_input(maps, norm_conv, invstd), *_shape(maps, norm_conv, pool),
-          *([None, 0] if before is None else _gradient(before, out.dtype)), *_map(out), sum_g,
+          *([None, 0] if before is None else _read(before, out.dtype)), *_map(out), sum_g,
           sum_gx, d_kernel)
     return out, sum_gx * invstd, sum_g, d_kernel
 
@@ -94,8 +94,8 @@ def complete(total, maps, a, b):
     """total - (a + (data - mean) * b)"""
     n, c, h, w = maps.data.shape
     out = new_maps(maps.data, c)
-    _call('complete', out.dtype, *_gradient(total, out.dtype), *_map(maps.data), maps.mean, a, b,
-          *_map(out), n * h * w, c)
+    _call('complete', out.dtype, *_read(total, out.dtype), *_read(maps.data, out.dtype), maps.mean,
+          a, b, *_map(out), n * h * w, c)
     return out
 
 
@@ -172,7 +172,7 @@ def evaluate_stem(conv, x):
 # ---- Tensors as arguments ----
 
 def _row_stride(x):
-    """Elements from a pixel to the next, where x [N, C, H, W] lies in NHWC; else None."""
+    """The stride between pixels, in elements, if x [N, C, H, W] lies in NHWC; otherwise None."""
     n, c, h, w = x.shape
     if x.is_contiguous(memory_format=torch.channels_last):
         return c
@@ -194,17 +194,17 @@ def _map(x):
     return x, row
 
 
-def _gradient(grad, dtype):
-    grad = grad.to(dtype)
-    if _row_stride(grad) is None:
-        grad = grad.contiguous(memory_format=torch.channels_last)
-    return _map(grad)
+def _read(x, dtype):
+    """As `_map`, of gradients and of what autograd has saved: hooks may have changed its layout."""
+    x = x.to(dtype)
+    return _map(x if _row_stride(x) is not None else
+                x.contiguous(memory_format=torch.channels_last))
 
 
 def _input(maps, norm_conv, invstd):
     kernel = norm_conv.kernel.contiguous(memory_format=torch.channels_last)
-    return (*_map(maps.data), maps.mean.contiguous(), (norm_conv.weight * invstd).contiguous(),
-            norm_conv.bias.contiguous(), kernel)
+    return (*_read(maps.data, maps.data.dtype), maps.mean.contiguous(),
+            (norm_conv.weight * invstd).contiguous(), norm_conv.bias.contiguous(), kernel)
 
 
 def _shape(maps, norm_conv, pool):

@@ -1,5 +1,4 @@
-"""A dense block, a transition and ImageNet's stem in evaluation, without gradients.
-"""
+"""Packed weights for evaluation by the CPU kernels, and evaluation by PyTorch's operations."""
 
 import gc
 import operator
@@ -16,9 +15,9 @@ VERSION, DATA_PTR = attrgetter('_version'), torch.Tensor.data_ptr
 class Packed:
     """The weights and statistics of a fused module as the CPU kernels read them.
 
-    What bumps the version counter of a tensor, replaces it or moves its memory is always noticed.
-    Writes through `.data` or numpy and fused optimizers bump nothing: they are noticed if they
-    change one of the 8 values of each tensor that are compared.
+    A tensor that is replaced, whose memory moves or whose version counter changes is always
+    noticed. Writes through `.data`, NumPy and fused optimizers leave the counter as it is: they are
+    noticed if they change one of 8 values of each tensor that are compared.
     """
 
     def __init__(self, places, eps, dtype):

@@ -137,9 +137,10 @@ def _compile(command, product, map_type, macros):
     # Several processes may do this at once: each in its own directory, and the last one wins.
     with tempfile.TemporaryDirectory(dir=cache) as build:
         compiled, linked = f'{build}/kernels.o', Path(build, 'kernels.so')
-        # Linked without -fopenmp: its functions are those of the library that torch has loaded.
         _run([*command, '-c', str(SOURCE), '-o', compiled])
-        _run([command[0], '-shared', compiled, '-o', str(linked)])
+        # Linked without -fopenmp: its functions are those of the library that torch has loaded.
+        link = [part for part in command if part != '-fopenmp']
+        _run([*link, '-shared', compiled, '-o', str(linked)])
         with open(linked, 'rb+') as file:
             os.fsync(file.fileno())
         return linked.replace(cache / f'{name}-{_digest(linked)}.so')
@@ -156,7 +157,7 @@ def _fastest(paths):
         for _ in range(7):  # interleaved, because other processes come and go
             for product, library in libraries.items():
                 times[product].append(library.seconds(ctypes.c_long(torch.get_num_threads())))
-        chosen = choose(times)
+        chosen = fastest(times)
         if found is not None:  # the record is damaged
             record.unlink(missing_ok=True)
         with tempfile.NamedTemporaryFile('w', dir=record.parent) as file:
@@ -170,7 +171,7 @@ def _fastest(paths):
     return found
 
 
-def choose(times):
+def fastest(times):
     """The first of {product: [seconds]}, unless another one is clearly faster."""
     medians = {product: statistics.median(seconds) for product, seconds in times.items()}
     return next(product for product, seconds in medians.items()

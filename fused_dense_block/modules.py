@@ -9,8 +9,10 @@ norm1, relu1, conv1 and, with bottleneck, norm2, relu2, conv2, in this order:
     MONAI              like torchxrayvision; the children of a layer are in its `layers`
 """
 
+import enum
 import gc
 import itertools
+import weakref
 from operator import methodcaller
 from typing import NamedTuple
 
@@ -85,6 +87,9 @@ def dense_layers(block):
             channels = conv.out_channels
         channels = norm_convs[0].norm.num_features + norm_convs[-1].conv.out_channels
         layers.append(norm_convs)
+    norms = [id(norm) for norm_convs in layers for norm, _ in norm_convs]
+    if len({*norms}) < len(norms):
+        raise Difference('', 'has a norm in two places')
     return layers
 
 
@@ -149,6 +154,10 @@ def _check(module, name, expected, attributes):
     for attribute, allowed in attributes.items():
         if getattr(module, attribute) not in allowed:
             raise Difference(f'{name}.{attribute}', f'is not {allowed[0]}')
+    if isinstance(module, nn.BatchNorm2d):
+        for attribute, value in (*module._parameters.items(), *module._buffers.items()):
+            if value is None:
+                raise Difference(f'{name}.{attribute}', 'is None')
 
 
 def _check_channels(name, norm, channels):
@@ -199,15 +208,24 @@ def signature(root, watched):
         attributes = {key: value for key, value in vars(module).items() if key not in read}
         if own_classes(module):
             for key, value in attributes.items():
-                if isinstance(value, (list, dict, set, torch.Tensor)):
-                    raise Difference(name, f'has the attribute {key}, a {type(value).__name__}')
+                if not _is_immutable(value):
+                    raise Difference(name, f'has the attribute {key}, a {type(value).__name__}, '
+                                           f'which may change in place')
         else:  # the attributes that matter are checked one by one, unless they replace a method
             attributes = {key: value for key, value in attributes.items()
                           if hasattr(type(module), key)}
         found.append((name, [list(vars(cls).values()) for cls in own_classes(module)],
-                      getattr(type(module), '_base', type(module)), attributes,
+                      torch_methods(original_class(module)), original_class(module), attributes,
                       bool(vars(module).get('drop_rate'))))
     return found
+
+
+def _is_immutable(value):
+    if isinstance(value, (tuple, frozenset)):
+        return all(map(_is_immutable, value))
+    return callable(value) or isinstance(value, (
+        type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device,
+        torch.memory_format))
 
 
 def own_classes(module):
@@ -217,6 +235,15 @@ def own_classes(module):
             and not cls.__module__.startswith(__package__)]
 
 
+def original_class(module):
+    """Of a fused module, the class that it had before."""
+    return getattr(type(module), '_base', type(module))
+
+
+def torch_methods(cls):
+    return cls.forward, getattr(cls, '_conv_forward', None)  # the second is patched, too
+
+
 class Snapshot:
     """Detects changes in the watched modules, cheaply enough for each forward pass.
 
@@ -224,7 +251,8 @@ class Snapshot:
     """
 
     def __init__(self, root, watched):
-        self.root, self.modules = root, [module for _, module in watched]
+        self.root = weakref.ref(root)  # no cycles: they would keep a deleted model in memory
+        self.modules = [module for _, module in watched]
         # From Python 3.13 on, the values of an object's dict may belong to the object instead.
         self.owners = [*self.modules, *map(vars, self.modules)]
         self.owners += [module._modules for module in self.modules if module._modules]
@@ -232,20 +260,21 @@ class Snapshot:
         self.classes = [vars(cls) for cls in {cls for module in (root, *self.modules)
                                               for cls in own_classes(module)}]
         self.torch_classes = [*set(map(type, self.modules))]
-        self.state = self._state()
+        self.state = self._state(root)
 
-    def _state(self):
+    def _state(self, root):
         # Flat lists, built and compared in C, by identity first. gc.get_referents gives all values
         # of many dicts in one call.
-        root = [value for name, value in vars(self.root).items() if name not in ('path', 'reason')]
-        return ([*map(type, self.modules)], [cls.forward for cls in self.torch_classes],
+        attributes = [value for name, value in vars(root).items()
+                      if name not in ('path', 'reason', '_fused')]
+        return ([*map(type, self.modules)], [*map(torch_methods, self.torch_classes)],
                 [*itertools.chain.from_iterable(map(VALUES, self.classes))],
-                gc.get_referents(*self.owners), [*self.root._modules.values()],
-                any(self.hooks) and [*map(bool, self.hooks)], root)
+                gc.get_referents(*self.owners), [*root._modules.values()],
+                any(self.hooks) and [*map(bool, self.hooks)], attributes)
 
     def holds(self, root):
         try:
-            return root is self.root and self._state() == self.state
+            return root is self.root() and self._state(root) == self.state
         except (RuntimeError, ValueError):  # a tensor or array was replaced, which == compares
             return False
 
@@ -254,6 +283,17 @@ def is_traced(x):
     """True while torch.compile, export, jit.trace or fx records a graph."""
     return (torch.compiler.is_compiling() or torch.jit.is_tracing()
             or isinstance(x, torch.fx.Proxy))
+
+
+def unusual_class(tensors):
+    """Why these tensors need the modules one by one, or None.
+
+    Subclasses may have no memory of their own (DTensor), or outputs of their own class (MONAI's
+    MetaTensor).
+    """
+    for cls in {*map(type, tensors)} - {torch.Tensor, nn.Parameter}:
+        return f'a tensor of the class {cls.__name__}'
+    return None
 
 
 def transformed_or_hooked():

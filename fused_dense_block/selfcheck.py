@@ -1,14 +1,16 @@
 """Compares a module with its fused version on small random maps.
 
-Works on a copy with random weights; the module and the global random state are unchanged. Does not
-detect behaviour that depends on sizes, batches or steps.
+Works on a copy with random weights; the module is unchanged, and with dropout, which needs it, the
+global random state is restored. Does not detect behaviour that depends on sizes, batches or steps.
 """
 
 import contextlib
 import copy
 import random
+import sys
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import cpu, eager
 from .autograd import no_autocast
@@ -37,33 +39,33 @@ def verify(module, kind, make_plan, dtype=None):
     Raises:
         Difference: they differ.
     """
-    device = next(module.parameters()).device
-    device = torch.device('cpu') if device.type == 'meta' else device
+    parameter = next(module.parameters(), None)
+    if parameter is None:
+        raise Difference('', 'has no parameters')
+    device = torch.device('cpu') if parameter.device.type == 'meta' else parameter.device
     highest = torch.float64 if device.type in ('cpu', 'cuda') else torch.float32
-    with _undisturbed(device) as generator:
-        trial = _Trial(_copy(module, device), kind, make_plan, generator)
-        truth = trial.run(highest)
-        for drops_after_conv1 in (False, True):
-            try:
-                _compare(trial.run(highest, eager, drops_after_conv1), truth, highest)
-                break
-            except Difference:
-                if drops_after_conv1 or not trial.has_dropout:
-                    raise
-        if dtype is not None and not trial.is_unusual_stem:
-            if trial.has_dropout:  # dropout masks depend on the layout
-                trial.without_dropout()
-                truth = trial.run(highest)
-            _compare_by_kind(trial.run(dtype, cpu), truth, dtype)
-    return drops_after_conv1
+    with _undisturbed():
+        trial = _Trial(_copy(module, device), kind, make_plan)
+        with trial.restored_random_state():
+            return trial.compare(highest, dtype)
+
+
+class _Draws(TorchDispatchMode):
+    """Notes whether operations of this thread draw random numbers."""
+
+    found = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.found |= torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
 
 
 class _Trial:
     """A module with random weights, and its input; each run starts from the same state."""
 
-    def __init__(self, module, kind, make_plan, generator):
+    def __init__(self, module, kind, make_plan):
         self.module, self.kind, self.make_plan = module, kind, make_plan
-        self.generator, self.parts = generator, kind.read(module)
+        self.parts = kind.read(module)
         used = {id(tensor) for norm, conv in kind.norm_convs(self.parts) for part in (norm, conv)
                 for tensor in (*part.parameters(), *part.buffers())}
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
@@ -92,6 +94,19 @@ class _Trial:
         self.x = torch.empty(3, kind.in_channels(self.parts), 5, 6, dtype=torch.float32,
                              device=conv.weight.device)
         draw(self.x, -2.0, 2.0)
+        self.generator = torch.default_generator
+        if self.x.is_cuda:
+            self.generator = torch.cuda.default_generators[self.x.get_device()]
+
+    @contextlib.contextmanager
+    def restored_random_state(self):
+        """Without dropout the global generator is not used: other threads may draw from it."""
+        state = self.generator.get_state() if self.has_dropout else None
+        try:
+            yield
+        finally:
+            if state is not None:
+                self.generator.set_state(state)
 
     @property
     def is_unusual_stem(self):  # it has no kernels
@@ -105,6 +120,23 @@ class _Trial:
         for layer in self.module.children():
             layer.drop_rate = 0.0
 
+    def compare(self, highest, dtype):
+        """As `verify`, in the dtype `highest`."""
+        truth = self.run(highest)
+        for drops_after_conv1 in (False, True):
+            try:
+                _compare(self.run(highest, eager, drops_after_conv1), truth, highest)
+                break
+            except Difference:
+                if drops_after_conv1 or not self.has_dropout:
+                    raise
+        if dtype is not None and not self.is_unusual_stem:
+            if self.has_dropout:  # dropout masks depend on the layout
+                self.without_dropout()
+                truth = self.run(highest)
+            _compare_by_kind(self.run(dtype, cpu), truth, dtype)
+        return drops_after_conv1
+
     def run(self, dtype, ops=None, drops_after_conv1=False):
         """[(kind of result, name, value)] in training and evaluation, of the module or of `ops`."""
         module = self.module
@@ -116,7 +148,8 @@ class _Trial:
         results = []
         for training in (True, False) if self.kind.trains else (False,):
             module.train(training)
-            self.generator.manual_seed(2)
+            if self.has_dropout:
+                self.generator.manual_seed(2)
             with torch.set_grad_enabled(training):
                 if ops is None:
                     y = self._run_module(x)
@@ -125,7 +158,7 @@ class _Trial:
                     if ops is cpu and not training:
                         plan = plan.pack(x)
                     y = self.kind.run(module, ops, plan, x)
-            if ops is not cpu:  # both must draw the same amount of random numbers
+            if self.has_dropout:  # both must draw the same amount of random numbers
                 results.append((RANDOM, '', self.generator.get_state().to(torch.float64)))
             results += [(OUTPUT, name, part) for name, part in self.kind.split(module, y)]
             if training:
@@ -144,13 +177,20 @@ class _Trial:
     def _run_module(self, x):
         before = [(name, module, dict(vars(module)))
                   for name, module in self.module.named_modules()]
-        state = random.getstate()
+        numpy, draws = sys.modules.get('numpy'), _Draws()
+        state, numpy_state = random.getstate(), numpy and numpy.random.get_state()
         try:
-            y = self.module.forward(x)
+            with draws:
+                y = self.module.forward(x)
         except Exception as error:  # any user code
             raise Difference('', f'fails on a small random map ({error})') from error
-        if random.getstate() != state:
+        other_draws = random.getstate() != state or (
+            numpy and numpy.random.get_state()[2] != numpy_state[2])  # its position
+        if other_draws:
             random.setstate(state)
+            if numpy:
+                numpy.random.set_state(numpy_state)
+        if other_draws or draws.found and not self.has_dropout:
             raise Difference('', 'draws random numbers in its forward')
         for name, module, attributes in before:
             for key, value in vars(module).items():
@@ -164,7 +204,12 @@ class _Trial:
 
 def _compare(results, truth, dtype):
     """Raises Difference for the first result that differs."""
-    errors = _sizes(results, truth) / _sizes(truth).clamp_min(1e-30)
+    largest, sizes = {}, _sizes(truth).tolist()
+    for (kind, *_), size in zip(truth, sizes):
+        largest[kind] = max(largest.get(kind, 1e-30), size)
+    # Results that should be 0 consist of the rounding errors of others of their kind.
+    sizes = [max(size, 1e-6 * largest[kind]) for (kind, *_), size in zip(truth, sizes)]
+    errors = _sizes(results, truth) / torch.tensor(sizes, dtype=torch.float64)
     for (kind, name, _), error in zip(results, errors.tolist(), strict=True):
         if not error <= TOLERANCE[dtype]:
             raise Difference(name, f'computes something else than the fused layers: its {kind} '
@@ -208,19 +253,16 @@ def _copy(module, device):
 
 
 @contextlib.contextmanager
-def _undisturbed(device):
-    """Gradients on, autocast off, and the random state restored; yields its generator.
+def _undisturbed():
+    """Gradients on, autocast off, hooks on saved tensors (as of torch's checkpoint) off.
 
     One thread: where the cores are busy, several would mostly wait for each other on small maps.
     """
-    on_cuda = device.type == 'cuda'
-    index = torch.cuda.current_device() if on_cuda and device.index is None else device.index
-    generator = torch.cuda.default_generators[index] if on_cuda else torch.default_generator
-    state, threads = generator.get_state(), torch.get_num_threads()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with torch.inference_mode(False), torch.enable_grad(), no_autocast(torch.empty(0)):
-            yield generator
+        with (torch.inference_mode(False), torch.enable_grad(), no_autocast(torch.empty(0)),
+              torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)):
+            yield
     finally:
         torch.set_num_threads(threads)
-        generator.set_state(state)

@@ -1,5 +1,6 @@
 """The scripts of attic/: they run, and the checks notice errors made on purpose."""
 
+import json
 import re
 
 import numpy as np
@@ -12,7 +13,14 @@ from PIL import Image
 import densenet
 import predict
 import train
-from attic import channel_stats, clean_checkpoint, compare_grads, feature_reuse, numcheck_grads
+from attic import (
+    channel_stats,
+    clean_checkpoint,
+    compare_grads,
+    feature_reuse,
+    numcheck_grads,
+    summarize_folds,
+)
 from fused_dense_block import eager, fuse
 from training import checkpoint
 
@@ -214,3 +222,39 @@ def test_feature_reuse_is_the_mean_weight_of_each_layer_on_each_source(tmp_path,
     with pytest.raises(SystemExit, match='2'):
         feature_reuse.main([str(tmp_path / 'nowhere.pth')])
     assert 'is not there' in capsys.readouterr().err
+
+
+# ---- folds -----------------------------------------------------------------------------------
+
+def write_fold(directory, fold, error, **flags):
+    directory.mkdir()
+    flags = {'dataset': 'folder', 'data': 'x', 'seed': 1, 'fold': fold, **flags}
+    (directory / 'args.json').write_text(json.dumps({'args': flags}))
+    (directory / 'test.csv').write_text(f'epoch,error,auc\n1,50,0.5\n2,{error},nan\n')
+    return str(directory)
+
+
+def test_folds_are_summarized(tmp_path, capsys):
+    runs = [write_fold(tmp_path / f'{i}', f'{i}/3', 10 * i) for i in (1, 2, 3)]
+    (tmp_path / '2/test.csv').write_text('epoch,error,auc\n2,20,0.7\n')
+    summarize_folds.main(runs)
+    said = capsys.readouterr().out
+    assert re.search(r'error +20 \+- 10   \(10, 20, 30\)', said)
+    assert re.search(r'auc +undefined in some runs   \(nan, 0.7, nan\)', said)
+
+
+@pytest.mark.parametrize('flags, content, message', [
+    (dict(fold='1/3'), None, '--fold 1/3, 1/3'), (dict(fold='2/5'), None, '--fold 1/3, 2/5'),
+    (dict(seed=7), None, '--seed is 1, 7'), (dict(data='y'), None, '--data is x, y'),
+    ({}, 'epoch;error\n1;5\n', 'test.csv is not as train.py has written it'),
+    ({}, 'epoch,error,auc\n2,20,0.7\n,,\n', 'test.csv is not as train.py has written it')])
+def test_runs_that_are_not_folds_of_one_division(tmp_path, capsys, flags, content, message):
+    runs = [write_fold(tmp_path / 'a', '1/3', 10),
+            write_fold(tmp_path / 'b', **{'fold': '2/3', 'error': 20, **flags})]
+    if content:
+        (tmp_path / 'b/test.csv').write_text(content)
+    with pytest.raises(SystemExit) as exit:
+        summarize_folds.main(runs)
+    [line] = capsys.readouterr().err.splitlines()
+    assert exit.value.code == 2 and line.startswith('summarize_folds.py: error: ')
+    assert message in line

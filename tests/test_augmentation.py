@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -97,6 +98,15 @@ def test_augmented_epochs_depend_on_seed_and_epoch_alone(tmp_path, size):
     assert torch.equal(torch.get_rng_state(), state)  # dropout's numbers are left alone
     assert not torch.equal(first[0][0], epoch(3)[0][0])
     assert not torch.equal(first[0][0], epoch(2, seed=2)[0][0])
+
+
+def test_workers_that_are_not_forked_augment_alike():
+    augment = Augmentation(auto_augment='trivialaugment', random_erasing=1.0).of_image((9, 9, 9))
+    results, image = [], torch.randint(256, (3, 20, 20), dtype=torch.uint8)
+    for each in (augment, pickle.loads(pickle.dumps(augment))):
+        torch.manual_seed(0)
+        results.append(each(image))
+    assert torch.equal(*results) and not torch.equal(results[0], image)
 
 
 def test_erased_regions_have_the_mean_colour():

@@ -211,7 +211,7 @@ def test_a_run(tmp_path, capsys, ending, size, network):
     rows = read_csv(run / 'test.csv')
     assert len(rows) == 6 and min(float(row['error']) for row in rows) == 0
     predict.main([str(root / 'val'), '--checkpoint', str(run / 'best.pth'), '--device', 'cpu',
-                  '--heatmap', str(tmp_path / 'maps'), '--csv', str(tmp_path / 'x.csv')])
+                  '--heatmap-dir', str(tmp_path / 'maps'), '--csv', str(tmp_path / 'x.csv')])
     for row in read_csv(tmp_path / 'x.csv')[::2]:
         assert Path(row['file']).parent.name == row['class']
     assert (tmp_path / f'maps/wet/0.{ending}.heatmap.png').exists()

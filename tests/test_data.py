@@ -172,6 +172,14 @@ def test_small_folders_are_held_in_memory_as_they_are(tmp_path):
     np.testing.assert_allclose(pixels[2], truth, atol=1e-3)
 
 
+@pytest.mark.parametrize('odd, size', [((200, 300), 20), ((9, 9), 20), ((20, 30), 224)])
+def test_the_size_is_that_of_typical_images(tmp_path, odd, size):
+    usual = (20, 30) if size == 20 else (200, 300)
+    write_images(tmp_path, {'train/a': 8, 'train/b': 8, 'val/a': 1, 'val/b': 1}, usual)
+    Image.new('RGB', odd).save(tmp_path / 'train/a/0.png')
+    assert datasets.describe('folder', tmp_path).image_size == size
+
+
 @pytest.mark.parametrize('image_size', [None, 66])
 def test_hidden_files_and_heatmaps_beside_the_images_are_not_read(tmp_path, image_size):
     root = write_images(tmp_path, {'train/a': 3, 'train/b': 2, 'val/a': 1, 'val/b': 2})

@@ -188,7 +188,7 @@ def test_a_run_on_dicom_images(tmp_path, capsys):
     torch.testing.assert_close(*(image_files.read_image(root / f'val/left/{name}.dcm', dataset)
                                  for name in (0, 2)))
     predict.main([str(root / 'val'), '--checkpoint', str(run / 'best.pth'), '--device', 'cpu',
-                  '--heatmap', str(tmp_path / 'maps'), '--csv', str(tmp_path / 'x.csv')])
+                  '--heatmap-dir', str(tmp_path / 'maps'), '--csv', str(tmp_path / 'x.csv')])
     found = read_csv(tmp_path / 'x.csv')
     assert len(found) == 2 * 5
     for row in found[::2]:

@@ -175,3 +175,22 @@ def test_the_check_covers_evaluation(name, part, monkeypatch):
     monkeypatch.setattr(cpu, name, lambda *args: 1.1 * function(*args))
     with pytest.raises(ValueError, match=f'{part} has other outputs by the CPU kernels'):
         fuse(network())
+
+
+def test_frozen_features_take_the_kernels_with_gradients_on():
+    model = fuse(network()).eval()
+    model.features.requires_grad_(False)
+    plain = unfuse(copy.deepcopy(model))
+    for each in (model, plain):
+        nn.functional.cross_entropy(each(IMAGES), LABELS).backward()
+    assert paths(model) == {'kernels'}
+    for mine, theirs in zip(model.classifier.parameters(), plain.classifier.parameters()):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+    images = IMAGES.clone().requires_grad_()
+    model(images).sum().backward()
+    assert paths(model) & {'layers', 'pooled first'} and images.grad.abs().sum() > 0
+    model.features.denseblock2.denselayer1.norm1.weight.requires_grad_()
+    model(IMAGES).sum().backward()
+    assert model.features.denseblock1.path == 'kernels'
+    assert model.features.denseblock2.path == 'layers'
+    assert model.features.denseblock2.denselayer1.norm1.weight.grad.abs().sum() > 0

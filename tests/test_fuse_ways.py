@@ -1,25 +1,31 @@
 """fuse refuses, or falls back with a reason, if the fused block would compute something else."""
 
 import copy
+import gc
 import io
 import itertools
 import json
 import pickle
 import re
+import threading
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 from conftest import read_csv
 from torch import nn
+from torch.utils._pytree import tree_map
 
 import densenet
 import fused_dense_block
 import train
 from densenet import DenseNet, densenet_cifar
-from fused_dense_block import cpu, fuse, unfuse
+from fused_dense_block import cpu, fuse, selfcheck, unfuse
 from training import checkpoint, networks
 
 
@@ -124,6 +130,12 @@ class Dropped(densenet.DenseLayer):  # stochastic depth
         return torch.zeros_like(y) if self.training and torch.rand(()) < 0.01 else y
 
 
+class DroppedByNumPy(densenet.DenseLayer):
+    def forward(self, features):
+        y = super().forward(features)
+        return torch.zeros_like(y) if self.training and np.random.rand() < 0.01 else y
+
+
 class Clamped(densenet.DenseLayer):
     def forward(self, features):
         self.relu1.forward = torch.nn.functional.relu6
@@ -173,7 +185,8 @@ def set_class(cls, **tensors):
 
 
 EDITS = {  # of a layer, by the message
-    'random numbers have a relative difference': set_class(Dropped),
+    'draws random numbers in its forward': set_class(Dropped),
+    'draws random numbers in its (forward)': set_class(DroppedByNumPy),
     'sets the attribute relu1|outputs have a relative': set_class(Clamped),
     'denselayer2.gain is not part of a norm': set_class(Scaled, gain=nn.Parameter(torch.ones(()))),
     'denselayer2.idle is not part of a norm': set_class(Unused, idle=nn.Parameter(torch.ones(3))),
@@ -181,6 +194,13 @@ EDITS = {  # of a layer, by the message
     'sets the attribute calls': set_class(Counting),
     'has the attribute maps, a list': lambda model: setattr(
         model.features.denseblock1.denselayer2, 'maps', []),
+    'has the attribute config, a SimpleNamespace': lambda model: setattr(
+        model.features.denseblock1.denselayer2, 'config', SimpleNamespace(scale=1.0)),
+    'denselayer2.norm1.bias is None': lambda model: setattr(
+        model.features.denseblock1.denselayer2.norm1, 'bias', None),
+    'has a norm in two places': lambda model: setattr(
+        model.features.denseblock1.denselayer2, 'norm2',
+        model.features.denseblock1.denselayer1.norm2),
     ' does not return one tensor of shape': lambda model: setattr(
         model.features.denseblock1, '__class__', Narrow),
 }
@@ -332,7 +352,7 @@ def test_a_norm_without_a_counter_trains_as_without_fuse():
     for net in (plain, model):
         net.features.denseblock1.denselayer1.norm2.num_batches_tracked = None
     torch.testing.assert_close(model(images(torch.float64)), plain(images(torch.float64)))
-    assert model.features.denseblock1.reason == 'a norm without num_batches_tracked'
+    assert 'num_batches_tracked is None' in model.features.denseblock1.reason
 
 
 def test_a_replica_of_data_parallel_runs_layer_by_layer():
@@ -345,6 +365,126 @@ def test_a_replica_of_data_parallel_runs_layer_by_layer():
             setattr(replica, name, None if parameter is None else parameter.detach().clone())
     torch.testing.assert_close(replicas[model](x), model(x))
     assert 'nn.DataParallel' in replicas[model.features.denseblock1].reason
+
+
+class Wrapper(torch.Tensor):
+    """A tensor without memory of its own, as DTensor."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype,
+                                                   strides=inner.stride())
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        args, kwargs = tree_map(lambda x: x.inner if isinstance(x, Wrapper) else x,
+                                (args, kwargs or {}))
+        return tree_map(lambda y: Wrapper(y) if isinstance(y, torch.Tensor) else y,
+                        func(*args, **kwargs))
+
+
+@pytest.mark.parametrize('wrap', ['input', 'weight'])
+def test_tensors_of_other_classes_run_layer_by_layer(wrap):
+    plain, model = small_net().eval(), fuse(small_net().eval())
+    x, results = images(size=16).contiguous(memory_format=torch.channels_last), []
+    for net in (plain, model):
+        block = net.features.denseblock1
+        maps = net.features.conv0(x)
+        with torch.no_grad():
+            block(maps)
+            if wrap == 'weight':
+                conv = block.denselayer1.conv1
+                conv.weight = nn.Parameter(Wrapper(conv.weight.detach()), requires_grad=False)
+            results.append(block(Wrapper(maps) if wrap == 'input' else maps).inner)
+    torch.testing.assert_close(*results)
+    assert block.reason == 'a tensor of the class Wrapper'
+
+
+def test_what_fuse_has_verified_is_not_verified_again(monkeypatch):
+    model = fuse(small_net())
+    monkeypatch.setattr(selfcheck, 'verify', None)
+    model(images())
+    with torch.no_grad():
+        model.eval()(images())
+    assert {part.reason for part in fused_parts(model).values()} <= {
+        None, 'the input is not in channels_last'}
+
+
+def test_a_copy_of_a_compiled_block_has_its_own_weights():
+    model = fuse(small_net().eval())
+    model.features.denseblock1.compile(backend='eager')
+    twin, x = copy.deepcopy(model), images()
+    with torch.no_grad():
+        for parameter in twin.features.denseblock1.parameters():
+            parameter.mul_(2)
+        truth = unfuse(copy.deepcopy(twin))(x)
+        torch.testing.assert_close(twin(x), truth, rtol=1e-4, atol=1e-4)
+        assert (truth - model(x)).abs().max() > 0.01
+    pickle.dumps(model)
+
+
+def test_other_threads_may_draw_random_numbers():
+    nets, drawn, ended = [small_net() for _ in range(3)], [], threading.Event()
+
+    def augment():
+        while not ended.wait(0.001):
+            drawn.append(torch.rand(2).tolist())
+
+    thread = threading.Thread(target=augment)
+    thread.start()
+    try:
+        for net in nets:
+            fuse(net)
+    finally:
+        ended.set()
+        thread.join()
+    assert len(drawn) == len({*map(tuple, drawn)}) > 10  # the generator was not set back
+
+
+def test_what_autograd_saves_may_change_its_layout():
+    gradients = []
+    for net in (small_net(), fuse(small_net())):
+        net.to(memory_format=torch.channels_last)
+        with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.contiguous, lambda x: x):
+            net(images()).square().sum().backward()
+        gradients.append([parameter.grad for parameter in net.parameters()])
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+
+
+def test_a_deleted_model_is_freed():
+    for _ in range(2):  # the first time, what is imported may keep frames
+        gc.collect()
+        gc.disable()
+        model = fuse(small_net())
+        model(images()).sum().backward()
+        model.eval()
+        with torch.no_grad():
+            model(images())
+        weight = weakref.ref(model.features.denseblock1.denselayer1.conv1.weight)
+        del model
+        gc.enable()
+    assert weight() is None
+
+
+def test_a_convolution_that_is_patched_later_is_noticed(monkeypatch):
+    model, plain, x = fuse(small_net().eval()), small_net().eval(), images()
+    with torch.no_grad():
+        model(x)
+        conv = nn.Conv2d._conv_forward
+        monkeypatch.setattr(nn.Conv2d, '_conv_forward', lambda *args: 2 * conv(*args))
+        torch.testing.assert_close(model(x), plain(x))
+
+
+def test_gradients_that_are_only_rounding_errors_do_not_matter():
+    fuse(small_net(growth_rate=1, block_config=(3, 3), num_init_features=1, bn_size=1))
+
+
+def test_torchscript_is_refused():
+    with pytest.raises(ValueError, match='TorchScript'):
+        fuse(torch.jit.trace(small_net().eval(), images()))
 
 
 def test_modules_without_dense_blocks_are_refused():

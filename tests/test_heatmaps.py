@@ -180,10 +180,10 @@ def heatmaps(monkeypatch, *argv):
 
 def test_scales_and_texts(scans, monkeypatch, capsys):
     folder, _ = scans
-    texts, scales, highest = heatmaps(monkeypatch, folder, '--heatmap', folder / 'maps')
+    texts, scales, highest = heatmaps(monkeypatch, folder, '--heatmap-dir', folder / 'maps')
     first = [line.split(': ')[1].split()[0] for line in capsys.readouterr().out.splitlines()]
     assert [text.split()[0] for text in texts] == first and scales == highest
-    texts, scales, highest = heatmaps(monkeypatch, folder, '--heatmap', folder / 'maps',
+    texts, scales, highest = heatmaps(monkeypatch, folder, '--heatmap-dir', folder / 'maps',
                                       '--class', 'rib', '--one-scale')
     assert scales == (max(highest),) * 3 and len({*highest}) == 3
     assert all(text.startswith('rib ') and text.endswith('%') for text in texts)

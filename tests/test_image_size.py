@@ -99,7 +99,7 @@ def test_a_run(tmp_path, capsys, size, network):
     train.main(['--evaluate', '--resume', str(run / 'best.pth'), '--device', 'cpu'])
     rows = read_csv(run / 'predictions.csv')
     predict.main([str(root / 'val'), '--checkpoint', str(run / 'best.pth'), '--device', 'cpu',
-                  '--csv', str(tmp_path / 'x.csv'), '--heatmap', str(tmp_path / 'maps')])
+                  '--csv', str(tmp_path / 'x.csv'), '--heatmap-dir', str(tmp_path / 'maps')])
     found = {row['file']: row for row in reversed(read_csv(tmp_path / 'x.csv'))}
     for row in rows:
         assert abs(float(row['probability']) - float(found[row['file']]['probability'])) < 1e-4

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import functools
 import math
+import re
 import shutil
 
 import numpy as np
@@ -16,7 +17,16 @@ from forked import run_interrupted
 from PIL import Image
 
 import train
-from training import checkpoint, datasets, evaluation, folds, labels, loaders, losses
+from training import (
+    checkpoint,
+    datasets,
+    evaluation,
+    folds,
+    image_files,
+    labels,
+    loaders,
+    losses,
+)
 from training.console import DataError
 
 pytestmark = pytest.mark.usefixtures('no_figures')
@@ -108,6 +118,44 @@ def test_empty_columns_are_left_out_and_equal_labels_are_a_warning(tmp_path, cap
     assert dataset.classes == ('a', 'b')
     loaders.make_loader(dataset, 'train', 2, device=CPU)
     assert 'all known labels to train on are the same for b' in capsys.readouterr().err
+
+
+def test_names_of_columns_in_any_case_and_those_not_used(tmp_path, capsys):
+    root = write_images(tmp_path, {'x': 6}, (8, 8))
+    path = write_csv(tmp_path / 'x.csv', [
+        ('File', 'LABEL', 'Split', 'Patient_ID', 'age'),
+        *((f'x/{i}.png', 'ab'[i % 2], 'Train' if i < 4 else 'test', f'p{i}', 50)
+          for i in range(6))])
+    assert re.search('row 2 .Train., row 3 .Train., .* is none of train', fails(
+        capsys, '--dataset', 'folder', '--data', root, '--labels', path))
+    path.write_text(path.read_text().replace('Train', 'train'))
+    dataset = datasets.describe('folder', root, labels_file=path)
+    said = []
+    images = image_files.list_images(dataset, 'train', said.append)
+    assert len(images) == 4 and dataset.classes == ('a', 'b')
+    assert 'not used: Patient_ID, age; ' in said[0] and len(said) == 1
+
+
+def test_labels_that_are_not_utf_8_are_named(tmp_path):
+    for content in ('file,label\na.png,Ödem\n', 'file,Ödem\na.png,1\n'):
+        (tmp_path / 'x.csv').write_text(content, encoding='cp1252')
+        with pytest.raises(DataError, match='is not in UTF-8: save it as "CSV UTF-8"'):
+            labels.read_table(tmp_path / 'x.csv')
+
+
+@pytest.mark.parametrize('multi_label', [False, True])
+def test_a_class_that_is_held_out_as_a_whole_is_a_warning(tmp_path, multi_label):
+    root = write_images(tmp_path, {'x': 12}, (8, 8))
+    rows = [(f'x/{i}.png', *((int(i < 2), i % 2) if multi_label else ['rare' if i < 2 else 'b']),
+             'one patient' if i < 2 else f'p{i}') for i in range(12)]
+    path = write_csv(tmp_path / 'x.csv', [
+        ('file', *(('rare', 'b') if multi_label else ['label']), 'group'), *rows])
+    warned = []
+    for i in range(1, 4):
+        said, dataset = [], datasets.describe('folder', root, labels_file=path, fold=f'{i}/3')
+        image_files.list_images(dataset, 'train', said.append)
+        warned += said
+    assert len(warned) == 1 and 'all images of rare are held out: none is left' in warned[0]
 
 
 def test_a_patient_in_two_splits_is_a_warning(tmp_path, capsys):

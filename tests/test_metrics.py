@@ -100,6 +100,14 @@ def test_resamples_are_the_same_however_many_are_in_memory(monkeypatch):
     assert metrics.bootstrap(statistics, np.arange(90))['x'].tolist() == whole.tolist()
 
 
+def test_what_is_the_same_in_all_resamples_has_no_interval():
+    hits = np.stack([np.ones(30), np.arange(30) % 2])
+    found = metrics.bootstrap(lambda weights: {'each': hits @ weights, 'all': hits[0] @ weights},
+                              np.arange(30))
+    assert np.isnan(found['each'][:, 0]).all() and np.isfinite(found['each'][:, 1]).all()
+    assert np.isnan(found['all']).all()
+
+
 def test_whole_groups_are_drawn():
     groups = ['a', None, 'b', 'a', None, 'b', 'a', '']
     units = metrics.units(groups, 8)

@@ -161,4 +161,4 @@ def test_a_resumed_run_keeps_its_split_and_other_data_are_all_tested(tmp_path, c
     more = write_images(tmp_path / 'more', {'test/a': 3, 'test/b': 4}, (8, 8))
     train.main(['--evaluate', '--resume', str(tmp_path / 'run/best.pth'), '--data', str(more),
                 '--device', 'cpu'])
-    assert len(read_csv(tmp_path / 'run/predictions.csv')) == 7
+    assert len(read_csv(tmp_path / 'run/on-more/predictions.csv')) == 7

@@ -60,7 +60,7 @@ def write_report(directory, capsys, test, val=None):
     sys.stdout.reconfigure(errors='backslashreplace')  # as in train.py
     answers = {'test': test} if val is None else {'test': test, 'val': val}
     dataset = SimpleNamespace(name='folder', root='more', labels_file=None, in_memory=True)
-    evaluation.write_report(answers, dataset, directory)
+    evaluation.write_report(answers, dataset, directory, 'best.pth, after epoch 7')
     return (capsys.readouterr().out.splitlines(),
             json.loads((directory / 'metrics.json').read_text()))
 
@@ -343,7 +343,7 @@ def test_report_of_a_model(tmp_path, monkeypatch, capsys):
                               classes=('a', 'b', 'c'), selection_split='val')
     args = SimpleNamespace(save=str(tmp_path / 'run'), batch_size=4, workers=0, ten_crop=False)
     directory = evaluation.report(PixelsAsLogits(), dataset, torch.device('cpu'),
-                                  torch.autocast('cpu', enabled=False), args)
+                                  torch.autocast('cpu', enabled=False), args, 'best.pth')
     for split, loader in made.items():
         found = predictions.read_predictions(directory, split)
         np.testing.assert_allclose(found.logits, (loader.images[:, :, 0, 0].numpy() - 100.0) / 50,
@@ -463,7 +463,8 @@ def test_the_page_has_all_in_one_file_and_escapes_names(tmp_path, capsys):
     page = Page((tmp_path / 'out/report.html').read_text(encoding='utf-8'))
     assert page.open == [] and page.texts[-1] == '2.6'
     assert {'<b>run & co', names[0], 'caf\ufffd', 'a & b', '<i>'} <= set(page.texts)
-    assert any(text.startswith('Tested on folder in more.') for text in page.texts)
+    assert any(text.startswith('best.pth, after epoch 7, tested on folder in more.')
+               for text in page.texts)
     row = record['splits']['test']['classes'][0]
     low, high = row['auc_interval']
     assert f'{row["auc"]:.3f} ({low:.3f} to {high:.3f})' in page.texts

@@ -10,9 +10,11 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -339,7 +341,8 @@ def test_the_sums_survive_a_change_of_the_number_of_processes(monkeypatch):
             monkeypatch.setattr(checkpoint.distributed, 'rank', lambda rank=rank: rank)
             monkeypatch.setattr(checkpoint.distributed, 'world_size', lambda n=processes: n)
             loader = SimpleNamespace(num_images=0, digest='')
-            checkpoint.resume(state, {**saved, 'args': {}}, flags_of(), loader, loader)
+            checkpoint.resume(state, {**saved, 'args': {}, 'dataset': {'image_size': 32}},
+                              flags_of('--image-size', '32'), loader, loader)
             assert state.sums.tolist() == expected[rank]
             assert torch.initial_seed() == (rank if rank < 2 else 9)
 
@@ -670,6 +673,36 @@ def test_pretrained_weights_and_a_new_classifier(folder, small, tmp_path, capsys
                 str(tmp_path / 'tested')])
     error = read_csv(tmp_path / 'old/test.csv')[0]['error']
     assert f'error {float(error):.2f}%' in capsys.readouterr().out
+
+
+def test_negative_values_in_scientific_notation():
+    args = flags.complete(flags.parse(['--value-range', '-3e-5', '-1E-05']))
+    assert args.value_range == [-3e-5, -1e-5]
+
+
+def test_a_report_on_other_weights_or_data_has_a_directory_of_its_own():
+    def directory(*argv, **saved):
+        given, saved = flags.parse(argv), {'dataset': 'folder', 'data': 'a', **saved}
+        return checkpoint.other_data(given, saved), flags.run_directory(flags.complete(given))
+
+    assert directory('--evaluate', '--pretrained', '--dataset', 'imagenet')[1] == Path(
+        'work/imagenet.pretrained')
+    for argv, others in (([], None), (['--data', './a'], None), (['--data', '/x/b.c/'], 'b'),
+                         (['--labels', 'x/y.csv'], 'y'), (['--dataset', 'svhn'], 'svhn')):
+        assert directory('--resume', 'r/best.pth', '--evaluate', *argv)[0] == others
+
+
+@pytest.mark.usefixtures('no_figures')
+def test_other_data_do_not_replace_the_report_of_a_run(folder, small, tmp_path):
+    run = tmp_path / 'run'
+    train.main([*small, '--epochs', '1', '--save', str(run)])
+    train.main(['--evaluate', '--save', str(run), '--resume'])
+    before = (run / 'metrics.json').read_bytes()
+    shutil.copytree(folder, tmp_path / 'hospital2')
+    train.main(['--evaluate', '--resume', str(run / 'best.pth'), '--data',
+                str(tmp_path / 'hospital2')])
+    assert (run / 'metrics.json').read_bytes() == before
+    assert 'hospital2' in (run / 'on-hospital2/metrics.json').read_text()
 
 
 @pytest.mark.usefixtures('no_figures')

@@ -570,3 +570,11 @@ def test_lua_torch_says_what_is_wrong(tmp_path):
     loop.fields['modules'] = [loop]
     (tmp_path / 'loop.t7').write_bytes(LuaWriter().write(loop))
     assert lua_torch.load_modules(tmp_path / 'loop.t7') == []
+
+
+def test_the_averages_of_our_own_run_are_taken(tmp_path):
+    model, other = densenet.densenet_cifar(10, 4), densenet.densenet_cifar(10, 4)
+    torch.save({'model': other.state_dict(), 'trained_model': model.state_dict()},
+               tmp_path / 'best.pth')
+    found, *_ = weights.read_weights(tmp_path / 'best.pth', '', model)
+    assert torch.equal(found['classifier.weight'], other.classifier.weight)

@@ -5,6 +5,7 @@
     images, labels = augmentation.mix(images, labels, 10, np.random.default_rng(seed))
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -44,12 +45,7 @@ class Augmentation:
         policy = getattr(v2, AUTO_AUGMENT[self.auto_augment])() if self.auto_augment else None
         erase = {dtype: v2.RandomErasing(self.random_erasing, value=[v * scale for v in mean])
                  for dtype, scale in ((torch.uint8, 1), (torch.float32, 1 / 255))}
-
-        def augment(image):
-            image = policy(image) if policy else image
-            return erase[image.dtype](image)
-
-        return augment
+        return functools.partial(_augment, policy, erase)
 
     def mix(self, images, labels, num_classes, rng):
         """MixUp (Zhang et al. 2018) or CutMix (Yun et al. 2019) of images 0 and 1, 2 and 3, ...
@@ -70,17 +66,22 @@ class Augmentation:
             labels = F.one_hot(labels.clamp(min=0), num_classes).float() * has_label
         uses_cutmix = self.cutmix > 0 and (self.mixup == 0 or rng.random() < 0.5)
         alpha = self.cutmix if uses_cutmix else self.mixup
-        own = rng.beta(alpha, alpha)  # weight of the image, against its partner's
+        lam = rng.beta(alpha, alpha)  # weight of the image, against its partner's
         partner = torch.arange(len(images), device=images.device)
         partner[:len(images) // 2 * 2] ^= 1
         if uses_cutmix:
-            rows, columns = random_box(images.shape[2:], 1 - own, rng)
+            rows, columns = random_box(images.shape[2:], 1 - lam, rng)
             mixed = images.clone()
             mixed[:, :, rows, columns] = images[partner][:, :, rows, columns]
-            own = 1 - images[0, 0, rows, columns].numel() / images[0, 0].numel()
+            lam = 1 - images[0, 0, rows, columns].numel() / images[0, 0].numel()
         else:
-            mixed = images.lerp(images[partner], 1 - own)
-        return mixed, labels.lerp(labels[partner], 1 - own)
+            mixed = images.lerp(images[partner], 1 - lam)
+        return mixed, labels.lerp(labels[partner], 1 - lam)
+
+
+def _augment(policy, erase, image):  # not a closure: started, not forked workers pickle it
+    image = policy(image) if policy else image
+    return erase[image.dtype](image)
 
 
 def random_box(size, area, rng):

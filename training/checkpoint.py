@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from training import datasets, distributed, flags, torch_files
+from training import datasets, distributed, flags, image_files, torch_files
 from training.console import UserError, explain_errors, say, warn
 from training.datasets import DATASETS
 
@@ -58,14 +58,16 @@ def with_saved_flags(given, parser=None):
     if not (args.resume or args.evaluate):  # a repeated command: --pretrained was for the start
         given = argparse.Namespace(**{flag: value for flag, value in vars(given).items()
                                       if flag not in ('pretrained', 'reset_classifier')})
-    if args.evaluate and any(is_another_path(given, saved_flags, flag)
-                             for flag in ('data', 'labels')):
+    others = other_data(given, saved_flags) if args.evaluate else None
+    if others:
         held_out = saved_flags.get('val_split') or saved_flags.get('fold')
         for flag in ('labels', 'val_split', 'fold'):  # test on all images of other data
             saved_flags.pop(flag, None)
         if held_out and getattr(given, 'labels', None) is not None:
             warn(f'{given.labels}: images that {found} was trained on, if there are any, make the '
                  f'result too good')
+        if not (args.save or args.name):  # keep the report on the run's own data
+            given.save = str(path.parent / f'on-{others}')
     args = flags.complete(argparse.Namespace(**{**vars(given), 'resume': found}), saved_flags,
                           parser)
     if args.evaluate:  # another split would test on training images
@@ -73,42 +75,23 @@ def with_saved_flags(given, parser=None):
     return args, saved
 
 
-def is_another_path(given, saved_flags, flag):
-    """True if a path is given that is not the checkpoint's."""
-    path, before = getattr(given, flag, None), saved_flags.get(flag)
-    return path is not None and (before is None or Path(path).resolve() != Path(before).resolve())
+def other_data(given, saved_flags):
+    """A name of the data that are given, if they are not those of the checkpoint."""
+    if getattr(given, 'dataset', None) not in (None, saved_flags.get('dataset')):
+        return given.dataset
+    for flag in ('data', 'labels'):
+        path, before = getattr(given, flag, None), saved_flags.get(flag)
+        if path is not None and (before is None or Path(path).resolve() != Path(before).resolve()):
+            return Path(path).resolve().stem
+    return None
 
 
 def check_contents(saved, source):
-    """Check a checkpoint's description of network and images, before memory is allocated for them.
-
-    Raises:
-        UserError: it is missing, has values that the command line would refuse, or more layers than
-            weights.
-    """
+    """Raises UserError if a checkpoint lacks the network, or has data of an unknown kind."""
     if not all(isinstance(saved.get(key), dict) for key in ('config', 'dataset', 'model')):
         raise UserError(f'{source} holds no run: it lacks the network or the classes')
-    config, model = saved['config'], saved['model']
-    with explain_errors(f'{source} is no checkpoint of train.py, or an altered one'):
-        dataset = datasets.Description(root=None, **saved['dataset'])
-        needed = {'dataset': dataset.name, 'image_size': dataset.image_size, 'mean': dataset.mean,
-                  'std': dataset.std}
-        if (None in needed.values()
-                or not len(dataset.classes) == len({*dataset.classes}) == config['num_classes']
-                or not all(isinstance(name, str) for name in dataset.classes)):
-            raise ValueError(f'its data set is {saved["dataset"]}')
-        if not isinstance(saved.get('cpu_kernels'), (str, type(None))):
-            raise ValueError(f'its cpu_kernels are {saved["cpu_kernels"]}')
-        flags.check_values({**needed, 'val_split': dataset.val_split, 'seed': dataset.split_seed,
-                            'value_range': dataset.value_range}, flags.make_parser())
-        if not len(dataset.mean) == len(dataset.std) == config['in_channels']:
-            raise ValueError(f'it has statistics of {len(dataset.mean)} channels, and images of '
-                             f'{config["in_channels"]}')
-        args = saved.get('args') or {}
-        layers = max(args.get('depth') or 0, sum(args.get('block_config') or ()),
-                     sum(config['block_config']))
-        if layers > len(model):
-            raise ValueError(f'it has {layers} layers, and {len(model)} weights')
+    with explain_errors(f'{source} is not a checkpoint of this version of train.py'):
+        datasets.Description(root=None, **saved['dataset'])
 
 
 def check_network(build, state_dict, source):
@@ -200,10 +183,7 @@ def resume(state, saved, args, train_loader, eval_loader):
         load_scaler(state.scaler, saved['scaler'], source)
         if state.averages:
             state.averages.load(saved['model'], saved['average_updates'])
-        counters = {name: saved[name] for name in state.counters()}
-        if structure(counters) != structure(state.counters()):
-            raise ValueError('its counters are of other types')
-        vars(state).update(counters)
+        vars(state).update({name: saved[name] for name in state.counters()})
         processes = saved['processes']
         if rank < len(processes):
             state.set_random_state(processes[rank]['rng'])
@@ -219,9 +199,6 @@ def resume(state, saved, args, train_loader, eval_loader):
                  for values in (before, now)]
         raise UserError(f'{source} was saved within an epoch of {texts[0]}, and can\'t be resumed '
                         f'with {texts[1]}; --start-epoch {state.epoch} starts that epoch again')
-    if state.epoch < 1 or state.step and not 0 < state.step <= len(train_loader):
-        raise UserError(f'{source} is an altered checkpoint: it is in epoch {state.epoch} after '
-                        f'step {state.step}')
 
 
 def structure(values):
@@ -251,6 +228,12 @@ def warn_of_other_images(state, saved, args, train_loader, eval_loader):
     """Warn if images have changed since the checkpoint."""
     now = digests(train_loader, eval_loader)
     before = saved.get('digests', now)
+    sizes = [datasets.sides(size) for size in (saved['dataset']['image_size'], args.image_size)]
+    if sizes[0] != sizes[1] or args.ten_crop != saved['args'].get('ten_crop', args.ten_crop):
+        state.reset_best()
+        if distributed.rank() == 0:
+            warn('--image-size or --ten-crop has changed, and with it the results: best.pth is '
+                 'chosen anew')
     for split, digest in now.items():
         if before[split] == digest:
             continue
@@ -269,8 +252,6 @@ def warn_of_other_held_out_images(dataset, saved, source):
     """Warn if the images held out for an evaluation are not those of the checkpoint."""
     split = dataset.selection_split
     if dataset.is_divided(split) and DATASETS[dataset.name].read is None and 'digests' in saved:
-        from training import image_files  # imports torchvision
-
         if image_files.list_images(dataset, split).digest() != saved['digests']['test']:
             warn(f'the held out images are not those of {source}: some images were added, removed, '
                  f'renamed or relabelled, and it may have been trained on some that are now held '
@@ -362,6 +343,14 @@ def load_newest(path):
         with contextlib.suppress(UserError):
             return f'{path}.1', load(f'{path}.1')
         raise
+
+
+def progress(saved):
+    """How far the run of a checkpoint, perhaps of its weights alone, has come."""
+    epoch, step = saved.get('epoch'), saved.get('step')
+    if epoch is None:
+        return 'of an unknown epoch'
+    return f'in epoch {epoch} after step {step}' if step else f'after epoch {epoch - 1}'
 
 
 def check_finite(model, source):

@@ -31,6 +31,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median_low
 
 import numpy as np
 
@@ -140,8 +141,8 @@ def describe(name, root='work/data', image_size=None, split='train', *, in_chann
         root: where the files are, or are downloaded to; for imagenet and folder, the folder with
             the splits (`find_splits`), each with a folder of images per class.
         image_size, in_channels, value_range, labels_file, workers: for folders of images only.
-        image_size: one number or (height, width). By default 224 or, if the first image has at most
-            `SMALL` pixels a side, its shorter side.
+        image_size: one number or (height, width). By default 224 or, if the median image has at
+            most `SMALL` pixels a side, the median shorter side.
         split: 'train' or 'test', whose folders are the classes.
         in_channels: 1 for grey, 3 for colours, or any other number, which all images must then
             have. ImageNet's statistics are averaged for 1, and repeated for other numbers.
@@ -184,10 +185,11 @@ def describe(name, root='work/data', image_size=None, split='train', *, in_chann
     if name == 'imagenet':
         return dataset
     samples = image_files.list_images(dataset, split)
-    first = image_files.first_readable(samples, in_channels)
-    if image_size is None and max(first.size) <= SMALL:
-        dataset = dataclasses.replace(dataset, image_size=min(first.size))
-    if value_range is None and split == 'train' and image_files.needs_range(first):
+    images = image_files.some_readable(samples, in_channels)
+    if image_size is None and median_low(max(image.size) for image in images) <= SMALL:
+        dataset = dataclasses.replace(
+            dataset, image_size=median_low(min(image.size) for image in images))
+    if value_range is None and split == 'train' and image_files.needs_range(images[0]):
         value_range = image_files.measure_range(samples, in_channels, workers)
         dataset = dataclasses.replace(dataset, value_range=value_range)
     return dataset
@@ -460,7 +462,8 @@ DATASETS = {
         recipe_without_augment=dict(drop_rate=0.2)),
     'svhn': Dataset(
         classes=tuple('0123456789'), image_size=32, read=read_svhn,
-        mean=(0.0,) * 3, std=(255.0,) * 3, augment=False, recipe=dict(epochs=40, drop_rate=0.2)),
+        mean=(0.0,) * 3, std=(255.0,) * 3, augment=False,
+        recipe=dict(epochs=40, drop_rate=0.2, mirror=False)),
     'imagenet': Dataset(
         **IMAGENET_STATISTICS, recipe=dict(epochs=90, batch_size=256), lr_drop_every=30),
     'folder': Dataset(**IMAGENET_STATISTICS),

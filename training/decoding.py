@@ -98,23 +98,9 @@ def decode(path, channels=3):
         elif suffix in ('.tif', '.tiff') and channels not in (1, 3):
             values = formats.read_tiff(path, channels)
         else:
-            # Pillow 11 to 13 scrambles turned grey TIFFs that it opens by their path.
-            with open(path, 'rb') as file, Image.open(file) as image:
-                if channels not in (1, 3):
-                    values = formats.read_bands(image, path, channels)
-                else:
-                    formats.check_contents(image)
-                    values = formats.read_high_depth(image, path)
-                    if values is None:
-                        picture = convert(image, 'RGB' if channels == 3 else 'L')
-                        orientation = formats.orientation(image)
-                        if orientation == 1:
-                            return picture
-                        upright = formats.turn(np.asarray(picture), orientation)
-                        return Image.fromarray(np.ascontiguousarray(upright))
-                    if values.ndim == 3:
-                        values = values.transpose(1, 2, 0)
-                values = formats.turn(values, formats.orientation(image))
+            values = _read_with_pillow(path, channels)
+            if isinstance(values, Image.Image):
+                return values
         return make_image(values, channels, white_is_low)
     except SetupError as error:
         raise SetupError(f'{path}: {error}') from None
@@ -123,6 +109,25 @@ def decode(path, channels=3):
         if error.startswith('cannot identify image file'):  # followed by the path
             error = 'damaged, or in a format that Pillow does not know: save it as PNG'
         raise DataError(f'{path}: cannot be read as an image ({error})') from None
+
+
+def _read_with_pillow(path, channels):
+    """An 8-bit image of mode L or RGB, or an array [H, W] or [H, W, C]; upright."""
+    # Pillow 11 to 13 scrambles turned grey TIFFs that it opens by their path.
+    with open(path, 'rb') as file, Image.open(file) as image:
+        if channels not in (1, 3):
+            values = formats.read_bands(image, path, channels)
+            return formats.turn(values, formats.orientation(image))
+        formats.check_contents(image)
+        values = formats.read_high_depth(image, path)
+        if values is None:
+            picture = convert(image, 'RGB' if channels == 3 else 'L')
+            if formats.orientation(image) == 1:
+                return picture
+            values = np.asarray(picture)
+        elif values.ndim == 3:
+            values = values.transpose(1, 2, 0)
+        return formats.turn(values, formats.orientation(image))
 
 
 def make_image(values, channels, white_is_low=False):
@@ -138,7 +143,8 @@ def make_image(values, channels, white_is_low=False):
     if values.dtype != np.uint8:
         limits = {}
     elif channels in (1, 3):
-        return convert(Image.fromarray(values), 'RGB' if channels == 3 else 'L')
+        picture = Image.fromarray(np.ascontiguousarray(values))
+        return convert(picture, 'RGB' if channels == 3 else 'L')
     else:
         limits = dict(low=0, high=255)
     bands = values[None] if values.ndim == 2 else values.transpose(2, 0, 1)

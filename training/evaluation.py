@@ -5,7 +5,6 @@
                                                                 # predictions.py
 """
 
-import json
 import math
 from typing import NamedTuple
 
@@ -24,6 +23,7 @@ from training import (
 )
 from training.console import say
 from training.csv_files import escape_formula
+from training.json_files import write_json
 from training.predictions import Predictions
 
 MAX_CLASSES = 20    # the table has all classes up to this number,
@@ -78,7 +78,7 @@ def evaluate(model, loader, autocast, stop=None, outputs=None, auc=False):
     for images, labels in loader:
         logits = classify(model, images, autocast)
         multi_label = labels.dim() == 2
-        loss_sum, _ = losses.choose(multi_label)
+        loss_sum, _ = losses.for_task(multi_label)
         error_counts = _multi_label_counts if multi_label else _error_counts
         counts, errors, errors5 = error_counts(logits, labels)
         sums = sums + torch.stack([loss_sum(logits, labels), errors, errors5])
@@ -90,9 +90,7 @@ def evaluate(model, loader, autocast, stop=None, outputs=None, auc=False):
     loss, error, error5 = (value / loader.num_images
                            for value in distributed.all_reduce(sums).tolist())
     counts = distributed.all_reduce(per_class).cpu().double()  # MPS has no float64
-    balanced = mean_class_error(counts[1], counts[0])
-    if multi_label:
-        balanced = 100 * (counts[1::2] / counts[::2]).mean(0).nanmean().item()
+    balanced = 100 * (counts[1::2] / counts[::2]).mean(0).nanmean().item()
     area = mean_auc(*gather(outputs, loader.num_images)) if auc else math.nan
     return TestResult(loss, 100 * error, 100 * error5, balanced, counts.shape[1], area)
 
@@ -138,11 +136,6 @@ def mean_auc(labels, logits):
     return metrics.mean_over_classes(np.stack(areas)).item()
 
 
-def mean_class_error(errors, images):
-    """The error per class, in percent, averaged over the classes that have images."""
-    return 100 * (errors / images).nanmean().item()
-
-
 # ---- report -------------------------------------------------------------------------------
 
 class SplitResult(NamedTuple):
@@ -153,8 +146,8 @@ class SplitResult(NamedTuple):
     predictions: Predictions
 
 
-def report(model, dataset, device, autocast, args):
-    """Test the model: print the metrics, and write the files of predictions.py.
+def report(model, dataset, device, autocast, args, source):
+    """Test the model of `source`: print the metrics, and write the files of predictions.py.
 
     If there is a validation split that chose best.pth, thresholds and temperature are fitted on it.
     Returns the directory of the files (None on ranks above 0).
@@ -166,15 +159,19 @@ def report(model, dataset, device, autocast, args):
         return None
     directory = flags.run_directory(args)
     directory.mkdir(parents=True, exist_ok=True)
-    write_report(results, dataset, directory)
+    write_report(results, dataset, directory, source)
     return directory
 
 
-def write_report(results, dataset, directory):
-    """Print and write the metrics of `results`, {'test': SplitResult} and perhaps 'val'."""
+def write_report(results, dataset, directory, source):
+    """Print and write the metrics of `results`, {'test': SplitResult} and perhaps 'val'.
+
+    `source` says which model this is: in a run that went on, best.pth may now be another one.
+    """
     multi_label = results['test'].predictions.multi_label
     chosen = choose_on_val(results['val'].predictions) if 'val' in results else {}
     record = {
+        'model': source,
         'data': f'{dataset.name} in {dataset.labels_file or dataset.root}',
         'multi_label': multi_label,
         'threshold_rule': 'youden' if chosen else '0.5' if multi_label else 'argmax',
@@ -184,8 +181,8 @@ def write_report(results, dataset, directory):
     for split, summary in reversed(record['splits'].items()):
         say('\n'.join(lines(split, summary, record)))
         save_split(directory, split, results[split])
-    (directory / 'metrics.json').write_text(json.dumps(record, indent=1))
     save_mistakes(directory / 'mistakes.npz', results['test'], dataset, chosen.get('thresholds'))
+    write_json(directory / 'metrics.json', record)
 
 
 def evaluate_split(model, dataset, split, device, autocast, args):
@@ -233,8 +230,8 @@ def number(value, digits=4):
     return '-' if value is None else f'{value:.{digits}f}'
 
 
-def interval(ends, digits=4):
-    return '-' if ends is None else f'{ends[0]:.{digits}f} to {ends[1]:.{digits}f}'
+def interval(ends, digits=4, unit=''):
+    return '-' if ends is None else f'{ends[0]:.{digits}f} to {ends[1]:.{digits}f}{unit}'
 
 
 def lines(split, summary, record):
@@ -305,9 +302,10 @@ def percent(share):
 
 
 def headline(summary, multi_label):
-    """(metrics, prefix of their names, description): of the second of two classes, or the means.
+    """(metrics, prefix of their names, description) of the line for all classes.
 
-    (The AUC of the first of two classes is the same.)
+    With two classes, one label an image, the metrics are those of the second class (the AUC of the
+    first is the same); otherwise they are means over the classes.
     """
     if not multi_label and len(summary['classes']) == 2:
         row = summary['classes'][1]
@@ -344,8 +342,8 @@ def interval_lines(summary, record):
     output = [f'intervals: {metrics.LEVEL:.0%}, from {metrics.RESAMPLES:,} bootstrap resamples of '
               f'{summary["units"]:,} {unit}']
     if not record['multi_label']:
-        output[0] += (f'; error {interval(summary["error_interval"], 2)}%, balanced error '
-                      f'{interval(summary["balanced_error_interval"], 2)}%')
+        output[0] += (f'; error {interval(summary["error_interval"], 2, "%")}, balanced error '
+                      f'{interval(summary["balanced_error_interval"], 2, "%")}')
     if len(summary['classes']) > metrics.MAX_INTERVALS:
         output.append(f'no intervals per class for more than {metrics.MAX_INTERVALS} classes')
     return output

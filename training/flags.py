@@ -11,7 +11,6 @@ at once.
 
 import argparse
 import os
-import textwrap
 from pathlib import Path
 
 from training.console import UserError
@@ -86,8 +85,8 @@ def add_data_flags(parser):
     group.add_argument('--augment', action=argparse.BooleanOptionalAction, default=True,
                        help='crop and mirror (default: yes, svhn: no)')
     group.add_argument('--mirror', action=argparse.BooleanOptionalAction, default=True,
-                       help='mirror half of the images, where they are augmented (default: yes); '
-                            'left and right matter in radiology')
+                       help='mirror half of the images, where they are augmented (default: yes, '
+                            'svhn: no); left and right matter in radiology')
     group.add_argument('--color-jitter', action=argparse.BooleanOptionalAction, default=True,
                        help='vary brightness, contrast and colours of images over 64 pixels, where '
                             'they are augmented (default: yes)')
@@ -203,7 +202,7 @@ def add_run_flags(parser):
                        help='resume from a checkpoint (default: latest.pth in the run directory, '
                             'or start a new run if there is none)')
     again.add_argument('--overwrite', action='store_true', help='replace an existing run')
-    group.add_argument('--start-epoch', type=POSITIVE, metavar='EPOCH',
+    group.add_argument('--start-epoch', type=number(int, '[0, 1000000000]'), metavar='EPOCH',
                        help='start at the beginning of this epoch, counted from 1')
     group.add_argument('--pretrained', '--retrain', nargs='?', const='', metavar='FILE',
                        help='start from the weights in FILE: .pth, .safetensors, .t7 of Lua Torch; '
@@ -260,7 +259,7 @@ def complete(given, saved=None, parser=None):
         saved: the dict of flags in the checkpoint to resume, or None.
 
     Raises:
-        UserError: contradictory flags, or a saved flag out of range.
+        UserError: contradictory flags.
     """
     parser = parser or make_parser()
     given, defaults = vars(given), vars(parser.parse_args([]))
@@ -271,7 +270,6 @@ def complete(given, saved=None, parser=None):
         fixed = {*CALL_FLAGS, *(LAYER_FLAGS if new_layers else ())}
         others = {flag: value for flag, value in saved.items()
                   if flag in defaults and flag not in fixed and value is not None}
-        check_values(others, parser)
         others = {**recipe({**defaults, **others}), **others}
     args = argparse.Namespace(**{**defaults, **others, **given})
     check_flags(args)
@@ -280,7 +278,7 @@ def complete(given, saved=None, parser=None):
 
 def recipe(args):
     """Defaults that depend on the data set (section 4.2), the optimizer and --pretrained."""
-    dataset = DATASETS[args['dataset'] or 'cifar10']
+    dataset = DATASETS[args['dataset']]
     flags = dict(lr=LEARNING_RATES[args['optimizer']], augment=dataset.augment,
                  in_channels=len(dataset.mean), momentum=0.9 if args['optimizer'] == 'sgd' else 0.0,
                  **dataset.recipe)
@@ -289,28 +287,6 @@ def recipe(args):
     if args['pretrained'] is not None:
         flags.update(FINE_TUNING)
     return flags
-
-
-def check_values(saved, parser):
-    """Raises UserError if a checkpoint's flags have values that the command line would refuse."""
-    as_list = lambda value: [*value] if isinstance(value, (list, tuple)) else value
-    for action in parser._actions:
-        value = as_list(saved.get(action.dest))
-        if value is None:
-            continue
-        if action.nargs == 0:
-            is_valid = isinstance(value, bool)
-        else:
-            flag = action.option_strings[0]
-            argv = [flag, *map(str, value)] if isinstance(value, list) else [f'{flag}={value}']
-            try:
-                is_valid = as_list(getattr(parser.parse_args(argv), action.dest)) == value
-            except UserError as error:
-                raise UserError(f'wrong flags in the checkpoint: '
-                                f'{textwrap.shorten(str(error), 200)}') from None
-        if not is_valid:
-            raise UserError(f'wrong flags in the checkpoint: {"/".join(action.option_strings)}: '
-                            f'invalid value: {textwrap.shorten(repr(value), 150)}')
 
 
 def with_network(args, image_size):
@@ -363,11 +339,15 @@ def check_flags(args):
 
 
 def run_directory(args):
-    """--save, work/<name>, the directory of the checkpoint to resume, or work/<dataset>.base."""
+    """--save, work/<name>, or the directory of the checkpoint to resume.
+
+    Otherwise work/<dataset>.base or, to evaluate --pretrained, work/<dataset>.pretrained.
+    """
     if args.save:
         return Path(args.save)
     if args.name:
         return Path('work', args.name)
     if args.resume:
         return Path(args.resume).parent
-    return Path('work', f'{args.dataset}.base')
+    is_other_model = args.evaluate and args.pretrained is not None
+    return Path('work', f'{args.dataset}.{"pretrained" if is_other_model else "base"}')

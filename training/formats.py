@@ -66,7 +66,7 @@ def check_contents(image):
 
 
 def orientation(image):
-    """How a loaded image is to be turned, 1 to 8: a camera stores how it was held."""
+    """The EXIF orientation of a loaded image, 1 (upright) to 8."""
     try:
         # Pillow turns TIFFs itself.
         found = 1 if image.format == 'TIFF' else image.getexif().get(ORIENTATION)
@@ -76,7 +76,7 @@ def orientation(image):
 
 
 def turn(values, orientation):
-    """Pixels [H, W, ...] as the tag Orientation of EXIF and TIFF, 1 to 8, says: upright."""
+    """Pixels [H, W, ...] of an EXIF or TIFF orientation, 1 to 8, turned upright."""
     if orientation in (5, 6, 7, 8):
         values = values.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):

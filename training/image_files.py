@@ -166,10 +166,22 @@ def list_images(dataset, split, warn=None):
     list_all = images_of_table if dataset.labels_file else images_of_folder
     images = list_all(dataset, split, warn)
     if dataset.is_divided(split):
-        images = images[dataset.choose(split, images.labels, images.names, images.groups)]
+        kept = dataset.choose(split, images.labels, images.names, images.groups)
+        whole, images = images, images[kept]
+        lost = present_classes(whole, dataset) - present_classes(images, dataset)
+        if lost and warn is not None and split == 'train':
+            warn(f'all images of {", ".join(sorted(lost)[:5])} are held out: none is left to train '
+                 f'on')
     if not len(images):
         raise DataError(f'{images.folder} has no {split} images')
     return images
+
+
+def present_classes(images, dataset):
+    """The names of the classes that an ImageList has images of."""
+    labels = images.labels
+    present = (labels == 1).any(0).nonzero()[0] if labels.ndim == 2 else np.unique(labels)
+    return {dataset.classes[i] for i in present}
 
 
 def images_of_folder(dataset, split, warn):
@@ -206,6 +218,7 @@ def images_of_table(dataset, split, warn):
     table.check_classes(split, warn)
     if warn is not None and split == 'train':
         whole.warn_of_shared_groups(warn)
+        whole.warn_of_unused_columns(warn)
     return ImageList(folder, names, table.label_array(dataset.classes), groups)
 
 
@@ -274,17 +287,21 @@ def read_pixels(dataset, transform, path):
     return pixels.round().to(torch.uint8) if value_range is None else pixels
 
 
-def first_readable(images, channels):
-    """The first image that can be decoded; raises DataError if there is none."""
-    errors = []
+def some_readable(images, channels, count=7):
+    """About `count` decoded images of all, evenly spaced; raises DataError if there is none."""
+    found, errors, step = [], [], max(1, len(images) // count)
     for i in range(len(images)):
+        if found and i % step:
+            continue
         try:
-            return decode(images.path(i), channels)
+            found.append(decode(images.path(i), channels))
         except SetupError:
             raise
         except DataError as error:
             errors.append(str(error))
-    raise unreadable(errors)
+    if not found:
+        raise unreadable(errors)
+    return found
 
 
 def measure_range(images, channels, workers):

@@ -4,7 +4,7 @@
     a/1.png,cat,train,owner 3           p1/1.png,0,1,train,p1
     a/2.png,dog,test,owner 7            p1/2.png,1,,train,p1
 
-The values of a column `label` are the classes, and other columns are ignored. Without it, each
+The values of a column `label` are the classes, and other columns are not used. Without it, each
 column is a class, with 1 (present), 0 (absent) or nothing (unknown). `split` (train, val, test) and
 `group` are optional; images of one group, such as a patient, stay together. The paths are relative
 to --data.
@@ -14,6 +14,7 @@ import collections
 import csv
 import dataclasses
 import os
+import textwrap
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,7 @@ SPLITS = {'train': 'train', **dict.fromkeys(VAL_FOLDERS, 'val'), 'test': 'test'}
 OTHER_COLUMNS = ('file', 'label', 'split', 'group')
 FINDINGS = {'0': 0, '0.0': 0, '1': 1, '1.0': 1, '': np.nan}
 MAX_ROWS = 10  # in an error message
+SAVE_AS_UTF8 = 'save it as "CSV UTF-8"'
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Table:
     findings: np.ndarray = None
     splits: list = None      # 'train', 'val' or 'test'; None without such a column
     groups: list = None
+    unused: tuple = ()       # names of other columns
 
     def of_split(self, split):
         """A Table with the rows of a split, or all rows if there are no splits."""
@@ -112,6 +115,12 @@ class Table:
             warn(f'{self.path}: all known labels to train on are the same for '
                  f'{", ".join(equal[:MAX_ROWS])}')
 
+    def warn_of_unused_columns(self, warn):
+        if self.unused:
+            names = textwrap.shorten(', '.join(self.unused), 100)
+            warn(f'{self.path}: not used: {names}; a column `split` names train, val or test, and '
+                 f'images of one `group`, such as a patient, stay together')
+
     def warn_of_shared_groups(self, warn):
         """Warn if images of one group are in several splits."""
         if not self.splits or not self.groups:
@@ -138,6 +147,7 @@ def read_table(path):
                         f'it needs file,label or file and a column per class, separated by commas')
     cells = {name: [row[i].strip() for _, row in rows] for i, name in enumerate(header)}
     files = [name and os.path.normpath(name) for name in cells['file']]
+    columns = tuple(name for name in header if name not in OTHER_COLUMNS)
     table = Table(str(path), [number for number, _ in rows], files, cells.get('label'),
                   splits=cells.get('split'), groups=cells.get('group'))
     table.check('file', table.files, 'names no file')
@@ -151,8 +161,8 @@ def read_table(path):
         table.check('group', table.groups, 'is empty: give single images a group of their own')
     if table.labels:
         table.check('label', table.labels, 'is empty: each image needs its class')
-        return table
-    columns = tuple(name for name in header if name not in OTHER_COLUMNS)
+        table.check('label', map(is_utf8, table.labels), f'is not in UTF-8: {SAVE_AS_UTF8}')
+        return dataclasses.replace(table, unused=columns)
     if not columns:
         raise DataError(f'{path} has no labels: it needs a column `label`, or one per class')
     for name in columns:
@@ -161,6 +171,11 @@ def read_table(path):
                     values=cells[name])
     findings = np.array([[FINDINGS[value] for value in cells[name]] for name in columns])
     return dataclasses.replace(table, columns=columns, findings=findings.T.astype(np.float32))
+
+
+def is_utf8(text):
+    """Whether it was UTF-8 in the file; file names need not be."""
+    return not any('\udc80' <= character <= '\udcff' for character in text)
 
 
 def without_empty_columns(lines, header):
@@ -181,11 +196,13 @@ def _read_rows(path):
         raise DataError(f'{path}: {error.strerror}') from error
     except csv.Error as error:
         raise DataError(f'{path} is not a CSV file: {error}') from error
-    if any('\0' in cell for _, row in lines[:2] for cell in row):
-        raise DataError(f'{path} is not in UTF-8: save it as "CSV UTF-8"')
+    if any('\0' in cell for _, row in lines[:2] for cell in row) or lines and not all(
+            map(is_utf8, lines[0][1])):
+        raise DataError(f'{path} is not in UTF-8: {SAVE_AS_UTF8}')
     if len(lines) < 2:
         raise DataError(f'{path} has no rows: it needs a header, and a row per image')
     header = [name.strip() for name in lines[0][1]]
+    header = [name.lower() if name.lower() in OTHER_COLUMNS else name for name in header]
     lines, header = without_empty_columns(lines, header)
     if '' in header:
         raise DataError(f'{path} has a column without a name, perhaps an index that pandas wrote: '

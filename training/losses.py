@@ -1,6 +1,6 @@
 """Losses and error counts for single-label and multi-label classification.
 
-    loss_sum, error_sum = losses.choose(multi_label=False)
+    loss_sum, error_sum = losses.for_task(multi_label=False)
     loss = loss_sum(logits, labels).div(len(labels))
 
 Both return sums over the images of a batch, as tensors on the device.
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 
-def choose(multi_label):
+def for_task(multi_label):
     if multi_label:
         return multi_label_loss, multi_label_errors
     return cross_entropy, count_errors

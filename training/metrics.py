@@ -128,6 +128,8 @@ def units(groups, num_images):
 def bootstrap(statistics, units, resamples=RESAMPLES, seed=0):
     """{name: [2, ...]}: ends of the percentile intervals at `LEVEL` (Efron and Tibshirani 1993).
 
+    NaN where a value is the same in all resamples, such as an error of 0: they say nothing then.
+
     A resample draws as many units as there are, with replacement. Resamples in which a value is
     undefined are left out for that value. In simulations with 200 to 600 images, the coverage was
     93% to 96% for AUC, error, sensitivity and F1, and 92% to 94% for average precision, which
@@ -146,8 +148,10 @@ def bootstrap(statistics, units, resamples=RESAMPLES, seed=0):
     ends = (1 - LEVEL) / 2, (1 + LEVEL) / 2
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', RuntimeWarning)  # undefined in all resamples
-        return {name: np.nanquantile(np.concatenate([part[name] for part in parts], -1), ends, -1)
-                for name in parts[0]}
+        intervals = {name: np.nanquantile(np.concatenate([part[name] for part in parts], -1), ends,
+                                          -1) for name in parts[0]}
+    return {name: np.where(found[0] == found[1], np.nan, found)
+            for name, found in intervals.items()}
 
 
 # ---- thresholds and calibration -----------------------------------------------------------
@@ -195,12 +199,12 @@ def confidences(truth, logits, multi_label, temperature=1.0):
 
     Predictions are the most probable class of each image or, multi-label, each known label.
     """
-    shares = probabilities(logits / temperature, multi_label)
+    probs = probabilities(logits / temperature, multi_label)
     if multi_label:
         known = ~np.isnan(truth)
-        return shares[known], truth[known]
+        return probs[known], truth[known]
     first = np.arange(len(logits)), logits.argmax(1)
-    return shares[first], truth[first]
+    return probs[first], truth[first]
 
 
 def calibration_bins(confidence, came_true, bins=BINS):

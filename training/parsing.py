@@ -6,6 +6,7 @@ Does not import torch, so that --help and wrong flags answer at once.
 import argparse
 import contextlib
 import difflib
+import re
 import sys
 
 from training.console import UserError
@@ -44,6 +45,10 @@ FLAGS_ELSEWHERE = {
 
 class Parser(argparse.ArgumentParser):
     """Raises UserError instead of printing the usage, and suggests flags for unknown ones."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._negative_number_matcher = re.compile(r'-\.?\d')  # -1e-5, too, as of Python 3.14
 
     def error(self, message):
         raise UserError(message)

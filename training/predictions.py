@@ -11,7 +11,6 @@ multi-label, float32 [N, C] of 0, 1 and NaN (unknown); `logits` are float32 [N, 
 """
 
 import csv
-import json
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +18,7 @@ import numpy as np
 from training import metrics
 from training.console import UserError
 from training.csv_files import open_csv
+from training.json_files import read_json
 
 MAX_COLUMNS = 100  # predictions.csv has the logits of up to this many classes
 RANKS = 'predicted', 'second', 'third'
@@ -75,14 +75,14 @@ def save_predictions(directory, split, files, predictions, groups=None):
 
 def answer_columns(labels, logits, classes):
     """{column: N values}: true class, 1 for an error, and the most probable classes."""
-    shares, rows = metrics.probabilities(logits, multi_label=False), np.arange(len(logits))
+    probs, rows = metrics.probabilities(logits, multi_label=False), np.arange(len(logits))
     order = np.argsort(-logits, axis=1, kind='stable')[:, :len(RANKS)].T
     columns = {'class': [classes[label] for label in labels],
                'error': (order[0] != labels).astype(int).tolist()}
     for rank, found in zip(RANKS, order):
         columns[rank] = [classes[label] for label in found]
         name = 'probability' if rank == 'predicted' else f'{rank}_probability'
-        columns[name] = [f'{share:.6f}' for share in shares[rows, found]]
+        columns[name] = [f'{prob:.6f}' for prob in probs[rows, found]]
     return columns
 
 
@@ -112,23 +112,23 @@ def most_confident_mistakes(predictions, limit, thresholds=None):
     """
     labels, logits, classes = predictions
     scores = metrics.log_odds(logits, predictions.multi_label)
-    shares = metrics.probabilities(logits, predictions.multi_label)
+    probs = metrics.probabilities(logits, predictions.multi_label)
     if not predictions.multi_label:
         answers = logits.argmax(1)
         wrong = np.flatnonzero(answers != labels)
         wrong = wrong[np.argsort(-scores[wrong, answers[wrong]], kind='stable')][:limit]
         return {'indices': wrong, 'true': [classes[label] for label in labels[wrong]],
                 'predicted': [classes[label] for label in answers[wrong]],
-                'probabilities': shares[wrong, answers[wrong]]}
+                'probabilities': probs[wrong, answers[wrong]]}
     margins = scores - (0 if thresholds is None else thresholds)
     wrong, label = np.nonzero(~np.isnan(labels) & ((margins >= 0) != (labels == 1)))
     order = np.argsort(-np.abs(margins[wrong, label]), kind='stable')[:limit]
     wrong, label = wrong[order], label[order]
-    says_yes, shares = (margins[wrong, label] >= 0).astype(int), shares[wrong, label]
+    says_yes, probs = (margins[wrong, label] >= 0).astype(int), probs[wrong, label]
     names = [(f'not {classes[c]}', classes[c]) for c in label]
     return {'indices': wrong, 'true': [pair[1 - yes] for pair, yes in zip(names, says_yes)],
             'predicted': [pair[yes] for pair, yes in zip(names, says_yes)],
-            'probabilities': np.where(says_yes, shares, 1 - shares)}
+            'probabilities': np.where(says_yes, probs, 1 - probs)}
 
 
 # ---- read ---------------------------------------------------------------------------------
@@ -153,9 +153,11 @@ def read_predictions(directory, split='test'):
 
 
 def read_columns(path):
-    """{column: strings} of a CSV file."""
+    """{column: strings} of a CSV file; raises UserError if its rows have other lengths."""
     with open_csv(path) as file:
-        header, *rows = csv.reader(file)
+        header, *rows = [row for row in csv.reader(file) if row] or [[]]
+    if not rows or any(len(row) != len(header) for row in rows):
+        raise UserError(f'{path} is damaged: its rows have other lengths than its header')
     return dict(zip(header, zip(*rows)))
 
 
@@ -178,4 +180,4 @@ def read_confusion(path):
 
 
 def read_metrics(directory):
-    return json.loads((directory / 'metrics.json').read_text())
+    return read_json(directory / 'metrics.json')

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from training import metrics, predictions
+from training.console import explain_errors
 from training.figures import COLORS, GREY, MARKERS, STYLE, shorten
 
 MAX_NUMBERS = 20  # numbers in the confusion matrix up to this many classes
@@ -273,7 +274,7 @@ def recall_figure(record, name):
 
 def mistakes_figure(path, name):
     """The pictures of mistakes.npz with true and predicted class; None if it is empty."""
-    with np.load(path) as file:
+    with explain_errors(f'{path} can\'t be read'), np.load(path) as file:
         mistakes = dict(file)
     count = len(mistakes['pictures'])
     if count == 0:

@@ -5,10 +5,10 @@
 
 import base64
 import html
-import json
 import os
 
 from training import predictions
+from training.json_files import read_json
 
 PAGE = '''<!DOCTYPE html>
 <html lang="en">
@@ -78,7 +78,7 @@ def write_page(path, directory, drawn):
             parts.append(class_table(record))
     if (directory / 'args.json').exists():
         parts += ['<h2>Flags of the training</h2>',
-                  flags_table(json.loads((directory / 'args.json').read_text()))]
+                  flags_table(read_json(directory / 'args.json'))]
     name = os.path.basename(os.path.abspath(directory))
     page = PAGE.format(title=escape(name), body='\n'.join(parts))
     path.write_text(page, encoding='utf-8')
@@ -121,7 +121,7 @@ def totals_table(record):
              if any(summary.get(key) is not None for summary in splits.values())]
     intervals, test = record['intervals'], splits['test']
     unit = 'images' if test['units'] == test['images'] else 'groups'
-    notes = [f'Tested on {record["data"]}.'] if 'data' in record else []
+    notes = [f'{record["model"]}, tested on {record["data"]}.'] if 'model' in record else []
     notes += [f'In brackets: {intervals["level"]:.0%} intervals from {intervals["resamples"]:,} '
               f'bootstrap resamples of the {unit}.', RULES[record['threshold_rule']]]
     if record['temperature'] is not None:

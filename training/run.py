@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from training import checkpoint, datasets, distributed, flags, networks, runlog
-from training.console import UserError, say
+from training.console import UserError, say, warn
 from training.cuda_graph import CudaGraphStep
 from training.distributed import Stopped
 
@@ -46,8 +46,6 @@ class Run:
             resumed_here = self.resumed and self.resumed.parent == self.directory.resolve()
             self.lock.enter_context(runlog.lock_directory(
                 self.directory, exist_ok=resumed_here or self.args.overwrite))
-            if self.args.overwrite:
-                runlog.clear(self.directory)
         return self
 
     def __exit__(self, kind, error, traceback):
@@ -62,14 +60,20 @@ class Run:
     def _save_and_exit(self, stopped):
         if self.log:
             self.log.sync()
-        self.save('latest.pth')
+        self.save('latest.pth', keep_previous=True)
         say(f'{stopped}: saved in epoch {self.state.epoch} after step {self.state.step}; --resume '
             f'continues from {self.directory / "latest.pth"}')
         sys.exit(128 + stopped.signum)
 
     def start(self, state, dataset, train_loader, eval_loader, precision, step):
-        """Write args.json and start the log; from now on, a stop signal saves a checkpoint."""
+        """Write args.json and start the log; from now on, a stop signal saves a checkpoint.
+
+        With --overwrite, the old run is deleted here, after all that can be wrong with the flags
+        and the images.
+        """
         args, device = self.args, state.sums.device
+        if args.overwrite and distributed.rank() == 0:
+            runlog.clear(self.directory)
         self.state, self.dataset, self.loader = state, dataset, train_loader
         self.split = dataset.selection_split  # chooses best.pth
         self.with_auc = dataset.multi_label or args.best_by == 'auc'
@@ -78,10 +82,18 @@ class Run:
         self.first_epoch = state.epoch
         self.cpu_kernels = networks.cpu_kernels(state.model, device, precision)
         has_best = distributed.from_rank_0((self.directory / 'best.pth').exists)
-        if state.epoch <= args.epochs and not has_best:  # resumed into a new directory
-            state.reset_best()
-        if self.resumed != self.directory.resolve() / 'latest.pth' or args.start_epoch:
-            self.save('latest.pth')  # for --resume, even if the run is killed in the first epoch
+        if self.resumed and not has_best and state.best_epoch:
+            if state.epoch <= args.epochs:
+                state.reset_best()
+            if distributed.rank() == 0:
+                warn(f'{self.directory} has no best.pth: '
+                     + ('it is chosen anew' if state.epoch <= args.epochs else
+                        f'copy it from {self.resumed.parent}, or from where the run has been'))
+        latest = self.directory.resolve() / 'latest.pth'
+        if self.resumed != latest or args.start_epoch:
+            # For --resume, even if the run is killed in the first epoch. If latest.pth is damaged
+            # and latest.pth.1 was resumed, that one is kept.
+            self.save('latest.pth', keep_previous=self.resumed != Path(f'{latest}.1'))
         hardware = torch.cuda.get_device_name() if device.type == 'cuda' else device.type
         graphed = isinstance(step, CudaGraphStep)
         processes = distributed.world_size()
@@ -180,9 +192,9 @@ class Run:
             self.save('best.pth')
         if self.log:
             self.log.sync()
-        self.save('latest.pth')
+        self.save('latest.pth', keep_previous=True)
 
-    def save(self, name):
+    def save(self, name, keep_previous=False):
         """Save a checkpoint of all ranks; raises UserError if a value is not finite."""
         state = self.state
         state.seconds = time.monotonic() - self.started
@@ -199,7 +211,7 @@ class Run:
             'num_images': self.loader.num_images, 'digests': self.digests,
             'dataset': self.dataset.plain(), 'cpu_kernels': self.cpu_kernels,
             'config': state.model.config,
-        }, keep_previous=name == 'latest.pth')
+        }, keep_previous)
 
     def finish(self):
         """Draw the last figures, and print the final and best results."""

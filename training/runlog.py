@@ -38,7 +38,9 @@ TEST_COLUMNS = ('epoch', 'loss', 'error', 'error5', 'balanced_error')
 FIGURES = ('loss', 'error', 'loss-error')  # drawn by plot.py
 RUN_FILES = ('args.json', 'train.csv', 'test.csv', 'latest.pth', 'latest.pth.1', 'best.pth')
 REPORT_FILES = ('metrics.json', 'confusion.csv', 'mistakes.npz', 'predictions.csv',
-                'predictions-val.csv', 'predictions.npz', 'predictions-val.npz')  # of --evaluate
+                'predictions-val.csv', 'predictions.npz', 'predictions-val.npz', 'report.html',
+                *(f'{name}.png' for name in ('confusion', 'roc', 'precision-recall', 'reliability',
+                                             'recall', 'mistakes')))  # of --evaluate
 
 
 # ---- the directory ------------------------------------------------------------------------
@@ -93,7 +95,7 @@ def _lock(directory, lock):
 
 
 def clear(directory):
-    """Delete the files of an earlier run, except figures, which will be overwritten."""
+    """Delete the files of an earlier run; its training curves will be overwritten."""
     for pattern in (*RUN_FILES, *REPORT_FILES, 'tensorboard/events.out.tfevents.*'):
         for path in directory.glob(pattern):
             path.unlink()
@@ -257,14 +259,19 @@ class CsvFile:
     """Appends rows to a file, after removing rows later than `last_epoch`."""
 
     def __init__(self, path, columns, last_epoch):
-        def is_kept(line):
-            epoch = line.partition(b',')[0]
-            return line.endswith(b'\n') and (  # a killed process may leave an incomplete row
-                epoch == b'epoch' or float(epoch) < last_epoch + 1e-5)
-
         self.file = open(path, 'a')
-        kept = filter(is_kept, path.read_bytes().splitlines(keepends=True))
-        if not self.file.truncate(sum(map(len, kept))):
+        header, *rows = path.read_bytes().splitlines(keepends=True) or [b'']
+        if rows and not rows[-1].endswith(b'\n'):  # a killed process may leave half a row
+            del rows[-1]
+        try:
+            epochs = [float(row.partition(b',')[0]) for row in rows]
+            if header and not header.startswith(b'epoch,') or epochs != sorted(epochs):
+                raise ValueError
+        except ValueError:
+            raise UserError(f'{path} is not as train.py has written it; if it was edited, move it '
+                            f'away, and --resume begins a new one') from None
+        kept = [row for row, epoch in zip(rows, epochs) if epoch < last_epoch + 1e-5]
+        if not self.file.truncate(len(header) + sum(map(len, kept))):
             self.write(*columns)
 
     def write(self, *values):

@@ -56,8 +56,6 @@ class TrainState:
     def count_step(self, num_images):
         self.step += 1
         self.interval_images += num_images
-        if self.averages:
-            self.averages.update()
 
     def tested_weights(self):
         """A context in which the model has the weights to test: the averages, if there are any."""

@@ -1,7 +1,7 @@
 """Load weights from files of this and other libraries into `densenet.DenseNet`.
 
     weights.load_pretrained(model, args)      # --pretrained run.pth.tar
-    tensors = weights.read('run.pth.tar')     # {'state_dict.module.features.conv0.weight': ...}
+    tensors, _ = weights.read('run.pth.tar')  # {'state_dict.module.features.conv0.weight': ...}
 
 Reads `.safetensors`, models of Lua Torch (`.t7`) and files of `torch.save`, without running code
 from the file. Nested dicts are flattened to dotted keys, and the prefix of the weights is found by
@@ -66,8 +66,10 @@ def load_pretrained(model, args):
         file, _, name = source.rpartition(':')
         if os.path.exists(file) and not os.path.exists(source):
             source, part = file, name
-        weights, notes = read_weights(source, part, model)
-        if args.evaluate and args.mean is None and model.config['small_inputs']:
+        weights, notes, is_ours = read_weights(source, part, model)
+        if args.evaluate and is_ours:
+            notes.append(f'--resume {source} also takes classes, mean and std from this checkpoint')
+        elif args.evaluate and args.mean is None and model.config['small_inputs']:
             # another std, as many projects have it, can cost half a point on CIFAR-10
             notes.append('images are normalized by the mean and std of this data set; if the '
                          'weights need others, give --mean and --std')
@@ -181,7 +183,10 @@ def adapt_channels(weights, channels, notes):
 # ---- from a file's keys to ours ------------------------------------------------------------------
 
 def read_weights(path, part, model):
-    """Read a file into a state dict with our keys, and notes on what was renamed or left out.
+    """Read a file into a state dict with our keys.
+
+    Returns:
+        The state dict; notes on what was renamed or left out; whether it is one of our checkpoints.
 
     Args:
         part: name of one of the networks in the file, or '' for the default.
@@ -191,8 +196,8 @@ def read_weights(path, part, model):
         UserError: the file can't be read, or holds no DenseNet.
     """
     if first_bytes(path)[:4] in (b'\3\0\0\0', b'\4\0\0\0'):
-        return read_lua_torch(path, model), []
-    tensors = read(path)
+        return read_lua_torch(path, model), [], False
+    tensors, is_ours = read(path)
     prefixes = dict.fromkeys(match[1] for match in map(FIRST_NORM.fullmatch, tensors) if match)
     if not prefixes:
         raise UserError(f'{path} holds another network, or a DenseNet of an unknown layout: '
@@ -215,11 +220,13 @@ def read_weights(path, part, model):
             unused['.'.join(parts[:common + 1])] = None  # the first part outside the prefix
     if unused:
         notes.append('not used: ' + textwrap.shorten(', '.join(unused), 100))
-    return {ours: tensors[key] for ours, key in names.items()}, notes
+    return {ours: tensors[key] for ours, key in names.items()}, notes, is_ours
 
 
 def choose(networks, part, path):
     """The name of the network to load: `part` if given, or the averaged one, or the only one."""
+    if not part and {*networks} == {'model', 'trained_model'}:
+        return 'model'  # of a run with --ema: the averages
     if part:
         found = [name for name in networks if f'{name}.'.startswith(f'{part}.')]
     else:
@@ -286,6 +293,8 @@ def first_bytes(path):
 def read(path):
     """All tensors in the nested dicts of a file: {'state_dict.conv1.weight': tensor}.
 
+    Also returns whether it is one of our checkpoints.
+
     Raises:
         UserError: the file can't be read without running code, is damaged, or has another format.
     """
@@ -294,7 +303,7 @@ def read(path):
         with explain_errors(f'{path} can\'t be read as .safetensors'):
             from safetensors.torch import load_file
 
-            return load_file(path)
+            return load_file(path), False
     for signature, what in OTHER_FILES.items():
         if beginning.startswith(signature):
             raise UserError(f'{path} holds no weights, but is {what}')
@@ -317,4 +326,4 @@ def read(path):
     if not found:
         what = list(saved) if isinstance(saved, dict) else type(saved).__name__
         raise UserError(f'{path} holds no weights: it holds {textwrap.shorten(str(what), 200)}')
-    return found
+    return found, isinstance(saved, dict) and {'config', 'dataset', 'args'} <= saved.keys()
