@@ -118,7 +118,12 @@ def _products(map_type, macros):
                 if not needed[product] or
                 map_type == 'bf16' and all(macro in macros for macro in needed[product])]
     chosen = os.environ.get('DENSENET_CPU_KERNELS')
-    return [chosen] if chosen in products else products
+    if chosen in products:
+        return [chosen]
+    if chosen in PRODUCTS and map_type == 'bf16':
+        warnings.warn(f'DENSENET_CPU_KERNELS={chosen} is ignored: this CPU or compiler does not have '
+                      f'it, only {", ".join(products)}', stacklevel=2)
+    return products
 
 
 def _compile(command, product, map_type, macros):

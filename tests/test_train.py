@@ -342,7 +342,7 @@ def test_the_sums_survive_a_change_of_the_number_of_processes(monkeypatch):
             monkeypatch.setattr(checkpoint.distributed, 'world_size', lambda n=processes: n)
             loader = SimpleNamespace(num_images=0, digest='')
             checkpoint.resume(state, {**saved, 'args': {}, 'dataset': {'image_size': 32}},
-                              flags_of('--image-size', '32'), loader, loader)
+                              flags_of('--image-size 32'), loader, loader)
             assert state.sums.tolist() == expected[rank]
             assert torch.initial_seed() == (rank if rank < 2 else 9)
 
