@@ -39,6 +39,7 @@ FLAGS = '-std=c++17 -O3 -march=native -ffp-contract=fast -fopenmp -fPIC'.split()
 TYPES = {torch.float32: 'float', torch.bfloat16: 'bf16'}
 # The flags of each way to multiply, in order of preference.
 PRODUCTS = {'amx': ['-DBF16_AMX'], 'vdpbf16ps': ['-DBF16_DOT'], 'fma': []}
+preferred = None  # the product of a run that is resumed; DENSENET_CPU_KERNELS comes first
 MARGIN = 1.2  # the first product is taken unless another one is faster by more than this
 
 
@@ -118,8 +119,9 @@ def _products(map_type, macros):
                 if not needed[product] or
                 map_type == 'bf16' and all(macro in macros for macro in needed[product])]
     chosen = os.environ.get('DENSENET_CPU_KERNELS')
-    if chosen in products:
-        return [chosen]
+    for product in chosen, preferred:
+        if product in products:
+            return [product]
     if chosen in PRODUCTS and map_type == 'bf16':
         warnings.warn(f'DENSENET_CPU_KERNELS={chosen} is ignored: this CPU or compiler does not have '
                       f'it, only {", ".join(products)}', stacklevel=2)

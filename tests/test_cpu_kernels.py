@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from fused_dense_block import cpu, library  # noqa: E402
 from fused_dense_block.autograd import Maps, NormConv  # noqa: E402
+from training import networks  # noqa: E402
 
 DTYPES = torch.float32, torch.bfloat16
 # images, height, width, outputs, side of the kernel, pool: odd ones, one pixel, one image
@@ -463,8 +464,18 @@ def test_a_product_can_be_chosen(monkeypatch):
     for product in 'amx', 'vdpbf16ps':
         monkeypatch.setenv('DENSENET_CPU_KERNELS', product)
         assert library._products('float', macros) == ['fma']
+        monkeypatch.setattr(library, 'preferred', 'fma')
+        assert library._products('bf16', macros) == [{'amx': 'fma'}.get(product, product)]
+        monkeypatch.setattr(library, 'preferred', None)
         with pytest.warns(UserWarning, match=f'={product} is ignored: .* does not have it, only fma'):
             assert library._products('bf16', '') == ['fma']
+
+
+def test_a_resumed_run_multiplies_as_before(monkeypatch):
+    monkeypatch.setattr(library, 'preferred', None)
+    for precision, expected in (('fp32', None), ('bf16', 'vdpbf16ps')):
+        networks.choose_kernels({'cpu_kernels': 'avx512 vdpbf16ps'}, precision)
+        assert library.preferred == expected
 
 
 @pytest.mark.parametrize('case', ['ready', 'does not permit AMX', 'no such instruction'])

@@ -4,8 +4,6 @@
     networks.fuse(model, device)
 """
 
-import os
-
 import torch
 
 import densenet
@@ -86,7 +84,7 @@ def choose_kernels(saved, precision):
     """Multiply bf16 as the run of a checkpoint did, if this CPU can; to be called before `fuse`."""
     product = (saved.get('cpu_kernels') or '').rpartition(' ')[2]
     if product in library.PRODUCTS and precision == 'bf16':
-        os.environ.setdefault('DENSENET_CPU_KERNELS', product)
+        library.preferred = product
 
 
 def warn_of_other_kernels(saved, now):
