@@ -123,8 +123,8 @@ def _products(map_type, macros):
         if product in products:
             return [product]
     if chosen in PRODUCTS and map_type == 'bf16':
-        warnings.warn(f'DENSENET_CPU_KERNELS={chosen} is ignored: this CPU or compiler does not have '
-                      f'it, only {", ".join(products)}', stacklevel=2)
+        warnings.warn(f'DENSENET_CPU_KERNELS={chosen} is ignored: this CPU or compiler does not '
+                      f'have it, only {", ".join(products)}', stacklevel=2)
     return products
 
 
