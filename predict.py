@@ -41,6 +41,7 @@ def make_parser():
 if __name__ == '__main__':  # --help and wrong flags answer before torch is imported
     console.exit_on_user_error(make_parser().parse_args, 'predict.py')
 
+import contextlib
 import csv
 import functools
 import glob
@@ -243,6 +244,9 @@ def run(args):
     networks.fuse(model, device, script='predict.py')
     model.to(device, memory_format=torch.channels_last)
     label = None if args.heatmap_class is None else find_class(args.heatmap_class, names)
+    with contextlib.suppress(DataError):  # reported below
+        first = image_files.decode(files[0], len(dataset.mean))
+        image_files.warn_of_other_depth(dataset, [first], 'predict.py')
     heats = []  # still to be drawn
     bar = tqdm(predict(model, dataset, files, args.batch_size, label), total=len(files),
                leave=False, disable=None)  # None: only on a terminal

@@ -9,9 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import SMALL, write_images
 from PIL import Image, TiffImagePlugin, features
 from torchvision import transforms
 
+import predict
+import train
 from training import datasets, image_files, image_transforms
 from training.augmentation import Augmentation
 from training.console import DataError
@@ -261,3 +264,21 @@ def test_the_lower_bytes_of_colours_reach_the_model(tmp_path):
                     for value in (0, 255))
     torch.testing.assert_close(seen[:, 4, 0], black)
     torch.testing.assert_close(seen[:, 4, 7], white)
+
+
+@pytest.mark.usefixtures('no_figures')
+def test_images_of_8_bits_are_said_if_a_model_knows_others(tmp_path, capsys):
+    folders = {f'{split}/{name}': 2 for split in ('train', 'test') for name in 'ab'}
+    for bits in (8, 16):
+        for path in write_images(tmp_path / f'{bits}', folders, (12, 12), 'L').glob('*/*/*'):
+            if bits == 16:
+                path.write_bytes(png(np.asarray(Image.open(path)).astype(np.uint16)[..., None]))
+    train.main(['--dataset', 'folder', '--data', str(tmp_path / '16'), *SMALL, '--epochs', '1',
+                '--in-channels', '1', '--save', str(tmp_path / 'run')])
+    best = str(tmp_path / 'run/best.pth')
+    for bits, count in ((8, 1), (16, 0)):
+        data = str(tmp_path / f'{bits}')
+        train.main(['--evaluate', '--resume', best, '--device', 'cpu', '--data', data])
+        assert capsys.readouterr().err.count('there are images of 8 bits') == count
+        predict.main(['--checkpoint', best, '--device', 'cpu', f'{data}/test'])
+        assert capsys.readouterr().err.count('there are images of 8 bits') == count

@@ -131,6 +131,10 @@ def describe_data(args, saved):
                                       mean=trained_on['mean'], std=trained_on['std'])
         if args.evaluate:
             warn_of_other_held_out_images(dataset, saved, args.resume)
+            if dataset.value_range:
+                images = image_files.list_images(dataset, 'test')
+                image_files.warn_of_other_depth(
+                    dataset, image_files.some_readable(images, len(dataset.mean)))
     return datasets.with_statistics(dataset, args.mean, args.std)
 
 

@@ -304,6 +304,15 @@ def some_readable(images, channels, count=7):
     return found
 
 
+def warn_of_other_depth(dataset, images, script='train.py'):
+    """Warn if decoded images have 8 bits, and a model was trained on a range of values of more."""
+    if dataset.value_range and not all(map(needs_range, images)):
+        low, high = dataset.value_range
+        console.warn(f'there are images of 8 bits, and the model was trained on values from '
+                     f'{low:g} to {high:g} in images of more: they may look different to it',
+                     script=script)
+
+
 def measure_range(images, channels, workers):
     """The lowest and highest value in images of more than 8 bits."""
     values = read_all(images, functools.partial(_extremes, channels), workers, 'measuring')
