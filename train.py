@@ -285,8 +285,9 @@ def main(argv=None):
             model.load_state_dict(saved['model'])
         if args.evaluate:
             checkpoint.check_finite(model, args.resume or args.pretrained or args.arch)
-        model = prepare_model(model, args, device)
-        networks.warn_of_slow_bf16(model, device, precision)
+        with distributed.rank_0_first():  # compiles the CPU kernels, if they are not in the cache
+            model = prepare_model(model, args, device)
+            networks.warn_of_slow_bf16(model, device, precision)
         if args.evaluate:
             source = (f'{args.resume}, {checkpoint.progress(saved)}' if saved else
                       args.pretrained or f'torchvision\'s {args.arch}')
