@@ -192,7 +192,10 @@ def resume(state, saved, args, train_loader, eval_loader):
         if rank < len(processes):
             state.set_random_state(processes[rank]['rng'])
         sums = torch.stack([process['interval'] for process in processes])
-        state.sums.copy_(sums[rank] if len(processes) == world_size else sums.sum(0) * (rank == 0))
+        if len(processes) == world_size:
+            state.sums.copy_(sums[rank])
+        elif rank == 0:
+            state.sums.copy_(sums.sum(0))
     if args.start_epoch:
         state.begin_epoch(args.start_epoch)
     warn_of_other_images(state, saved, args, train_loader, eval_loader)

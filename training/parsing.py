@@ -71,7 +71,7 @@ class Parser(argparse.ArgumentParser):
 def number(kind, interval):
     """An argparse type: int or float, in an interval such as '[0, 1)'."""
     low, high = map(float, interval[1:-1].split(','))
-    closed_ends = [low] * (interval[0] == '[') + [high] * (interval[-1] == ']')
+    closed_ends = [end for end, bracket in ((low, '['), (high, ']')) if bracket in interval]
     name = {int: 'whole number', float: 'number'}[kind]
 
     def parse(text):
