@@ -184,8 +184,8 @@ class _Trial:
                 y = self.module.forward(x)
         except Exception as error:  # any user code
             raise Difference('', f'fails on a small random map ({error})') from error
-        other_draws = random.getstate() != state or numpy and (
-            str(numpy.random.get_state(legacy=False)) != str(numpy_state))  # == compares arrays element by element
+        other_draws = random.getstate() != state or (  # as text: it has arrays
+            numpy and str(numpy.random.get_state(legacy=False)) != str(numpy_state))
         if other_draws:
             random.setstate(state)
             if numpy:
