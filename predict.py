@@ -282,7 +282,7 @@ def main(argv=None):
         run(make_parser().parse_args(argv))
     except BrokenPipeError:  # `| head`; Python would raise again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (UserError, OSError, RuntimeError, MemoryError) as error:
+    except (UserError, OSError, EOFError, RuntimeError, MemoryError) as error:
         message = explanation(error, 'give a lower --batch-size')
         if message is None:
             raise

@@ -169,6 +169,8 @@ def set_learning_rate(optimizer, lr):
 
 def warn_of_new_rate(args, saved_flags, state):
     """Warn if changed flags change the learning rate of a resumed run, or leave no epochs."""
+    if distributed.rank():
+        return
     if state.epoch > args.epochs:
         console.warn(f'{state.epoch - 1} epochs are done: --epochs {args.epochs} leaves nothing to '
                      f'train')
@@ -337,8 +339,8 @@ def main(argv=None):
                 run.after_epoch(result)
             run.finish()
             if dataset.selection_split == 'val':
-                stop.check()
                 stop.deferred = False  # everything is saved
+                stop.check()
                 evaluate_best(run, model, dataset, device, autocast, args)
 
 
@@ -396,7 +398,8 @@ def cli(argv=None):
         if hasattr(signal, 'SIGCHLD'):  # torch's handler would raise for each worker that exits now
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         message = explanation(error, 'give --memory-efficient, a lower --batch-size, a higher '
-                              '--grad-accum, --precision bf16, smaller images or a smaller network')
+                              '--grad-accum, --precision bf16, fewer --workers, smaller images '
+                              'or a smaller network')
         if message is None:
             raise
         rank = distributed.rank()

@@ -35,19 +35,20 @@ def last_epoch(run):
     if not rows:
         raise UserError(f'{run}/test.csv has no epoch yet')
     with explain_errors(f'{run}/test.csv is not as train.py has written it'):
-        return {name: float(value) for name, value in rows[-1].items()}
+        return {name: float(value) for name, value in rows[-1].items() if name != 'epoch'}
 
 
 def check_folds(runs):
     """Raises UserError if the runs are not different folds of one division of the same images."""
     flags = [read_json(run / 'args.json')['args'] for run in runs]
+    folds = [str(found.get('fold')) for found in flags]
     for name in ('dataset', 'data', 'labels', 'val_split', 'seed'):
-        values = {str(found.get(name)) for found in flags}
-        if len(values) > 1 and (name != 'seed' or any(found.get('fold') for found in flags)):
+        values = {Path(str(found.get(name))).name for found in flags}  # they may have been moved
+        if len(values) > 1 and (name != 'seed' or {*folds} != {'None'}):
             raise UserError(f'these are runs on other images: --{name} is '
                             f'{", ".join(sorted(values))}')
-    folds = [found['fold'] for found in flags if found.get('fold')]
-    if len({*folds}) < len(folds) or len({fold.partition('/')[2] for fold in folds}) > 1:
+    if {*folds} != {'None'} and (len({*folds}) < len(folds) or
+                                 len({fold.partition('/')[2] for fold in folds}) > 1):
         raise UserError(f'these are not the folds of one division: --fold {", ".join(folds)}')
 
 

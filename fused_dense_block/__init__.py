@@ -7,7 +7,8 @@
 
 Parameters, buffers, state-dict keys, hooks and `isinstance` are unchanged, and an existing
 optimizer keeps working. The path of a dense block or transition depends on the device, layout and
-precision of its input, and on the mode; the first matching row applies:
+precision of its input, and on the mode; the first matching row applies (evaluation is with
+gradients if the input or a parameter requires them):
 
     device  layout         precision           training  evaluation  evaluation with gradients
     cpu     channels_last  float32, bfloat16   kernels   kernels     layers
@@ -18,8 +19,9 @@ precision of its input, and on the mode; the first matching row applies:
     eager    the same with PyTorch operations. * Only with memory_efficient; otherwise 'layers' is
              faster
     layers   the model's own forward. Also the fallback for hooks, replaced modules, norms in
-             another mode, torch.compile, export, fx and torch.func. Transitions instead run
-             'pooled first': their own modules, with the pooling before the convolution
+             another mode, tensor subclasses, torch.compile, export, fx and torch.func.
+             Transitions instead run 'pooled first': their own modules, with the pooling before
+             the convolution
 
 ImageNet's stem is fused in evaluation without gradients on CPUs: by the kernels, if the images or
 the weights are in channels_last, otherwise 'eager'.

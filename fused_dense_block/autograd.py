@@ -118,8 +118,8 @@ class DenseBlockFunction(torch.autograd.Function):
                    for eps, rate, row in zip(layer.eps, layer.drop_rates, rows)]
                   for layer in ctx.layers]
         ops, gradients, end = ctx.ops, [], len(mean)
-        # Names as above. G holds the channels that the last layer has read; until then they are in
-        # the gradient of the block's output.
+        # Names as above. G has the channels that the last layer has read. That layer adds to the
+        # gradient of the block's output, and the others add to G in place.
         G, before = ops.new_maps(data, end - len(layers[-1][-1][0].kernel)), grad
         A, B = torch.zeros_like(mean), torch.zeros_like(mean)
         with no_autocast(grad):

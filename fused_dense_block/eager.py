@@ -50,8 +50,8 @@ def norm_relu_conv_backward(grad, maps, norm_conv, invstd, pool=False, before=No
     Args:
         grad: the gradient of the output.
         invstd: 1 / sqrt(maps.var + norm_conv.eps).
-        before: added to the gradient of the input, together with `out`, where the sum is written;
-            they may be the same.
+        before, out: if given, `before` plus the gradient of the input is written to `out`; they may
+            be the same maps.
         pending: arguments of `complete` for grad, if it is pending.
 
     Returns:

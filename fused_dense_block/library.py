@@ -10,7 +10,7 @@ instructions AMX, `amx`; by `vdpbf16ps`, an instruction of some CPUs with AVX-51
 fp32 and then as fp32 is, `fma`. Which one is fastest depends on the CPU, so those that it has are
 timed once, and the result is kept beside the libraries.
 
-DENSENET_CPU_KERNELS=amx, =vdpbf16ps or =fma chooses one of them if the CPU has it;
+DENSENET_CPU_KERNELS=amx, =vdpbf16ps or =fma chooses one of them, if the CPU has it;
 DENSENET_CPU_KERNELS=0 turns the kernels off.
 """
 
@@ -39,7 +39,7 @@ FLAGS = '-std=c++17 -O3 -march=native -ffp-contract=fast -fopenmp -fPIC'.split()
 TYPES = {torch.float32: 'float', torch.bfloat16: 'bf16'}
 # The flags of each way to multiply, in order of preference.
 PRODUCTS = {'amx': ['-DBF16_AMX'], 'vdpbf16ps': ['-DBF16_DOT'], 'fma': []}
-preferred = None  # the product of a run that is resumed; DENSENET_CPU_KERNELS comes first
+preferred_product = None  # of a run that is resumed; DENSENET_CPU_KERNELS comes first
 MARGIN = 1.2  # the first product is taken unless another one is faster by more than this
 
 
@@ -119,7 +119,7 @@ def _products(map_type, macros):
                 if not needed[product] or
                 map_type == 'bf16' and all(macro in macros for macro in needed[product])]
     chosen = os.environ.get('DENSENET_CPU_KERNELS')
-    for product in chosen, preferred:
+    for product in chosen, preferred_product:
         if product in products:
             return [product]
     if chosen in PRODUCTS and map_type == 'bf16':

@@ -1,7 +1,8 @@
 """Compares a module with its fused version on small random maps.
 
-Works on a copy with random weights; the module is unchanged, and with dropout, which needs it, the
-global random state is restored. Does not detect behaviour that depends on sizes, batches or steps.
+Works on a copy with random weights; the module is unchanged. The global random generator is used
+only with dropout, and then restored. Does not detect behaviour that depends on sizes, batches or
+steps.
 """
 
 import contextlib
@@ -177,7 +178,7 @@ class _Trial:
     def _run_module(self, x):
         before = [(name, module, dict(vars(module)))
                   for name, module in self.module.named_modules()]
-        numpy, draws = sys.modules.get('numpy'), _Draws()
+        numpy, draws, torch_state = sys.modules.get('numpy'), _Draws(), self.generator.get_state()
         state, numpy_state = random.getstate(), numpy and numpy.random.get_state(legacy=False)
         try:
             with draws:
@@ -190,7 +191,10 @@ class _Trial:
             random.setstate(state)
             if numpy:
                 numpy.random.set_state(numpy_state)
-        if other_draws or draws.found and not self.has_dropout:
+        draws_without_dropout = draws.found and not self.has_dropout
+        if draws_without_dropout:
+            self.generator.set_state(torch_state)
+        if other_draws or draws_without_dropout:
             raise Difference('', 'draws random numbers in its forward')
         for name, module, attributes in before:
             for key, value in vars(module).items():

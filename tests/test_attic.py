@@ -235,7 +235,8 @@ def write_fold(directory, fold, error, **flags):
 
 
 def test_folds_are_summarized(tmp_path, capsys):
-    runs = [write_fold(tmp_path / f'{i}', f'{i}/3', 10 * i) for i in (1, 2, 3)]
+    runs = [write_fold(tmp_path / f'{i}', f'{i}/3', 10 * i, data=f'{"../" * i}x/')
+            for i in (1, 2, 3)]
     (tmp_path / '2/test.csv').write_text('epoch,error,auc\n2,20,0.7\n')
     summarize_folds.main(runs)
     said = capsys.readouterr().out
@@ -244,7 +245,8 @@ def test_folds_are_summarized(tmp_path, capsys):
 
 
 @pytest.mark.parametrize('flags, content, message', [
-    (dict(fold='1/3'), None, '--fold 1/3, 1/3'), (dict(fold='2/5'), None, '--fold 1/3, 2/5'),
+    (dict(fold='1/3'), None, '--fold 1/3, 1/3'), (dict(fold=None), None, '--fold 1/3, None'),
+    (dict(fold='2/5'), None, '--fold 1/3, 2/5'),
     (dict(seed=7), None, '--seed is 1, 7'), (dict(data='y'), None, '--data is x, y'),
     ({}, 'epoch;error\n1;5\n', 'test.csv is not as train.py has written it'),
     ({}, 'epoch,error,auc\n2,20,0.7\n,,\n', 'test.csv is not as train.py has written it')])

@@ -464,18 +464,18 @@ def test_a_product_can_be_chosen(monkeypatch):
     for product in 'amx', 'vdpbf16ps':
         monkeypatch.setenv('DENSENET_CPU_KERNELS', product)
         assert library._products('float', macros) == ['fma']
-        monkeypatch.setattr(library, 'preferred', 'fma')
+        monkeypatch.setattr(library, 'preferred_product', 'fma')
         assert library._products('bf16', macros) == [{'amx': 'fma'}.get(product, product)]
-        monkeypatch.setattr(library, 'preferred', None)
+        monkeypatch.setattr(library, 'preferred_product', None)
         with pytest.warns(UserWarning, match=f'={product} is ignored: .* not have it, only fma'):
             assert library._products('bf16', '') == ['fma']
 
 
 def test_a_resumed_run_multiplies_as_before(monkeypatch):
-    monkeypatch.setattr(library, 'preferred', None)
+    monkeypatch.setattr(library, 'preferred_product', None)
     for precision, expected in (('fp32', None), ('bf16', 'vdpbf16ps')):
         networks.choose_kernels({'cpu_kernels': 'avx512 vdpbf16ps'}, precision)
-        assert library.preferred == expected
+        assert library.preferred_product == expected
 
 
 @pytest.mark.parametrize('case', ['ready', 'does not permit AMX', 'no such instruction'])

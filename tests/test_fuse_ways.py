@@ -210,8 +210,10 @@ EDITS = {  # of a layer, by the message
 def test_edited_layers_are_refused(complaint):
     model = small_net()
     EDITS[complaint](model)
+    state = torch.get_rng_state(), str(np.random.get_state())
     with pytest.raises(ValueError, match=f'not fused: features.denseblock1.*({complaint})'):
         fuse(model)
+    assert torch.equal(torch.get_rng_state(), state[0]) and str(np.random.get_state()) == state[1]
     assert not fused_parts(model)
 
 

@@ -126,8 +126,10 @@ def test_names_of_columns_in_any_case_and_those_not_used(tmp_path, capsys):
         ('File', 'LABEL', 'Split', 'Patient_ID', 'age'),
         *((f'x/{i}.png', 'ab'[i % 2], 'Train' if i < 4 else 'test', f'p{i}', 50)
           for i in range(6))])
-    assert re.search('row 2 .Train., row 3 .Train., .* is none of train', fails(
-        capsys, '--dataset', 'folder', '--data', root, '--labels', path))
+    argv = ['--dataset', 'folder', '--data', root, '--labels', path]
+    assert 'has a column Split: it must be called split' in fails(capsys, *argv)
+    path.write_text(path.read_text().replace('Split', 'split'))
+    assert re.search('row 2 .Train., row 3 .Train., .* is none of train', fails(capsys, *argv))
     path.write_text(path.read_text().replace('Train', 'train'))
     dataset = datasets.describe('folder', root, labels_file=path)
     said = []

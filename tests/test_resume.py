@@ -361,6 +361,20 @@ def test_another_image_size_chooses_best_pth_anew(two_epochs, capsys):
     assert checkpoint.load(two_epochs / 'best.pth')['best_epoch'] == 3
 
 
+def test_a_finished_run_keeps_its_best_pth(two_epochs, capsys):
+    before = checkpoint.load(two_epochs / 'best.pth')
+    train.main(['--save', str(two_epochs), '--resume', '--image-size', '24'])
+    captured = capsys.readouterr()
+    assert 'anew' not in captured.err and f'(epoch {before["best_epoch"]})' in captured.out
+
+
+def test_a_header_that_was_cut_is_written_again(two_epochs):
+    for text in ('', 'epo', 'epoch,lo'):
+        (two_epochs / 'test.csv').write_text(text)
+        train.main(['--save', str(two_epochs), '--resume', '--epochs', '3', '--start-epoch', '3'])
+        assert [row['epoch'] for row in read_csv(two_epochs / 'test.csv')] == ['3']
+
+
 def test_a_missing_best_pth_is_a_warning(two_epochs, capsys):
     (two_epochs / 'best.pth').unlink()
     for epochs, message in (('2', 'has no best.pth: copy it from'),

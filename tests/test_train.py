@@ -687,8 +687,9 @@ def test_a_report_on_other_weights_or_data_has_a_directory_of_its_own():
 
     assert directory('--evaluate', '--pretrained', '--dataset', 'imagenet')[1] == Path(
         'work/imagenet.pretrained')
-    for argv, others in (([], None), (['--data', './a'], None), (['--data', '/x/b.c/'], 'b'),
-                         (['--labels', 'x/y.csv'], 'y'), (['--dataset', 'svhn'], 'svhn')):
+    for argv, others in (([], ''), (['--data', './a'], ''), (['--data', '/x/b.c/'], 'b.c'),
+                         (['--labels', 'x/y.csv'], 'y'), (['--dataset', 'svhn'], 'svhn'),
+                         (['--labels', 'y.csv', '--data', 'b.c'], 'b.c-y')):
         assert directory('--resume', 'r/best.pth', '--evaluate', *argv)[0] == others
 
 
@@ -901,7 +902,8 @@ def test_missing_data_sets_say_what_to_do(tmp_path, monkeypatch, capsys):
 def test_running_out_of_memory_names_the_flags_that_need_less(
         small, tmp_path, monkeypatch, capsys, error):
     expected = ('train.py: error: out of memory: give --memory-efficient, a lower --batch-size, a '
-                'higher --grad-accum, --precision bf16, smaller images or a smaller network')
+                'higher --grad-accum, --precision bf16, fewer --workers, smaller images or a '
+                'smaller network')
     monkeypatch.setattr(train, 'train_step', Mock(side_effect=error))
     assert fails(capsys, *small, '--save', tmp_path / 'run') == expected
     monkeypatch.setattr('training.evaluation.evaluate', Mock(side_effect=error))

@@ -58,7 +58,7 @@ def with_saved_flags(given, parser=None):
     if not (args.resume or args.evaluate):  # a repeated command: --pretrained was for the start
         given = argparse.Namespace(**{flag: value for flag, value in vars(given).items()
                                       if flag not in ('pretrained', 'reset_classifier')})
-    others = other_data(given, saved_flags) if args.evaluate else None
+    others = other_data(given, saved_flags) if args.evaluate else ''
     if others:
         held_out = saved_flags.get('val_split') or saved_flags.get('fold')
         for flag in ('labels', 'val_split', 'fold'):  # test on all images of other data
@@ -76,14 +76,16 @@ def with_saved_flags(given, parser=None):
 
 
 def other_data(given, saved_flags):
-    """A name of the data that are given, if they are not those of the checkpoint."""
+    """A name for the data that are given, if they are not those of the checkpoint, or ''."""
+    names = []
     if getattr(given, 'dataset', None) not in (None, saved_flags.get('dataset')):
-        return given.dataset
+        names.append(given.dataset)
     for flag in ('data', 'labels'):
         path, before = getattr(given, flag, None), saved_flags.get(flag)
         if path is not None and (before is None or Path(path).resolve() != Path(before).resolve()):
-            return Path(path).resolve().stem
-    return None
+            path = Path(path).resolve()
+            names.append(path.name if flag == 'data' else path.stem)
+    return '-'.join(names)
 
 
 def check_contents(saved, source):
@@ -164,8 +166,8 @@ def resume(state, saved, args, train_loader, eval_loader):
     uninterrupted one, given the same number of threads and the same kernels; other kernels are a
     warning (`networks.warn_of_other_kernels`).
 
-    Other training images are a warning, and other images that choose best.pth also reset the best
-    epoch.
+    Other training images are a warning. Other images that choose best.pth, another --image-size and
+    another --ten-crop also reset the best epoch.
 
     Args:
         state: a new TrainState with an initialized optimizer.
@@ -232,11 +234,13 @@ def load_scaler(scaler, saved, source):
 
 
 def warn_of_other_images(state, saved, args, train_loader, eval_loader):
-    """Warn if images have changed since the checkpoint."""
+    """Warn if images, or how they are tested, have changed since the checkpoint."""
     now = digests(train_loader, eval_loader)
     before = saved.get('digests', now)
     sizes = [datasets.sides(size) for size in (saved['dataset']['image_size'], args.image_size)]
-    if sizes[0] != sizes[1] or args.ten_crop != saved['args'].get('ten_crop', args.ten_crop):
+    is_done = state.epoch > args.epochs  # best.pth stays what it is
+    if not is_done and (sizes[0] != sizes[1] or
+                        args.ten_crop != saved['args'].get('ten_crop', args.ten_crop)):
         state.reset_best()
         if distributed.rank() == 0:
             warn('--image-size or --ten-crop has changed, and with it the results: best.pth is '
@@ -246,8 +250,10 @@ def warn_of_other_images(state, saved, args, train_loader, eval_loader):
             continue
         which, consequence = 'training images', ''
         if split == 'test':  # those of val, if there are any
-            state.reset_best()
-            which, consequence = 'images that choose best.pth', ', and it is chosen anew'
+            which = 'images that choose best.pth'
+            if not is_done:
+                state.reset_best()
+                consequence = ', and it is chosen anew'
             if args.val_split or args.fold:
                 consequence += '; some that are now held out may have been trained on'
         if distributed.rank() == 0:
@@ -353,7 +359,7 @@ def load_newest(path):
 
 
 def progress(saved):
-    """How far the run of a checkpoint, perhaps of its weights alone, has come."""
+    """Text: the epoch and the step of a checkpoint, which may lack both."""
     epoch, step = saved.get('epoch'), saved.get('step')
     if epoch is None:
         return 'of an unknown epoch'

@@ -18,8 +18,7 @@ def explanation(error, memory_advice):
         return f'out of memory: {memory_advice}'
     # torch reports a dead worker, or its connection is reset or closed.
     if 'DataLoader worker' in text or isinstance(error, (ConnectionError, EOFError)):
-        return (f'a worker process has died ({text}): if it ran out of memory, give fewer '
-                f'--workers')
+        return f'a worker process has died ({text}): if it ran out of memory, {memory_advice}'
     if isinstance(error, OSError):  # such as a full disk
         where = f'{error.filename}: ' if error.filename else ''
         return where + (error.strerror or text)

@@ -195,7 +195,8 @@ def add_run_flags(parser):
                        help='use torch.compile (minutes to start)')
 
     group = parser.add_argument_group('run')
-    group.add_argument('--name', help='the run directory is work/NAME (default: <dataset>.base)')
+    group.add_argument('--name', help='the run directory is work/NAME (default: <dataset>.base; '
+                       '<dataset>.pretrained for --evaluate --pretrained)')
     group.add_argument('--save', metavar='DIR', help='the run directory, instead of work/NAME')
     again = group.add_mutually_exclusive_group()
     again.add_argument('--resume', nargs='?', const='', metavar='CHECKPOINT',

@@ -167,11 +167,12 @@ def list_images(dataset, split, warn=None):
     images = list_all(dataset, split, warn)
     if dataset.is_divided(split):
         kept = dataset.choose(split, images.labels, images.names, images.groups)
-        whole, images = images, images[kept]
-        lost = present_classes(whole, dataset) - present_classes(images, dataset)
-        if lost and warn is not None and split == 'train':
-            warn(f'all images of {", ".join(sorted(lost)[:5])} are held out: none is left to train '
-                 f'on')
+        if warn is not None and split == 'train':
+            lost = present_classes(images, dataset) - present_classes(images[kept], dataset)
+            if lost:
+                warn(f'all images of {", ".join(sorted(lost)[:5])} are held out: none is left to '
+                     f'train on')
+        images = images[kept]
     if not len(images):
         raise DataError(f'{images.folder} has no {split} images')
     return images
@@ -288,7 +289,7 @@ def read_pixels(dataset, transform, path):
 
 
 def some_readable(images, channels, count=7):
-    """About `count` decoded images of all, evenly spaced; raises DataError if there is none."""
+    """Decode `count` to 2 * `count` evenly spaced images; raises DataError if none can be."""
     found, errors, step = [], [], max(1, len(images) // count)
     for i in range(len(images)):
         if found and i % step:

@@ -18,8 +18,10 @@ def write_json(path, content):
 
 
 def read_json(path):
-    """Raises UserError if the file is damaged."""
+    """Raises UserError if the file is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding='utf-8'))
+    except OSError as error:
+        raise UserError(f'{path}: {error.strerror}') from error
     except ValueError as error:
         raise UserError(f'{path} is damaged, or not a file of train.py: {error}') from error

@@ -202,7 +202,10 @@ def _read_rows(path):
     if len(lines) < 2:
         raise DataError(f'{path} has no rows: it needs a header, and a row per image')
     header = [name.strip() for name in lines[0][1]]
-    header = [name.lower() if name.lower() in OTHER_COLUMNS else name for name in header]
+    header = [name.lower() if name.lower() in ('file', 'label') else name for name in header]
+    for name in header:
+        if name not in OTHER_COLUMNS and name.lower() in OTHER_COLUMNS:
+            raise DataError(f'{path} has a column {name}: it must be called {name.lower()}')
     lines, header = without_empty_columns(lines, header)
     if '' in header:
         raise DataError(f'{path} has a column without a name, perhaps an index that pandas wrote: '

@@ -128,7 +128,7 @@ def units(groups, num_images):
 def bootstrap(statistics, units, resamples=RESAMPLES, seed=0):
     """{name: [2, ...]}: ends of the percentile intervals at `LEVEL` (Efron and Tibshirani 1993).
 
-    NaN where a value is the same in all resamples, such as an error of 0: they say nothing then.
+    NaN where both ends are equal, as for an error of 0: such an interval says nothing.
 
     A resample draws as many units as there are, with replacement. Resamples in which a value is
     undefined are left out for that value. In simulations with 200 to 600 images, the coverage was

@@ -84,7 +84,7 @@ def choose_kernels(saved, precision):
     """Multiply bf16 as the run of a checkpoint did, if this CPU can; to be called before `fuse`."""
     product = (saved.get('cpu_kernels') or '').rpartition(' ')[2]
     if product in library.PRODUCTS and precision == 'bf16':
-        library.preferred = product
+        library.preferred_product = product
 
 
 def warn_of_other_kernels(saved, now):

@@ -121,7 +121,9 @@ def totals_table(record):
              if any(summary.get(key) is not None for summary in splits.values())]
     intervals, test = record['intervals'], splits['test']
     unit = 'images' if test['units'] == test['images'] else 'groups'
-    notes = [f'{record["model"]}, tested on {record["data"]}.'] if 'model' in record else []
+    notes = []
+    if 'data' in record:  # not in older files, nor is 'model'
+        notes = [f'{record.get("model", "Model")}, tested on {record["data"]}.']
     notes += [f'In brackets: {intervals["level"]:.0%} intervals from {intervals["resamples"]:,} '
               f'bootstrap resamples of the {unit}.', RULES[record['threshold_rule']]]
     if record['temperature'] is not None:

@@ -88,7 +88,7 @@ class Run:
             if distributed.rank() == 0:
                 warn(f'{self.directory} has no best.pth: '
                      + ('it is chosen anew' if state.epoch <= args.epochs else
-                        f'copy it from {self.resumed.parent}, or from where the run has been'))
+                        'copy it from where the run has been'))
         latest = self.directory.resolve() / 'latest.pth'
         if self.resumed != latest or args.start_epoch:
             # For --resume, even if the run is killed in the first epoch. If latest.pth is damaged

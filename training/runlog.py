@@ -11,7 +11,6 @@
 """
 
 import contextlib
-import json
 import math
 import os
 import platform
@@ -27,6 +26,7 @@ import torch
 from tqdm import tqdm
 
 from training.console import UserError, say, warn
+from training.json_files import write_json
 
 try:
     import fcntl
@@ -69,7 +69,8 @@ def lock_directory(directory, *, exist_ok=False):
             raise UserError(f'{directory} holds a run ({", ".join(held)}): --resume continues it, '
                             f'--overwrite replaces it, and --save or --name choose another '
                             f'directory')
-        for pattern in (*(f'.{name}*.tmp' for name in RUN_FILES), '.*.png.*.tmp'):
+        for pattern in ('.metrics.json.tmp', *(f'.{name}*.tmp' for name in RUN_FILES),
+                        '.*.png.*.tmp'):
             for path in directory.glob(pattern):  # left by a killed run
                 path.unlink()
         yield directory
@@ -96,7 +97,8 @@ def _lock(directory, lock):
 
 def clear(directory):
     """Delete the files of an earlier run; its training curves will be overwritten."""
-    for pattern in (*RUN_FILES, *REPORT_FILES, 'tensorboard/events.out.tfevents.*'):
+    for pattern in (*RUN_FILES, *REPORT_FILES, *(f'on-*/{name}' for name in REPORT_FILES),
+                    'tensorboard/events.out.tfevents.*'):
         for path in directory.glob(pattern):
             path.unlink()
 
@@ -113,7 +115,7 @@ def write_record(directory, args, **settings):
               'versions': {'python': platform.python_version(), 'torch': torch.__version__,
                            'torchvision': metadata.version('torchvision'),
                            'cuda': torch.version.cuda}}
-    (directory / 'args.json').write_text(json.dumps(record, indent=2))
+    write_json(directory / 'args.json', record)
 
 
 # ---- the log ------------------------------------------------------------------------------
@@ -260,9 +262,10 @@ class CsvFile:
 
     def __init__(self, path, columns, last_epoch):
         self.file = open(path, 'a')
-        header, *rows = path.read_bytes().splitlines(keepends=True) or [b'']
-        if rows and not rows[-1].endswith(b'\n'):  # a killed process may leave half a row
-            del rows[-1]
+        lines = path.read_bytes().splitlines(keepends=True)
+        if lines and not lines[-1].endswith(b'\n'):  # a killed process may leave half a row
+            del lines[-1]
+        header, *rows = lines or [b'']
         try:
             epochs = [float(row.partition(b',')[0]) for row in rows]
             if header and not header.startswith(b'epoch,') or epochs != sorted(epochs):
