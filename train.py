@@ -365,10 +365,10 @@ def evaluate_best(run, model, dataset, device, autocast, args):
 
 
 def make_loaders(args, dataset, device):
-    """The loader of the training images, and that of the images that choose best.pth.
+    """Returns train_loader and eval_loader.
 
-    These are the validation images, or the test images if there are no validation images; they are
-    evaluated after each epoch.
+    eval_loader has the images that are evaluated after each epoch and choose best.pth: the
+    validation images, or the test images if there are no validation images.
     """
     common = dict(device=device, workers=args.workers,
                   shard=(distributed.rank(), distributed.world_size()))

@@ -186,13 +186,18 @@ def describe(name, root='work/data', image_size=None, split='train', *, in_chann
         return dataset
     samples = image_files.list_images(dataset, split)
     images = image_files.some_readable(samples, in_channels)
-    if image_size is None and median_low(max(image.size) for image in images) <= SMALL:
-        dataset = dataclasses.replace(
-            dataset, image_size=median_low(min(image.size) for image in images))
+    if image_size is None:
+        dataset = dataclasses.replace(dataset, image_size=small_size(images) or 224)
     if value_range is None and split == 'train' and image_files.needs_range(images[0]):
         value_range = image_files.measure_range(samples, in_channels, workers)
         dataset = dataclasses.replace(dataset, value_range=value_range)
     return dataset
+
+
+def small_size(images):
+    """The median shorter side of images; None if the median image is larger than `SMALL`."""
+    longer, shorter = (median_low(side(image.size) for image in images) for side in (max, min))
+    return shorter if longer <= SMALL else None
 
 
 def with_statistics(dataset, mean=None, std=None):
