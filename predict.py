@@ -244,9 +244,10 @@ def run(args):
     networks.fuse(model, device, script='predict.py')
     model.to(device, memory_format=torch.channels_last)
     label = None if args.heatmap_class is None else find_class(args.heatmap_class, names)
-    with contextlib.suppress(DataError):  # reported below
-        first = image_files.decode(files[0], len(dataset.mean))
-        image_files.warn_of_other_depth(dataset, [first], 'predict.py')
+    if dataset.value_range:
+        with contextlib.suppress(DataError):  # reported below
+            first = image_files.decode(files[0], len(dataset.mean))
+            image_files.warn_of_other_depth(dataset, [first], 'predict.py')
     heats = []  # still to be drawn
     bar = tqdm(predict(model, dataset, files, args.batch_size, label), total=len(files),
                leave=False, disable=None)  # None: only on a terminal

@@ -12,7 +12,7 @@ from . import cpu, eager, inference, modules, selfcheck
 from .autograd import DenseBlockFunction, Layer, TransitionFunction
 
 SHAPE, DTYPE, DEVICE = attrgetter('shape'), attrgetter('dtype'), attrgetter('device')
-VERIFYING = threading.Lock()  # verification temporarily changes the global random state
+VERIFYING = threading.Lock()  # it sets torch's threads and, with dropout, the random state
 
 
 class Fused:
@@ -94,10 +94,10 @@ class Fused:
         return x.dtype
 
     def __reduce_ex__(self, protocol):  # for copy and pickle: the class can't be found by name
-        return _rebuild, (kind_of(self), base_class(self)), self.__getstate__()
+        return _rebuild, (kind_of(self), modules.original_class(self)), self.__getstate__()
 
     def __prepare_scriptable__(self):  # torch.jit.script compiles the plain module
-        plain = base_class(self).__new__(base_class(self))
+        plain = modules.original_class(self).__new__(modules.original_class(self))
         vars(plain).update(vars(self))
         return plain
 
@@ -226,13 +226,8 @@ def kind_of(module):
     return type(module)._kind
 
 
-def base_class(module):
-    """The original class of a fused module."""
-    return type(module)._base
-
-
 def unfuse(module):
-    module.__class__ = base_class(module)
+    module.__class__ = modules.original_class(module)
     for name in {'_fused', 'path', 'reason'} & vars(module).keys():
         delattr(module, name)
     return module

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import cpu, eager
 from .autograd import no_autocast
-from .modules import Difference, StemModules, unusual_stem
+from .modules import Difference, StemModules, original_class, unusual_stem
 
 # Relative to the norm of the module's own results. In float64, results are compared one by one; the
 # kernels' results by kind, because small ones may consist of rounding errors. In deep blocks,
@@ -250,8 +250,7 @@ def _copy(module, device):
         twin = copy.deepcopy(module, no_hooks)
     except Exception as error:  # for example non-leaf tensors
         raise Difference('', f'cannot be copied ({error})') from error
-    if hasattr(type(twin), '_base'):
-        twin.__class__ = type(twin)._base
+    twin.__class__ = original_class(twin)
     # Contiguous, because dropout masks depend on the layout.
     return twin.to_empty(device=device).to(memory_format=torch.contiguous_format)
 

@@ -136,7 +136,7 @@ def describe_data(args, saved):
             if dataset.value_range:
                 images = image_files.list_images(dataset, 'test')
                 image_files.warn_of_other_depth(
-                    dataset, image_files.some_readable(images, len(dataset.mean)))
+                    dataset, image_files.some_readable(images, len(dataset.mean), count=7))
     return datasets.with_statistics(dataset, args.mean, args.std)
 
 

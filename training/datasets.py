@@ -185,7 +185,8 @@ def describe(name, root='work/data', image_size=None, split='train', *, in_chann
     if name == 'imagenet':
         return dataset
     samples = image_files.list_images(dataset, split)
-    images = image_files.some_readable(samples, in_channels)
+    # Several, where their size is not known.
+    images = image_files.some_readable(samples, in_channels, count=7 if image_size is None else 1)
     if image_size is None:
         dataset = dataclasses.replace(dataset, image_size=small_size(images) or 224)
     if value_range is None and split == 'train' and image_files.needs_range(images[0]):

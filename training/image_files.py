@@ -288,7 +288,7 @@ def read_pixels(dataset, transform, path):
     return pixels.round().to(torch.uint8) if value_range is None else pixels
 
 
-def some_readable(images, channels, count=7):
+def some_readable(images, channels, count):
     """Decode `count` to 2 * `count` evenly spaced images; raises DataError if none can be."""
     found, errors, step = [], [], max(1, len(images) // count)
     for i in range(len(images)):
@@ -306,8 +306,8 @@ def some_readable(images, channels, count=7):
 
 
 def warn_of_other_depth(dataset, images, script='train.py'):
-    """Warn if decoded images have 8 bits, and a model was trained on a range of values of more."""
-    if dataset.value_range and not all(map(needs_range, images)):
+    """Warn if decoded images have 8 bits, and the model was trained on more (has a value range)."""
+    if not all(map(needs_range, images)):
         low, high = dataset.value_range
         console.warn(f'there are images of 8 bits, and the model was trained on values from '
                      f'{low:g} to {high:g} in images of more: they may look different to it',
