@@ -8,8 +8,8 @@
 
 A run is a directory that train.py writes. The figures loss, error and loss-error (side by side)
 come from train.csv and test.csv and can be redrawn at any time, also during the run. Losses and
-errors are on logarithmic axes. After --evaluate, there are also the figures of training/report.py,
-and, with the format png, report.html, a page with all of them.
+errors are on logarithmic axes. After --evaluate, there are also the figures of
+training/report_figures.py and, with the format png, report.html, a page with all of them.
 """
 
 import argparse
@@ -323,9 +323,9 @@ def all_figures(paths):
         if runs:
             yield prefix + name, curve_figure(runs, columns)
     if len(paths) == 1:
-        from training import report  # SciPy and scikit-learn are slow to import
+        from training import report_figures  # SciPy and scikit-learn are slow to import
 
-        yield from report.figures(paths[0])
+        yield from report_figures.figures(paths[0])
 
 
 def draw(paths, output, formats):

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 
 import plot
-from training import report
+from training import report_figures
 
 MAGIC = {'png': b'\x89PNG\r\n\x1a\n', 'pdf': b'%PDF-', 'svg': b'<?xml'}
 TRAIN_HEADER = 'epoch,loss,error,lr,images_per_second,data_wait'
@@ -312,7 +312,7 @@ def write_confusion(directory, counts, names):
 
 
 def confusion_figure(directory, counts, names):
-    [(name, figure)] = report.figures(write_confusion(directory, counts, names))
+    [(name, figure)] = report_figures.figures(write_confusion(directory, counts, names))
     assert name == 'confusion'
     return figure
 

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import nn
 
 import plot
-from training import evaluation, loaders, metrics, predictions, report
+from training import evaluation, loaders, metrics, predictions, report_figures
 from training.predictions import Predictions
 
 FLOWERS = ['Gänseblümchen, weiß', 'a "rose"', 'tulip $5 to $6', 'Straße']
@@ -362,7 +362,7 @@ FIGURES = ['confusion', 'roc', 'precision-recall', 'reliability', 'recall', 'mis
 
 
 def drawn(directory):
-    return dict(report.figures(directory))
+    return dict(report_figures.figures(directory))
 
 
 def legend_of(figure):
@@ -423,7 +423,7 @@ def test_of_many_classes_the_worst_have_colours(tmp_path, capsys):
     assert [text.split(',')[0] for text in legend_of(figures['roc'])] == [
         row['class'] for row in worst]
     colors = [line.get_color() for line in figures['roc'].axes[0].lines]
-    assert colors[:45] == ['#cccccc'] * 45 and colors[45:50] == report.COLORS[:5]
+    assert colors[:45] == ['#cccccc'] * 45 and colors[45:50] == report_figures.COLORS[:5]
     lowest = sorted(rows, key=lambda row: row['recall'])[:40]
     assert [text.get_text() for text in figures['recall'].axes[0].get_yticklabels()] == [
         row['class'] for row in lowest]

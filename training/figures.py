@@ -1,4 +1,4 @@
-"""Style and saving of the figures of plot.py and report.py. No torch."""
+"""Style and saving of the figures of plot.py and report_figures.py. No torch."""
 
 import os
 

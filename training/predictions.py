@@ -1,4 +1,4 @@
-"""The files of an evaluation, which evaluation.py writes and report.py reads. No torch.
+"""The files of an evaluation, which evaluation.py writes and report_figures.py reads. No torch.
 
     predictions.csv    a row per image: its class, the three most probable ones, logits
     predictions.npz    instead of the columns of logits, for more than `MAX_COLUMNS` classes

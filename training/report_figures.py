@@ -1,6 +1,6 @@
 """Figures of an evaluation, from the files of predictions.py. No torch.
 
-    for name, figure in report.figures(directory): ...      # 'roc', 'precision-recall', ...
+    for name, figure in report_figures.figures(directory): ...   # 'roc', 'precision-recall', ...
 
 Each class has a colour. If there are more classes than colours, only the worst have, and the others
 are thin and grey.
