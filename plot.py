@@ -28,8 +28,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from training import console
 from training.console import UserError
-from training.csv_files import open_csv
 from training.figures import COLORS, GREY, MARKERS, STYLE, save_figure, shorten
+from training.files import open_csv
 from training.parsing import Parser
 
 CURVES = {'loss': ['loss'], 'error': ['error'], 'loss-error': ['loss', 'error']}

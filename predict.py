@@ -58,10 +58,10 @@ from tqdm import tqdm
 import densenet
 from training import checkpoint, datasets, image_files, image_transforms, networks
 from training.console import DataError, UserError
-from training.csv_files import escape_formula, open_csv
 from training.device import choose_device
 from training.errors import explanation
 from training.figures import shorten
+from training.files import escape_formula, open_csv
 from training.weights import torchvision_weights
 
 CSV_COLUMNS = 'file', 'class', 'probability'

@@ -19,7 +19,7 @@ if __name__ == '__main__':  # run as a script, attic/ is the import path
 
 from training import console
 from training.console import UserError, explain_errors
-from training.json_files import read_json
+from training.files import read_json
 
 METRICS = ('error', 'balanced_error', 'mean_auc', 'mean_average_precision', 'mean_sensitivity',
            'mean_specificity')

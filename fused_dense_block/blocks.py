@@ -11,7 +11,7 @@ from torch import nn
 from . import cpu, eager, inference, modules, selfcheck
 from .autograd import DenseBlockFunction, Layer, TransitionFunction
 
-SHAPE, DTYPE, DEVICE = attrgetter('shape'), attrgetter('dtype'), attrgetter('device')
+SHAPE, DEVICE = attrgetter('shape'), attrgetter('device')
 VERIFYING = threading.Lock()  # it sets torch's threads and, with dropout, the random state
 
 
@@ -334,23 +334,18 @@ class Plan:
         norm_convs = kind.norm_convs(self.parts)
         self.channels = kind.in_channels(self.parts)
         self.kind, self.is_stem = kind, kind is FusedFeatures
-        # (dict, name) instead of the tensors, because torch.func.functional_call swaps them.
-        self.parameter_places = [place for norm, conv in norm_convs for place in (
-            (norm._parameters, 'weight'), (norm._parameters, 'bias'), (conv._parameters, 'weight'))]
-        self.places = self.parameter_places + [
-            (norm._buffers, name) for norm, _ in norm_convs
-            for name in ('running_mean', 'running_var')]
-        self.shapes = [torch.Size(size) for norm, conv in norm_convs for size in (
-            (norm.num_features,), (norm.num_features,),
-            (conv.out_channels, conv.in_channels, *conv.kernel_size))]
-        for norm, _ in norm_convs:  # its running mean and variance
-            self.shapes += [torch.Size((norm.num_features,))] * 2
-        self.buffers = [norm._buffers for norm, _ in norm_convs]
-        self.conv_parameters = [conv._parameters for _, conv in norm_convs]
-        self.packed_places = [place for norm, conv in norm_convs for place in (
-            (norm._parameters, 'weight'), (norm._parameters, 'bias'),
+        # Six tensors for each NormConv, as (dict, name), because torch.func.functional_call swaps
+        # the tensors.
+        self.places = [place for norm, conv in norm_convs for place in (
+            (norm._parameters, 'weight'), (norm._parameters, 'bias'), (conv._parameters, 'weight'),
             (norm._buffers, 'running_mean'), (norm._buffers, 'running_var'),
-            (conv._parameters, 'weight'), (norm._buffers, 'num_batches_tracked'))]
+            (norm._buffers, 'num_batches_tracked'))]
+        self.shapes = [torch.Size(shape) for norm, conv in norm_convs for shape in (
+            *[[norm.num_features]] * 2, [conv.out_channels, conv.in_channels, *conv.kernel_size],
+            *[[norm.num_features]] * 2, [])]
+        self.parameter_places = [place for i in range(0, len(self.places), 6)
+                                 for place in self.places[i:i + 3]]
+        self.conv_parameters = [conv._parameters for _, conv in norm_convs]
         self.eps = [norm.eps for norm, _ in norm_convs]
         if kind is FusedBlock:
             self.layers = [
@@ -381,7 +376,7 @@ class Plan:
         return packed if packed and packed.is_current() else None
 
     def pack(self, x):
-        packed = inference.Packed(self.packed_places, self.eps, self.kind.maps_dtype(x))
+        packed = inference.Packed(self.places, self.eps, self.kind.maps_dtype(x))
         self.packed[self._key(x)] = packed
         return packed
 
@@ -397,9 +392,7 @@ class Plan:
             tensors = [tensors[name] for tensors, name in self.places]
             same_shapes = all(map(operator.eq, map(SHAPE, tensors), self.shapes))
         except (KeyError, AttributeError):  # removed, or None
-            return 'a weight or a running statistic is missing'
-        if any(buffers.get('num_batches_tracked') is None for buffers in self.buffers):
-            return 'a norm without num_batches_tracked'
+            return 'a weight, a running statistic or num_batches_tracked is missing'
         if any(parameters.get('bias') is not None for parameters in self.conv_parameters):
             return 'a convolution with bias'
         unusual = modules.unusual_class(tensors)
@@ -413,7 +406,8 @@ class Plan:
             return 'weights on another device'
         if self.is_stem:  # under autocast, its convolution takes any precision
             return None
-        dtypes, autocast = set(map(DTYPE, tensors)), autocast_dtype(x.device.type)
+        dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+        autocast = autocast_dtype(x.device.type)
         precision = {torch.float32: autocast or torch.float32, torch.float64: torch.float64}
         if len(dtypes) != 1 or x.dtype != precision.get(*dtypes):
             return f'input of {x.dtype}, weights of {", ".join(map(str, dtypes))}'
@@ -429,7 +423,7 @@ class Plan:
         weight = self.parts.conv.weight
         if not is_channels_last(x) and not is_channels_last(weight):
             return 'the images and the weights are not in channels_last'
-        dtypes = {tensors[name].dtype for tensors, name in self.places}
+        dtypes = {tensors[name].dtype for tensors, name in self.places} - {torch.int64}
         if dtypes != {torch.float32} or x.dtype not in (torch.float32, autocast_dtype('cpu')):
             return f'images of {x.dtype}, weights of {", ".join(map(str, dtypes))}'
         return None

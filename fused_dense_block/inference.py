@@ -21,9 +21,9 @@ class Packed:
     """
 
     def __init__(self, places, eps, dtype):
-        """`places`: for each convolution (dict, name) of norm weight, bias, running mean and
-        variance, kernel and num_batches_tracked: training with nn.BatchNorm2d bumps the version of
-        this one alone.
+        """`places`: for each convolution (dict, name) of norm weight, bias, kernel, running mean,
+        variance and num_batches_tracked: training with nn.BatchNorm2d bumps the version of this one
+        alone.
         """
         self.dicts = [*{id(tensors): tensors for tensors, _ in places}.values()]
         self.values = gc.get_referents(*self.dicts)  # before another thread may replace a tensor
@@ -37,8 +37,8 @@ class Packed:
             self.versions = [*map(VERSION, tensors)]
         self.sample = cpu.sample([tensor for tensor in tensors if tensor.is_floating_point()])
         self.sampled = self.sample()
-        # without num_batches_tracked, and with eps
-        norm_convs = [(*vectors, e, kernel) for (*vectors, kernel, _), e in
+        norm_convs = [(weight, bias, mean, var, e, kernel)
+                      for (weight, bias, kernel, mean, var, _), e in
                       zip(zip(*[iter(tensors)] * 6), eps)]
         with no_autocast(tensors[0]):
             self.convs, self.owners = cpu.pack(norm_convs, dtype)

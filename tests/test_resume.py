@@ -448,7 +448,7 @@ with runlog.lock_directory({str(tmp_path)!r}):
 def test_temporary_files_of_a_killed_run_are_removed(small, tmp_path):
     run = tmp_path / 'run'
     run.mkdir()
-    for name in ('.latest.pth.tmp', '.train.csv.tmp', '.loss.png.123.tmp'):
+    for name in ('.latest.pth.1234.tmp', '.args.json.7.tmp', '.loss.png.123.tmp'):
         (run / name).write_text('half')
     train.main([*small, '--epochs', '1', '--save', str(run)])
     assert not list(run.glob('.*'))

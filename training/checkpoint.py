@@ -20,6 +20,7 @@ import torch
 from training import datasets, distributed, flags, image_files, torch_files
 from training.console import UserError, explain_errors, say, warn
 from training.datasets import DATASETS
+from training.files import replace_file
 
 # Flags that must not change on resume, in addition to flags.MODEL_FLAGS.
 FIXED_FLAGS = ('optimizer', 'freeze_features', 'freeze_norm', 'head_lr', 'ema', 'best_by',
@@ -313,19 +314,13 @@ def save(path, content, keep_previous=False):
     """
     path, archive = Path(path), io.BytesIO()
     torch.save(content, archive)  # in memory: errors of torch.save on a full disk are obscure
-    temporary = path.with_name(f'.{path.name}.tmp')
-    try:
+    with replace_file(path) as temporary:
         with open(temporary, 'wb') as file:
             file.write(archive.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         if keep_previous and path.exists():
             os.replace(path, f'{path}.1')
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        error.filename = str(path)  # unset if a write fails
-        raise
     if os.name != 'nt':  # Windows can't open a directory
         directory = os.open(path.parent, os.O_RDONLY)
         os.fsync(directory)  # the rename itself

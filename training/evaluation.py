@@ -23,8 +23,7 @@ from training import (
     report_text,
 )
 from training.console import say
-from training.csv_files import escape_formula
-from training.json_files import write_json
+from training.files import escape_formula, write_json
 from training.predictions import Predictions
 
 MAX_MISTAKES = 24  # pictures of the most confident mistakes

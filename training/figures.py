@@ -1,8 +1,8 @@
 """Style and saving of the figures of plot.py and report_figures.py. No torch."""
 
-import os
-
 import matplotlib
+
+from training.files import replace_file
 
 # Okabe and Ito's palette for colour-blind readers, without the yellow, which is too pale.
 COLORS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000']
@@ -27,10 +27,5 @@ def shorten(name, length=40):
 
 def save_figure(figure, path):
     """Write the figure atomically, because a viewer may have the old one open."""
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')  # train.py removes old ones
-    try:
-        with matplotlib.rc_context(STYLE):
-            figure.savefig(temporary, format=path.suffix[1:])
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replace_file(path) as temporary, matplotlib.rc_context(STYLE):
+        figure.savefig(temporary, format=path.suffix[1:])

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from training.console import DataError
-from training.csv_files import open_csv
+from training.files import open_csv
 
 VAL_FOLDERS = ('val', 'valid', 'validation')  # accepted names of folders and splits
 SPLITS = {'train': 'train', **dict.fromkeys(VAL_FOLDERS, 'val'), 'test': 'test'}

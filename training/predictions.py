@@ -17,8 +17,7 @@ import numpy as np
 
 from training import metrics
 from training.console import UserError
-from training.csv_files import open_csv
-from training.json_files import read_json
+from training.files import open_csv, read_json
 
 MAX_COLUMNS = 100  # predictions.csv has the logits of up to this many classes
 RANKS = 'predicted', 'second', 'third'

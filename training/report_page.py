@@ -8,7 +8,7 @@ import html
 import os
 
 from training import predictions
-from training.json_files import read_json
+from training.files import read_json
 
 PAGE = '''<!DOCTYPE html>
 <html lang="en">

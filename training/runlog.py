@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from training.console import UserError, say, warn
-from training.json_files import write_json
+from training.files import remove_temporary_files, write_json
 
 try:
     import fcntl
@@ -69,10 +69,7 @@ def lock_directory(directory, *, exist_ok=False):
             raise UserError(f'{directory} holds a run ({", ".join(held)}): --resume continues it, '
                             f'--overwrite replaces it, and --save or --name choose another '
                             f'directory')
-        for pattern in ('.metrics.json.tmp', *(f'.{name}*.tmp' for name in RUN_FILES),
-                        '.*.png.*.tmp'):
-            for path in directory.glob(pattern):  # left by a killed run
-                path.unlink()
+        remove_temporary_files(directory)
         yield directory
     finally:
         lock.close()
