@@ -247,7 +247,7 @@ def run(args):
     if dataset.value_range:
         with contextlib.suppress(DataError):  # reported below
             first = image_files.decode(files[0], len(dataset.mean))
-            image_files.warn_of_other_depth(dataset, [first], 'predict.py')
+            image_files.warn_of_other_values(dataset, [first], 'predict.py')
     heats = []  # still to be drawn
     bar = tqdm(predict(model, dataset, files, args.batch_size, label), total=len(files),
                leave=False, disable=None)  # None: only on a terminal

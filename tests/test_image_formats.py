@@ -267,18 +267,22 @@ def test_the_lower_bytes_of_colours_reach_the_model(tmp_path):
 
 
 @pytest.mark.usefixtures('no_figures')
-def test_images_of_8_bits_are_said_if_a_model_knows_others(tmp_path, capsys):
+def test_images_with_other_values_than_a_model_knows_are_said(tmp_path, capsys):
     folders = {f'{split}/{name}': 2 for split in ('train', 'test') for name in 'ab'}
-    for bits in (8, 16):
-        for path in write_images(tmp_path / f'{bits}', folders, (12, 12), 'L').glob('*/*/*'):
-            if bits == 16:
-                path.write_bytes(png(np.asarray(Image.open(path)).astype(np.uint16)[..., None]))
-    train.main(['--dataset', 'folder', '--data', str(tmp_path / '16'), *SMALL, '--epochs', '1',
+    for name, factor in (('8', None), ('12', 16), ('16', 256)):  # bits
+        for path in write_images(tmp_path / name, folders, (12, 12), 'L').glob('*/*/*'):
+            if factor:
+                pixels = np.asarray(Image.open(path)).astype(np.uint16)[..., None]
+                path.write_bytes(png(factor * pixels))
+    train.main(['--dataset', 'folder', '--data', str(tmp_path / '12'), *SMALL, '--epochs', '1',
                 '--in-channels', '1', '--save', str(tmp_path / 'run')])
     best = str(tmp_path / 'run/best.pth')
-    for bits, count in ((8, 1), (16, 0)):
-        data = str(tmp_path / f'{bits}')
+    for name, warning in (('8', 'there are images of 8 bits'), ('12', None),
+                          ('16', 'there are images with most values above')):
+        data = str(tmp_path / name)
+        capsys.readouterr()
         train.main(['--evaluate', '--resume', best, '--device', 'cpu', '--data', data])
-        assert capsys.readouterr().err.count('there are images of 8 bits') == count
         predict.main(['--checkpoint', best, '--device', 'cpu', f'{data}/test'])
-        assert capsys.readouterr().err.count('there are images of 8 bits') == count
+        said = capsys.readouterr().err
+        assert said.count('warning: ') == (2 if warning else 0)
+        assert warning is None or said.count(warning) == 2

@@ -332,6 +332,19 @@ def test_training_on_several_labels_resumes_bit_for_bit(findings, tmp_path, caps
     assert checkpoint.load(tmp_path / 'whole' / 'best.pth')['epoch'] == int(best['epoch']) + 1
 
 
+@pytest.mark.parametrize('best_by', ['auc', 'balanced-error'])
+def test_a_criterion_that_is_undefined_is_refused_before_training(findings, tmp_path, capsys,
+                                                                  best_by):
+    table = findings[findings.index('--labels') + 1]
+    rows = [row.split(',') for row in open(table).read().splitlines()]
+    rows = [[name, '1', '', split, group] if split == 'val' else [name, top, left, split, group]
+            for name, top, left, split, group in rows]
+    labels = ['--labels', write_csv(tmp_path / 'labels.csv', rows)]
+    error = fails(capsys, *findings, *labels, '--best-by', best_by, '--save', tmp_path / 'run')
+    assert f'--best-by {best_by} is undefined for the val images' in error
+    assert not (tmp_path / 'run').exists()
+
+
 def test_other_labels_are_noticed_on_resume(findings, tmp_path, capsys):
     run = ['--save', str(tmp_path / 'run')]
     train.main([*findings, '--epochs', '1', *run])

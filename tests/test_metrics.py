@@ -89,7 +89,7 @@ def test_intervals_are_those_of_scipy():
     found = metrics.bootstrap(lambda weights: {'share': hits @ weights / weights.sum(0)},
                               np.arange(len(hits)), resamples=5000)['share']
     theirs = scipy.stats.bootstrap([hits], np.mean, n_resamples=5000, method='percentile',
-                                   rng=np.random.default_rng(0)).confidence_interval
+                                   random_state=0).confidence_interval
     np.testing.assert_allclose(found, theirs, atol=0.006)  # an image is 0.005
 
 

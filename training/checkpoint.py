@@ -136,7 +136,7 @@ def describe_data(args, saved):
             warn_of_other_held_out_images(dataset, saved, args.resume)
             if dataset.value_range:
                 images = image_files.list_images(dataset, 'test')
-                image_files.warn_of_other_depth(
+                image_files.warn_of_other_values(
                     dataset, image_files.some_readable(images, len(dataset.mean), count=7))
     return datasets.with_statistics(dataset, args.mean, args.std)
 

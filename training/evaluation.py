@@ -121,6 +121,13 @@ def gather(outputs, num_images):
     return labels[:num_images], logits[:num_images]  # images without a label come last
 
 
+def has_auc(labels):
+    """True if the area under the ROC curve is defined for some class; labels as in `mean_auc`."""
+    if labels.dim() == 1:
+        return len(labels.unique()) > 1
+    return ((labels == 1).any(0) & (labels == 0).any(0)).any().item()
+
+
 def mean_auc(labels, logits):
     """The area under the ROC curve, one class against the others, averaged over classes.
 

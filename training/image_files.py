@@ -305,13 +305,17 @@ def some_readable(images, channels, count):
     return found
 
 
-def warn_of_other_depth(dataset, images, script='train.py'):
-    """Warn if decoded images have 8 bits, and the model was trained on more (has a value range)."""
+def warn_of_other_values(dataset, images, script='train.py'):
+    """Warn if decoded images have values unlike those that a model with a value range knows."""
+    low, high = dataset.value_range
+    known = f'the model was trained on values from {low:g} to {high:g}'
     if not all(map(needs_range, images)):
-        low, high = dataset.value_range
-        console.warn(f'there are images of 8 bits, and the model was trained on values from '
-                     f'{low:g} to {high:g} in images of more: they may look different to it',
-                     script=script)
+        console.warn(f'there are images of 8 bits, and {known} in images of more: they may look '
+                     f'different to it', script=script)
+    # Only those above: in CT, most of an image may lie below the window.
+    if any(needs_range(image) and (image.values > high).mean() > 0.5 for image in images):
+        console.warn(f'there are images with most values above {high:g}, and {known}: it can\'t '
+                     f'tell these values apart', script=script)
 
 
 def measure_range(images, channels, workers):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from training import checkpoint, datasets, distributed, flags, networks, runlog
+from training import checkpoint, datasets, distributed, evaluation, flags, networks, runlog
 from training.console import UserError, say, warn
 from training.cuda_graph import CudaGraphStep
 from training.distributed import Stopped
@@ -72,6 +72,11 @@ class Run:
         and the images.
         """
         args, device = self.args, state.sums.device
+        by_class = args.best_by == 'auc' or dataset.multi_label and args.best_by == 'balanced-error'
+        if by_class and not evaluation.has_auc(eval_loader.all_labels):
+            raise UserError(f'--best-by {args.best_by} is undefined for the '
+                            f'{dataset.selection_split} images: no class has images both with and '
+                            f'without it; --best-by loss needs none')
         if args.overwrite and distributed.rank() == 0:
             runlog.clear(self.directory)
         self.state, self.dataset, self.loader = state, dataset, train_loader
@@ -178,9 +183,6 @@ class Run:
         state.last_error = test.error
         best_by = self.args.best_by
         score = -test.auc if best_by == 'auc' else getattr(test, best_by.replace('-', '_'))
-        if math.isnan(score):
-            raise UserError(f'the {best_by} of the {self.split} images is undefined: no class has '
-                            f'images both with and without it')
         improved = score < state.best_score
         if improved:
             state.best_score, state.best_error, state.best_epoch = score, test.error, state.epoch

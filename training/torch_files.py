@@ -50,7 +50,7 @@ def load(path, skip_unknown=False):
         raise_if_pickled_model(path, names)
         # torch.load puts the reason between advice to trust the file and a link
         found = re.search(
-            r'Weights only load failed.*?(?:Unpickler error:|\n\n)(.*?)(?:\n\nCheck|$)',
+            r'Weights only load failed.*?(?:Unpickler error:|\n(?=Trying))(.*?)(?:\n\nCheck|$)',
             str(error), re.DOTALL)
         text = textwrap.shorten(found[1] if found else str(error), 200)
         reason = text or type(error).__name__
