@@ -334,9 +334,10 @@ INLINE void finish_block(const vec (&block)[BLOCK][NV], const Input<T> &in,
             const long i = pixels[first + r];
             if (!POOL) return one(i, block[r][v]);
             const vec quarter = block[r][v] * 0.25f;
-            vec input = one(i, quarter) + one(i + 1, quarter);
-            input += one(i + width, quarter);
-            return (input + one(i + width + 1, quarter)) * 0.25f;
+            vec input = {};
+#pragma GCC unroll 1  // unrolled, it would take half of the time to compile
+            for (int k = 0; k < 4; k++) input += one(i + k / 2 * width + k % 2, quarter);
+            return input * 0.25f;
         };
 #pragma GCC unroll 8
         for (int r = 0; r < BLOCK; r += PAIR) {

@@ -79,6 +79,16 @@ INLINE Mask first_lanes(long n) { return n >= LANES ? 0xffff : (1u << std::max(n
 #else
 typedef int Mask;
 INLINE Mask first_lanes(long n) { return std::clamp(n, 0L, long(LANES)); }
+
+// Any number of bytes. They are rare, and inlined they would take a third of the time to compile.
+template <class V> __attribute__((noinline)) V load_rest(const void *p, int bytes) {
+    V v = {};
+    memcpy(&v, p, bytes);
+    return v;
+}
+template <class V> __attribute__((noinline)) void store_rest(void *p, V v, int bytes) {
+    memcpy(p, &v, bytes);
+}
 #endif
 
 template <class V> INLINE V load_bits(const void *p) { V v; memcpy(&v, p, sizeof v); return v; }
@@ -93,9 +103,7 @@ template <class V> INLINE V load_bits(const void *p, Mask mask) {
         if constexpr (SIZE == 4) return (V)_mm256_zextsi128_si256(_mm_loadu_si128((__m128i *)p));
         else return (V)_mm_loadl_epi64((__m128i *)p);
     }
-    V v = {};
-    for (int i = 0; i < mask; i++) memcpy((char *)&v + i * SIZE, (const char *)p + i * SIZE, SIZE);
-    return v;
+    return load_rest<V>(p, mask * SIZE);
 #endif
 }
 template <class V> INLINE void store_bits(void *p, V v) { memcpy(p, &v, sizeof v); }
@@ -111,7 +119,7 @@ template <class V> INLINE void store_bits(void *p, V v, Mask mask) {
         else _mm_storel_epi64((__m128i *)p, (__m128i)v);
         return;
     }
-    for (int i = 0; i < mask; i++) memcpy((char *)p + i * SIZE, (char *)&v + i * SIZE, SIZE);
+    store_rest(p, v, mask * SIZE);
 #endif
 }
 
