@@ -112,6 +112,16 @@ class Run:
                 self.directory, steps_per_epoch=len(train_loader), epochs=args.epochs,
                 start=(state.epoch, state.step), tensorboard=args.tensorboard, figures=args.plot,
                 split=self.split, auc=self.with_auc)
+        say(f'{networks.name(args)}: {sum(p.numel() for p in state.model.parameters()):,} '
+            f'parameters; {self._describe_data(eval_loader.num_images)}; '
+            f'{f"{processes} x " if processes > 1 else ""}{hardware}, {precision}'
+            f'{", CUDA graph" if graphed else ""}')
+        if args.pretrained is not None:
+            say(f'fine-tuning for {args.epochs} epochs from a learning rate of {args.lr:g}, '
+                f'{args.lr_schedule}')
+
+    def _describe_data(self, num_eval_images):
+        args, dataset = self.args, self.dataset
         values = ''
         if dataset.value_range:
             values = ' with values from {:g} to {:g}'.format(*dataset.value_range)
@@ -119,16 +129,9 @@ class Run:
             values += f', {args.in_channels} channels'
             if args.mean is None:
                 values += ', normalised with repeated ImageNet statistics'
-        kind = 'labels' if dataset.multi_label else 'classes'
-        say(f'{networks.name(args)}: {sum(p.numel() for p in state.model.parameters()):,} '
-            f'parameters; {dataset.name}: {train_loader.num_images:,} training and '
-            f'{eval_loader.num_images:,} {self.split} images of '
-            f'{datasets.show_size(dataset.image_size)} pixels{values}, {len(dataset.classes)} '
-            f'{kind}; {f"{processes} x " if processes > 1 else ""}{hardware}, {precision}'
-            f'{", CUDA graph" if graphed else ""}')
-        if args.pretrained is not None:
-            say(f'fine-tuning for {args.epochs} epochs from a learning rate of {args.lr:g}, '
-                f'{args.lr_schedule}')
+        return (f'{dataset.name}: {self.loader.num_images:,} training and {num_eval_images:,} '
+                f'{self.split} images of {datasets.show_size(dataset.image_size)} pixels{values}, '
+                f'{len(dataset.classes)} {"labels" if dataset.multi_label else "classes"}')
 
     def out_of_patience(self):
         """True, with a message, if the last --patience epochs have brought no improvement."""
