@@ -101,6 +101,7 @@ from training.device import (
     AUTOCAST_TYPES,
     choose_device,
     choose_precision,
+    keep_freed_memory,
     make_autocast,
     ran_out_of_memory,
 )
@@ -484,6 +485,7 @@ def run(options):
     flops = convolution_flops(batches[0]) / batches[0].batch_size  # also checks the network
     workload = describe(rows, batches, device)
     print(workload)
+    keep_freed_memory()  # as train.py does; all rows profit
     runners = [Runner(row, args, device) for args in batches for row in rows]
     rates = {} if on_cuda else {row.precision: [] for row in rows}  # FLOP/s in each round
     try:

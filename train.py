@@ -40,7 +40,13 @@ from training.augmentation import Augmentation
 from training.averages import WeightAverages
 from training.console import BadImages, DataError, UserError, say
 from training.cuda_graph import ONE_CLASS, CudaGraphStep
-from training.device import choose_device, choose_precision, make_autocast, set_determinism
+from training.device import (
+    choose_device,
+    choose_precision,
+    keep_freed_memory,
+    make_autocast,
+    set_determinism,
+)
 from training.distributed import StopSignals
 from training.errors import explanation
 from training.evaluation import at_least_fp32, evaluate
@@ -317,6 +323,7 @@ def main(argv=None):
             if args.class_weights:
                 class_weights = losses.balanced_class_weights(
                     train_loader.all_labels, len(dataset.classes)).to(device)
+            keep_freed_memory()
             step = make_step(args, state, [(n, *image) for n in sizes if n], autocast,
                              class_weights, dataset.multi_label, train_loader.label)
             run.start(state, dataset, train_loader, eval_loader, precision, step)

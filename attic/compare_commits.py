@@ -59,6 +59,8 @@ def make_step(options):
     args, num_classes = find('with_network')(args, size), 10 if size <= 64 else 1000
     model = find('build', 'build_model')(args, num_classes, size)
     model = find('prepare_model')(model, args, device).train(not options.inference)
+    with contextlib.suppress(LookupError):
+        find('keep_freed_memory')()
     images = torch.randn(args.batch_size, 3, size, size)
     labels = torch.randint(num_classes, [args.batch_size])
     autocast = find('make_autocast')(args.precision, device)

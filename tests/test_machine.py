@@ -1,6 +1,7 @@
 """Choosing the device, one-line errors for GPUs that can't be used, and OpenMP's threads."""
 
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -86,6 +87,24 @@ def python(code, **given):
            if name not in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')}
     return subprocess.run([sys.executable, '-c', code], env={**env, **given}, cwd=ROOT, check=True,
                           text=True, capture_output=True)
+
+
+@pytest.mark.parametrize('given, faults', [({}, False), ({'MALLOC_TOP_PAD_': '0'}, True)])
+def test_memory_is_kept_unless_the_user_wants_otherwise(given, faults):
+    if platform.libc_ver()[0] != 'glibc':
+        pytest.skip('other C libraries have no mallopt')
+    ended = python("""
+import resource, torch
+from training.device import keep_freed_memory
+keep_freed_memory()
+large = [torch.ones(2**24) for _ in range(4)]  # 64 MB
+del large
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+small = [torch.ones(2**22) for _ in range(4)]
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+""", **given)
+    # new pages, 16,384 small or 32 huge ones, or none
+    assert (int(ended.stdout) > 16) == faults
 
 
 def test_each_script_sets_the_wait_policy_before_torch_is_imported():

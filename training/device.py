@@ -1,14 +1,17 @@
 """Device, precision and determinism."""
 
+import ctypes
 import os
 import platform
 import re
+import sys
 import warnings
 
 import torch
 
 from training.console import UserError
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt(3)
 AUTOCAST_TYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
@@ -35,6 +38,22 @@ def choose_device(name):
     check_compute_capability(gpu)
     torch.cuda.set_device(gpu)
     return torch.device('cuda', gpu)
+
+
+def keep_freed_memory():
+    """Let malloc keep memory that is freed from now on, unless the user has configured malloc.
+
+    By default glibc returns large blocks to the system, which has to map and clear new pages for
+    the tensors of the next step. To be called when the data are loaded, because what loading them
+    frees would be kept, too. Other C libraries have no mallopt.
+    """
+    if sys.platform != 'linux' or any(name.startswith(('MALLOC_', 'GLIBC_TUNABLES'))
+                                      for name in os.environ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
+    if mallopt:
+        mallopt(M_MMAP_MAX, 0)         # large blocks come from the heap, too,
+        mallopt(M_TRIM_THRESHOLD, -1)  # which never shrinks
 
 
 def cuda_is_available(name):
