@@ -2,6 +2,7 @@
 #pragma once
 
 #include <omp.h>
+#include <type_traits>
 
 #include "amx.h"
 #include "vectors.h"
@@ -72,14 +73,15 @@ INLINE vec norm_relu(const T *x, long ld, long width, const NormVectors &norm, M
 
 // Into the cache, for later: rows of a wide buffer are so far apart that the hardware does not
 // foresee them. This is worth a quarter of the time.
-template <class T> INLINE void prefetch(const T *p, long count) {
-    for (const T *end = p + count; p < end; p += 64 / sizeof(T)) __builtin_prefetch(p, 0, 3);
+template <class T> INLINE void prefetch(T *p, long count) {  // to be written unless T is const
+    for (T *end = p + count; p < end; p += 64 / sizeof(T))
+        __builtin_prefetch(p, !std::is_const_v<T>, 3);
 }
 template <class T, bool POOL>
 INLINE void prefetch_block(const Map<T> &x, const Shape &s, const Pixels<POOL> &pixels, long r,
                            long channel, long count) {
     for (long end = r + BLOCK; r < end; r++) {
-        const T *p = x.row(pixels[r]) + channel;
+        T *p = x.row(pixels[r]) + channel;
         prefetch(p, POOL ? x.ld + count : count);
         if (POOL) prefetch(p + s.width * x.ld, x.ld + count);
     }

@@ -419,7 +419,9 @@ void backward_rows(const Input<T> &in, const uint32_t *packed, const Gradient<T>
             const long width = std::min<long>(WIDTH, s.channels - after);
             for (long r = 0; r < n; r += BLOCK) {
                 prefetch_block(in.x, s, ahead, r, after, width);
-                if (before.data) prefetch_block(before, s, ahead, r, after, width);
+                prefetch_block(total, s, ahead, r, after, width);
+                if (before.data && before.data != total.data)
+                    prefetch_block(before, s, ahead, r, after, width);
                 vec block[BLOCK][NV];
                 multiply_block<T>(block, gradients + r * ld, ld / PAIR, packed + channel * steps,
                                   steps);
