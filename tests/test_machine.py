@@ -82,9 +82,9 @@ def test_the_gpu_of_a_mac_is_used_only_if_asked_for(monkeypatch):
 
 
 def python(code, **given):
-    """A Python process without our own OpenMP settings, except those given."""
+    """A Python process without our settings of OpenMP and malloc, except those given."""
     env = {name: value for name, value in os.environ.items()
-           if name not in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')}
+           if not name.startswith(('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'MALLOC_', 'GLIBC_'))}
     return subprocess.run([sys.executable, '-c', code], env={**env, **given}, cwd=ROOT, check=True,
                           text=True, capture_output=True)
 

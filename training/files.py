@@ -18,11 +18,11 @@ def replace_file(path):
     try:
         yield temporary
         os.replace(temporary, path)
-    except OSError as error:
-        error.filename = str(path)  # unset if a write fails
-        raise
-    finally:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # unset if a write fails
+        raise
 
 
 def remove_temporary_files(directory):
