@@ -88,8 +88,11 @@ def test_images_in_any_memory():
 def test_nan_and_infinity_reach_the_same_outputs(value, dtype):
     plain, x = network(), images()
     x[1, 0, 20, 17] = value
+    # fp32 is the truth for bf16, too: with AVX512_BF16, oneDNN's bf16 convolution (torch 2.14.1)
+    # gives NaN for most of the outputs that an infinite input makes infinite.
+    expected = stem_of(plain, x)
     with torch.autocast('cpu', dtype, enabled=dtype is not None):
-        found, expected = stem_of(fuse(copy.deepcopy(plain)), x), stem_of(plain, x)
+        found = stem_of(fuse(copy.deepcopy(plain)), x)
     assert torch.equal(found.isnan(), expected.isnan())
     assert torch.equal(found.isinf(), expected.isinf()) and not found.isfinite().all()
 
