@@ -137,14 +137,14 @@ class DenseBlockFunction(torch.autograd.Function):
                     if mask is not None:
                         grad = dropout_backward(ops.complete(grad, *pending), mask, rate)
                         pending = None
-                    sums = dict(before=before[:, :c], out=G[:, :c]) if maps is inputs[0] else {}
-                    grad, pending, found = norm_conv_backward(ops, grad, maps, norm_conv,
-                                                              pending=pending, **sums)
+                    sums = {}
+                    if maps is inputs[0]:
+                        sums = dict(before=before[:, :c], out=G[:, :c], add_to=(A[:c], B[:c]))
+                    grad, pending, found = ops.norm_relu_conv_backward(
+                        grad, maps, norm_conv, pending=pending, **sums)
                     gradients = found + gradients
-                A[:c].add_(pending[1])
-                B[:c].add_(pending[2])
                 before, end = G, c
-            dx = ops.complete(G[:, :c], inputs[0], A[:c], B[:c])
+            dx = ops.complete(grad, *pending)
             return None, None, dx, *gradients
 
 
@@ -171,23 +171,9 @@ class TransitionFunction(torch.autograd.Function):
         check_first_order()
         x, mean, var, *parameters = ctx.saved_tensors
         with no_autocast(grad):
-            grad, pending, found = norm_conv_backward(
-                ctx.ops, grad, Maps(x, mean, var), NormConv(*parameters, ctx.eps), pool=True)
+            grad, pending, found = ctx.ops.norm_relu_conv_backward(
+                grad, Maps(x, mean, var), NormConv(*parameters, ctx.eps), pool=True)
             return None, None, ctx.ops.complete(grad, *pending), *found
-
-
-def norm_conv_backward(ops, grad, maps, norm_conv, **options):
-    """`ops.norm_relu_conv_backward`, and its part of A and B.
-
-    Returns:
-        The gradient of maps; (maps, a, b), its pending terms; [gradients of norm weight, norm bias
-            and kernel].
-    """
-    invstd = (maps.var + norm_conv.eps).rsqrt()
-    grad, *found = ops.norm_relu_conv_backward(grad, maps, norm_conv, invstd, **options)
-    d_weight, d_bias, _ = found
-    share = norm_conv.weight * invstd / (maps.data.numel() // len(invstd))
-    return grad, (maps, share * d_bias, share * invstd * d_weight), found
 
 
 def update_running_statistics(norms, maps, count):

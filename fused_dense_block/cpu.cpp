@@ -58,17 +58,20 @@ long ready() { return amx_is_permitted() && amx_is_right(); }
 double seconds(long threads) {
     const long images = 8, side = 14, rows = images * side * side, most = 512;  // channels
     std::vector<MAP> x(rows * most), z(rows * most), total(rows * most);
-    std::vector<float> norm(most, 1), sums(2 * most), kernel(most * most, 1);
+    std::vector<float> ones(most, 1), sums(most), kernel(most * most, 1);
     std::vector<float> d_kernel(kernel.size());
+    const BatchNorm norm = {&ones[0], &ones[0], &ones[0], &ones[0], 0};
     const double start = omp_get_wtime();
     for (long kernel_side : {1, 3}) {
         const long channels = kernel_side == 1 ? 512 : 128, outputs = kernel_side == 1 ? 128 : 32;
         const Shape shape = {images, side, side, channels, outputs, kernel_side, false};
-        const Input<MAP> in = {{x.data(), channels}, {&norm[0], &norm[0], &norm[0]}, shape};
-        forward<MAP>(in, kernel.data(), {z.data(), outputs}, nullptr, nullptr, threads);
-        backward<MAP, false>({{z.data(), outputs}, {}, nullptr, nullptr, nullptr}, in,
-                             kernel.data(), {}, {total.data(), channels}, &sums[0],
-                             &sums[channels], d_kernel.data(), threads);
+        const Map<const MAP> in = {x.data(), channels};
+        forward<MAP>(in, norm, shape, kernel.data(), {z.data(), outputs}, nullptr, nullptr,
+                     threads);
+        backward<MAP, false>({{z.data(), outputs}, {}, nullptr, nullptr, nullptr}, in, norm, shape,
+                             kernel.data(), {}, {total.data(), channels},
+                             {&sums[0], &sums[0], d_kernel.data(), &sums[0], &sums[0], false},
+                             threads);
     }
     return omp_get_wtime() - start;
 }
@@ -79,26 +82,28 @@ void statistics(const MAP *x, long ldx, long rows, long channels, float *mean, f
 }
 
 // The kernel is [O, taps, C].
-void norm_relu_conv(const MAP *x, long ldx, const float *mean, const float *scale,
-                    const float *bias, const float *kernel, long images, long height, long width,
-                    long channels, long outputs, long side, long pool, MAP *z, long ldz,
-                    float *z_mean, float *z_variance, long threads) {
+void norm_relu_conv(const MAP *x, long ldx, const float *mean, const float *variance,
+                    const float *weight, const float *bias, float eps, const float *kernel,
+                    long images, long height, long width, long channels, long outputs, long side,
+                    long pool, MAP *z, long ldz, float *z_mean, float *z_variance, long threads) {
     Shape shape = {images, height, width, channels, outputs, side, pool != 0};
-    forward<MAP>({{x, ldx}, {mean, scale, bias}, shape}, kernel, {z, ldz}, z_mean, z_variance,
-                 threads);
+    forward<MAP>({x, ldx}, {mean, variance, weight, bias, eps}, shape, kernel, {z, ldz}, z_mean,
+                 z_variance, threads);
 }
 
 void norm_relu_conv_backward(const MAP *dz, long lddz, const MAP *z, long ldz, const float *z_mean,
                              const float *a, const float *b, const MAP *x, long ldx,
-                             const float *mean, const float *scale, const float *bias,
-                             const float *kernel, long images, long height, long width,
-                             long channels, long outputs, long side, long pool,
-                             const MAP *before, long ldb, MAP *total, long ldt, float *sum_g,
-                             float *sum_gx, float *d_kernel, long threads) {
+                             const float *mean, const float *variance, const float *weight,
+                             const float *bias, float eps, const float *kernel, long images,
+                             long height, long width, long channels, long outputs, long side,
+                             long pool, const MAP *before, long ldb, MAP *total, long ldt,
+                             float *d_weight, float *d_bias, float *d_kernel, float *total_a,
+                             float *total_b, long add, long threads) {
     Shape shape = {images, height, width, channels, outputs, side, pool != 0};
     auto run = pool ? backward<MAP, true> : backward<MAP, false>;
-    run({{dz, lddz}, {z, ldz}, z_mean, a, b}, {{x, ldx}, {mean, scale, bias}, shape}, kernel,
-        {before, ldb}, {total, ldt}, sum_g, sum_gx, d_kernel, threads);
+    run({{dz, lddz}, {z, ldz}, z_mean, a, b}, {x, ldx}, {mean, variance, weight, bias, eps}, shape,
+        kernel, {before, ldb}, {total, ldt},
+        {d_weight, d_bias, d_kernel, total_a, total_b, add != 0}, threads);
 }
 
 void complete(const MAP *total, long ldt, const MAP *x, long ldx, const float *mean, const float *a,

@@ -65,15 +65,13 @@ def norm_relu_conv(maps, norm_conv, pool=False, out=None, with_statistics=False)
         size = [size // 2 if pool else size for size in maps.data.shape[2:]]
         out = new_maps(maps.data, len(norm_conv.kernel), size)
     mean, var = _vectors(out, 2, len(norm_conv.kernel)) if with_statistics else (None, None)
-    invstd = (maps.var + norm_conv.eps).rsqrt()
-    _call('norm_relu_conv', out.dtype, *_input(maps, norm_conv, invstd),
-          *_shape(maps, norm_conv, pool), *_map(out), mean, var)
+    _call('norm_relu_conv', out.dtype, *_input(maps, norm_conv, pool), *_map(out), mean, var)
     return out, mean, var
 
 
-def norm_relu_conv_backward(grad, maps, norm_conv, invstd, pool=False, before=None, out=None,
-                            pending=None):
-    """`out`, or new maps, and the gradients of weight, bias and kernel."""
+def norm_relu_conv_backward(grad, maps, norm_conv, pool=False, pending=None, before=None, out=None,
+                            add_to=None):
+    """`out`, or new maps; (maps, a, b); [gradients of weight, bias and kernel]."""
     n, c, h, w = maps.data.shape
     if out is None:
         out = new_maps(maps.data, c)
@@ -81,13 +79,14 @@ def norm_relu_conv_backward(grad, maps, norm_conv, invstd, pool=False, before=No
             out.zero_()  # the last line and column have no gradient
     z, *coefficients = pending or [None] * 3
     output = [None, 0, None] if z is None else [*_read(z.data, out.dtype), z.mean]
-    sum_g, sum_gx = _vectors(maps.data, 2, c)
+    a, b = _vectors(maps.data, 2, c) if add_to is None else add_to
     d_kernel = torch.empty_like(norm_conv.kernel, memory_format=torch.channels_last)
+    gradients = [*_vectors(maps.data, 2, c), d_kernel]
     _call('norm_relu_conv_backward', out.dtype, *_read(grad, out.dtype), *output,
-          *coefficients, *_input(maps, norm_conv, invstd), *_shape(maps, norm_conv, pool),
-          *([None, 0] if before is None else _read(before, out.dtype)), *_map(out), sum_g,
-          sum_gx, d_kernel)
-    return out, sum_gx * invstd, sum_g, d_kernel
+          *coefficients, *_input(maps, norm_conv, pool),
+          *([None, 0] if before is None else _read(before, out.dtype)), *_map(out), *gradients,
+          a, b, add_to is not None)
+    return out, (maps, a, b), gradients
 
 
 def complete(total, maps, a, b):
@@ -201,25 +200,23 @@ def _read(x, dtype):
                 x.contiguous(memory_format=torch.channels_last))
 
 
-def _input(maps, norm_conv, invstd):
-    kernel = norm_conv.kernel.contiguous(memory_format=torch.channels_last)
-    return (*_read(maps.data, maps.data.dtype), maps.mean.contiguous(),
-            (norm_conv.weight * invstd).contiguous(), norm_conv.bias.contiguous(), kernel)
-
-
-def _shape(maps, norm_conv, pool):
+def _input(maps, norm_conv, pool):
     n, c, h, w = maps.data.shape
-    return n, h, w, c, len(norm_conv.kernel), norm_conv.kernel.shape[-1], pool
+    vectors = maps.mean, maps.var, norm_conv.weight, norm_conv.bias
+    kernel = norm_conv.kernel.contiguous(memory_format=torch.channels_last)
+    return (*_read(maps.data, maps.data.dtype), *(vector.contiguous() for vector in vectors),
+            float(norm_conv.eps), kernel, n, h, w, c, len(kernel), kernel.shape[-1], pool)
 
 
 def _vectors(x, count, channels):
     # x.new_empty, because torch's default dtype and device may differ.
-    return x.new_empty(count, channels, dtype=torch.float32)
+    return [x.new_empty(channels, dtype=torch.float32) for _ in range(count)]
 
 
 def _call(name, dtype, *arguments):
     """Calls a function of the library with pointers (of tensors, or None) and numbers."""
     pointers = [ctypes.c_long(value) if isinstance(value, int) else
+                ctypes.c_float(value) if isinstance(value, float) else
                 value if isinstance(value, ctypes.Array) else
                 ctypes.c_void_p(None if value is None else value.data_ptr())
                 for value in arguments]

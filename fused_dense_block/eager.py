@@ -43,36 +43,47 @@ def norm_relu_conv(maps, norm_conv, pool=False, out=None, with_statistics=False)
     return y if out is None else out.copy_(y), *found
 
 
-def norm_relu_conv_backward(grad, maps, norm_conv, invstd, pool=False, before=None, out=None,
-                            pending=None):
+def norm_relu_conv_backward(grad, maps, norm_conv, pool=False, pending=None, before=None, out=None,
+                            add_to=None):
     """The gradients of the input and the parameters, from the gradient of the output.
 
     Args:
         grad: the gradient of the output.
-        invstd: 1 / sqrt(maps.var + norm_conv.eps).
+        pending: arguments of `complete` for grad, if it is pending.
         before, out: if given, `before` plus the gradient of the input is written to `out`; they may
             be the same maps.
-        pending: arguments of `complete` for grad, if it is pending.
+        add_to: if given, a and b are added to these two vectors.
 
     Returns:
-        The gradient of the input, g * weight * invstd, where g is the gradient of
+        The gradient of the input, pending: g * weight / std, where g is the gradient of
             normed * weight + bias.
-        Gradients of weight (sum of g * normed), of bias (sum of g) and of the kernel.
+        The other arguments of `complete` for it: maps, a and b.
+        [Gradients of weight (sum of g * normed), of bias (sum of g) and of the kernel].
     """
     if pending is not None:
         grad = complete(grad, *pending)
     c = maps.data.shape[1]
-    if out is not None:
-        # The memory peak is in the last layers of a block, which read almost all of its channels:
-        # process these in two parts, of at most half of the block's channels each.
-        width = out.untyped_storage().nbytes() // out.element_size() // out[:, 0].numel()
-        if c > width / 2:
-            ranges = (0, math.ceil(c / 2)), (math.ceil(c / 2), c)
-            _, *found = zip(*(_backward(
-                grad, maps.part(*part), norm_conv.part(*part), invstd[slice(*part)], pool,
-                before[:, slice(*part)], out[:, slice(*part)]) for part in ranges))
-            return out, *map(torch.cat, found[:2]), torch.cat(found[2], 1)
-    return _backward(grad, maps, norm_conv, invstd, pool, before, out)
+    invstd = (maps.var + norm_conv.eps).rsqrt()
+    # The memory peak is in the last layers of a block, which read almost all of its channels:
+    # process these in two parts, of at most half of the block's channels each.
+    if out is not None and c > _buffer_channels(out) / 2:
+        ranges = (0, math.ceil(c / 2)), (math.ceil(c / 2), c)
+        _, *found = zip(*(_backward(
+            grad, maps.part(*part), norm_conv.part(*part), invstd[slice(*part)], pool,
+            before[:, slice(*part)], out[:, slice(*part)]) for part in ranges))
+        gradients = [*map(torch.cat, found[:2]), torch.cat(found[2], 1)]
+    else:
+        out, *gradients = _backward(grad, maps, norm_conv, invstd, pool, before, out)
+    d_weight, d_bias, _ = gradients
+    share = norm_conv.weight * invstd / (maps.data.numel() // c)
+    a, b = share * d_bias, share * invstd * d_weight
+    if add_to is not None:
+        a, b = add_to[0].add_(a), add_to[1].add_(b)
+    return out, (maps, a, b), gradients
+
+
+def _buffer_channels(part):
+    return part.untyped_storage().nbytes() // part.element_size() // part[:, 0].numel()
 
 
 def _backward(grad, maps, norm_conv, invstd, pool, before, out):

@@ -84,7 +84,7 @@ class Case:
         self.z, self.gradients = self.reference(torch.float64, self.grad)
 
     def reference(self, dtype, grad):
-        """The result, and (g * weight / std, d_weight, d_bias, d_kernel).
+        """The result, and (g * weight / std, d_weight, d_bias, d_kernel, a, b).
 
         The convolution is in dtype, all else in float64.
         """
@@ -95,15 +95,18 @@ class Case:
         y = F.avg_pool2d(y, 2) if self.pool else y
         z = F.conv2d(y.to(dtype), kernel.to(dtype), padding=kernel.shape[-1] // 2)
         z.backward(grad.to(dtype))
-        return z.detach(), (normed.grad / std, weight.grad, bias.grad, kernel.grad)
+        share = weight.detach() / std.view(-1) / self.x[:, 0].numel()
+        return z.detach(), (normed.grad / std, weight.grad, bias.grad, kernel.grad,
+                            share * bias.grad, share / std.view(-1) * weight.grad)
 
     def forward(self, **options):
         return cpu.norm_relu_conv(self.maps, self.norm_conv, self.pool, **options)
 
     def backward(self, **options):
-        invstd = (self.maps.var + self.norm_conv.eps).rsqrt()
-        return cpu.norm_relu_conv_backward(self.grad, self.maps, self.norm_conv, invstd,
-                                                    self.pool, **options)
+        out, (maps, a, b), gradients = cpu.norm_relu_conv_backward(
+            self.grad, self.maps, self.norm_conv, self.pool, **options)
+        assert maps is self.maps
+        return out, *gradients, a, b
 
 
 def compare(case, dtype):
@@ -151,6 +154,13 @@ def compare(case, dtype):
     case.grad = completed
     for first, second in zip(on_the_way, case.backward()):
         assert error(first, second.double()) < 3 * near
+
+    # Added to what is there.
+    sums = torch.randn(2, case.channels)
+    *_, a, b = case.backward()
+    *_, first, second = case.backward(add_to=sums.clone())
+    torch.testing.assert_close(first, sums[0] + a)
+    torch.testing.assert_close(second, sums[1] + b)
 
 
 def compare_all(dtype, every=1):
@@ -277,11 +287,11 @@ def test_nan_stays_visible(shape, dtype):
     """As in torch: NaN passes the ReLU, and backward takes the gradient through it."""
     case = Case(*shape, dtype)
     case.x[1, 5, 4, 2] = float('nan')
-    z, (_, d_weight, _, d_kernel) = case.reference(torch.float64, case.grad)
+    z, (_, d_weight, _, d_kernel, *_) = case.reference(torch.float64, case.grad)
     mine, mean, _ = case.forward(with_statistics=True)
     torch.testing.assert_close(mine.isnan(), z.isnan())
     assert mean.isnan().all()
-    _, my_d_weight, _, my_d_kernel = case.backward()
+    _, my_d_weight, _, my_d_kernel, *_ = case.backward()
     torch.testing.assert_close(my_d_weight.isnan(), d_weight.isnan())
     torch.testing.assert_close(my_d_kernel.isnan(), d_kernel.isnan())
 

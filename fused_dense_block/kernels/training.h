@@ -1,6 +1,8 @@
 // Training: batch statistics, norm-ReLU-convolution and its backward.
 #pragma once
 
+#include <cmath>
+
 #include "maps.h"
 #include "product.h"
 #include "vectors.h"
@@ -87,6 +89,19 @@ void map_statistics(Map<const T> x, long rows, long channels, float *mean, float
             moments.add_tile(x.row(row), x.ld, std::min(TILE, range.end - row), true);
     });
 }
+
+// A norm by the statistics of a batch.
+struct BatchNorm {
+    const float *mean, *variance, *weight, *bias;
+    float eps;
+
+    float invstd(long channel) const { return 1 / std::sqrt(variance[channel] + eps); }
+    Norm of(long channels) const {
+        float *scale = scale_buffer.get<float>(channels);
+        for (long c = 0; c < channels; c++) scale[c] = weight[c] * invstd(c);
+        return {mean, scale, bias};
+    }
+};
 
 // ---- Forward ----
 
@@ -203,9 +218,9 @@ void forward_3x3(const Input<T> &in, const uint32_t *packed, const Map<T> &z, Ra
 
 // With `mean` and `variance`, also the statistics of z.
 template <class T>
-void forward(const Input<T> &in, const float *kernel, Map<T> z, float *mean, float *variance,
-             int threads) {
-    const Shape &s = in.shape;
+void forward(Map<const T> x, const BatchNorm &norm, const Shape &s, const float *kernel, Map<T> z,
+             float *mean, float *variance, int threads) {
+    const Input<T> in = {x, norm.of(s.channels), s};
     auto *packed = kernel_buffer.get<uint32_t>(words_for<T>(s.channels)
                                                * round_up(s.columns(), LANES));
     with_moments(s.outputs, mean, variance, threads, [&](Moments &moments, int thread, int team) {
@@ -446,12 +461,19 @@ void backward_rows(const Input<T> &in, const uint32_t *packed, const Gradient<T>
     }
 }
 
+// Gradients of the parameters, and what the gradient of x lacks: a + (x - mean) * b.
+struct Gradients {
+    float *d_weight, *d_bias, *d_kernel, *a, *b;
+    bool add;  // to a and b
+};
+
 template <class T, bool POOL>
-void backward(const Gradient<T> &gradient, const Input<T> &in, const float *kernel,
-              Map<const T> before, Map<T> total, float *sum_g, float *sum_gx, float *d_kernel,
+void backward(const Gradient<T> &gradient, Map<const T> x, const BatchNorm &norm, const Shape &s,
+              const float *kernel, Map<const T> before, Map<T> total, const Gradients &out,
               int threads) {
     typedef typename Product<T>::Element E;
-    const Shape &s = in.shape;
+    const Input<T> in = {x, norm.of(s.channels), s};
+    const float count = s.images * s.height * s.width;
     const long channels = round_up(s.channels, LANES), columns = whole_columns(s);
     const long size = channels * (columns + 2);  // of the sums of a thread
     uint32_t *packed = kernel_buffer.get<uint32_t>(words_for<T>(s.columns()) * channels);
@@ -475,8 +497,11 @@ void backward(const Gradient<T> &gradient, const Input<T> &in, const float *kern
         };
 #pragma omp for nowait
         for (long c = 0; c < s.channels; c++) {
-            sum_g[c] = sum(channels * columns + c);
-            sum_gx[c] = sum(channels * (columns + 1) + c);
+            const float invstd = norm.invstd(c), share = in.norm.scale[c] / count;
+            out.d_bias[c] = sum(channels * columns + c);
+            out.d_weight[c] = sum(channels * (columns + 1) + c) * invstd;
+            out.a[c] = (out.add ? out.a[c] : 0) + share * out.d_bias[c];
+            out.b[c] = (out.add ? out.b[c] : 0) + share * invstd * out.d_weight[c];
         }
         for_panels(s.channels, [&](auto panel) {
             const long first = panel.first, width = panel.WIDTH;
@@ -484,7 +509,7 @@ void backward(const Gradient<T> &gradient, const Input<T> &in, const float *kern
             for (long o = 0; o < s.outputs; o++)
                 for (long tap = 0; tap < s.taps(); tap++)
                     for (long c = first; c < std::min(first + width, s.channels); c++)
-                        d_kernel[((o + 1) * s.taps() - 1 - tap) * s.channels + c] =
+                        out.d_kernel[((o + 1) * s.taps() - 1 - tap) * s.channels + c] =
                             sum(first * columns + (tap * s.outputs + o) * width + c - first);
         });
     });
