@@ -39,7 +39,7 @@ FLAGS = '-std=c++17 -O3 -march=native -ffp-contract=fast -fopenmp -fPIC'.split()
 TYPES = {torch.float32: 'float', torch.bfloat16: 'bf16'}
 # The flags of each way to multiply, in order of preference.
 PRODUCTS = {'amx': ['-DBF16_AMX'], 'vdpbf16ps': ['-DBF16_DOT'], 'fma': []}
-preferred_product = None  # of a run that is resumed; DENSENET_CPU_KERNELS comes first
+resumed = None  # the `description` of a run that is resumed; DENSENET_CPU_KERNELS comes first
 MARGIN = 1.2  # the first product is taken unless another one is faster by more than this
 
 
@@ -119,7 +119,10 @@ def _products(map_type, macros):
                 if not needed[product] or
                 map_type == 'bf16' and all(macro in macros for macro in needed[product])]
     chosen = os.environ.get('DENSENET_CPU_KERNELS')
-    for product in chosen, preferred_product:
+    avx512 = all(f'__AVX512{part}__' in macros for part in ('F', 'BW', 'DQ', 'VL'))
+    # With other vectors, bits differ whatever the product, so the fastest one will do.
+    same_bits = resumed and resumed.removeprefix('avx512 ' if avx512 else 'avx2 ')
+    for product in chosen, same_bits:
         if product in products:
             return [product]
     if chosen in PRODUCTS and map_type == 'bf16':

@@ -474,18 +474,30 @@ def test_a_product_can_be_chosen(monkeypatch):
     for product in 'amx', 'vdpbf16ps':
         monkeypatch.setenv('DENSENET_CPU_KERNELS', product)
         assert library._products('float', macros) == ['fma']
-        monkeypatch.setattr(library, 'preferred_product', 'fma')
+        monkeypatch.setattr(library, 'resumed', 'avx2 fma')
         assert library._products('bf16', macros) == [{'amx': 'fma'}.get(product, product)]
-        monkeypatch.setattr(library, 'preferred_product', None)
+        monkeypatch.setattr(library, 'resumed', None)
         with pytest.warns(UserWarning, match=f'={product} is ignored: .* not have it, only fma'):
             assert library._products('bf16', '') == ['fma']
 
 
 def test_a_resumed_run_multiplies_as_before(monkeypatch):
-    monkeypatch.setattr(library, 'preferred_product', None)
-    for precision, expected in (('fp32', None), ('bf16', 'vdpbf16ps')):
-        networks.choose_kernels({'cpu_kernels': 'avx512 vdpbf16ps'}, precision)
-        assert library.preferred_product == expected
+    monkeypatch.delenv('DENSENET_CPU_KERNELS', raising=False)
+    avx2 = '#define __AVX2__ 1'
+    avx512 = ' '.join(f'__AVX512{part}__' for part in ('F', 'BW', 'DQ', 'VL', 'BF16'))
+    monkeypatch.setattr(library, 'resumed', None)
+    networks.choose_kernels({'cpu_kernels': 'avx512 fma'}, 'fp32')
+    assert library._products('bf16', avx512) == ['vdpbf16ps', 'fma']
+    networks.choose_kernels({'cpu_kernels': 'avx512 fma'}, 'bf16')
+    assert library._products('bf16', avx512) == library._products('bf16', avx2) == ['fma']
+    networks.choose_kernels({'cpu_kernels': 'avx512 vdpbf16ps'}, 'bf16')
+    assert library._products('bf16', avx512) == ['vdpbf16ps']
+    # The bits of AVX2 can't be had with AVX-512: the fastest product will do.
+    networks.choose_kernels({'cpu_kernels': 'avx2 fma'}, 'bf16')
+    assert library._products('bf16', avx512) == ['vdpbf16ps', 'fma']
+    for none in ({}, {'cpu_kernels': None}):
+        networks.choose_kernels(none, 'bf16')
+        assert library._products('bf16', avx512) == ['vdpbf16ps', 'fma']
 
 
 @pytest.mark.parametrize('case', ['ready', 'does not permit AMX', 'no such instruction'])

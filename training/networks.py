@@ -82,9 +82,8 @@ def cpu_kernels(model, device, precision):
 
 def choose_kernels(saved, precision):
     """Multiply bf16 as the run of a checkpoint did, if this CPU can; to be called before `fuse`."""
-    product = (saved.get('cpu_kernels') or '').rpartition(' ')[2]
-    if product in library.PRODUCTS and precision == 'bf16':
-        library.preferred_product = product
+    if precision == 'bf16':
+        library.resumed = saved.get('cpu_kernels')
 
 
 def warn_of_other_kernels(saved, now):
