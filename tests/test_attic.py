@@ -42,9 +42,10 @@ def spoil_backward(monkeypatch, which, factor):
     backward = eager.norm_relu_conv_backward
 
     def wrong(*args, **kwargs):
-        gradients = list(backward(*args, **kwargs))
+        grad, pending, parameters = backward(*args, **kwargs)
+        gradients = [grad, *parameters]
         gradients[which] = gradients[which] * factor
-        return gradients
+        return gradients[0], pending, gradients[1:]
 
     monkeypatch.setattr(eager, 'norm_relu_conv_backward', wrong)
 
