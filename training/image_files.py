@@ -349,7 +349,7 @@ def read_all(images, read, workers, what):
         for batch, _ in checked(loader):
             if result is None:  # NumPy: torch would use its thread pool for each small copy
                 result = np.empty((count, *batch.shape[1:]), batch.numpy().dtype)
-            result[done:done + len(batch)] = batch
+            result[done:done + len(batch)] = batch.numpy()
             done += len(batch)
             bar.update(len(batch))
     return torch.from_numpy(result)
