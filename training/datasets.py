@@ -145,7 +145,7 @@ def describe(name, root='work/data', image_size=None, split='train', *, in_chann
             most `SMALL` pixels a side, the median shorter side.
         split: 'train' or 'test', whose folders are the classes.
         in_channels: 1 for grey, 3 for colours, or any other number, which all images must then
-            have. ImageNet's statistics are averaged for 1, and repeated for other numbers.
+            have.
         value_range: (low, high) of images of more than 8 bits. By default, if the first training
             image is one, the lowest and highest value in the training images.
         labels_file: a CSV file (labels.py) with paths relative to `root`.
@@ -174,12 +174,8 @@ def describe(name, root='work/data', image_size=None, split='train', *, in_chann
     if split not in splits:
         raise missing_split(root, split, labels_file)
     classes, multi_label = read_classes(splits[split], split, labels_file)
-    statistics = entry.mean, entry.std
-    if in_channels == 1:
-        statistics = [(sum(values) / 3,) for values in statistics]
-    elif in_channels != 3:  # repeated, as in weights.adapt_channels
-        statistics = [(values * in_channels)[:in_channels] for values in statistics]
-    dataset = Description(name, root, tuple(classes), image_size or 224, *statistics,
+    mean, std = (for_channels(values, in_channels) for values in (entry.mean, entry.std))
+    dataset = Description(name, root, tuple(classes), image_size or 224, mean, std,
                           value_range and tuple(value_range), **held_out, labels_file=labels_file,
                           multi_label=multi_label, only_test=only_test)
     if name == 'imagenet':
@@ -193,6 +189,13 @@ def describe(name, root='work/data', image_size=None, split='train', *, in_chann
         value_range = image_files.measure_range(samples, in_channels, workers)
         dataset = dataclasses.replace(dataset, value_range=value_range)
     return dataset
+
+
+def for_channels(values, channels):
+    """Values of red, green and blue: averaged for 1 channel, repeated for other numbers."""
+    if channels == 1:
+        return (sum(values) / 3,)
+    return (values * channels)[:channels]  # as in weights.adapt_channels
 
 
 def small_size(images):
