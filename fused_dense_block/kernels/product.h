@@ -75,7 +75,16 @@ INLINE void multiply_block(const void *a, long lda, const uint32_t *b, long coun
     }
 }
 
-INLINE uvec pair(hvec low, hvec high) { return widen(low) | (widen(high) << 16); }
+INLINE uvec pair(hvec low, hvec high) {
+#ifdef AVX512
+    uvec order;  // of 16-bit values, two in a word
+    for (int i = 0; i < LANES; i++) order[i] = i | (LANES + i) << 16;
+    __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512((__m256i)low), (__m256i)high, 1);
+    return (uvec)_mm512_permutexvar_epi16((__m512i)order, both);
+#else
+    return widen(low) | (widen(high) << 16);
+#endif
+}
 
 // Values of a kernel as a product reads them: one in a word, or a pair.
 template <class T> INLINE uvec as_words(vec low, vec high) {

@@ -123,7 +123,13 @@ template <class V> INLINE void store_bits(void *p, V v, Mask mask) {
 #endif
 }
 
-INLINE uvec widen(hvec v) { return __builtin_convertvector(v, uvec); }
+INLINE uvec widen(hvec v) {
+#ifdef AVX512
+    return (uvec)_mm512_cvtepu16_epi32((__m256i)v);  // GCC 12 makes the other line four instructions
+#else
+    return __builtin_convertvector(v, uvec);
+#endif
+}
 INLINE hvec round_to_bf16(vec v) {  // to nearest, ties to even; NaN stays NaN
 #ifdef BF16_PAIRS
     return (hvec)_mm512_cvtneps_pbh((__m512)v);
