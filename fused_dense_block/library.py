@@ -120,7 +120,7 @@ def _products(map_type, macros):
                 map_type == 'bf16' and all(macro in macros for macro in needed[product])]
     chosen = os.environ.get('DENSENET_CPU_KERNELS')
     avx512 = all(f'__AVX512{part}__' in macros for part in ('F', 'BW', 'DQ', 'VL'))
-    # With other vectors, bits differ whatever the product, so the fastest one will do.
+    # With other vectors (see vectors.h), bits differ whatever the product: use the fastest one.
     same_bits = resumed and resumed.removeprefix('avx512 ' if avx512 else 'avx2 ')
     for product in chosen, same_bits:
         if product in products:
