@@ -8,7 +8,6 @@ import csv
 import gc
 import importlib
 import os
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -31,6 +30,14 @@ def pytest_collection_finish():
     """Keep the garbage collector from searching all that is imported: a second each time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(request, monkeypatch):
+    """Only tests marked `cuda` see a GPU, if there is one; so do the processes of forked.py."""
+    if not request.node.get_closest_marker('cuda'):
+        monkeypatch.setattr('torch.cuda.is_available', lambda: False)
+        monkeypatch.setattr('torch.cuda.device_count', lambda: 0)
 
 
 @pytest.fixture(scope='session', autouse=True)
@@ -79,24 +86,6 @@ def cifar10_jpeg():
     return archive
 
 
-@pytest.fixture(scope='session')
-def photographs(cifar10_jpeg, tmp_path_factory):
-    """A folder with the first 64 training images of CIFAR-10 (JPEG copy), in train/ and val/."""
-    root = tmp_path_factory.mktemp('photographs')
-    with tarfile.open(cifar10_jpeg) as tar:
-        found = 0
-        for member in tar:
-            if member.isfile() and member.name.startswith('train/'):
-                found += 1
-                # Random labels, which can only be memorized.
-                for split in ('train', 'val'):
-                    path = root / split / f'label{found % 4}' / f'{found}.jpg'
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_bytes(tar.extractfile(member).read())
-            if found == 64:
-                return root
-
-
 @pytest.fixture
 def no_figures(monkeypatch):
     """Evaluations draw none, for which they would take seconds."""
@@ -130,11 +119,11 @@ def raise_no_network(*_, **__):
     raise OSError('no network')
 
 
-def assert_same_run(one, other):
+def assert_same_run(one, other, rows=3 * 4):
     """The same weights, optimizer, counters and random state to the bit; the same CSV rows."""
     from attic.torture import check_same_run
     check_same_run(one, other)
-    assert len(read_csv(one / 'train.csv')) == 3 * 4
+    assert len(read_csv(one / 'train.csv')) == rows
 
 
 class Opener:

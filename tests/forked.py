@@ -34,13 +34,17 @@ def run(script, argv, while_it_runs=lambda pid: None):
 
     `while_it_runs` is called with its process id, which is that of its process group, too.
     """
+    import torch
+
     start_server()
     with tempfile.TemporaryDirectory() as directory:
-        process = CONTEXT.Process(target=_run, args=(script, list(map(str, argv)), directory))
+        process = CONTEXT.Process(target=_run, args=(script, list(map(str, argv)), directory,
+                                                    torch.cuda.is_available()))
         process.start()
         try:
             while_it_runs(process.pid)
             process.join(300)
+            assert process.exitcode is not None, f'not ended after 300 seconds: {argv}'
         finally:
             process.kill()
             process.join()
@@ -48,8 +52,10 @@ def run(script, argv, while_it_runs=lambda pid: None):
     return SimpleNamespace(returncode=process.exitcode, stdout=printed[0], stderr=printed[1])
 
 
-def _run(script, argv, directory):
+def _run(script, argv, directory, with_gpu):
     os.setsid()
+    if not with_gpu:
+        os.environ['CUDA_VISIBLE_DEVICES'] = ''
     # With one core, torch advises against the two workers of some tests.
     warnings.filterwarnings('ignore', 'This DataLoader will create')
     multiprocessing.set_start_method(None, force=True)  # Python's default, as in a new process

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import fails, parse_flags, read_csv, write_images
 from forked import run_interrupted
+from PIL import Image
 
 import train
 from training import checkpoint, datasets, loaders
@@ -119,20 +120,25 @@ def test_erased_regions_have_the_mean_colour():
         assert colours == {(200,) * 3, mean}
 
 
-def test_mirror_and_color_jitter_are_switched_off_independently(tmp_path):
-    root = write_images(tmp_path, {'train/a': 2, 'train/b': 2, 'val/a': 1}, (66, 66))
-    dataset = datasets.describe('folder', root, 66)
-    names = [[type(step).__name__ for step in loaders.image_transforms.train_transform(
-        dataset, Augmentation(**options)).transforms] for options in
-        ({}, {'mirror': False}, {'color_jitter': False})]
-    assert 'RandomHorizontalFlip' in names[0] and 'ColorJitter' in names[0]
-    assert names[1] == [name for name in names[0] if name != 'RandomHorizontalFlip']
-    assert 'ColorJitter' not in names[2] and 'RandomHorizontalFlip' in names[2]
+@pytest.mark.parametrize('given, mirrors, jitters', [
+    ('', True, True), ('--no-mirror', False, True), ('--no-color-jitter', True, False),
+    ('--no-mirror --no-color-jitter', False, False)])
+def test_mirror_and_color_jitter_are_switched_off_independently(tmp_path, given, mirrors, jitters):
+    augmentation = Augmentation.of_flags(parse_flags(given.split()))
+    ramp = np.arange(64, 192, dtype=np.uint8)  # from left to right, the same in all colours
+    dataset = datasets.describe(
+        'folder', write_images(tmp_path, {'train/a': 1, 'train/b': 1, 'val/a': 1}, (66, 66)), 66)
+    transform = loaders.image_transforms.train_transform(dataset, augmentation)
+    torch.manual_seed(0)
+    views = torch.stack([transform(Image.fromarray(np.tile(ramp, (128, 1))).convert('RGB'))
+                         for _ in range(20)]).int()
+    assert (views.diff(dim=-1) < 0).any() == mirrors
+    assert (views.diff(dim=1) != 0).any() == jitters  # jitter, and lighting
     numbers = torch.arange(64, dtype=torch.uint8).expand(16, 3, 1, 64)
     loader = loaders.MemoryLoader(numbers, torch.zeros(16, dtype=torch.int64), 16, mean=(0,),
-                                  std=(1,), device=CPU, augmentation=Augmentation(mirror=False))
+                                  std=(1,), device=CPU, augmentation=augmentation)
     images, _ = next(iter(loader))
-    assert (images[:, 0, :, 10:50].diff(dim=-1) >= 0).all()
+    assert (images[:, 0, :, 10:50].diff(dim=-1) < 0).any() == mirrors
 
 
 # ---- averages --------------------------------------------------------------------------------

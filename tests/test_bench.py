@@ -294,7 +294,7 @@ def test_a_table_has_all_rows_in_csv_and_figure(tmp_path, capsys):
         assert float(row['peak_ratio']) == pytest.approx(
             peak / float(rows[0]['peak_mib']), rel=1e-4)
         assert row['rounds'] == '2' and row['batch_size'] == '4'
-        assert 0 < float(row['first_call_s']) < 100
+        assert float(row['first_call_s']) > 0
         assert f'torch {torch.__version__.partition("+")[0]}' in row['workload']
     image = np.asarray(Image.open(tmp_path / 'bench.png').convert('L'))
     assert min(image.shape) > 300 and image.std() > 10  # there is ink
@@ -542,7 +542,8 @@ def test_out_of_memory_is_a_row(capsys, tmp_path, monkeypatch):
     assert table.count('out of memory') == 1 and 'nan' not in table
     assert [row['failure'] for row in read_csv(tmp_path / 'bench.csv')] == ['out of memory'] + \
         3 * ['']
-    bench.main([*TINY, *OURS, '--batch-size', '1000000000'])  # for real
+    # For real, 49 TB of images:
+    bench.main([*TINY, *OURS, '--image-size', '64', '--batch-size', '1000000000'])
     assert capsys.readouterr().out.count('out of memory') == 1
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import inspect
 import io
 import math
 import re
@@ -227,6 +228,20 @@ def test_loads_weights_saved_under_ddp_or_compile(prefix):
     torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
+def test_the_arguments_are_torchvisions():
+    """In the same order, with the same defaults; the four others are keywords."""
+    theirs, ours = (inspect.signature(cls).parameters.values()
+                    for cls in (torchvision.models.DenseNet, densenet.DenseNet))
+    ours = [(argument.name, argument.default, argument.kind) for argument in ours]
+    known = [(argument.name, argument.default, argument.kind) for argument in theirs]
+    assert ours[:len(known)] == known and len(ours) == len(known) + 4
+    assert {kind for *_, kind in ours[len(known):]} == {inspect.Parameter.KEYWORD_ONLY}
+    given = 8, (2, 3), 12, 2, 0.1, 5
+    shapes = [{name: value.shape for name, value in cls(*given).state_dict().items()}
+              for cls in (torchvision.models.DenseNet, densenet.DenseNet)]
+    assert shapes[0] == shapes[1]
+
+
 def test_loads_as_a_part_of_another_model():
     outer = torch.nn.ModuleDict({'backbone': small_net()})
     old = pre_2018(outer.state_dict())
@@ -239,6 +254,7 @@ def test_loads_as_a_part_of_another_model():
 # ---- as the paper has it ---------------------------------------------------------------------
 
 def test_initialisation_is_that_of_the_official_code():
+    torch.manual_seed(0)
     model = densenet_cifar(40, 24)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Conv2d):
@@ -246,7 +262,7 @@ def test_initialisation_is_that_of_the_official_code():
             std = math.sqrt(2 / (k * k * module.out_channels))
             n = module.weight.numel()
             # A sample's standard deviation is within 5 / sqrt(2n) of the true one, its mean
-            # within 5 / sqrt(n), which fails by chance less than once in a million.
+            # within 5 / sqrt(n), except by a chance of less than one in a million.
             assert abs(module.weight.std() / std - 1) < 5 / math.sqrt(2 * n), name
             assert abs(module.weight.mean()) < 5 * std / math.sqrt(n), name
         elif isinstance(module, torch.nn.BatchNorm2d):

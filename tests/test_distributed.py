@@ -4,6 +4,8 @@ These start torchrun's agent in a process forked from one that has torch importe
 are forked from that. `test_the_command_torchrun` runs the command itself.
 """
 
+import json
+import math
 import os
 import re
 import shutil
@@ -240,12 +242,33 @@ def test_the_command_torchrun(uninterrupted, tmp_path):
     command = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2, 'train.py',
                '--resume', '--save', run]
     ended = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True,
-                           text=True, timeout=120, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+                           text=True, timeout=120, env={
+                               **os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''})
     assert ended.returncode == 0, ended.stderr
     assert '; 2 x cpu, fp32' in ended.stdout
     error = float(read_csv(uninterrupted / 'test.csv')[-1]['error'])
     assert ended.stdout.count(f'final error {error:.2f}% (epoch 4)') == 1
     assert (run / 'train.csv').read_bytes() == (uninterrupted / 'train.csv').read_bytes()
+
+
+@pytest.mark.usefixtures('no_figures')
+def test_three_processes_evaluate_like_one(uninterrupted, tmp_path):
+    argv = ['--evaluate', '--resume', uninterrupted / 'best.pth', '--device', 'cpu', '--save']
+    train.main([*map(str, argv), str(tmp_path / 'one')])
+    without_figures = 'import plot\nplot.save_reports = lambda directory: []\n'
+    ended = torchrun(3, [*argv, tmp_path / 'three'], without_figures + TRAIN)
+    assert ended.returncode == 0, ended.stderr
+    one, three = (read_csv(tmp_path / name / 'predictions.csv') for name in ('one', 'three'))
+    assert len(one) == 9
+    for row, expected in zip(three, one, strict=True):  # the same images in the same order
+        for name, value in expected.items():
+            is_number = name.startswith('logit:') or 'probability' in name
+            assert row[name] == value or is_number and math.isclose(
+                float(row[name]), float(value), abs_tol=1e-5), name
+    metrics = [json.loads((tmp_path / name / 'metrics.json').read_text())['splits']['test']
+               for name in ('one', 'three')]
+    assert metrics[0]['error'] == metrics[1]['error']
+    assert math.isclose(metrics[0]['loss'], metrics[1]['loss'], rel_tol=1e-5)
 
 
 def test_a_signal_to_one_of_three_processes_stops_all_and_the_run_can_be_resumed(

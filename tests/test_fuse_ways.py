@@ -430,7 +430,7 @@ def test_a_copy_of_a_compiled_block_has_its_own_weights():
 
 
 def test_other_threads_may_draw_random_numbers():
-    nets, drawn, ended = [small_net() for _ in range(3)], [], threading.Event()
+    drawn, ended = [], threading.Event()
 
     def augment():
         while not ended.wait(0.001):
@@ -439,12 +439,23 @@ def test_other_threads_may_draw_random_numbers():
     thread = threading.Thread(target=augment)
     thread.start()
     try:
-        for net in nets:
-            fuse(net)
+        while len(drawn) < 10:
+            fuse(small_net())
     finally:
         ended.set()
         thread.join()
-    assert len(drawn) == len({*map(tuple, drawn)}) > 10  # the generator was not set back
+    assert len(drawn) == len({*map(tuple, drawn)})  # the generator was not set back
+
+
+@pytest.mark.parametrize('kernels', [True, False])
+@pytest.mark.parametrize('change', ['relu_', 'zero_'])
+def test_changing_the_output_of_a_block_in_place_is_an_error(kernels, change):
+    """Backward needs the output: the gradients would be wrong."""
+    block = fuse(small_net(), kernels=kernels).features.denseblock1
+    x = torch.randn(2, 8, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
+    with pytest.raises(RuntimeError, match='in-?place'):
+        getattr(block(x), change)().sum().backward()
+    assert block.path in ('kernels', 'eager')
 
 
 def test_what_autograd_saves_may_change_its_layout():

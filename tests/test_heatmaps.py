@@ -81,27 +81,20 @@ def test_full_backward_hooks(networks, name, layer):
     torch.testing.assert_close(seen[0], expected.detach())
 
 
-def torchcam_map(model, images, layer):
-    methods = pytest.importorskip('torchcam.methods')
-    with methods.XGradCAM(model, layer) as extractor:
-        return extractor(3, model(images[:1]))[0]
-
-
-def pytorch_grad_cam_map(model, images, layer):
-    grad_cam = pytest.importorskip('pytorch_grad_cam')
-    with grad_cam.XGradCAM(model, [model.get_submodule(layer)]) as extractor:
-        return torch.from_numpy(extractor(images[:1], [lambda logits: logits[3]]))
-
-
 @pytest.mark.parametrize('layer', ['features', 'features.denseblock4',
                                    'features.denseblock3.denselayer24'])
-@pytest.mark.parametrize('draw', [torchcam_map, pytorch_grad_cam_map])
 @pytest.mark.parametrize('name', ['ours', 'fused'])
-def test_xgradcam(networks, name, draw, layer):
+def test_grad_cam_of_monai(networks, name, layer, monkeypatch):
+    visualize = pytest.importorskip('monai.visualize')
     models, images = networks
-    truth, heat = (draw(models[key], images, layer).flatten() for key in ('theirs', name))
-    assert truth.std() > 0.01
-    assert torch.corrcoef(torch.stack([truth, heat]))[0, 1] > 0.999
+    # torchvision's own rectifies the features in place, which raises under MONAI's backward hooks.
+    theirs = models['theirs']
+    monkeypatch.setattr(theirs, 'forward', lambda images: theirs.classifier(
+        theirs.features(images).relu().mean((2, 3))))
+    truth, heat = (torch.as_tensor(visualize.GradCAM(models[key], layer)(images[:1], class_idx=3))
+                   for key in ('theirs', name))
+    assert truth.std() > 0.1  # scaled to 0..1
+    torch.testing.assert_close(heat, truth, rtol=0, atol=0.01)
 
 
 # ---- predict.py ---------------------------------------------------------------------------

@@ -105,6 +105,31 @@ def large(tmp_path_factory):
             '--growth-rate', 4, '--batch-size', 2, '--device', 'cpu', '--no-plot']
 
 
+@pytest.mark.parametrize('flags', [
+    ['--optimizer', 'adam', '--precision', 'bf16'],
+    ['--optimizer', 'adamw', '--label-smoothing', '0.1', '--warmup-epochs', '2'],
+    ['--optimizer', 'rmsprop', '--momentum', '0.9', '--memory-efficient']])
+def test_other_optimizers_and_bf16_resume_with_the_same_bits(recipe, tmp_path, flags):
+    one, other = tmp_path / 'one', tmp_path / 'other'
+    argv = [*recipe, '--lr', '0.002', *flags, '--save']
+    train.main([*argv, str(one)])
+    ended = run_interrupted([*argv, str(other)], 'learning_rate', 14, signal.SIGTERM)
+    assert ended.returncode == 143, ended.stderr
+    train.main(['--save', str(other), '--resume', '--device', 'cpu'])
+    assert_same_run(one, other)
+
+
+def test_a_run_on_images_that_workers_read_resumes_with_the_same_bits(large, tmp_path):
+    one, other = tmp_path / 'one', tmp_path / 'other'
+    argv = [*large, '--epochs', 3, '--workers', 2, '--auto-augment', 'randaugment',
+            '--random-erasing', '0.5', '--print-freq', 4, '--save']
+    train.main([*map(str, argv), str(one)])
+    ended = run_interrupted([*argv, other], 'learning_rate', 16, signal.SIGTERM)
+    assert ended.returncode == 143 and 'in epoch 2 after step 6' in ended.stdout, ended.stderr
+    train.main(['--save', str(other), '--resume', '--device', 'cpu', '--workers', '1'])
+    assert_same_run(one, other, rows=3 * 3)  # steps 4, 8 and 10
+
+
 @pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_the_whole_group_lets_the_workers_finish(large, tmp_path, signum):
     rows = tmp_path / 'run/train.csv'

@@ -44,6 +44,11 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
+def no_gpu():
+    """There is the pretended one."""
+
+
+@pytest.fixture(autouse=True)
 def comparisons_are_those_of_zeros():
     pretended_cuda.compare_as_zeros()
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import multiprocessing
 import os
 import signal
@@ -143,6 +144,14 @@ def test_a_failed_recording_ends_the_run(action, reason, small, capsys):
 def test_out_of_gpu_memory_is_a_one_line_error(small, capsys, monkeypatch):
     monkeypatch.setenv('PRETENDED_CUDA_GIB', '0.004')
     assert 'out of memory' in fails(capsys, *small, '--epochs', '1')
+
+
+@pytest.mark.parametrize('capability, precision', [('75', 'tf32'), ('80', 'bf16')])
+def test_bf16_is_the_default_on_gpus_that_have_it(capability, precision, small, tmp_path,
+                                                  monkeypatch):
+    monkeypatch.setenv('PRETENDED_CUDA_CAPABILITY', capability)
+    train.main([*small, '--epochs', '1'])
+    assert json.loads((tmp_path / 'run/args.json').read_text())['precision'] == precision
 
 
 def test_a_gpu_that_torch_is_not_built_for_is_one_line(small, capsys, monkeypatch):
