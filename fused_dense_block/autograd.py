@@ -49,13 +49,13 @@ class NormConv(NamedTuple):
     """The parameters of norm, ReLU and convolution: half a dense layer, or a transition."""
     weight: torch.Tensor  # of the norm, [C]
     bias: torch.Tensor
-    kernel: torch.Tensor  # of the convolution, [O, C, 1, 1] or [O, C, 3, 3]
+    filters: torch.Tensor  # weight of the convolution, [O, C, 1, 1] or [O, C, 3, 3]
     eps: float
 
     def part(self, start, stop):
         """The parameters of these input channels."""
-        return NormConv(self.weight[start:stop], self.bias[start:stop], self.kernel[:, start:stop],
-                        self.eps)
+        return NormConv(self.weight[start:stop], self.bias[start:stop],
+                        self.filters[:, start:stop], self.eps)
 
 
 class Layer(NamedTuple):
@@ -70,7 +70,7 @@ class DenseBlockFunction(torch.autograd.Function):
     """apply(ops, layers, x, *parameters)
 
     x is [N, C, H, W], the result [N, C + num_layers * growth_rate, H, W], which must not be
-    modified in place. `parameters` are norm weight, norm bias and kernel of each NormConv of each
+    modified in place. `parameters` are norm weight, norm bias and filters of each NormConv of each
     layer.
     """
 
@@ -81,14 +81,14 @@ class DenseBlockFunction(torch.autograd.Function):
         # for each layer two, or one without bottleneck
         norm_convs = [[NormConv(*next(triples), eps) for eps in layer.eps] for layer in layers]
         c = x.shape[1]  # channels that the layer reads
-        channels = c + sum(len(last.kernel) for *_, last in norm_convs)
+        channels = c + sum(len(last.filters) for *_, last in norm_convs)
         features = Maps(ops.new_maps(x, channels), *parameters[0].new_empty(2, channels))
         saved, norms, statistics = [], [], []
         with no_autocast(x):
             features.part(0, c).copy_(Maps(x, *ops.statistics(x)))
             for layer, pair in zip(layers, norm_convs):
                 last = pair[-1]
-                new = features.part(c, c + len(last.kernel))
+                new = features.part(c, c + len(last.filters))
                 maps = features.part(0, c)
                 for norm_conv, rate in zip(pair, layer.drop_rates):
                     is_last, mask = norm_conv is last, None
@@ -102,7 +102,7 @@ class DenseBlockFunction(torch.autograd.Function):
                     saved += [*norm_conv[:3], mask, maps.data if is_saved else None, *maps[1:]]
                 new.copy_(maps)
                 norms += layer.norms
-                c += len(last.kernel)
+                c += len(last.filters)
         update_running_statistics(norms, statistics, x.numel() // x.shape[1])
         ctx.save_for_backward(*features, *saved)
         return features.data
@@ -120,11 +120,11 @@ class DenseBlockFunction(torch.autograd.Function):
         ops, gradients, end = ctx.ops, [], len(mean)
         # Names as above. G has the channels that the last layer has read. That layer adds to the
         # gradient of the block's output, and the others add to G in place.
-        G, before = ops.new_maps(data, end - len(layers[-1][-1][0].kernel)), grad
+        G, before = ops.new_maps(data, end - len(layers[-1][-1][0].filters)), grad
         A, B = torch.zeros_like(mean), torch.zeros_like(mean)
         with no_autocast(grad):
             for layer in reversed(layers):
-                c = end - len(layer[-1][0].kernel)  # channels that the layer has read
+                c = end - len(layer[-1][0].filters)  # channels that the layer has read
                 inputs = [features.part(0, c)]
                 for norm_conv, rate, mask, output in layer[:-1]:
                     if output.data is None:
@@ -149,7 +149,7 @@ class DenseBlockFunction(torch.autograd.Function):
 
 
 class TransitionFunction(torch.autograd.Function):
-    """apply(ops, norm, x, weight, bias, kernel): a transition; saves only its input.
+    """apply(ops, norm, x, weight, bias, filters): a transition; saves only its input.
 
     x is [N, C, H, W], the result [N, out_channels, H // 2, W // 2]. Pools before the convolution,
     since the two commute and the convolution then has a quarter of the work. Updates the running

@@ -68,7 +68,7 @@ class Fused:
         """path and reason according to the table in __init__.py."""
         device = x.device.type
         if not self.training and self.needs_gradients(x):
-            return 'layers', 'evaluation with gradients: torch.no_grad() allows faster ways'
+            return 'layers', 'evaluation with gradients: torch.no_grad() allows faster paths'
         if device == 'cpu':
             reason = cpu.why_not(x) if self._fused.kernels else 'fused with kernels=False'
             if reason is None:
@@ -258,7 +258,7 @@ def _rebuild(kind, base):
 class State:
     """The options of a fused module, what has been verified, and a plan for each mode.
 
-    `signature` is that of the verified module, and `dtypes` are the dtypes of the maps for which
+    `signature` identifies the verified version of the module. `dtypes` are those of maps for which
     the CPU kernels were verified, too: each has its own library, which takes long to compile.
 
     Copies keep the signature. Pickles drop it, because the code may differ where they are loaded.
@@ -364,7 +364,7 @@ class Plan:
                      [rate if drops_after_conv1 else 0.0, rate][-len(norms):], memory_efficient)
 
     def parameters(self):
-        """Norm weight, norm bias and kernel of each NormConv."""
+        """Norm weight, norm bias and filters of each NormConv."""
         return [tensors[name] for tensors, name in self.parameter_places]
 
     def current_packed(self, x):
@@ -381,7 +381,7 @@ class Plan:
         return packed
 
     def _key(self, x):
-        """All of x and its context that decides whether a Packed, made on a CPU, can be used."""
+        """The properties of x and of autocast that a Packed depends on: the keys of `packed`."""
         return x.dtype, x.shape[1], autocast_dtype('cpu'), self.is_stem and is_channels_last(x)
 
     def obstacle(self, x):

@@ -13,11 +13,10 @@
 //   3x3, forward     P = y W with 9 * O columns, then z = the sum of nine shifted slices of P
 //   3x3, backward    as 1x1, with nine shifted copies of dz beside each other in place of dz
 //
-// The copies are on the side of the outputs, which in a DenseNet are few (k), and not on the side
-// of the inputs (4k or more). Whatever else there is to do for a pixel (norm, ReLU and its mask,
-// pooling, sums) is done while the tile is in cache, and costs little. That is why the convolutions
-// are here at all: around those of a library, the same would be passes over memory, which cost as
-// much as the convolutions themselves.
+// The shifts are on the side of the outputs, which have few channels in a DenseNet (k), not of the
+// inputs (4k or more). All other work on a pixel (norm, ReLU and its mask, pooling, sums) is done
+// while the tile is in cache, and costs little. Around a library's convolutions it would be passes
+// over memory, as expensive as the convolutions; hence our own.
 //
 // Two runs give the same bits: in training each thread has a fixed range of rows, and partial sums
 // are added in the order of the threads.
@@ -32,7 +31,7 @@
 #include "kernels/stem.h"
 #include "kernels/training.h"
 
-// ---- What Python calls: compiled once for each MAP, float or bf16 ----
+// ---- C interface for Python: compiled once for each MAP, float or bf16 ----
 
 extern "C" {
 
@@ -58,19 +57,19 @@ long ready() { return amx_is_permitted() && amx_is_right(); }
 double seconds(long threads) {
     const long images = 8, side = 14, rows = images * side * side, most = 512;  // channels
     std::vector<MAP> x(rows * most), z(rows * most), total(rows * most);
-    std::vector<float> ones(most, 1), sums(most), kernel(most * most, 1);
-    std::vector<float> d_kernel(kernel.size());
+    std::vector<float> ones(most, 1), sums(most), filters(most * most, 1);
+    std::vector<float> d_filters(filters.size());
     const BatchNorm norm = {&ones[0], &ones[0], &ones[0], &ones[0], 0};
     const double start = omp_get_wtime();
-    for (long kernel_side : {1, 3}) {
-        const long channels = kernel_side == 1 ? 512 : 128, outputs = kernel_side == 1 ? 128 : 32;
-        const Shape shape = {images, side, side, channels, outputs, kernel_side, false};
+    for (long filter_side : {1, 3}) {
+        const long channels = filter_side == 1 ? 512 : 128, outputs = filter_side == 1 ? 128 : 32;
+        const Shape shape = {images, side, side, channels, outputs, filter_side, false};
         const Map<const MAP> in = {x.data(), channels};
-        forward<MAP>(in, norm, shape, kernel.data(), {z.data(), outputs}, nullptr, nullptr,
+        forward<MAP>(in, norm, shape, filters.data(), {z.data(), outputs}, nullptr, nullptr,
                      threads);
         backward<MAP, false>({{z.data(), outputs}, {}, nullptr, nullptr, nullptr}, in, norm, shape,
-                             kernel.data(), {}, {total.data(), channels},
-                             {&sums[0], &sums[0], d_kernel.data(), &sums[0], &sums[0], false},
+                             filters.data(), {}, {total.data(), channels},
+                             {&sums[0], &sums[0], d_filters.data(), &sums[0], &sums[0], false},
                              threads);
     }
     return omp_get_wtime() - start;
@@ -81,29 +80,29 @@ void statistics(const MAP *x, long ldx, long rows, long channels, float *mean, f
     map_statistics<MAP>({x, ldx}, rows, channels, mean, variance, threads);
 }
 
-// The kernel is [O, taps, C].
+// The filters are [O, taps, C].
 void norm_relu_conv(const MAP *x, long ldx, const float *mean, const float *variance,
-                    const float *weight, const float *bias, float eps, const float *kernel,
+                    const float *weight, const float *bias, float eps, const float *filters,
                     long images, long height, long width, long channels, long outputs, long side,
                     long pool, MAP *z, long ldz, float *z_mean, float *z_variance, long threads) {
     Shape shape = {images, height, width, channels, outputs, side, pool != 0};
-    forward<MAP>({x, ldx}, {mean, variance, weight, bias, eps}, shape, kernel, {z, ldz}, z_mean,
+    forward<MAP>({x, ldx}, {mean, variance, weight, bias, eps}, shape, filters, {z, ldz}, z_mean,
                  z_variance, threads);
 }
 
 void norm_relu_conv_backward(const MAP *dz, long lddz, const MAP *z, long ldz, const float *z_mean,
                              const float *a, const float *b, const MAP *x, long ldx,
                              const float *mean, const float *variance, const float *weight,
-                             const float *bias, float eps, const float *kernel, long images,
+                             const float *bias, float eps, const float *filters, long images,
                              long height, long width, long channels, long outputs, long side,
                              long pool, const MAP *before, long ldb, MAP *total, long ldt,
-                             float *d_weight, float *d_bias, float *d_kernel, float *total_a,
+                             float *d_weight, float *d_bias, float *d_filters, float *total_a,
                              float *total_b, long add, long threads) {
     Shape shape = {images, height, width, channels, outputs, side, pool != 0};
     auto run = pool ? backward<MAP, true> : backward<MAP, false>;
     run({{dz, lddz}, {z, ldz}, z_mean, a, b}, {x, ldx}, {mean, variance, weight, bias, eps}, shape,
-        kernel, {before, ldb}, {total, ldt},
-        {d_weight, d_bias, d_kernel, total_a, total_b, add != 0}, threads);
+        filters, {before, ldb}, {total, ldt},
+        {d_weight, d_bias, d_filters, total_a, total_b, add != 0}, threads);
 }
 
 void complete(const MAP *total, long ldt, const MAP *x, long ldx, const float *mean, const float *a,
@@ -113,12 +112,12 @@ void complete(const MAP *total, long ldt, const MAP *x, long ldx, const float *m
 
 // ---- Evaluation ----
 
-// The kernel is [O, side, side, C]. Returns how many words it takes when packed; writes them if
+// The filters are [O, side, side, C]. Returns how many words they take when packed; writes them if
 // `packed`.
-long pack(const float *kernel, long outputs, long side, long channels, uint32_t *packed,
+long pack(const float *filters, long outputs, long side, long channels, uint32_t *packed,
           long threads) {
     const Reads<MAP> reads = {side, channels};
-    if (packed) pack_panels<MAP>(kernel, outputs, reads, packed, threads);
+    if (packed) pack_panels<MAP>(filters, outputs, reads, packed, threads);
     return round_up(outputs, LANES) * reads.all_words();
 }
 

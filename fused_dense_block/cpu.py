@@ -38,9 +38,9 @@ def why_not_dtype(dtype):
 
 
 def new_maps(x, channels, size=None):
-    """Memory for maps like x, of another height and width if `size`; on huge pages if large.
+    """Memory for maps like x, of height and width `size` if given; on huge pages if large.
 
-    Page faults in new memory cost more than the reads and writes: five times more with 4 KiB pages.
+    Page faults in new memory cost more than its use, and far more with pages of 4 KiB.
     """
     height, width = size or x.shape[2:]
     maps = x.new_empty(len(x), height, width, channels)
@@ -63,15 +63,15 @@ def norm_relu_conv(maps, norm_conv, pool=False, out=None, with_statistics=False)
     """The output, in `out` if given, and its `statistics` if wanted, otherwise two Nones."""
     if out is None:
         size = [size // 2 if pool else size for size in maps.data.shape[2:]]
-        out = new_maps(maps.data, len(norm_conv.kernel), size)
-    mean, var = _vectors(out, 2, len(norm_conv.kernel)) if with_statistics else (None, None)
+        out = new_maps(maps.data, len(norm_conv.filters), size)
+    mean, var = _vectors(out, 2, len(norm_conv.filters)) if with_statistics else (None, None)
     _call('norm_relu_conv', out.dtype, *_input(maps, norm_conv, pool), *_map(out), mean, var)
     return out, mean, var
 
 
 def norm_relu_conv_backward(grad, maps, norm_conv, pool=False, pending=None, before=None, out=None,
                             add_to=None):
-    """`out`, or new maps; (maps, a, b); [gradients of weight, bias and kernel]."""
+    """`out`, or new maps; (maps, a, b); [gradients of weight, bias and filters]."""
     n, c, h, w = maps.data.shape
     if out is None:
         out = new_maps(maps.data, c)
@@ -80,8 +80,8 @@ def norm_relu_conv_backward(grad, maps, norm_conv, pool=False, pending=None, bef
     z, *coefficients = pending or [None] * 3
     output = [None, 0, None] if z is None else [*_read(z.data, out.dtype), z.mean]
     a, b = _vectors(maps.data, 2, c) if add_to is None else add_to
-    d_kernel = torch.empty_like(norm_conv.kernel, memory_format=torch.channels_last)
-    gradients = [*_vectors(maps.data, 2, c), d_kernel]
+    d_filters = torch.empty_like(norm_conv.filters, memory_format=torch.channels_last)
+    gradients = [*_vectors(maps.data, 2, c), d_filters]
     _call('norm_relu_conv_backward', out.dtype, *_read(grad, out.dtype), *output,
           *coefficients, *_input(maps, norm_conv, pool),
           *([None, 0] if before is None else _read(before, out.dtype)), *_map(out), *gradients,
@@ -103,7 +103,7 @@ def complete(total, maps, a, b):
 class PackedConv(ctypes.Structure):
     """A convolution and its norm as the library reads them: pointers and sizes."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ('mean', 'scale', 'bias', 'kernel')]
+    _fields_ = [(name, ctypes.c_void_p) for name in ('mean', 'scale', 'bias', 'filters')]
     _fields_ += [(name, ctypes.c_long) for name in ('channels', 'outputs', 'side')]
 
 
@@ -111,24 +111,24 @@ def pack(norm_convs, dtype):
     """Packs for maps of dtype.
 
     Args:
-        norm_convs: tuples of a norm's weight, bias, mean, variance and eps, and the kernel.
+        norm_convs: tuples of a norm's weight, bias, mean, variance and eps, and the filters.
 
     Returns:
         [PackedConv], and the tensors that own their memory.
     """
     packed, owners = [], []
-    for weight, bias, mean, var, eps, kernel in norm_convs:
-        o, c, *_ = kernel.shape
+    for weight, bias, mean, var, eps, filters in norm_convs:
+        o, c, *_ = filters.shape
         vectors = torch.zeros(3, len(mean) + 64, dtype=torch.float32, device='cpu')
         for vector, value in zip(vectors, (mean, weight * (var + eps).rsqrt(), bias)):
             vector[:len(mean)] = value
-        kernel = kernel.contiguous(memory_format=torch.channels_last)
-        arguments = kernel, o, kernel.shape[-1], c
+        filters = filters.contiguous(memory_format=torch.channels_last)
+        arguments = filters, o, filters.shape[-1], c
         words = torch.empty(_call('pack', dtype, *arguments, None), dtype=torch.int32, device='cpu')
         _call('pack', dtype, *arguments, words)
         owners += [vectors, words]
         packed.append(PackedConv(*(vector.data_ptr() for vector in vectors), words.data_ptr(), c,
-                                 o, kernel.shape[-1]))
+                                 o, filters.shape[-1]))
     return (PackedConv * len(packed))(*packed), owners
 
 
@@ -194,7 +194,7 @@ def _map(x):
 
 
 def _read(x, dtype):
-    """As `_map`, of gradients and of what autograd has saved: hooks may have changed its layout."""
+    """As `_map`, after conversion to dtype and channels_last: hooks may change saved tensors."""
     x = x.to(dtype)
     return _map(x if _row_stride(x) is not None else
                 x.contiguous(memory_format=torch.channels_last))
@@ -203,9 +203,9 @@ def _read(x, dtype):
 def _input(maps, norm_conv, pool):
     n, c, h, w = maps.data.shape
     vectors = maps.mean, maps.var, norm_conv.weight, norm_conv.bias
-    kernel = norm_conv.kernel.contiguous(memory_format=torch.channels_last)
+    filters = norm_conv.filters.contiguous(memory_format=torch.channels_last)
     return (*_read(maps.data, maps.data.dtype), *(vector.contiguous() for vector in vectors),
-            float(norm_conv.eps), kernel, n, h, w, c, len(kernel), kernel.shape[-1], pool)
+            float(norm_conv.eps), filters, n, h, w, c, len(filters), filters.shape[-1], pool)
 
 
 def _vectors(x, count, channels):

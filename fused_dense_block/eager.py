@@ -6,7 +6,7 @@ compute the following, with y 2x2 average-pooled before the convolution if `pool
 
     normed = (maps.data - maps.mean) / sqrt(maps.var + norm_conv.eps),
     y = relu(normed * norm_conv.weight + norm_conv.bias),
-    output = conv(y, norm_conv.kernel).
+    output = conv(y, norm_conv.filters).
 """
 
 import math
@@ -38,7 +38,7 @@ def statistics(data):
 
 def norm_relu_conv(maps, norm_conv, pool=False, out=None, with_statistics=False):
     """The output, in `out` if given, and its mean and variance, or None, None."""
-    y = _conv(_norm_relu(maps, norm_conv, pool), norm_conv.kernel)
+    y = _conv(_norm_relu(maps, norm_conv, pool), norm_conv.filters)
     found = statistics(y) if with_statistics else (None, None)
     return y if out is None else out.copy_(y), *found
 
@@ -58,7 +58,7 @@ def norm_relu_conv_backward(grad, maps, norm_conv, pool=False, pending=None, bef
         The gradient of the input, pending: g * weight / std, where g is the gradient of
             normed * weight + bias.
         The other arguments of `complete` for it: maps, a and b.
-        [Gradients of weight (sum of g * normed), of bias (sum of g) and of the kernel].
+        [Gradients of weight (sum of g * normed), of bias (sum of g) and of the filters].
     """
     if pending is not None:
         grad = complete(grad, *pending)
@@ -88,9 +88,9 @@ def _buffer_channels(part):
 
 def _backward(grad, maps, norm_conv, invstd, pool, before, out):
     y = _norm_relu(maps, norm_conv)
-    g, d_kernel, _ = torch.ops.aten.convolution_backward.default(
-        grad, F.avg_pool2d(y, 2) if pool else y, norm_conv.kernel.to(y.dtype), None, [1, 1],
-        [norm_conv.kernel.shape[-1] // 2] * 2, [1, 1], False, [0, 0], 1, [True, True, False])
+    g, d_filters, _ = torch.ops.aten.convolution_backward.default(
+        grad, F.avg_pool2d(y, 2) if pool else y, norm_conv.filters.to(y.dtype), None, [1, 1],
+        [norm_conv.filters.shape[-1] // 2] * 2, [1, 1], False, [0, 0], 1, [True, True, False])
     if pool:
         g = torch.ops.aten.avg_pool2d_backward.default(g, y, [2, 2], [2, 2], [0, 0], False, True,
                                                        None)
@@ -101,7 +101,7 @@ def _backward(grad, maps, norm_conv, invstd, pool, before, out):
         g, _dense(maps.data), norm_conv.weight, maps.mean, maps.var, maps.mean, invstd, False,
         norm_conv.eps, [True] * 3)
     return (g if out is None else torch.add(before, g, out=out), d_weight, d_bias,
-            d_kernel.to(norm_conv.kernel.dtype))
+            d_filters.to(norm_conv.filters.dtype))
 
 
 def complete(total, maps, a, b):
@@ -128,5 +128,5 @@ def _dense(x):
     return x if dense else x.clone()
 
 
-def _conv(x, kernel):
-    return F.conv2d(x, kernel.to(x.dtype), padding=kernel.shape[-1] // 2)
+def _conv(x, filters):
+    return F.conv2d(x, filters.to(x.dtype), padding=filters.shape[-1] // 2)

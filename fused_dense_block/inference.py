@@ -21,9 +21,11 @@ class Packed:
     """
 
     def __init__(self, places, eps, dtype):
-        """`places`: for each convolution (dict, name) of norm weight, bias, kernel, running mean,
-        variance and num_batches_tracked: training with nn.BatchNorm2d bumps the version of this one
-        alone.
+        """
+        Args:
+            places: for each convolution (dict, name) of six tensors: norm weight, norm bias,
+                filters, running mean, running variance and num_batches_tracked. The last is the
+                only one whose version counter changes when nn.BatchNorm2d trains.
         """
         self.dicts = [*{id(tensors): tensors for tensors, _ in places}.values()]
         self.values = gc.get_referents(*self.dicts)  # before another thread may replace a tensor
@@ -37,8 +39,8 @@ class Packed:
             self.versions = [*map(VERSION, tensors)]
         self.sample = cpu.sample([tensor for tensor in tensors if tensor.is_floating_point()])
         self.sampled = self.sample()
-        norm_convs = [(weight, bias, mean, var, e, kernel)
-                      for (weight, bias, kernel, mean, var, _), e in
+        norm_convs = [(weight, bias, mean, var, e, filters)
+                      for (weight, bias, filters, mean, var, _), e in
                       zip(zip(*[iter(tensors)] * 6), eps)]
         with no_autocast(tensors[0]):
             self.convs, self.owners = cpu.pack(norm_convs, dtype)
@@ -79,6 +81,6 @@ def run_stem(stem, x):
     """
     conv, norm, pool = stem
     scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-    kernel = conv.weight * scale[:, None, None, None]
+    filters = conv.weight * scale[:, None, None, None]
     bias = norm.bias - norm.running_mean * scale
-    return torch.cat([pool(conv._conv_forward(part, kernel, bias)).relu_() for part in x.split(4)])
+    return torch.cat([pool(conv._conv_forward(part, filters, bias)).relu_() for part in x.split(4)])

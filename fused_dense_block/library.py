@@ -1,4 +1,4 @@
-"""The library of CPU kernels: compiles cpu.cpp when first used, keeps and loads what was compiled.
+"""The library of CPU kernels: compile cpu.cpp at first use, cache the library, and load it.
 
 There is a library for each type of map. Compiling one takes 5 to 20 seconds and needs a C++
 compiler, preferably g++. Libraries are kept in the user's cache directory,
@@ -62,7 +62,7 @@ def description(dtype):
 
 @functools.cache
 def load(dtype):
-    """The library for maps of dtype and None, or None and why there is none; also a warning."""
+    """(library for maps of dtype, None) or, after a warning, (None, why there is none)."""
     chosen = os.environ.get('DENSENET_CPU_KERNELS')
     if chosen not in (None, '', '0', '1', *PRODUCTS):
         warnings.warn(f'DENSENET_CPU_KERNELS={chosen} is ignored: it may be 0 or '
@@ -92,7 +92,7 @@ def _build(map_type):
 
 def _build_with(compiler, map_type):
     command = [*compiler, *FLAGS, f'-DMAP={map_type}']
-    # They name the compiler's version and all that -march=native stands for on this machine.
+    # Predefined macros identify the compiler's version and what -march=native enables here.
     macros = _run([*command, '-dM', '-E', '-x', 'c++', os.devnull])
     products = _products(map_type, macros)
     with ThreadPoolExecutor() as pool:  # each thread waits for its compiler
@@ -157,7 +157,7 @@ def _compile(command, product, map_type, macros):
 
 
 def _fastest(paths):
-    """The product that is fastest on this kind of CPU, {product: library}; timed only once."""
+    """The fastest of {product: library file} on this model of CPU; timed only once."""
     kind = repr((_cpu_name(), *(path.name for path in paths.values())))
     record = _cache_directory() / f'fastest-{hashlib.sha256(kind.encode()).hexdigest()[:32]}'
     found = _read(record)
@@ -223,7 +223,7 @@ def _cache_directory():
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = directory.stat()
     if hasattr(os, 'geteuid') and (status.st_uid != os.geteuid() or status.st_mode & 0o022):
-        raise RuntimeError(f'{directory} belongs or is writable to other users')
+        raise RuntimeError(f'{directory} is owned or writable by other users')
     return directory
 
 

@@ -236,7 +236,7 @@ def own_classes(module):
 
 
 def original_class(module):
-    """Of a fused module, the class that it had before."""
+    """The class of a module before it was fused."""
     return getattr(type(module), '_base', type(module))
 
 
@@ -286,7 +286,7 @@ def is_traced(x):
 
 
 def unusual_class(tensors):
-    """Why these tensors need the modules one by one, or None.
+    """Why tensors of these classes rule out the fused paths, or None.
 
     Subclasses may have no memory of their own (DTensor), or outputs of their own class (MONAI's
     MetaTensor).
@@ -297,7 +297,7 @@ def unusual_class(tensors):
 
 
 def transformed_or_hooked():
-    """Active transforms or global hooks, which need the modules one by one, or None."""
+    """Active transforms or global hooks, which rule out the fused paths, or None."""
     # Private names too; if torch renames these, transforms still raise.
     if (getattr(torch._C, '_are_functorch_transforms_active', lambda: False)()
             or getattr(forward_ad, '_current_level', -1) >= 0):

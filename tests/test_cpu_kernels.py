@@ -27,7 +27,7 @@ from fused_dense_block.autograd import Maps, NormConv  # noqa: E402
 from training import networks  # noqa: E402
 
 DTYPES = torch.float32, torch.bfloat16
-# images, height, width, outputs, side of the kernel, pool: odd ones, one pixel, one image
+# images, height, width, outputs, side of the filters, pool: odd ones, one pixel, one image
 SHAPES = [(2, 8, 8, 48, 1, False), (1, 7, 5, 12, 3, False), (3, 5, 7, 17, 1, True),
           (2, 1, 1, 5, 1, False), (1, 6, 6, 1, 3, False), (2, 17, 3, 32, 3, False),
           (4, 3, 1, 25, 3, False), (1, 1, 9, 40, 3, False), (2, 10, 10, 24, 1, True)]
@@ -76,27 +76,27 @@ class Case:
         self.wide = channels_last(n, channels + 8, h, w, dtype)
         self.x = self.wide[:, 3:3 + channels]
         self.maps = maps_of(self.x)
-        kernel = torch.randn(outputs, channels, side, side) / (channels * side**2) ** 0.5
-        self.norm_conv = NormConv(*torch.randn(2, channels), kernel, 1e-3)
+        filters = torch.randn(outputs, channels, side, side) / (channels * side**2) ** 0.5
+        self.norm_conv = NormConv(*torch.randn(2, channels), filters, 1e-3)
         self.out = channels_last(n, outputs + 7, *((h // 2, w // 2) if pool else (h, w)), dtype)
         self.grad = channels_last(*self.out[:, 7:].shape, dtype)
         self.total = channels_last(n, channels + 8, h, w, dtype)
         self.z, self.gradients = self.reference(torch.float64, self.grad)
 
     def reference(self, dtype, grad):
-        """The result, and (g * weight / std, d_weight, d_bias, d_kernel, a, b).
+        """The result, and (g * weight / std, d_weight, d_bias, d_filters, a, b).
 
         The convolution is in dtype, all else in float64.
         """
         std = per_channel(self.maps.var + self.norm_conv.eps).sqrt()
         normed = ((self.x.double() - per_channel(self.maps.mean)) / std).requires_grad_()
-        weight, bias, kernel = (v.double().requires_grad_() for v in self.norm_conv[:3])
+        weight, bias, filters = (v.double().requires_grad_() for v in self.norm_conv[:3])
         y = F.relu(normed * weight.view(-1, 1, 1) + bias.view(-1, 1, 1))
         y = F.avg_pool2d(y, 2) if self.pool else y
-        z = F.conv2d(y.to(dtype), kernel.to(dtype), padding=kernel.shape[-1] // 2)
+        z = F.conv2d(y.to(dtype), filters.to(dtype), padding=filters.shape[-1] // 2)
         z.backward(grad.to(dtype))
         share = weight.detach() / std.view(-1) / self.x[:, 0].numel()
-        return z.detach(), (normed.grad / std, weight.grad, bias.grad, kernel.grad,
+        return z.detach(), (normed.grad / std, weight.grad, bias.grad, filters.grad,
                             share * bias.grad, share / std.view(-1) * weight.grad)
 
     def forward(self, **options):
@@ -174,17 +174,17 @@ def compare_all(dtype, every=1):
 
 
 def random_norm_conv(channels, outputs, side):
-    """Weight, bias, mean, variance, eps and kernel."""
-    kernel = torch.randn(outputs, channels, side, side) / (channels * side**2) ** 0.5
-    return *torch.randn(3, channels), torch.rand(channels) + 0.1, 1e-3, kernel
+    """Weight, bias, mean, variance, eps and filters."""
+    filters = torch.randn(outputs, channels, side, side) / (channels * side**2) ** 0.5
+    return *torch.randn(3, channels), torch.rand(channels) + 0.1, 1e-3, filters
 
 
 def reference_norm_conv(x, norm_conv, pool=False):
-    weight, bias, mean, var, eps, kernel = (
+    weight, bias, mean, var, eps, filters = (
         value.double() if torch.is_tensor(value) else value for value in norm_conv)
     y = F.relu(F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps))
     y = F.avg_pool2d(y, 2) if pool else y
-    return F.conv2d(y, kernel, padding=kernel.shape[-1] // 2)
+    return F.conv2d(y, filters, padding=filters.shape[-1] // 2)
 
 
 def compare_evaluation(n, h, w, channels, width, growth, layers, dtype, seed=0):
@@ -218,11 +218,11 @@ def compare_stem(n, h, w, channels, outputs, dtype, seed=0):
     torch.manual_seed(seed)
     x = torch.randn(n, channels, h, w).to(dtype)
     weight, bias, mean, var, eps, _ = random_norm_conv(outputs, 1, 1)
-    kernel = random_norm_conv(channels, outputs, 7)[-1]
-    y = F.conv2d(x.double(), kernel.double(), stride=2, padding=3)
+    filters = random_norm_conv(channels, outputs, 7)[-1]
+    y = F.conv2d(x.double(), filters.double(), stride=2, padding=3)
     y = F.batch_norm(y, mean.double(), var.double(), weight.double(), bias.double(), eps=eps)
     expected = F.max_pool2d(F.relu(y), 3, 2, 1)
-    convs, _owners = cpu.pack([(weight, bias, mean, var, eps, kernel)], dtype)
+    convs, _owners = cpu.pack([(weight, bias, mean, var, eps, filters)], dtype)
     for threads in (1, 3):
         with threads_set_to(threads):
             found = cpu.evaluate_stem(convs, x)
@@ -287,13 +287,13 @@ def test_nan_stays_visible(shape, dtype):
     """As in torch: NaN passes the ReLU, and backward takes the gradient through it."""
     case = Case(*shape, dtype)
     case.x[1, 5, 4, 2] = float('nan')
-    z, (_, d_weight, _, d_kernel, *_) = case.reference(torch.float64, case.grad)
+    z, (_, d_weight, _, d_filters, *_) = case.reference(torch.float64, case.grad)
     mine, mean, _ = case.forward(with_statistics=True)
     torch.testing.assert_close(mine.isnan(), z.isnan())
     assert mean.isnan().all()
-    _, my_d_weight, _, my_d_kernel, *_ = case.backward()
+    _, my_d_weight, _, my_d_filters, *_ = case.backward()
     torch.testing.assert_close(my_d_weight.isnan(), d_weight.isnan())
-    torch.testing.assert_close(my_d_kernel.isnan(), d_kernel.isnan())
+    torch.testing.assert_close(my_d_filters.isnan(), d_filters.isnan())
 
 
 @needs_kernels
@@ -572,7 +572,7 @@ def test_an_unsafe_directory(tmp_path):
     (tmp_path / 'densenet').mkdir()
     (tmp_path / 'densenet').chmod(0o777)
     out, _ = report(tmp_path)
-    assert 'writable to other users' in out
+    assert 'is owned or writable by other users' in out
 
 
 def test_two_processes_build_at_once(tmp_path):

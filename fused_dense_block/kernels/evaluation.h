@@ -1,10 +1,10 @@
 // Evaluation: a whole dense block, or a transition, in one call.
 //
-// Kernels are packed beforehand. A tile of pixels is ROWS pixels by PANEL columns at a time in
-// registers, with AMX all of it. What a pixel reads is `count` runs of memory: for a 1x1 kernel the
-// normalised input, for a 3x3 kernel the three lines around it in a map with a border of zeros. The
-// order of a sum depends on the shape of the kernel alone: not on threads, the batch or the place
-// in the map.
+// Filters are packed in advance. A tile of pixels is computed in blocks of ROWS pixels by PANEL
+// output channels, which fit into the registers; AMX computes the whole tile at once. The inputs of
+// an output pixel are contiguous runs: for a 1x1 convolution its normalized channels, for a 3x3
+// convolution three lines of a map with a border of zeros. The order of summation depends only on
+// the shape of the filters, not on threads, the batch or the position in the map.
 #pragma once
 
 #include <atomic>
@@ -26,14 +26,15 @@ constexpr long RUN_WORDS = 384;       // of a pixel, at once: such a part of a p
 // zeros to whole panels.
 struct PackedConv {
     const float *mean, *scale, *bias;
-    const uint32_t *kernel;  // see pack_panels
+    const uint32_t *filters;  // see pack_panels
     long channels, outputs, side;
     Norm norm() const { return {mean, scale, bias}; }
     long panels() const { return (outputs + PANEL - 1) / PANEL; }
 };
 
-// What a convolution reads of a pixel: as many runs as its kernel has lines. A pixel begins `pitch`
-// elements after the last one: in a map with a border whole vectors and steps, in images pairs.
+// The inputs of a convolution for one output pixel: a contiguous run for each of `side` lines. A
+// pixel has `pitch` elements: the channels, rounded up to whole vectors and steps in a map with a
+// border, and to pairs in images.
 template <class T> struct Reads {
     static constexpr int PAIR = Product<T>::PAIR;
     long side, channels;
@@ -44,9 +45,9 @@ template <class T> struct Reads {
     long all_words() const { return side * run_words(); }
 };
 
-// The kernel [O, side, side, C] as panel after panel of columns, in a panel a row for each word.
+// The filters [O, side, side, C] as panel after panel of columns, in a panel a row for each word.
 template <class T>
-void pack_panels(const float *kernel, long outputs, const Reads<T> &reads, uint32_t *packed,
+void pack_panels(const float *filters, long outputs, const Reads<T> &reads, uint32_t *packed,
                  int threads) {
     constexpr int PAIR = Product<T>::PAIR;
     const long all = reads.all_words(), run_elements = reads.run_words() * PAIR;
@@ -61,7 +62,7 @@ void pack_panels(const float *kernel, long outputs, const Reads<T> &reads, uint3
                     const long c = i % run_elements % reads.pitch();
                     for (long o = 0; o < n && x < reads.side && c < reads.channels; o++)
                         values[i % PAIR][o] =
-                            kernel[(((first + o) * reads.side + y) * reads.side + x)
+                            filters[(((first + o) * reads.side + y) * reads.side + x)
                                    * reads.channels + c];
                 }
                 for (long j = 0; j < width; j += LANES)
@@ -127,7 +128,7 @@ template <class E> struct Bordered {
 // Adds the products of the runs from `first` to `last` to the sums [R, NV * LANES].
 template <class T, int R, int NV>
 void product_block(const uint32_t *const *rows, const Runs &runs, long first, long last,
-                   const uint32_t *kernel, long words, float *sums) {
+                   const uint32_t *filters, long words, float *sums) {
     vec block[R][NV];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
@@ -138,7 +139,7 @@ void product_block(const uint32_t *const *rows, const Runs &runs, long first, lo
         const uint32_t *row[R];
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) row[r] = rows[r] + run * runs.stride;
-        const uint32_t *b = kernel + run * runs.words * NV * LANES;
+        const uint32_t *b = filters + run * runs.words * NV * LANES;
         const long count = std::min(runs.words, words - run * runs.words);
 #pragma GCC unroll 1
         for (long k = 0; k < count; k++) {
@@ -186,11 +187,11 @@ INLINE void product_panels(const PixelRows &rows, long n, const Runs &runs, long
     for (long panel = panels.begin; panel < panels.end; panel++) {
         const long column = panel * PANEL;
         const long width = std::min<long>(PANEL, round_up(conv.outputs - column, LANES));
-        const uint32_t *kernel = conv.kernel + column * words;
+        const uint32_t *filters = conv.filters + column * words;
         if constexpr (AMX) {
             with_constant<EVALUATION_TILE / ROWS>(blocks, [&](auto r) {
                 with_constant<VECTORS>(width / LANES, [&](auto v) {
-                    multiply_tiles<r, v>(rows.at[0], rows.stride, runs, words, kernel, sums, width,
+                    multiply_tiles<r, v>(rows.at[0], rows.stride, runs, words, filters, sums, width,
                                          false);
                 });
             });
@@ -202,7 +203,7 @@ INLINE void product_panels(const PixelRows &rows, long n, const Runs &runs, long
                     with_constant<ROWS>(end - row, [&](auto r) {
                         with_constant<VECTORS>(width / LANES, [&](auto v) {
                             product_block<T, r, v>(rows.at + row, runs, run,
-                                                   std::min(runs.count, run + at_once), kernel,
+                                                   std::min(runs.count, run + at_once), filters,
                                                    words, sums + row * width);
                         });
                     });
@@ -435,7 +436,7 @@ void evaluate_block(const Block &block, Map<const T> x, Map<T> features, long im
     parallel(threads, [&](int thread, int team) {
         const long whole = images / team * team, own = whole / team;
         if (own) {
-            // Small maps together, so that a kernel that was read serves some more pixels.
+            // Small maps together, so that filters that were read serve some more pixels.
             const long group = std::clamp(4 * EVALUATION_TILE / pixels, 1L, own);
             E *buffer = padded_buffer.get<E>(block.elements<T>(group));
             for (long i = 0; i < own; i += group)

@@ -1,4 +1,4 @@
-// Feature maps, what a convolution reads of them, and threads that share their rows.
+// Feature maps, the input of a convolution, and how threads share its rows.
 #pragma once
 
 #include <omp.h>
@@ -28,7 +28,7 @@ struct Shape {
     long columns() const { return taps() * outputs; }
 };
 
-// What a convolution reads: relu(norm(x)), pooled or not.
+// The input of a convolution: relu(norm(x)), pooled or not.
 template <class T> struct Input {
     Map<const T> x;
     Norm norm;

@@ -1,4 +1,4 @@
-// The matrix product of training, and kernels as it reads them.
+// The matrix product of training, and filters as it reads them.
 #pragma once
 
 #include "amx.h"
@@ -86,22 +86,22 @@ INLINE uvec pair(hvec low, hvec high) {
 #endif
 }
 
-// Values of a kernel as a product reads them: one in a word, or a pair.
+// Values of filters as a product reads them: one in a word, or a pair.
 template <class T> INLINE uvec as_words(vec low, vec high) {
     if (Product<T>::PAIR == 2) return pair(round_to_bf16(low), round_to_bf16(high));
     if (std::is_same_v<T, bf16>) return widen(round_to_bf16(low)) << 16;
     return (uvec)low;
 }
 
-// The kernel [O, taps, C] as a matrix with a row for each channel and a column for each (tap, o),
+// The filters [O, taps, C] as a matrix with a row for each channel and a column for each (tap, o),
 // or its transpose with the taps in reverse, as a product reads it: panel after panel of columns,
 // in a panel row after row (or pair of rows). Padded with zeros to whole steps and vectors.
 template <class T>
-void pack_kernel(const float *kernel, const Shape &s, bool transpose, uint32_t *packed) {
+void pack_filters(const float *filters, const Shape &s, bool transpose, uint32_t *packed) {
     constexpr int PAIR = Product<T>::PAIR;
     const long rows = transpose ? s.columns() : s.channels, steps = words_for<T>(rows);
     const long columns = transpose ? s.channels : s.columns();
-    // Where in the kernel the values of a row or column begin.
+    // Where in the filters the values of a row or column begin.
     auto offset = [&](long i, bool is_channel) {
         if (is_channel) return i;
         long tap = i / s.outputs, o = i % s.outputs;
@@ -117,7 +117,7 @@ void pack_kernel(const float *kernel, const Shape &s, bool transpose, uint32_t *
 #pragma omp for nowait
         for (long k = 0; k < steps; k++) {
             for (long i = k * PAIR; i < (k + 1) * PAIR; i++) {
-                const float *row = kernel + offset(i, !transpose);
+                const float *row = filters + offset(i, !transpose);
                 for (long j = 0; j < width; j++)
                     values[i % PAIR][j] = i < rows ? row[offsets[j]] : 0;
             }

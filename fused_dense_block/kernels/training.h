@@ -218,13 +218,13 @@ void forward_3x3(const Input<T> &in, const uint32_t *packed, const Map<T> &z, Ra
 
 // With `mean` and `variance`, also the statistics of z.
 template <class T>
-void forward(Map<const T> x, const BatchNorm &norm, const Shape &s, const float *kernel, Map<T> z,
+void forward(Map<const T> x, const BatchNorm &norm, const Shape &s, const float *filters, Map<T> z,
              float *mean, float *variance, int threads) {
     const Input<T> in = {x, norm.of(s.channels), s};
-    auto *packed = kernel_buffer.get<uint32_t>(words_for<T>(s.channels)
+    auto *packed = filters_buffer.get<uint32_t>(words_for<T>(s.channels)
                                                * round_up(s.columns(), LANES));
     with_moments(s.outputs, mean, variance, threads, [&](Moments &moments, int thread, int team) {
-        pack_kernel<T>(kernel, s, false, packed);
+        pack_filters<T>(filters, s, false, packed);
         Range lines = share_of_thread(s.images * s.height, 1, thread, team);
         Range rows = share_of_thread(s.rows(), BLOCK, thread, team);
         if (s.side == 3) forward_3x3<T>(in, packed, z, lines, moments);
@@ -235,10 +235,10 @@ void forward(Map<const T> x, const BatchNorm &norm, const Shape &s, const float 
 
 // ---- Backward ----
 
-// The gradient at the outputs z, which may still have to be completed, by what the norm after z
-// takes off it: a + (z - mean) * b.
+// The gradient of the outputs z. While it is pending, it lacks the batch-statistics terms of the
+// norm after z (see autograd.py): a + (z - mean) * b is to be subtracted.
 template <class T> struct Gradient {
-    Map<const T> dz, z;  // z.data is null if dz is complete
+    Map<const T> dz, z;  // z.data is null if dz is not pending
     const float *mean, *a, *b;
 
     template <class E> void copy(long row, long n, long outputs, E *out, long ld) const {
@@ -284,7 +284,7 @@ void complete_map(const Gradient<T> &gradient, Map<T> out, long rows, long chann
     });
 }
 
-// For a 3x3 kernel: all of it, with a border of zeros; so lines of width + 2 pixels.
+// For a 3x3 convolution: all of it, with a border of zeros; so lines of width + 2 pixels.
 template <class T, class E>
 void pad_gradient(const Gradient<T> &gradient, const Shape &s, E *padded) {
     const long size = (s.width + 2) * s.outputs;
@@ -369,15 +369,15 @@ INLINE void finish_block(const vec (&block)[BLOCK][NV], const Input<T> &in,
     }
 }
 
-// Sums over the rows of a thread; d_kernel is [panel of channels, (tap, o), channel of the panel].
+// Sums over the rows of a thread; d_filters is [panel of channels, (tap, o), channel of the panel].
 struct Partial {
-    float *d_kernel, *sum_g, *sum_gx;
+    float *d_filters, *sum_g, *sum_gx;
 };
 
-// Columns of the kernel, the rows of its gradient, in whole blocks.
+// Columns of the packed filters, the rows of their gradient, in whole blocks.
 long whole_columns(const Shape &s) { return round_up(s.columns(), std::max(LANES, BLOCK)); }
 
-// The rows of a tile two by two, as the product for d_kernel reads them: words [pair, column], or
+// The rows of a tile two by two, as the product for d_filters reads them: words [pair, column], or
 // for AMX [column, pair].
 template <class E>
 INLINE void pair_rows(const E *rows, long ld, long columns, uint32_t *pairs) {
@@ -398,7 +398,7 @@ INLINE void pair_rows(const E *rows, long ld, long columns, uint32_t *pairs) {
         }
 }
 
-// `padded` is from pad_gradient, or null for a 1x1 kernel.
+// `padded` is from pad_gradient, or null for a 1x1 convolution.
 template <class T, bool POOL>
 void backward_rows(const Input<T> &in, const uint32_t *packed, const Gradient<T> &gradient,
                    const typename Product<T>::Element *padded, const Map<const T> &before,
@@ -452,7 +452,7 @@ void backward_rows(const Input<T> &in, const uint32_t *packed, const Gradient<T>
             const long pixel_words = words_for<T>(n), written = (n + PAIR - 1) / PAIR;
             if (written < pixel_words)
                 memset(y + written * WIDTH, 0, (pixel_words - written) * WIDTH * sizeof *y);
-            float *d_panel = partial.d_kernel + channel * padded_columns;
+            float *d_panel = partial.d_filters + channel * padded_columns;
             for (long column = 0; column < columns; column += BLOCK)
                 multiply_block<T, NV, !AMX>(AMX ? pairs + column * (TILE / 2) : pairs + column,
                                             AMX ? TILE / 2 : ld, y, pixel_words,
@@ -461,29 +461,29 @@ void backward_rows(const Input<T> &in, const uint32_t *packed, const Gradient<T>
     }
 }
 
-// Gradients of the parameters, and what the gradient of x lacks: a + (x - mean) * b.
+// Gradients of the parameters; a and b of the pending gradient of x.
 struct Gradients {
-    float *d_weight, *d_bias, *d_kernel, *a, *b;
+    float *d_weight, *d_bias, *d_filters, *a, *b;
     bool add;  // to a and b
 };
 
 template <class T, bool POOL>
 void backward(const Gradient<T> &gradient, Map<const T> x, const BatchNorm &norm, const Shape &s,
-              const float *kernel, Map<const T> before, Map<T> total, const Gradients &out,
+              const float *filters, Map<const T> before, Map<T> total, const Gradients &out,
               int threads) {
     typedef typename Product<T>::Element E;
     const Input<T> in = {x, norm.of(s.channels), s};
     const float count = s.images * s.height * s.width;
     const long channels = round_up(s.channels, LANES), columns = whole_columns(s);
     const long size = channels * (columns + 2);  // of the sums of a thread
-    uint32_t *packed = kernel_buffer.get<uint32_t>(words_for<T>(s.columns()) * channels);
+    uint32_t *packed = filters_buffer.get<uint32_t>(words_for<T>(s.columns()) * channels);
     float *partials = partial_buffer.get<float>(size * threads);
     E *padded = nullptr;
     if (s.side == 3)
         padded = padded_buffer.get<E>(s.images * (s.height + 2) * (s.width + 2) * s.outputs);
     parallel(threads, [&](int thread, int team) {
         if (padded) pad_gradient(gradient, s, padded);
-        pack_kernel<T>(kernel, s, true, packed);
+        pack_filters<T>(filters, s, true, packed);
         float *mine = partials + size * thread, *vectors = mine + channels * columns;
         memset(mine, 0, size * sizeof(float));
         backward_rows<T, POOL>(in, packed, gradient, padded, before, total,
@@ -509,7 +509,7 @@ void backward(const Gradient<T> &gradient, Map<const T> x, const BatchNorm &norm
             for (long o = 0; o < s.outputs; o++)
                 for (long tap = 0; tap < s.taps(); tap++)
                     for (long c = first; c < std::min(first + width, s.channels); c++)
-                        out.d_kernel[((o + 1) * s.taps() - 1 - tap) * s.channels + c] =
+                        out.d_filters[((o + 1) * s.taps() - 1 - tap) * s.channels + c] =
                             sum(first * columns + (tap * s.outputs + o) * width + c - first);
         });
     });

@@ -199,7 +199,7 @@ struct Buffer {
 // Each thread has its own. Those from the second line on, and padded_buffer in training, belong to
 // the thread that starts a team, and are shared by it.
 thread_local Buffer input_buffer, gradient_buffer, pairs_buffer, output_buffer, tile_buffer;
-thread_local Buffer kernel_buffer, scale_buffer, partial_buffer, statistics_buffer, shared_buffer;
-thread_local Buffer padded_buffer;
+thread_local Buffer filters_buffer, scale_buffer, partial_buffer, statistics_buffer;
+thread_local Buffer shared_buffer, padded_buffer;
 
 }  // namespace
