@@ -1,7 +1,7 @@
 # make demo      train a small DenseNet on drawn shapes and show its figures
 # make test      run the test suite
 # make torture   kill, stop and damage small runs at random: 2 to 10 minutes
-# make figures   draw the README's figures again, and measure for some of them: three minutes
+# make figures   draw the figures of README and attic/ again; measuring takes three minutes
 # All install what they need into .venv, once; PYTHON=python3.12 chooses another Python.
 
 PYTHON ?= python3

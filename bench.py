@@ -12,7 +12,8 @@ packages. Ratios of speed, memory and peak are to the first row with the same ba
 columns:
 
 x limit: on a CPU, the time divided by the time that the step's convolutions would take at the speed
-    of a large matrix product, which is measured in each round.
+    of a large matrix product, which is measured in each round. Not a bound: fused rows, whose maps
+    stay in cache, can be below 1.
 first s: seconds of the first call, including ONNX export and compilation (perhaps from a cache).
 memory: on a CPU, the bytes that the forward pass holds for backward. On a GPU, the peak of a step,
     with weights and momentum (for a CUDA graph: during its capture).
@@ -35,7 +36,7 @@ def make_parser():
     add = parser.add_argument_group('network, as for train.py').add_argument
     add('--arch', metavar='NAME', help='an ImageNet network')
     add('--depth', help='(default: 100)')
-    add('--growth-rate', help='(default: 12, or as --arch has it)')
+    add('--growth-rate', help='(default: 12; with --arch, the network\'s)')
     add('--image-size', nargs='+', metavar='PIXELS', help='one number, or height and width '
         '(default: 32, with --arch 224)')
     add('--batch-size', '-b', nargs='+', help='(default: 64)')

@@ -23,9 +23,11 @@ def make_parser():
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='files, folders and globs')
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument('--checkpoint', metavar='FILE', help='latest.pth or best.pth of a run')
-    which.add_argument('--arch', choices=flags.TORCHVISION_WEIGHTS, help='of torchvision\'s')
+    which.add_argument('--arch', choices=flags.TORCHVISION_WEIGHTS,
+                       help='a network with torchvision\'s weights for ImageNet')
     parser.add_argument('--csv', type=Path, metavar='FILE', help='also write a CSV file')
-    parser.add_argument('--heatmap', action='store_true', help='draw a heat map beside each image')
+    parser.add_argument('--heatmap', action='store_true',
+                        help='write IMAGE.heatmap.png beside each image')
     parser.add_argument('--heatmap-dir', type=Path, metavar='DIR',
                         help='draw the heat maps into this folder')
     parser.add_argument('--class', dest='heatmap_class', metavar='NAME',

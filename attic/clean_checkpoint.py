@@ -18,8 +18,9 @@ from training.console import UserError
 
 
 def clean(saved):
-    """What to keep of `saved`, the dictionary that `checkpoint.load` returns of a run's file."""
-    kept = {key: saved[key] for key in saved.keys() - {'optimizer', 'scaler', 'processes'}}
+    """A copy of a checkpoint without training state, and with weights and biases in fp16."""
+    left_out = {'optimizer', 'scaler', 'processes', 'trained_model', 'average_updates'}
+    kept = {key: saved[key] for key in saved.keys() - left_out}
     kept['model'] = {key: tensor.half() if key.endswith(('weight', 'bias')) else tensor
                      for key, tensor in saved['model'].items()}
     return kept

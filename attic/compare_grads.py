@@ -7,7 +7,7 @@
 Both have the same weights and see the same images and labels, in training mode. For each layer the
 table has the shape of its output and how far output, gradients of the parameters, and running
 statistics after the step are from torchvision's: the largest difference, as a share of the layer's
-largest number. The exit code is 1 where one is above 1e-9.
+largest number. The exit code is 1 if one is above 1e-9.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def run(model, images, labels):
 
 
 def difference(ours, theirs):
-    """The largest, as a share of the largest number; 0.0 for nothing to compare."""
+    """The largest |a - b|, relative to the largest value of `theirs`; 0.0 for empty lists."""
     largest = max((tensor.abs().max().item() for tensor in theirs), default=1.0)
     return max(((a - b).abs().max().item() / largest for a, b in zip(ours, theirs)), default=0.0)
 

@@ -7,7 +7,7 @@ The steps are bench.py's, in channels_last, on the pretended GPU of tests/preten
 chooses the kernels and allocates the memory as with a GPU. Counted are kernels, copies within the
 device and memsets of an eager step; a convolution and a product of matrices are one each, for which
 a real library launches one or several. Memory is the peak of a step by torch's allocator, with
-weights and momentum, without what libraries take. Counts are no speeds.
+weights and momentum, without what libraries take. Counts say nothing about speed.
 """
 
 import argparse

@@ -1,13 +1,12 @@
 """Check gradients against finite differences, in float64, number by number.
 
-    python attic/numcheck_grads.py                  # stops at the first that is wrong
+    python attic/numcheck_grads.py                  # stops at the first wrong gradient
     python attic/numcheck_grads.py --device cuda    # where cuDNN computes them
 
-The classic story of a DenseNet that would not learn ended at a library whose gradients of a
-concatenation that went into a convolution were wrong (attic/debugging-discussion.md); the check of
-then had concatenated before a linear layer, and so had not seen it. This one goes through all that
-a dense block is made of: concatenation into convolution, layers, transitions, and whole blocks and
-networks by the plain path and by the hand-written backward of densenet.py.
+An early DenseNet port did not learn, because the gradient of a concatenation before a convolution
+was wrong; its own check had used a linear layer (attic/debugging-discussion.md). So this script
+checks a concatenation before a convolution, transitions, and whole blocks and networks, with plain
+autograd and with the hand-written backward of fused_dense_block/autograd.py.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """The library of CPU kernels: compile cpu.cpp at first use, cache the library, and load it.
 
-There is a library for each type of map. Compiling one takes 5 to 20 seconds and needs a C++
+There is a library for each type of map. Compiling one takes 4 to 20 seconds and needs a C++
 compiler, preferably g++. Libraries are kept in the user's cache directory,
 `$XDG_CACHE_HOME/densenet` or `~/.cache/densenet`. Without a compiler, or on a CPU without AVX2, a
 warning says so once.
@@ -143,7 +143,7 @@ def _compile(command, product, map_type, macros):
             return library
         library.unlink(missing_ok=True)
     print(f'fused_dense_block: compiling the CPU kernels for {map_type} maps ({product}), once; '
-          f'this takes 5 to 20 seconds', file=sys.stderr, flush=True)
+          f'this takes 4 to 20 seconds', file=sys.stderr, flush=True)
     # Several processes may do this at once: each in its own directory, and the last one wins.
     with tempfile.TemporaryDirectory(dir=cache) as build:
         compiled, linked = f'{build}/kernels.o', Path(build, 'kernels.so')

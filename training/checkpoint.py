@@ -65,8 +65,8 @@ def with_saved_flags(given, parser=None):
         for flag in ('labels', 'val_split', 'fold'):  # test on all images of other data
             saved_flags.pop(flag, None)
         if held_out and getattr(given, 'labels', None) is not None:
-            warn(f'{given.labels}: images that {found} was trained on, if there are any, make the '
-                 f'result too good')
+            warn(f'{given.labels}: if it has images that {found} was trained on, the result is '
+                 f'too good')
         if not (args.save or args.name):  # keep the report on the run's own data
             given.save = str(path.parent / f'on-{others}')
     args = flags.complete(argparse.Namespace(**{**vars(given), 'resume': found}), saved_flags,
@@ -163,7 +163,7 @@ def resume(state, saved, args, train_loader, eval_loader):
     `check_classes`), `FIXED_FLAGS`, and within an epoch the number of training images, the batch
     size and the seed. All other flags may change; `train.warn_of_new_rate` warns if that changes
     the learning rate. With another number of processes, rank 0 takes over all sums, and additional
-    processes keep their random state. On the CPU, a resumed run is bit-identical to an
+    ranks start with a new random state. On the CPU, a resumed run is bit-identical to an
     uninterrupted one, given the same number of threads and the same kernels; other kernels are a
     warning (`networks.warn_of_other_kernels`).
 
@@ -177,7 +177,7 @@ def resume(state, saved, args, train_loader, eval_loader):
 
     Raises:
         UserError: the checkpoint is of another model, damaged, holds only weights, or was saved
-            within an epoch of other batches.
+            in mid-epoch with another number of images, batch size or seed.
     """
     source, rank, world_size = args.resume, distributed.rank(), distributed.world_size()
     check_fixed_flags(args, saved['args'], FIXED_FLAGS)

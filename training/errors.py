@@ -1,4 +1,4 @@
-"""What the scripts say about errors that are not bugs."""
+"""One-line messages for errors that are not bugs."""
 
 from training import distributed
 from training.console import UserError

@@ -91,7 +91,7 @@ def add_data_flags(parser):
                        help='vary brightness, contrast and colours of images over 64 pixels, where '
                             'they are augmented (default: yes)')
     group.add_argument('--auto-augment', choices=('randaugment', 'trivialaugment'),
-                       help='torchvision\'s, image by image, in addition')
+                       help='also apply torchvision\'s RandAugment or TrivialAugmentWide')
     group.add_argument('--random-erasing', type=SHARE, default=0.0, metavar='P',
                        help='erase a part of an image with this probability (default: 0)')
     group.add_argument('--mixup', type=number(float, '[0, 1e3]'), default=0.0, metavar='ALPHA',
@@ -181,12 +181,13 @@ def add_recipe_flags(parser):
 def add_run_flags(parser):
     group = parser.add_argument_group('machine')
     group.add_argument('--device', choices=DEVICES, default='auto',
-                       help='(default: cuda if there is one, else cpu; mps only if asked for)')
+                       help='(default: cuda if there is one, otherwise cpu; mps only if asked for)')
     group.add_argument('--no-cuda', dest='device', action='store_const', const='cpu',
                        help='the same as --device cpu')
     group.add_argument('--precision', choices=('auto', *PRECISIONS), default='auto',
-                       help='of the arithmetic; weights, statistics and losses are '
-                       'fp32 (default: bf16 on cuda, tf32 where it has none; fp32 elsewhere)')
+                       help='of the forward and backward pass; weights, statistics and '
+                       'losses are fp32 (default: bf16 on cuda, tf32 if the GPU has no bf16; '
+                       'fp32 elsewhere)')
     group.add_argument('--cuda-graph', action=argparse.BooleanOptionalAction,
                        help='launch a training step as one CUDA graph (default: yes on cuda)')
     group.add_argument('--deterministic', action='store_true',
