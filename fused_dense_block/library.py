@@ -2,8 +2,8 @@
 
 There is a library for each type of map. Compiling one takes 4 to 20 seconds and needs a C++
 compiler, preferably g++. Libraries are kept in the user's cache directory,
-`$XDG_CACHE_HOME/densenet` or `~/.cache/densenet`. Without a compiler, or on a CPU without AVX2, a
-warning says so once.
+`$XDG_CACHE_HOME/densenet` or `~/.cache/densenet`, or where that can't be written, in the temporary
+directory. Without a compiler, or on a CPU without AVX2, a warning says so once.
 
 bf16 can be multiplied in three ways, whose results differ in the last bits: by the matrix
 instructions AMX, `amx`; by `vdpbf16ps`, an instruction of some CPUs with AVX-512; or widened to
@@ -109,6 +109,9 @@ def _build_with(compiler, map_type):
             if product == products[-1]:
                 raise
             warnings.warn(f'bf16 is not multiplied by {product}: {error}', stacklevel=2)
+    same_bits = _resumed_product(macros)
+    if same_bits in paths:
+        return paths[same_bits]
     return paths[_fastest(paths) if len(paths) > 1 else products[-1]]
 
 
@@ -119,23 +122,30 @@ def _products(map_type, macros):
                 if not needed[product] or
                 map_type == 'bf16' and all(macro in macros for macro in needed[product])]
     chosen = os.environ.get('DENSENET_CPU_KERNELS')
-    avx512 = all(f'__AVX512{part}__' in macros for part in ('F', 'BW', 'DQ', 'VL'))
-    # With other vectors (see vectors.h), bits differ whatever the product: use the fastest one.
-    same_bits = resumed and resumed.removeprefix('avx512 ' if avx512 else 'avx2 ')
-    for product in chosen, same_bits:
-        if product in products:
-            return [product]
+    if chosen in products:
+        return [chosen]
     if chosen in PRODUCTS and map_type == 'bf16':
         warnings.warn(f'DENSENET_CPU_KERNELS={chosen} is ignored: this CPU or compiler does not '
                       f'have it, only {", ".join(products)}', stacklevel=2)
     return products
 
 
+def _resumed_product(macros):
+    """The product of the run that is resumed, or None.
+
+    None also if that run had other vectors (see vectors.h): bits will differ with any product.
+    """
+    avx512 = all(f'__AVX512{part}__' in macros for part in ('F', 'BW', 'DQ', 'VL'))
+    vectors, _, product = (resumed or '').partition(' ')
+    return product if vectors == ('avx512' if avx512 else 'avx2') else None
+
+
 def _compile(command, product, map_type, macros):
     """The path of the library that multiplies this way, from the cache if it is there."""
     command = [*command, *PRODUCTS[product]]
     code = [file.read_bytes() for file in (SOURCE, *HEADERS)]
-    key = hashlib.sha256(repr((code, command, macros)).encode()).hexdigest()
+    flags = [word for word in command if word.startswith('-')]  # the macros name the compiler
+    key = hashlib.sha256(repr((code, flags, macros)).encode()).hexdigest()
     cache, name = _cache_directory(), f'{map_type}-{key[:32]}'
     # The name ends with the digest: loading a damaged library would end the process by a signal.
     for library in cache.glob(f'{name}-*.so'):
@@ -168,14 +178,14 @@ def _fastest(paths):
             for product, library in libraries.items():
                 times[product].append(library.seconds(ctypes.c_long(torch.get_num_threads())))
         chosen = fastest(times)
-        if found is not None:  # the record is damaged
-            record.unlink(missing_ok=True)
-        with tempfile.NamedTemporaryFile('w', dir=record.parent) as file:
-            file.write(chosen)
-            file.flush()
-            # The first of several processes wins: all have to use the same. (OSError: it exists, or
-            # the file system has no hard links.)
-            with contextlib.suppress(OSError):
+        # OSError: the record exists, or the file system is read-only or has no hard links.
+        with contextlib.suppress(OSError):
+            if found is not None:  # the record is damaged
+                record.unlink(missing_ok=True)
+            with tempfile.NamedTemporaryFile('w', dir=record.parent) as file:
+                file.write(chosen)
+                file.flush()
+                # The first of several processes wins: all have to use the same.
                 os.link(file.name, record)
         found = _read(record) or chosen
     return found
@@ -218,9 +228,16 @@ def _run(command):
 
 def _cache_directory():
     """Where compiled libraries are kept: a directory that only this user can write to."""
-    base = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
-    directory = Path(base) / 'densenet'
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        directory = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache', 'densenet')
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        usable = os.access(directory, os.W_OK) or any(directory.glob('*.so'))
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home
+        usable = False
+    if not usable:  # as for any user of a container
+        user = os.geteuid() if hasattr(os, 'geteuid') else ''
+        directory = Path(tempfile.gettempdir(), f'densenet-{user}')
+        directory.mkdir(mode=0o700, exist_ok=True)
     status = directory.stat()
     if hasattr(os, 'geteuid') and (status.st_uid != os.geteuid() or status.st_mode & 0o022):
         raise RuntimeError(f'{directory} is owned or writable by other users')

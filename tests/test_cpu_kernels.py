@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -452,13 +453,14 @@ def test_processes_agree_on_the_fastest_product(tmp_path, monkeypatch):
     assert library._fastest(paths) == 'vdpbf16ps'
 
 
-def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
-    def link(source, target):
+@pytest.mark.parametrize('function', ['os.link', 'tempfile.NamedTemporaryFile'])
+def test_a_file_system_without_hard_links_or_read_only(function, tmp_path, monkeypatch):
+    def refuse(*_, **__):
         raise PermissionError(1, 'Operation not permitted')
 
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     monkeypatch.setattr(library, '_open', Timed)
-    monkeypatch.setattr(library.os, 'link', link)
+    monkeypatch.setattr(function, refuse)
     assert library._fastest({'fma': tmp_path / 'bf16-fma', 'amx': tmp_path / 'bf16-dot'}) == 'fma'
 
 
@@ -474,30 +476,34 @@ def test_a_product_can_be_chosen(monkeypatch):
     for product in 'amx', 'vdpbf16ps':
         monkeypatch.setenv('DENSENET_CPU_KERNELS', product)
         assert library._products('float', macros) == ['fma']
-        monkeypatch.setattr(library, 'resumed', 'avx2 fma')
-        assert library._products('bf16', macros) == [{'amx': 'fma'}.get(product, product)]
-        monkeypatch.setattr(library, 'resumed', None)
         with pytest.warns(UserWarning, match=f'={product} is ignored: .* not have it, only fma'):
             assert library._products('bf16', '') == ['fma']
 
 
-def test_a_resumed_run_multiplies_as_before(monkeypatch):
+@pytest.mark.parametrize('precision, before, there, taken', [
+    ('bf16', 'avx512 vdpbf16ps', ['amx', 'vdpbf16ps', 'fma'], 'vdpbf16ps'),
+    ('bf16', 'avx512 fma', ['amx', 'vdpbf16ps', 'fma'], 'fma'),
+    ('bf16', 'avx512 amx', ['vdpbf16ps', 'fma'], 'fastest'),  # the system does not permit AMX
+    ('bf16', 'avx2 fma', ['vdpbf16ps', 'fma'], 'fastest'),    # bits will differ, whatever is taken
+    ('bf16', None, ['vdpbf16ps', 'fma'], 'fastest'),
+    ('fp32', 'avx512 fma', ['vdpbf16ps', 'fma'], 'fastest')])
+def test_a_resumed_run_multiplies_as_before(precision, before, there, taken, monkeypatch):
+    def compile(command, product, *_):
+        if product not in there:
+            raise RuntimeError('not there')
+        return product
+
+    macros = ' '.join(f'__AVX512{part}__' for part in ('F', 'BW', 'DQ', 'VL', 'BF16'))
     monkeypatch.delenv('DENSENET_CPU_KERNELS', raising=False)
-    avx2 = '#define __AVX2__ 1'
-    avx512 = ' '.join(f'__AVX512{part}__' for part in ('F', 'BW', 'DQ', 'VL', 'BF16'))
     monkeypatch.setattr(library, 'resumed', None)
-    networks.choose_kernels({'cpu_kernels': 'avx512 fma'}, 'fp32')
-    assert library._products('bf16', avx512) == ['vdpbf16ps', 'fma']
-    networks.choose_kernels({'cpu_kernels': 'avx512 fma'}, 'bf16')
-    assert library._products('bf16', avx512) == library._products('bf16', avx2) == ['fma']
-    networks.choose_kernels({'cpu_kernels': 'avx512 vdpbf16ps'}, 'bf16')
-    assert library._products('bf16', avx512) == ['vdpbf16ps']
-    # The bits of AVX2 can't be had with AVX-512: the fastest product will do.
-    networks.choose_kernels({'cpu_kernels': 'avx2 fma'}, 'bf16')
-    assert library._products('bf16', avx512) == ['vdpbf16ps', 'fma']
-    for none in ({}, {'cpu_kernels': None}):
-        networks.choose_kernels(none, 'bf16')
-        assert library._products('bf16', avx512) == ['vdpbf16ps', 'fma']
+    networks.choose_kernels({'cpu_kernels': before}, precision)
+    monkeypatch.setattr(library, '_run', lambda command: f'{macros} __AMX_BF16__')
+    monkeypatch.setattr(library, '_compile', compile)
+    monkeypatch.setattr(library, '_open', lambda path: SimpleNamespace(ready=lambda: True))
+    monkeypatch.setattr(library, '_fastest', lambda paths: paths.setdefault('fastest', 'fastest'))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        assert library._build_with(['g++'], 'bf16') == taken
 
 
 @pytest.mark.parametrize('case', ['ready', 'does not permit AMX', 'no such instruction'])
@@ -575,6 +581,16 @@ def test_an_unsafe_directory(tmp_path):
     assert 'is owned or writable by other users' in out
 
 
+def test_the_temporary_directory_stands_in_for_a_cache_that_cannot_be_written(tmp_path):
+    """As in containers, for users who have no home."""
+    (tmp_path / 'file').touch()
+    code = (f'import tempfile; tempfile.tempdir = {str(tmp_path)!r}; '
+            'from fused_dense_block import library; print(library._cache_directory())')
+    out, _ = report(tmp_path / 'file/home', code)
+    found = Path(out.strip())
+    assert found.parent == tmp_path and found.stat().st_mode & 0o777 == 0o700
+
+
 def test_two_processes_build_at_once(tmp_path):
     compiler()
     build = ("from fused_dense_block import library; "  # not optimized, which takes much longer
@@ -593,21 +609,21 @@ def test_two_processes_build_at_once(tmp_path):
         assert out.splitlines()[-1] == '1'
 
 
-def build_with(flags, tmp_path):
+def build_with(flags, tmp_path, map_types=('float', 'bf16')):
     """The libraries that `compare_with` takes, compiled with flags."""
     command = [compiler(), '-std=c++17', *flags, '-fopenmp', '-fPIC', '-shared',
                '-ffp-contract=fast', str(ROOT / 'fused_dense_block/cpu.cpp')]
     builds = [subprocess.Popen([*command, f'-DMAP={map_type}', '-o', str(tmp_path / map_type)])
-              for map_type in cpu.TYPES.values()]
-    assert [build.wait() for build in builds] == [0, 0]
+              for map_type in map_types]
+    assert not any([build.wait() for build in builds])
 
 
 def compare_with(directory, every):
     """Every few comparisons, with the libraries of the directory: for a process of its own."""
-    libraries = {dtype: ctypes.CDLL(f'{directory}/{map_type}')
-                 for dtype, map_type in cpu.TYPES.items()}
+    libraries = {dtype: ctypes.CDLL(path) for dtype, map_type in cpu.TYPES.items()
+                 if os.path.exists(path := f'{directory}/{map_type}')}
     library.load = lambda dtype: (libraries[dtype], None)
-    for dtype in DTYPES:
+    for dtype in libraries:
         compare_all(dtype, int(every))
     print('all agree')
 
@@ -626,6 +642,18 @@ def test_avx2(tmp_path):
     done = forked.run('import test_cpu_kernels; test_cpu_kernels.compare_with(*sys.argv[1:])',
                       [tmp_path, 5])
     assert done.returncode == 0 and 'all agree' in done.stdout, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize('threads', [1, 3])
+def test_amx_with_emulated_tiles(threads, tmp_path):
+    if 'avx512_bf16' not in cpu_flags():
+        pytest.skip('this CPU has no bf16 instructions of AVX-512')
+    header = str(ROOT / 'tests/emulated_tiles.h')
+    build_with(['-O1', '-march=native', '-DBF16_AMX', '-include', header], tmp_path, ['bf16'])
+    done = forked.run(f'import torch, test_cpu_kernels; torch.set_num_threads({threads}); '
+                      'test_cpu_kernels.compare_with(*sys.argv[1:])', [tmp_path, 4])
+    assert done.returncode == 0 and 'all agree' in done.stdout, done.stderr[-3000:]
+    assert ctypes.CDLL(str(tmp_path / 'bf16')).ready() == 1
 
 
 def test_sanitizers(tmp_path):

@@ -5,14 +5,18 @@
 #pragma once
 
 #include <type_traits>
+#ifdef BF16_AMX
 #include <unistd.h>
 #include <sys/syscall.h>
+#endif
 
 #include "vectors.h"
 
 namespace {
 
 constexpr long TILE_ROWS = 16;
+
+#ifndef EMULATED_TILES  // as tests/emulated_tiles.h does
 
 // All eight tiles are whole. The configuration belongs to a thread, and costs when it is switched.
 struct TileConfig {
@@ -38,6 +42,15 @@ template <int FROM> INLINE void tile_store(void *to, long stride) {
 template <int SUM, int A, int B> INLINE void tile_multiply_add() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" :: "i"(SUM), "i"(A), "i"(B));
 }
+
+#ifdef BF16_AMX
+bool amx_is_permitted() {
+    const long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+}
+#endif
+
+#endif
 
 // Calls body(constant) for the constants 0 to N - 1.
 template <int N, class Body> INLINE void repeat(Body body) {
@@ -66,8 +79,10 @@ INLINE void multiply_tiles(const uint32_t *a, long lda, const Runs &runs, long a
         for (long k = 0; k < count; k += STEP, b += STEP * width)
             repeat<NV>([&](auto v) {
                 tile_load<7>(b + v * TILE_ROWS, 4 * width);
-                repeat<R>([&](auto r) {
-                    tile_load<6>(a + r * TILE_ROWS * lda + k, 4 * lda);
+                repeat<R>([&](auto i) {  // back and forth: the last rows of a stay loaded
+                    constexpr int r = v % 2 ? R - 1 - i : i;
+                    if constexpr (v == 0 || i > 0)
+                        tile_load<6>(a + r * TILE_ROWS * lda + k, 4 * lda);
                     tile_multiply_add<r * NV + v, 6, 7>();
                 });
             });
@@ -96,16 +111,11 @@ INLINE void transpose(uvec (&rows)[LANES]) {
     }
 }
 
-bool amx_is_permitted() {
-    const long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
-    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
-}
-
 // Compares a product of small integers, whose sums are exact in any order, with one in float.
 bool amx_is_right() {
     constexpr long ROWS = 2 * TILE_ROWS, WORDS = 2 * STEP, COLUMNS = 3 * TILE_ROWS;
-    alignas(64) static uint16_t a[ROWS][WORDS][2], b[WORDS][COLUMNS][2];
-    alignas(64) static float sums[ROWS][COLUMNS], expected[ROWS][COLUMNS];
+    alignas(64) uint16_t a[ROWS][WORDS][2], b[WORDS][COLUMNS][2];
+    alignas(64) float sums[ROWS][COLUMNS], expected[ROWS][COLUMNS];
     uint32_t state = 1;
     auto next = [&] { return float((state = state * 1664525 + 1013904223) >> 28) - 8; };
     auto fill = [&](uint16_t *values, long n) {

@@ -472,6 +472,7 @@ void backward(const Gradient<T> &gradient, Map<const T> x, const BatchNorm &norm
               const float *filters, Map<const T> before, Map<T> total, const Gradients &out,
               int threads) {
     typedef typename Product<T>::Element E;
+    threads = std::min<long>(threads, (s.rows() + BLOCK - 1) / BLOCK);  // others would have no rows
     const Input<T> in = {x, norm.of(s.channels), s};
     const float count = s.images * s.height * s.width;
     const long channels = round_up(s.channels, LANES), columns = whole_columns(s);
@@ -490,27 +491,33 @@ void backward(const Gradient<T> &gradient, Map<const T> x, const BatchNorm &norm
                                share_of_thread(s.rows(), BLOCK, thread, team),
                                {mine, vectors, vectors + channels});
 #pragma omp barrier
-        auto sum = [&](long i) {
-            float value = 0;
-            for (int t = 0; t < team; t++) value += partials[size * t + i];
-            return value;
+        auto sum = [&](long i) {  // over the threads, of LANES values
+            vec values = {};
+            for (int t = 0; t < team; t++) values += load(partials + size * t + i);
+            return values;
         };
 #pragma omp for nowait
-        for (long c = 0; c < s.channels; c++) {
-            const float invstd = norm.invstd(c), share = in.norm.scale[c] / count;
-            out.d_bias[c] = sum(channels * columns + c);
-            out.d_weight[c] = sum(channels * (columns + 1) + c) * invstd;
-            out.a[c] = (out.add ? out.a[c] : 0) + share * out.d_bias[c];
-            out.b[c] = (out.add ? out.b[c] : 0) + share * invstd * out.d_weight[c];
+        for (long first = 0; first < s.channels; first += LANES) {
+            const vec sum_g = sum(channels * columns + first);
+            const vec sum_gx = sum(channels * (columns + 1) + first);
+            for (long c = first; c < std::min(first + LANES, s.channels); c++) {
+                const float invstd = norm.invstd(c), share = in.norm.scale[c] / count;
+                out.d_bias[c] = sum_g[c - first];
+                out.d_weight[c] = sum_gx[c - first] * invstd;
+                out.a[c] = (out.add ? out.a[c] : 0) + share * out.d_bias[c];
+                out.b[c] = (out.add ? out.b[c] : 0) + share * invstd * out.d_weight[c];
+            }
         }
         for_panels(s.channels, [&](auto panel) {
             const long first = panel.first, width = panel.WIDTH;
 #pragma omp for nowait
             for (long o = 0; o < s.outputs; o++)
-                for (long tap = 0; tap < s.taps(); tap++)
-                    for (long c = first; c < std::min(first + width, s.channels); c++)
-                        out.d_filters[((o + 1) * s.taps() - 1 - tap) * s.channels + c] =
-                            sum(first * columns + (tap * s.outputs + o) * width + c - first);
+                for (long tap = 0; tap < s.taps(); tap++) {
+                    const long row = first * columns + (tap * s.outputs + o) * width;
+                    float *to = out.d_filters + ((o + 1) * s.taps() - 1 - tap) * s.channels + first;
+                    for (int v = 0; v < panel.NV; v++)
+                        store(to + v * LANES, sum(row + v * LANES), panel.mask(v));
+                }
         });
     });
 }
