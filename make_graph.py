@@ -197,8 +197,7 @@ def build_model(argv):
     elif args.dataset == 'imagenet' or args.arch and 'dataset' not in given:  # reads no images
         num_classes, image_size = 1000, args.image_size or 224
     else:
-        dataset = datasets.describe(args.dataset, args.data, args.image_size,
-                                    in_channels=args.in_channels)
+        dataset = checkpoint.describe_data(args, None)
         num_classes, image_size = len(dataset.classes), dataset.image_size
     args = flags.with_network(args, image_size)
     with torch.device('meta'):

@@ -31,6 +31,7 @@ from training import (
     datasets,
     distributed,
     evaluation,
+    image_files,
     loaders,
     losses,
     networks,
@@ -58,14 +59,17 @@ from training.train_state import TrainState, initialize_optimizer
 def prepare_model(model, args, device):
     """Freeze parameters according to the flags, fuse the dense blocks, and move to the device.
 
-    Sets `model.not_fused` to the reason why they could not be fused, or None.
+    Sets `model.not_fused` to the reason why they are not fused, or None.
     """
     if args.freeze_features:
         model.features.requires_grad_(False)
     if args.freeze_norm:
         for norm in norms(model):
             norm.requires_grad_(False)
-    model.not_fused = networks.fuse(model, device)
+    model.not_fused = 'compiled' if args.compile else networks.fuse(model, device)
+    if args.compile and device.type == 'cpu' and distributed.rank() == 0:
+        console.warn('with --compile, dense blocks run without fuse and its CPU kernels, in more '
+                     'memory')
     # Convolutions are faster in channels_last, also on CPUs, and activations get the weights'
     # layout. MPS is untested, so it keeps the default.
     layout = torch.contiguous_format if device.type == 'mps' else torch.channels_last
@@ -288,7 +292,7 @@ def main(argv=None):
         torch.manual_seed(args.seed)
         model = build()
         if args.pretrained is not None:
-            weights.load_pretrained(model, args)
+            weights.load_pretrained(model, args, dataset)
         elif args.evaluate:
             model.load_state_dict(saved['model'])
         if args.evaluate:
@@ -377,7 +381,7 @@ def make_loaders(args, dataset, device):
     eval_loader has the images that are evaluated after each epoch and choose best.pth: the
     validation images, or the test images if there are no validation images.
     """
-    common = dict(device=device, workers=args.workers,
+    common = dict(device=device, workers=flags.num_workers(args),
                   shard=(distributed.rank(), distributed.world_size()))
     augmentation = Augmentation.of_flags(args) if args.augment else None
     settings = {'train': dict(batch_size=args.batch_size, augmentation=augmentation,
@@ -386,6 +390,8 @@ def make_loaders(args, dataset, device):
                     batch_size=math.ceil(args.batch_size / args.grad_accum),
                     ten_crop=args.ten_crop)}
     result, errors = [], []
+    if dataset.selection_split == 'val' and datasets.DATASETS[dataset.name].read is None:
+        image_files.list_images(dataset, 'test')  # mistakes in it are an error now, not at the end
     with distributed.rank_0_first():  # downloads the data
         for split, options in settings.items():
             try:

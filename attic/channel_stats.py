@@ -5,13 +5,13 @@
     python attic/channel_stats.py --dataset imagenet --data /data/imagenet --workers 16
     python attic/channel_stats.py --dataset folder --data fields --in-channels 5
 
-Measures the training images, on the scale 0..255; ImageNet's are resized and cropped as for
-testing. Two standard deviations are in use: CIFAR is normalised by the standard deviation of all
-pixels together, ImageNet by the mean of the standard deviations of the images. The first is larger,
-because it includes how the images differ in brightness.
+Measures the training images, on the scale 0..255, resized and cropped as for testing. Takes
+train.py's flags, and leaves out the same images: `--labels x.csv --val-split 0.1`. Two standard
+deviations are in use: CIFAR is normalized by the standard deviation of all pixels together,
+ImageNet by the mean of the standard deviations of the images. The first is larger, because it
+includes how the images differ in brightness.
 """
 
-import argparse
 import dataclasses
 import sys
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from training import datasets, loaders
+from training import checkpoint, console, flags, loaders
 
 
 def channel_statistics(loader):
@@ -37,23 +37,20 @@ def channel_statistics(loader):
     return torch.stack([mean, (square - mean**2).sqrt(), own_std])
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    add = parser.add_argument
-    add('--dataset', choices=datasets.DATASETS, default='cifar10', help='(default: %(default)s)')
-    add('--data', metavar='DIR', default='work/data', help='(default: %(default)s)')
-    add('--workers', type=int, default=0, help='that read image files (default: 0)')
-    add('--in-channels', type=int, default=3, help='of images in folders (default: 3)')
-    args = parser.parse_args(argv)
-    try:
-        dataset = datasets.describe(args.dataset, args.data, in_channels=args.in_channels)
-        raw = dataclasses.replace(dataset, mean=(0.0,) * len(dataset.mean),
-                                  std=(1.0,) * len(dataset.mean))
-        loader = loaders.make_loader(raw, 'train', batch_size=100, device=torch.device('cpu'),
-                                  workers=args.workers)
-        rows = channel_statistics(loader).tolist()
-    except (datasets.DataError, OSError) as error:
-        parser.exit(2, f'channel_stats.py: error: {error}\n')
+def make_parser():
+    parser = flags.make_parser()
+    parser.prog, parser.description = 'channel_stats.py', __doc__.partition('\n')[0]
+    return parser
+
+
+def run(argv):
+    args = flags.complete(flags.parse(argv, make_parser()))
+    dataset = checkpoint.describe_data(args, None)
+    raw = dataclasses.replace(dataset, mean=(0.0,) * len(dataset.mean),
+                              std=(1.0,) * len(dataset.mean))
+    loader = loaders.make_loader(raw, 'train', batch_size=100, device=torch.device('cpu'),
+                                 workers=flags.num_workers(args))
+    rows = channel_statistics(loader).tolist()
     print(f'{args.dataset}: {loader.num_images:,} training images of {dataset.image_size} pixels')
     names = ('mean', 'std of all pixels', 'mean std of an image', 'mean in datasets.py',
              'std in datasets.py')
@@ -61,6 +58,10 @@ def main(argv=None):
         print(f'{name:<23}' + ''.join(f'{value:>10.3f}' for value in values))
     for flag, values in zip(('--mean', '--std'), rows):
         print(flag, *(f'{value / 255:.4f}' for value in values))
+
+
+def main(argv=None):
+    console.exit_on_user_error(lambda: run(argv), 'channel_stats.py')
 
 
 if __name__ == '__main__':

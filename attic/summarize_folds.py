@@ -2,9 +2,9 @@
 
     python attic/summarize_folds.py work/xrays-1 work/xrays-2 work/xrays-3
 
-Of each run: the results of its last epoch on the images that were held out (test.csv) and, where
-`train.py --evaluate` or the end of the run has left a metrics.json, those of best.pth on the test
-images. The standard deviation is the sample's, with n - 1.
+Reads two things of each run: the last epoch's results on the held out images (test.csv) and, if
+there is a metrics.json (from `train.py --evaluate` or the end of the run), the results of best.pth
+on the test images. Standard deviations are sample standard deviations (n - 1).
 """
 
 import argparse
@@ -21,12 +21,16 @@ from training import console
 from training.console import UserError, explain_errors
 from training.files import read_json
 
+# Flags that may differ between runs of one model and recipe.
+OTHER_FLAGS = ('save', 'name', 'resume', 'overwrite', 'fold', 'seed', 'data', 'labels', 'dataset',
+               'val_split', 'device', 'workers', 'print_freq', 'tensorboard', 'plot')
 METRICS = ('error', 'balanced_error', 'mean_auc', 'mean_average_precision', 'mean_sensitivity',
            'mean_specificity')
 
 
 def last_epoch(run):
-    """{column: value} of the last row of test.csv."""
+    """{column: value} of the last row of test.csv; raises UserError if the run is not done."""
+    flags = read_json(run / 'args.json')['args']
     try:
         with open(run / 'test.csv', newline='') as file:
             rows = list(csv.DictReader(file))
@@ -35,7 +39,11 @@ def last_epoch(run):
     if not rows:
         raise UserError(f'{run}/test.csv has no epoch yet')
     with explain_errors(f'{run}/test.csv is not as train.py has written it'):
-        return {name: float(value) for name, value in rows[-1].items() if name != 'epoch'}
+        last = {name: float(value) for name, value in rows[-1].items()}
+        epoch = int(last.pop('epoch'))
+    if epoch < flags.get('epochs', 0) and not flags.get('patience'):
+        raise UserError(f'{run} has done {epoch} of {flags["epochs"]} epochs: --resume goes on')
+    return last
 
 
 def check_folds(runs):
@@ -50,6 +58,11 @@ def check_folds(runs):
     if {*folds} != {'None'} and (len({*folds}) < len(folds) or
                                  len({fold.partition('/')[2] for fold in folds}) > 1):
         raise UserError(f'these are not the folds of one division: --fold {", ".join(folds)}')
+    for name in sorted(set.intersection(*map(set, flags)) - {*OTHER_FLAGS}):
+        values = dict.fromkeys(str(found[name]) for found in flags)
+        if len(values) > 1:
+            raise UserError(f'these runs differ in --{name.replace("_", "-")}: '
+                            f'{", ".join(values)}')
 
 
 def test_metrics(run):

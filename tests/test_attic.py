@@ -102,6 +102,12 @@ def test_channel_statistics_agree_with_numpy(size, tmp_path, capsys):
     np.testing.assert_allclose(rows, expected, atol=6e-4)
 
 
+def test_channel_statistics_leave_out_what_train_py_holds_out(tmp_path, capsys):
+    write_images(tmp_path, {'a': 20, 'b': 10}, (8, 8))
+    channel_stats.main(['--dataset', 'folder', '--data', str(tmp_path), '--val-split', '0.2'])
+    assert ': 24 training images of 8 pixels' in capsys.readouterr().out
+
+
 def test_missing_data_are_a_one_line_error(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
         channel_stats.main(['--dataset', 'imagenet', '--data', str(tmp_path)])
@@ -229,7 +235,8 @@ def test_feature_reuse_is_the_mean_weight_of_each_layer_on_each_source(tmp_path,
 
 def write_fold(directory, fold, error, **flags):
     directory.mkdir()
-    flags = {'dataset': 'folder', 'data': 'x', 'seed': 1, 'fold': fold, **flags}
+    flags = {'dataset': 'folder', 'data': 'x', 'seed': 1, 'fold': fold, 'epochs': 2,
+             'growth_rate': 12, **flags}
     (directory / 'args.json').write_text(json.dumps({'args': flags}))
     (directory / 'test.csv').write_text(f'epoch,error,auc\n1,50,0.5\n2,{error},nan\n')
     return str(directory)
@@ -245,10 +252,23 @@ def test_folds_are_summarized(tmp_path, capsys):
     assert re.search(r'auc +undefined in some runs   \(nan, 0.7, nan\)', said)
 
 
+def test_an_unfinished_fold_is_refused(tmp_path, capsys):
+    runs = [write_fold(tmp_path / f'{i}', f'{i}/2', 10, epochs=epochs)
+            for i, epochs in ((1, 300), (2, 300))]
+    with pytest.raises(SystemExit):
+        summarize_folds.main(runs)
+    assert 'has done 2 of 300 epochs: --resume goes on' in capsys.readouterr().err
+    runs = [write_fold(tmp_path / f'stopped {i}', f'{i}/2', 10, epochs=300, patience=1)
+            for i in (1, 2)]
+    summarize_folds.main(runs)
+
+
 @pytest.mark.parametrize('flags, content, message', [
     (dict(fold='1/3'), None, '--fold 1/3, 1/3'), (dict(fold=None), None, '--fold 1/3, None'),
     (dict(fold='2/5'), None, '--fold 1/3, 2/5'),
     (dict(seed=7), None, '--seed is 1, 7'), (dict(data='y'), None, '--data is x, y'),
+    (dict(growth_rate=24), None, 'these runs differ in --growth-rate: 12, 24'),
+    (dict(epochs=3), None, 'differ in --epochs'),
     ({}, 'epoch;error\n1;5\n', 'test.csv is not as train.py has written it'),
     ({}, 'epoch,error,auc\n2,20,0.7\n,,\n', 'test.csv is not as train.py has written it')])
 def test_runs_that_are_not_folds_of_one_division(tmp_path, capsys, flags, content, message):

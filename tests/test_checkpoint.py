@@ -174,6 +174,10 @@ def test_files_that_are_not_checkpoints_are_refused(tmp_path):
     for path in tmp_path, tmp_path / 'pipe', Path('/dev/zero'):
         with pytest.raises(UserError, match='is not a checkpoint, but a folder or a device'):
             checkpoint.load(path)
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run/best.pth').touch()
+    with pytest.raises(UserError, match='is a folder: name a file in it, such as .*/run/best.pth$'):
+        checkpoint.load(tmp_path / 'run')
     with zipfile.ZipFile(tmp_path / 'zipped.pth', 'w', zipfile.ZIP_DEFLATED) as archive:
         archive.writestr('x/data.pkl', bytes(10**7))
     with pytest.raises(UserError, match='is compressed, and would take 0.01 GB'):

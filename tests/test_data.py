@@ -629,11 +629,13 @@ def test_folders_that_cannot_be_listed_are_named(plain, monkeypatch, folder):
             raise PermissionError(13, 'Permission denied', str(path))
         return scandir(path)
 
-    monkeypatch.setattr(os, 'scandir', refuse)
-    with pytest.raises(DataError, match=f'^{root / folder}: Permission denied$'):
-        names(root)
-    with pytest.raises(DataError, match=f'^{root / folder}: Permission denied$'):
-        predict.find_images(str(root / 'train'))
+    refused = pytest.raises(DataError, match=f'^{root / folder}: Permission denied$')
+    with monkeypatch.context() as patch:  # undone before pytest removes the folder
+        patch.setattr(os, 'scandir', refuse)
+        with refused:
+            names(root)
+        with refused:
+            predict.find_images(str(root / 'train'))
 
 
 @pytest.mark.parametrize('counts, said', [

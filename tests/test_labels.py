@@ -377,12 +377,12 @@ def test_a_fold_of_a_run_is_kept_on_resume(findings, tmp_path, capsys):
                 '--resume', '--seed', '7'])
     said = capsys.readouterr()
     assert '30 training and 10 test images' in said.out and 'not those' not in said.err
-    assert 'another fold: it has 2/4, not 3/4' in fails(
+    assert 'another --fold: it has 2/4, not 3/4' in fails(
         capsys, *argv, '--resume', '--fold', '3/4', lines=2)
     tested = '--evaluate', '--resume', tmp_path / 'run/best.pth'
-    assert "can't be evaluated with another fold: it has 2/4, not 1/4" in fails(
+    assert "can't be evaluated with another --fold: it has 2/4, not 1/4" in fails(
         capsys, *tested, '--fold', '1/4')
-    assert "can't be evaluated with another val_split: it has 0.0, not 0.25" in fails(
+    assert "can't be evaluated with another --val-split: it has 0.0, not 0.25" in fails(
         capsys, *tested, '--val-split', '0.25')
     for wrong in ('0/4', '5/4', '1/1', '2', 'a/b'):
         assert 'is not I/K, such as 1/5' in fails(capsys, '--fold', wrong)

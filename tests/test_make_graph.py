@@ -140,6 +140,18 @@ def refused(capsys, *argv):
     return error
 
 
+def test_the_flags_of_data_are_train_pys(tmp_path):
+    """Classes from a table, or in folders without train/."""
+    for name in 'abc':
+        write_images(tmp_path, {name: 3}, (8, 8))
+    (tmp_path / 'x.csv').write_text('file,label\na/0.png,x\nb/0.png,y\n')
+    data = ['--dataset', 'folder', '--data', str(tmp_path), '--depth', '10']
+    for argv, classes in ((['--labels', str(tmp_path / 'x.csv')], 2), ([], 3)):
+        _, model, _ = make_graph.build_model(
+            [*data, *argv, '--val-split', '0.4', '--output', 'x.dot'])
+        assert model.classifier.out_features == classes
+
+
 def test_wrong_flags(capsys, tmp_path):
     assert 'must end in .png' in refused(capsys, '--output', str(tmp_path / 'graph.gif'))
     assert 'nearest 40 and 46' in refused(capsys, '--depth', '41')

@@ -3,22 +3,25 @@
 import csv
 import functools
 import importlib
+import json
 import re
 import shlex
+import shutil
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, cache_densenet121, fails, read_csv, write_images
+from conftest import ROOT, SMALL, cache_densenet121, fails, read_csv, write_images
 from PIL import Image
 
 import densenet
 import plot
 import predict
 import train
-from training import checkpoint, datasets, loaders, weights
+from training import checkpoint, datasets, image_files, loaders, weights
 
 SCANS = {'gesund': 1030, 'Läsion groß': 1270}  # the level of a spot, among 0..4095
 
@@ -142,6 +145,43 @@ def test_one_channel_gives_the_same_logits_as_three_equal_ones(tmp_path, build, 
 
 
 @pytest.mark.usefixtures('no_figures')
+@pytest.mark.parametrize('given', [['--data'], ['--data', '--labels']])
+def test_a_run_is_evaluated_on_its_own_images_in_another_place(tmp_path, monkeypatch, given):
+    """As on another machine: with the run's split, and thresholds from its validation images."""
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path, {'xrays': 40}, (8, 8), mode='L')
+    write_xray_table('xrays.csv', 40)
+    train.main(['--dataset', 'folder', '--data', 'xrays', '--labels', 'xrays.csv', '--in-channels',
+                '1', '--val-split', '0.3', *SMALL, '--epochs', '1', '--save', 'run'])
+    predicted = Path('run/predictions.csv').read_text()
+    here = json.loads(Path('run/metrics.json').read_text())
+    shutil.copytree('xrays', 'moved/xrays')
+    shutil.copy('xrays.csv', 'moved')
+    values = {'--data': 'moved/xrays', '--labels': 'moved/xrays.csv'}
+    train.main(['--evaluate', '--resume', 'run/latest.pth', '--device', 'cpu',
+                *(word for flag in given for word in (flag, values[flag]))])
+    report, = Path('run').glob('on-*')
+    there = json.loads((report / 'metrics.json').read_text())
+    assert there['splits'] == here['splits'] and there['threshold_rule'] == 'youden'
+    assert (report / 'predictions.csv').read_text().replace('moved/', '') == predicted
+
+
+@pytest.mark.usefixtures('no_figures')
+def test_wrong_test_images_are_an_error_before_training(tmp_path, capsys):
+    data = write_images(tmp_path / 'data', {
+        **{f'{split}/{name}': 4 for split in ('train', 'val', 'test') for name in 'ab'},
+        'test/zzz': 1}, (8, 8))
+    assert 'zzz is not one of the training classes' in fails(
+        capsys, '--dataset', 'folder', '--data', data, *SMALL, '--save', tmp_path / 'run')
+    assert not (tmp_path / 'run/latest.pth').exists()
+
+
+def test_names_do_not_depend_on_the_system(tmp_path, monkeypatch):
+    """The images that are held out are chosen by them."""
+    monkeypatch.setattr(image_files.os, 'sep', '\\')
+    assert image_files.name_of('a\\1.png') == b'a/1.png'
+
+
 def test_a_resumed_run_keeps_its_split_and_other_data_are_all_tested(tmp_path, capsys):
     scans = write_images(tmp_path / 'scans', {'a': 20, 'b': 10}, (8, 8))
     argv = ['--dataset', 'folder', '--data', str(scans), '--val-split', '0.2', '--depth', '10',
@@ -156,7 +196,7 @@ def test_a_resumed_run_keeps_its_split_and_other_data_are_all_tested(tmp_path, c
     files = [loaders.make_loader(dataset, 'test', 4, device=torch.device('cpu')).files
              for dataset in (first, again)]
     assert files[0] == files[1] and len(files[0]) == 6
-    assert 'another val_split: it has 0.2, not 0.1' in fails(
+    assert 'another --val-split: it has 0.2, not 0.1' in fails(
         capsys, '--save', tmp_path / 'run', '--resume', '--val-split', '0.1')
     more = write_images(tmp_path / 'more', {'test/a': 3, 'test/b': 4}, (8, 8))
     train.main(['--evaluate', '--resume', str(tmp_path / 'run/best.pth'), '--data', str(more),

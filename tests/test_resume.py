@@ -23,6 +23,7 @@ import densenet
 import train
 from fused_dense_block import library
 from training import checkpoint, runlog
+from training.flags import num_workers, parse
 
 
 @pytest.fixture(scope='module')
@@ -168,6 +169,22 @@ def test_a_finished_run_can_be_resumed_for_more_epochs(small, tmp_path, capsys):
     assert (tmp_path / 'run/train.csv').read_text() == before
     train.main([*run, '--resume', '--epochs', '3'])
     assert [row['epoch'] for row in read_csv(tmp_path / 'run/test.csv')] == ['1', '2', '3']
+
+
+def test_a_resumed_run_takes_this_machines_workers_and_switches_flags_off(two_epochs, monkeypatch):
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '1000')  # one worker
+    saved = checkpoint.load(two_epochs / 'latest.pth')
+    assert saved['args']['workers'] is None
+    on = dict(memory_efficient=True, ten_crop=True, deterministic=True, compile=True,
+              tensorboard=True, class_weights='balanced', auto_augment='randaugment')
+    saved['args'].update(on)
+    checkpoint.save(two_epochs / 'latest.pth', saved)
+    off = [f'--no-{flag.replace("_", "-")}' for flag in on if on[flag] is True]
+    given = ['--resume', str(two_epochs), *off, '--class-weights', 'none', '--auto-augment', 'none']
+    args, _ = checkpoint.with_saved_flags(parse(given))
+    assert not any(getattr(args, flag) for flag in on) and num_workers(args) == 1
+    kept, _ = checkpoint.with_saved_flags(parse(given[:2]))
+    assert {flag: getattr(kept, flag) for flag in on} == on
 
 
 def test_the_time_of_a_run_includes_the_time_before_resuming(small, tmp_path):
@@ -355,7 +372,7 @@ def test_the_normalisation_is_kept(small, tmp_path, capsys):
     np.testing.assert_allclose(saved['dataset']['mean'], [25.5, 51, 76.5])
     train.main(['--save', str(run), '--resume', '--epochs', '2'])
     assert checkpoint.load(run / 'latest.pth')['dataset'] == saved['dataset']
-    assert 'another std' in fails(capsys, '--save', run, '--resume', '--std', 1, 1, 1, lines=2)
+    assert 'another --std' in fails(capsys, '--save', run, '--resume', '--std', 1, 1, 1, lines=2)
     assert 'a value for each of 3' in fails(capsys, *small, '--mean', '.1', '.2')
 
 
@@ -438,8 +455,8 @@ def test_an_existing_run_is_not_changed_by_an_error(two_epochs, small, tmp_path,
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     assert 'holds a run' in fails(capsys, *small, '--save', run)
     other = [*small, '--save', run, '--resume']
-    assert 'another depth: it has 10, not 16' in fails(capsys, *other, '--depth', 16)
-    assert 'growth_rate: it has 4, not 8' in fails(capsys, *other, '--growth-rate', 8)
+    assert 'another --depth: it has 10, not 16' in fails(capsys, *other, '--depth', 16)
+    assert '--growth-rate: it has 4, not 8' in fails(capsys, *other, '--growth-rate', 8)
     write_images(tmp_path / 'two', {'train/a': 4, 'train/b': 4, 'val/a': 1, 'val/b': 1}, (8, 8))
     assert 'other classes than' in fails(capsys, *other, '--data', tmp_path / 'two')
     assert 'optimizer: it has sgd, not adam' in fails(capsys, *other, '--optimizer', 'adam')

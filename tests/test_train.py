@@ -182,7 +182,8 @@ def test_one_worker_for_each_available_core(monkeypatch):
     monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: range(6), raising=False)
     for processes, workers in ((1, 6), (2, 3), (8, 1)):
         monkeypatch.setenv('LOCAL_WORLD_SIZE', str(processes))
-        assert flags_of().workers == workers
+        assert flags.num_workers(flags_of()) == workers
+    assert flags.num_workers(flags_of('--workers 5')) == 5
 
 
 def test_learning_rate_of_the_recipes():
@@ -694,6 +695,24 @@ def test_the_lowest_loss_can_choose_the_best_weights(small, tmp_path):
     best = [min(rows, key=lambda row: float(row[name]))['epoch'] for name in ('loss', 'error')]
     assert best[0] != best[1]  # or this run would prove nothing
     assert checkpoint.load(tmp_path / 'best.pth')['best_epoch'] == int(best[0])
+
+
+def test_a_compiled_run_is_not_fused_and_says_so(small, tmp_path, monkeypatch, capsys):
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, 'compile', functools.partialmethod(
+        compile, backend='aot_eager'))  # inductor takes minutes
+    argv = [*small, '--no-augment', '--epochs', '1', '--save']
+    train.main([*argv, str(tmp_path / 'compiled'), '--compile'])
+    assert 'run without fuse' in capsys.readouterr().err
+    train.main([*argv, str(tmp_path / 'fused')])
+    records = [json.loads((tmp_path / name / 'args.json').read_text())
+               for name in ('compiled', 'fused')]
+    assert records[0]['cpu_kernels'] is None and records[0]['not_fused'] == 'compiled'
+    losses = [[float(row['loss']) for row in read_csv(tmp_path / name / 'train.csv')]
+              for name in ('compiled', 'fused')]
+    np.testing.assert_allclose(*losses, rtol=1e-3)
+    assert {*checkpoint.load(tmp_path / 'compiled/latest.pth')['model']} == {
+        *checkpoint.load(tmp_path / 'fused/latest.pth')['model']}
 
 
 def test_each_step_has_its_own_learning_rate(small, tmp_path, monkeypatch):

@@ -157,6 +157,18 @@ def test_the_weights_in_the_repository_have_the_error_in_the_results(
     assert abs(error - said) < 4 * math.sqrt(said * (100 - said) / 1000)  # four deviations
 
 
+def test_fine_tuning_says_which_statistics_the_weights_know(recipe, tmp_path, capsys):
+    argv = [*recipe, '--epochs', '1']
+    train.main([*argv, '--mean', '0.1', '--std', '0.05', '--save', str(tmp_path / 'run')])
+    own = [*argv, '--pretrained', str(tmp_path / 'run/best.pth'), '--save']
+    capsys.readouterr()
+    train.main([*own, str(tmp_path / 'other')])
+    assert 'trained with --mean 0.1 0.1 0.1; trained with --std 0.05 0.05 0.05' in (
+        capsys.readouterr().out)
+    train.main([*own, str(tmp_path / 'same'), '--mean', '0.1', '--std', '0.05'])
+    assert 'trained with' not in capsys.readouterr().out
+
+
 def test_evaluation_needs_no_training_images(trained, photos, tmp_path, capsys):
     truth = run(capsys, '--evaluate', '--resume', trained / 'latest.pth', '--device', 'cpu')
     (tmp_path / 'only').mkdir()

@@ -60,15 +60,19 @@ def with_saved_flags(given, parser=None):
         given = argparse.Namespace(**{flag: value for flag, value in vars(given).items()
                                       if flag not in ('pretrained', 'reset_classifier')})
     others = other_data(given, saved_flags) if args.evaluate else ''
-    if others:
+    if others and not has_same_training_images(given, saved):
         held_out = saved_flags.get('val_split') or saved_flags.get('fold')
-        for flag in ('labels', 'val_split', 'fold'):  # test on all images of other data
-            saved_flags.pop(flag, None)
+        # Test on all images of other data.
+        dropped = [f'--{flag.replace("_", "-")}' for flag in ('labels', 'val_split', 'fold')
+                   if saved_flags.pop(flag, None) and getattr(given, flag, None) is None]
+        if dropped:
+            warn(f'{others} has not the images that {found} was trained on: '
+                 f'{" and ".join(dropped)} of that run do not apply')
         if held_out and getattr(given, 'labels', None) is not None:
-            warn(f'{given.labels}: if it has images that {found} was trained on, the result is '
-                 f'too good')
-        if not (args.save or args.name):  # keep the report on the run's own data
-            given.save = str(path.parent / f'on-{others}')
+            warn(f'{given.labels}: images that {found} was trained on, if there are any, make the '
+                 f'result too good')
+    if others and not (args.save or args.name):  # keep the report on the run's own data
+        given.save = str(path.parent / f'on-{others}')
     args = flags.complete(argparse.Namespace(**{**vars(given), 'resume': found}), saved_flags,
                           parser)
     if args.evaluate:  # another split would test on training images
@@ -87,6 +91,24 @@ def other_data(given, saved_flags):
             path = Path(path).resolve()
             names.append(path.name if flag == 'data' else path.stem)
     return '-'.join(names)
+
+
+def has_same_training_images(given, saved):
+    """True if the given data are those of the checkpoint in another place, such as a machine.
+
+    Compares names and labels of the training images, with the checkpoint's flags where none are
+    given. False if the training images are missing.
+    """
+    args = flags.with_defaults(argparse.Namespace(**{**saved['args'], **vars(given)}))
+    if args.dataset != saved['args'].get('dataset') or 'digests' not in saved:
+        return False
+    if DATASETS[args.dataset].read:
+        return True
+    try:
+        dataset = describe_data(argparse.Namespace(**{**vars(args), 'evaluate': False}), saved)
+        return image_files.list_images(dataset, 'train').digest() == saved['digests']['train']
+    except UserError:
+        return False
 
 
 def check_contents(saved, source):
@@ -127,7 +149,7 @@ def describe_data(args, saved):
         args.dataset, args.data, image_size, 'test' if args.evaluate else 'train',
         in_channels=args.in_channels, value_range=args.value_range or trained_on.get('value_range'),
         labels_file=args.labels, val_split=args.val_split, fold=args.fold,
-        seed=trained_on.get('split_seed', args.seed), workers=args.workers)
+        seed=trained_on.get('split_seed', args.seed), workers=flags.num_workers(args))
     if saved:
         check_classes(dataset, trained_on, args)
         dataset = dataclasses.replace(dataset, classes=tuple(trained_on['classes']),
@@ -284,7 +306,7 @@ def load_optimizer(optimizer, saved):
     """
     new = optimizer.state_dict()
     if structure(saved['state']) != structure(new['state']):
-        raise UserError('the state of its optimizer does not fit the network')
+        raise UserError('the state of its optimizer does not fit the network and --momentum')
     optimizer.load_state_dict({'state': saved['state'], 'param_groups': new['param_groups']})
     for parameter, values in optimizer.state.items():
         for key, value in values.items():
@@ -300,7 +322,8 @@ def check_fixed_flags(args, saved_flags, names):
         before = saved_flags.get(flag, now)
         if now != before:
             verb = 'evaluated' if args.evaluate else 'resumed'
-            raise UserError(f'{args.resume} can\'t be {verb} with another {flag}: it has '
+            name = 'no-bottleneck' if flag == 'bottleneck' else flag.replace('_', '-')
+            raise UserError(f'{args.resume} can\'t be {verb} with another --{name}: it has '
                             f'{before}, not {now}')
 
 

@@ -192,7 +192,7 @@ def write_report(results, dataset, directory, source):
 
 def evaluate_split(model, dataset, split, device, autocast, args):
     loader = loaders.make_loader(dataset, split, args.batch_size, device=device,
-                                 workers=args.workers, ten_crop=args.ten_crop,
+                                 workers=flags.num_workers(args), ten_crop=args.ten_crop,
                                  shard=(distributed.rank(), distributed.world_size()))
     outputs = []
     test = evaluate(model, loader, autocast, outputs=outputs)
@@ -241,12 +241,12 @@ def save_mistakes(path, result, dataset, thresholds=None):
 
 
 def read_pictures(loader, dataset, indices):
-    """The model's input images, not normalised: uint8 [M, H, W, C]."""
+    """The model's input images, not normalized: uint8 [M, H, W, C]."""
     if dataset.in_memory:
         pictures = [loader.images[i] for i in indices]
     else:
-        transform = image_transforms.test_transform(dataset)
-        pictures = [image_files.read_pixels(dataset, transform, loader.files[i]) for i in indices]
+        transform, files = image_transforms.test_transform(dataset), loader.files
+        pictures = [image_files.read_pixels(dataset, transform, files[i]) for i in indices]
     if not pictures:
         return np.zeros((0, 1, 1, 1), np.uint8)
     pictures = torch.stack(pictures).cpu().float().clamp(0, 255).round().byte()

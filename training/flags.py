@@ -15,7 +15,7 @@ from pathlib import Path
 
 from training.console import UserError
 from training.datasets import DATASETS, MAX_CHANNELS, MAX_SIZE, is_small, show_size
-from training.parsing import POSITIVE, SHARE, ImageSize, Parser, fold, number
+from training.parsing import POSITIVE, SHARE, ImageSize, Parser, fold, number, one_of
 
 DEVICES = 'auto', 'cpu', 'cuda', 'mps'
 PRECISIONS = 'fp32', 'tf32', 'bf16', 'fp16'
@@ -90,7 +90,8 @@ def add_data_flags(parser):
     group.add_argument('--color-jitter', action=argparse.BooleanOptionalAction, default=True,
                        help='vary brightness, contrast and colours of images over 64 pixels, where '
                             'they are augmented (default: yes)')
-    group.add_argument('--auto-augment', choices=('randaugment', 'trivialaugment'),
+    group.add_argument('--auto-augment', type=one_of('randaugment', 'trivialaugment'),
+                       metavar='{randaugment,trivialaugment,none}',
                        help='also apply torchvision\'s RandAugment or TrivialAugmentWide')
     group.add_argument('--random-erasing', type=SHARE, default=0.0, metavar='P',
                        help='erase a part of an image with this probability (default: 0)')
@@ -99,9 +100,8 @@ def add_data_flags(parser):
     group.add_argument('--cutmix', type=number(float, '[0, 1e3]'), default=0.0, metavar='ALPHA',
                        help='paste a part of an image into another (default: 0, off)')
     group.add_argument('--workers', '--nThreads', type=number(int, '[0, 1024]'),
-                       default=default_workers(),
                        help='worker processes that decode images, per process of torchrun '
-                            '(default: one per core, at most 8; here %(default)s)')
+                            f'(default: one per core, at most 8; here {default_workers()})')
 
 
 def add_model_flags(parser):
@@ -129,7 +129,7 @@ def add_model_flags(parser):
                        help='width of the bottleneck, times k (default: %(default)s)')
     group.add_argument('--drop-rate', '--droprate', '--dropRate', type=SHARE, default=0.0,
                        help='dropout (default: 0; svhn, and cifar without augmentation: 0.2)')
-    group.add_argument('--memory-efficient', action='store_true',
+    group.add_argument('--memory-efficient', action=argparse.BooleanOptionalAction, default=False,
                        help='recompute instead of storing: less memory, more time')
 
 
@@ -138,6 +138,11 @@ def default_workers():
     has_affinity = hasattr(os, 'sched_getaffinity')  # not on macOS
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     return max(1, min(8, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+
+
+def num_workers(args):
+    """--workers, or the default of this machine, which a checkpoint does not take to another."""
+    return default_workers() if args.workers is None else args.workers
 
 
 def add_recipe_flags(parser):
@@ -172,7 +177,7 @@ def add_recipe_flags(parser):
                        help='test and save moving averages of the weights, such as 0.999')
     group.add_argument('--patience', type=POSITIVE, metavar='EPOCHS',
                        help='stop after this many epochs without improvement')
-    group.add_argument('--class-weights', choices=('balanced',),
+    group.add_argument('--class-weights', type=one_of('balanced'), metavar='{balanced,none}',
                        help='weight the loss by inverse class frequency')
     group.add_argument('--seed', '--manualSeed', type=number(int, '[0, 4294967295]'), default=1,
                        help='(default: %(default)s)')
@@ -190,9 +195,9 @@ def add_run_flags(parser):
                        'fp32 elsewhere)')
     group.add_argument('--cuda-graph', action=argparse.BooleanOptionalAction,
                        help='launch a training step as one CUDA graph (default: yes on cuda)')
-    group.add_argument('--deterministic', action='store_true',
+    group.add_argument('--deterministic', action=argparse.BooleanOptionalAction, default=False,
                        help='bit-identical runs on a GPU too, but slower')
-    group.add_argument('--compile', action='store_true',
+    group.add_argument('--compile', action=argparse.BooleanOptionalAction, default=False,
                        help='use torch.compile (minutes to start)')
 
     group = parser.add_argument_group('run')
@@ -222,13 +227,15 @@ def add_run_flags(parser):
                        default='error', help='metric that picks best.pth, on val/ or, without it, '
                        'test/; balanced-error: mean over the classes; auc: mean area under the ROC '
                        'curve (default: %(default)s)')
-    group.add_argument('--ten-crop', '--tenCrop', action='store_true',
+    group.add_argument('--ten-crop', '--tenCrop', action=argparse.BooleanOptionalAction,
+                       default=False,
                        help='test on ten crops of each image over 64 pixels')
     group.add_argument('--print-freq', '-p', type=POSITIVE, default=50, metavar='STEPS',
                        help='steps per row of train.csv (default: %(default)s)')
-    group.add_argument('--tensorboard', action='store_true', help='also write event files')
-    group.add_argument('--no-plot', dest='plot', action='store_false',
-                       help='draw no figures after each epoch')
+    group.add_argument('--tensorboard', action=argparse.BooleanOptionalAction, default=False,
+                       help='also write event files')
+    group.add_argument('--plot', action=argparse.BooleanOptionalAction, default=True,
+                       help='draw the figures after each epoch (default: yes)')
 
 
 def parse(argv=None, parser=None):

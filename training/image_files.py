@@ -203,7 +203,7 @@ def images_of_folder(dataset, split, warn):
         warn(describe_unread(folder, others))
     start = len(os.path.join(folder, ''))
     return ImageList(
-        folder, np.array([os.fsencode(path[start:]) for name in names for path in found[name]],
+        folder, np.array([name_of(path[start:]) for name in names for path in found[name]],
                          dtype=np.bytes_),
         np.repeat(np.array([labels[name] for name in names]), [len(found[name]) for name in names]))
 
@@ -214,13 +214,18 @@ def images_of_table(dataset, split, warn):
     table = whole.of_split(dataset.splits[split])
     table.check('file', [os.path.isfile(os.path.join(folder, name)) for name in table.files],
                 f'is not in --data {folder}')
-    names, groups = (column and np.array([os.fsencode(name) for name in column])
-                     for column in (table.files, table.groups))
+    names = np.array([name_of(file) for file in table.files])
+    groups = table.groups and np.array([os.fsencode(name) for name in table.groups])
     table.check_classes(split, warn)
     if warn is not None and split == 'train':
         whole.warn_of_shared_groups(warn)
         whole.warn_of_unused_columns(warn)
     return ImageList(folder, names, table.label_array(dataset.classes), groups)
+
+
+def name_of(path):
+    """A relative path as bytes, the same on all systems: it decides what is held out."""
+    return os.fsencode(path.replace(os.sep, '/'))
 
 
 def images_by_class(folder, names):

@@ -83,6 +83,15 @@ def number(kind, interval):
     return parse
 
 
+def one_of(*names):
+    """An argparse type: one of the names, or 'none', which is None."""
+    def parse(text):
+        if text not in (*names, 'none'):
+            raise argparse.ArgumentTypeError(f'{text!r} is none of {", ".join((*names, "none"))}')
+        return None if text == 'none' else text
+    return parse
+
+
 POSITIVE, SHARE = number(int, '[1, 1000000000]'), number(float, '[0, 1)')
 
 

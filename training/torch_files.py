@@ -107,6 +107,9 @@ def check_file(path):
 def check_is_file(path):
     if not os.path.exists(path):
         raise UserError(f'{path} is not there')
+    if os.path.isfile(os.path.join(path, 'best.pth')):
+        raise UserError(f'{path} is a folder: name a file in it, such as '
+                        f'{os.path.join(path, "best.pth")}')
     if not os.path.isfile(path):  # reading a pipe may never end
         raise UserError(f'{path} is not a checkpoint, but a folder or a device')
 

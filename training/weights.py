@@ -14,6 +14,7 @@ import re
 import textwrap
 from collections import Counter
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -49,7 +50,7 @@ OTHER_FILES = {
 }
 
 
-def load_pretrained(model, args):
+def load_pretrained(model, args, dataset=None):
     """Load the weights that --pretrained names, and print what was changed or left out.
 
     Without a file, downloads torchvision's. `file.pth:name` selects one of several networks in a
@@ -57,6 +58,7 @@ def load_pretrained(model, args):
 
     Args:
         args: flags with `pretrained`, `arch`, `reset_classifier`, `evaluate` and `mean`.
+        dataset: the Description of the images that the model will see.
 
     Raises:
         UserError: the file can't be read, or is of another network.
@@ -66,9 +68,11 @@ def load_pretrained(model, args):
         file, _, name = source.rpartition(':')
         if os.path.exists(file) and not os.path.exists(source):
             source, part = file, name
-        weights, notes, is_ours = read_weights(source, part, model)
-        if args.evaluate and is_ours:
+        weights, notes, trained_on = read_weights(source, part, model)
+        if args.evaluate and trained_on:
             notes.append(f'--resume {source} also takes classes, mean and std from this checkpoint')
+        elif trained_on and dataset:
+            notes += other_values(trained_on, dataset)
         elif args.evaluate and args.mean is None and model.config['small_inputs']:
             # another std, as many projects have it, can cost half a point on CIFAR-10
             notes.append('images are normalized by the mean and std of this data set; if the '
@@ -85,6 +89,23 @@ def load_pretrained(model, args):
     if notes and distributed.rank() == 0:
         say(f'{source}: {"; ".join(notes)}')
     load_into(model, weights, source, args.reset_classifier)
+
+
+def other_values(trained_on, dataset):
+    """Notes on statistics of the images that differ from those of a checkpoint's training data.
+
+    `trained_on` is the Description of those as a dict.
+    """
+    notes = []
+    for name in ('mean', 'std'):
+        before, now = trained_on.get(name, ()), getattr(dataset, name)
+        if len(before) == len(now) and not np.allclose(before, now, rtol=0.01, atol=1):
+            values = ' '.join(f'{value / 255:.4g}' for value in before)
+            notes.append(f'trained with --{name} {values}')
+    value_range = trained_on.get('value_range')
+    if value_range and value_range != dataset.value_range:
+        notes.append('trained with --value-range {:g} {:g}'.format(*value_range))
+    return notes
 
 
 def torchvision_weights(arch):
@@ -186,7 +207,8 @@ def read_weights(path, part, model):
     """Read a file into a state dict with our keys.
 
     Returns:
-        The state dict; notes on what was renamed or left out; whether it is one of our checkpoints.
+        The state dict; notes on what was renamed or left out; if it is one of our checkpoints, its
+        Description of the data as a dict, otherwise None.
 
     Args:
         part: name of one of the networks in the file, or '' for the default.
@@ -196,8 +218,8 @@ def read_weights(path, part, model):
         UserError: the file can't be read, or holds no DenseNet.
     """
     if first_bytes(path)[:4] in (b'\3\0\0\0', b'\4\0\0\0'):
-        return read_lua_torch(path, model), [], False
-    tensors, is_ours = read(path)
+        return read_lua_torch(path, model), [], None
+    tensors, trained_on = read(path)
     prefixes = dict.fromkeys(match[1] for match in map(FIRST_NORM.fullmatch, tensors) if match)
     if not prefixes:
         raise UserError(f'{path} holds another network, or a DenseNet of an unknown layout: '
@@ -220,7 +242,7 @@ def read_weights(path, part, model):
             unused['.'.join(parts[:common + 1])] = None  # the first part outside the prefix
     if unused:
         notes.append('not used: ' + textwrap.shorten(', '.join(unused), 100))
-    return {ours: tensors[key] for ours, key in names.items()}, notes, is_ours
+    return {ours: tensors[key] for ours, key in names.items()}, notes, trained_on
 
 
 def choose(networks, part, path):
@@ -293,7 +315,7 @@ def first_bytes(path):
 def read(path):
     """All tensors in the nested dicts of a file: {'state_dict.conv1.weight': tensor}.
 
-    Also returns whether it is one of our checkpoints.
+    Also returns `dataset` of our checkpoints, a dict, otherwise None.
 
     Raises:
         UserError: the file can't be read without running code, is damaged, or has another format.
@@ -303,7 +325,7 @@ def read(path):
         with explain_errors(f'{path} can\'t be read as .safetensors'):
             from safetensors.torch import load_file
 
-            return load_file(path), False
+            return load_file(path), None
     for signature, what in OTHER_FILES.items():
         if beginning.startswith(signature):
             raise UserError(f'{path} holds no weights, but is {what}')
@@ -326,4 +348,5 @@ def read(path):
     if not found:
         what = list(saved) if isinstance(saved, dict) else type(saved).__name__
         raise UserError(f'{path} holds no weights: it holds {textwrap.shorten(str(what), 200)}')
-    return found, isinstance(saved, dict) and {'config', 'dataset', 'args'} <= saved.keys()
+    is_ours = isinstance(saved, dict) and {'config', 'dataset', 'args'} <= saved.keys()
+    return found, saved['dataset'] if is_ours else None
