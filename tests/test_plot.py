@@ -101,10 +101,10 @@ def test_running_mean_is_the_definition(epochs, window):
                                brute_force_mean(epochs, values, window), rtol=1e-12, atol=1e-14)
 
 
-def test_running_mean_of_200_000_rows_in_an_epoch():
-    values = np.random.default_rng(3).normal(size=200_000)
-    mean = plot.running_mean(np.arange(1, 200_001) / 200_000, values)
-    np.testing.assert_allclose(mean, np.cumsum(values) / np.arange(1, 200_001), atol=1e-12)
+def test_running_mean_of_20_000_rows_in_an_epoch():
+    values = np.random.default_rng(3).normal(size=20_000)
+    mean = plot.running_mean(np.arange(1, 20_001) / 20_000, values)
+    np.testing.assert_allclose(mean, np.cumsum(values) / np.arange(1, 20_001), atol=1e-12)
 
 
 def test_running_mean_recovers_from_a_huge_spike():

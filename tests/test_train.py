@@ -640,7 +640,7 @@ def test_memorizes_64_images(tmp_path):
     write_images(data, {f'train/label{i}': 16 for i in range(4)})  # of noise: nothing to generalize
     shutil.copytree(data / 'train', data / 'val')
     train.main(['--dataset', 'folder', '--data', str(data), '--no-augment', '--depth', '10',
-                '--epochs', '100', '--batch-size', '16', '--save', str(run), '--no-plot',
+                '--epochs', '30', '--batch-size', '8', '--save', str(run), '--no-plot',
                 '--device', 'cpu'])
     for name in ('train.csv', 'test.csv'):
         assert float(read_csv(run / name)[-1]['error']) == 0
