@@ -202,3 +202,5 @@ def test_a_resumed_run_keeps_its_split_and_other_data_are_all_tested(tmp_path, c
     train.main(['--evaluate', '--resume', str(tmp_path / 'run/best.pth'), '--data', str(more),
                 '--device', 'cpu'])
     assert len(read_csv(tmp_path / 'run/on-more/predictions.csv')) == 7
+    warning = f'ignoring --val-split of {tmp_path}/run/best.pth, because more has not the images'
+    assert warning in capsys.readouterr().err

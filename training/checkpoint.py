@@ -66,8 +66,8 @@ def with_saved_flags(given, parser=None):
         dropped = [f'--{flag.replace("_", "-")}' for flag in ('labels', 'val_split', 'fold')
                    if saved_flags.pop(flag, None) and getattr(given, flag, None) is None]
         if dropped:
-            warn(f'{others} has not the images that {found} was trained on: '
-                 f'{" and ".join(dropped)} of that run do not apply')
+            warn(f'ignoring {" and ".join(dropped)} of {found}, because {others} has not the '
+                 f'images that it was trained on')
         if held_out and getattr(given, 'labels', None) is not None:
             warn(f'{given.labels}: images that {found} was trained on, if there are any, make the '
                  f'result too good')
